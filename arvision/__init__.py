@@ -1,0 +1,1 @@
+"""arvision: fast, exact sampling for autoregressive image models."""

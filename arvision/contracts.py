@@ -1,0 +1,104 @@
+"""What models, samplers and pipelines promise each other.
+
+Shape letters used throughout the package: B batch, N tokens per image, T candidates, K kept,
+V vocabulary, C width, D head width or latent width, S cache length, R cache rows (B, or 2B with
+guidance), H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Conditions = Sequence[Any]
+"""One entry per image: a class id, a class name or caption, `None`, or caption features [T, C]."""
+
+Seeds = Sequence[Any]
+"""One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
+
+StepCallback = Callable[[int, dict[str, Any]], None]
+"""Called after every pass with the pass number and {"finished", "total", "accepted"}."""
+
+
+class Stats(dict[str, Any]):
+    """Measurements of one run; a dict whose entries can also be read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no statistic {name!r}; there are {', '.join(self)}") from None
+
+
+@dataclass
+class Samples:
+    """What a sampler returns.
+
+    Attributes:
+        tokens: [B, N] int64 (token and scale models) or [B, N, D] float (continuous models).
+        stats: see `arvision.pipeline.SampleOutput`.
+    """
+
+    tokens: Tensor
+    stats: Stats = field(default_factory=Stats)
+
+
+class TokenState(Protocol):
+    """Decode state of a token model: a committed prefix and, between calls, some candidates."""
+
+    lengths: Tensor
+    """[B] int64, committed tokens of each row."""
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Guided logits [B, T, V] of what follows each of the candidates `tokens` [B, T].
+
+        `parents` is None for a chain, else [T] int64 with `parents[t] < t`, -1 for the prefix.
+        """
+        ...
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep candidates `kept[b, :counts[b]]` ([B, K] and [B] int64) and forget the rest."""
+        ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A model that draws one discrete token after another.
+
+    A state may offer two things more, which samplers use where they exist: `select(rows)` keeps
+    the given batch rows and drops the others, and a true `allows_overrun` says that `extend`
+    accepts candidates past the last token (their logits mean nothing).
+    """
+
+    vocab_size: int
+    num_tokens: int
+    grid: tuple[int, int] | None
+
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0
+    ) -> tuple[TokenState, Tensor]:
+        """Prefill `conditions`; the state and the guided logits [B, V] of the first token."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N] to pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class Sampler(Protocol):
+    """A loop around a model; it knows the contract and never the network."""
+
+    def __call__(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one sample per condition."""
+        ...

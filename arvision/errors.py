@@ -1,0 +1,43 @@
+"""Every exception that the package raises on purpose.
+
+A message is one line: what was given, what was expected, the nearest names that exist.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ArvisionError(Exception):
+    """Base of the package's errors."""
+
+
+class InputError(ArvisionError, ValueError):
+    """An argument that the caller can mend: a name, a range, a shape."""
+
+
+class CheckpointError(ArvisionError, ValueError):
+    """A weight file that is truncated, unsafe, or does not fit the model."""
+
+
+class StateError(ArvisionError, RuntimeError):
+    """A decode state was used in an order that its contract does not allow."""
+
+
+class MissingDependencyError(ArvisionError, ImportError):
+    """An optional package is needed; the message names the install line."""
+
+
+def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
+    """An `InputError` for a name that is not in `known`, with the nearest ones first.
+
+    Args:
+        kind: what the name stands for, such as "sampler".
+        given: what the caller wrote.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"unknown {kind} {given!r}: {hint}expected one of {', '.join(names) or 'none'}")
