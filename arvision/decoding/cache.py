@@ -1,0 +1,182 @@
+"""A preallocated key/value cache that takes candidates and keeps some of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+
+
+class KVCache:
+    """Keys and values of R rows that may stand at different lengths.
+
+    Candidates are written behind the committed length of their row; `commit` keeps some of them and
+    forgets the rest by moving the length. Nothing is copied as long as what is kept is already
+    contiguous, and nothing is allocated per step in proportion to the sequence while all rows stand
+    at the same length.
+
+    Args:
+        num_layers: attention layers.
+        num_rows: R.
+        num_heads: key/value heads H.
+        capacity: positions S that a row can hold.
+        head_dim: D.
+        device: of the cache.
+        dtype: of the cache.
+        open_columns: [R, P] bool, false where the first P positions must never be looked at
+            (padding); None for no such positions.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        open_columns: Tensor | None = None,
+    ) -> None:
+        shape = (num_layers, num_rows, num_heads, capacity, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._host_lengths = [0] * num_rows
+        self._slots: Tensor | None = None
+        self._first = 0
+        self._num = 0
+        self._is_chain = True
+        barred = torch.full((), float("-inf"), device=device, dtype=dtype)
+        self._barred = barred
+        order = torch.arange(capacity, device=device)
+        self._order = order
+        self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
+        self._causal.masked_fill_(order > order[:, None], float("-inf"))
+        self._closed: Tensor | None = None
+        if open_columns is not None and not bool(open_columns.all()):
+            self._closed = torch.zeros(num_rows, 1, 1, capacity, device=device, dtype=dtype)
+            self._closed[:, 0, 0, : open_columns.shape[1]].masked_fill_(
+                ~open_columns.to(device), float("-inf")
+            )
+
+    @property
+    def num_pending(self) -> int:
+        """Candidates written and neither kept nor forgotten yet."""
+        return self._num
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows stand at the same length."""
+        return len(set(self._host_lengths)) <= 1
+
+    def begin(self, num: int, ancestors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Make room for `num` candidates per row.
+
+        Args:
+            num: candidates T.
+            ancestors: [T, T] bool, true where candidate t may look at candidate u (itself
+                included); None for a chain.
+
+        Returns:
+            Slots [R, T] of the candidates, and the additive mask [R or 1, 1, T, S] of what they may
+            look at (None for everything).
+
+        Raises:
+            StateError: a tree does not fit. A chain may run past the end: what runs over
+                shares the last slot, and nothing before it can see that.
+        """
+        self._num, self._is_chain = num, ancestors is None
+        offsets = self._order[:num] if num <= self.capacity else torch.arange(num)
+        slots = self.lengths[:, None] + offsets
+        self._first = self._host_lengths[0]
+        furthest = max(self._host_lengths) + num
+        if self.is_uniform and furthest <= self.capacity:
+            self._slots = None
+            visible = slice(0, furthest)
+            if ancestors is not None:
+                mask = self._tree_mask(slots, ancestors, furthest)
+            elif num == 1:
+                mask = None if self._closed is None else self._closed[..., visible]
+            else:
+                mask = self._causal[None, None, self._first : furthest, visible]
+                if self._closed is not None:
+                    mask = mask + self._closed[..., visible]
+            return slots, mask
+        if furthest > self.capacity:
+            if ancestors is not None:
+                raise StateError(
+                    f"a tree of {num} candidates does not fit: the cache has room for "
+                    f"{self.capacity - max(self._host_lengths)} more positions"
+                )
+            slots = slots.clamp(max=self.capacity - 1)
+        self._slots = slots
+        furthest = min(furthest, self.capacity)
+        if ancestors is not None:
+            return slots, self._tree_mask(slots, ancestors, furthest)
+        mask = self._causal[slots, :furthest][:, None]
+        if self._closed is not None:
+            mask = mask + self._closed[..., :furthest]
+        return slots, mask
+
+    def _tree_mask(self, slots: Tensor, ancestors: Tensor, visible: int) -> Tensor:
+        """[R, 1, T, visible]: the committed prefix and each candidate's ancestors."""
+        rows, num = slots.shape
+        prefix = self._order[:visible] < self.lengths[:, None]
+        sees = prefix[:, None].expand(rows, num, visible).clone()
+        sees.scatter_(2, slots[:, None].expand(rows, num, num), ancestors.expand(rows, num, num))
+        mask = torch.zeros(sees.shape, device=sees.device, dtype=self.keys.dtype)
+        mask = mask.masked_fill_(~sees, float("-inf"))[:, None]
+        return mask if self._closed is None else mask + self._closed[..., :visible]
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the candidates' keys and values [R, H, T, D] of one layer.
+
+        Returns:
+            Everything visible to them, two views [R, H, S, D].
+        """
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        if self._slots is None:
+            end = self._first + self._num
+            stored_keys[:, :, self._first : end] = keys
+            stored_values[:, :, self._first : end] = values
+            return stored_keys[:, :, :end], stored_values[:, :, :end]
+        rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+        stored_keys[rows, :, self._slots] = keys.transpose(1, 2)
+        stored_values[rows, :, self._slots] = values.transpose(1, 2)
+        end = min(max(self._host_lengths) + self._num, self.capacity)
+        return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep candidates `kept[r, :counts[r]]` of each row, in that order, and forget the rest.
+
+        Args:
+            kept: [R, K] int64.
+            counts: [R] int64.
+        """
+        order = self._order[: kept.shape[1]]
+        used = order < counts[:, None]
+        if not bool(((kept == order) | ~used).all()):
+            self._move(kept, used)
+        self.lengths = self.lengths + counts
+        self._host_lengths = self.lengths.tolist()
+        self._num = 0
+
+    def _move(self, kept: Tensor, used: Tensor) -> None:
+        """Gather the kept candidates to the front of the candidates' area."""
+        rows, places = used.nonzero(as_tuple=True)
+        source = self.lengths[rows] + kept[rows, places]
+        goal = self.lengths[rows] + places
+        self.keys[:, rows, :, goal] = self.keys[:, rows, :, source]
+        self.values[:, rows, :, goal] = self.values[:, rows, :, source]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows [R'] and drop the others."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+        self._host_lengths = self.lengths.tolist()
+        if self._closed is not None:
+            self._closed = self._closed[rows]

@@ -1,0 +1,94 @@
+"""The one place where logits become probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+
+def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: null + scale * (conditional - null), any shape.
+
+    Paper: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits as the
+    official LlamaGen sampler does.
+    """
+    return null + scale * (conditional - null)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """How logits become the law that tokens are drawn from.
+
+    Attributes:
+        temperature: divides the logits; 0 leaves the most likely token only.
+        top_k: keep the k most likely tokens (and ties with the last of them); 0 keeps all.
+        top_p: keep the fewest most likely tokens that reach this mass; 1 keeps all.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature}: expected a number >= 0")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise InputError(f"top_k {self.top_k}: expected an integer >= 0 (0 keeps all)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p}: expected 0 < top_p <= 1 (1 keeps all)")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Guided logits [..., V] to log-probabilities [..., V]; see `shape_logits`."""
+        return shape_logits(
+            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+def shape_logits(
+    logits: Tensor,
+    *,
+    null_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Guidance, temperature, top-k, top-p, in this order, then normalisation.
+
+    Args:
+        logits: [..., V]; conditional ones where `null_logits` is given, else already guided.
+        null_logits: [..., V] of the null condition.
+        guidance_scale: weight of the conditional logits.
+        temperature: divides the logits; 0 leaves the most likely token only.
+        top_k: tokens kept, ties with the last of them included; 0 for all.
+        top_p: mass kept; the token that crosses the threshold stays.
+
+    Returns:
+        Log-probabilities [..., V], -inf where a token was cut; float32, or float64 for
+        float64 logits.
+    """
+    if null_logits is not None:
+        logits = guide(logits, null_logits, guidance_scale)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if temperature == 0:
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.full_like(logits, float("-inf")).scatter_(-1, best, 0.0)
+    if temperature != 1.0:
+        logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        beyond = probs.cumsum(dim=-1) - probs >= top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return logits.log_softmax(dim=-1)

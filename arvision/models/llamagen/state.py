@@ -1,0 +1,159 @@
+"""Decode state of a LlamaGen model: guided logits over a cache that takes candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...decoding.cache import KVCache
+from ...decoding.logits import guide
+from ...decoding.tree import ancestor_mask, check_parents, depths
+from ...errors import InputError, StateError
+from .transformer import LlamaGenTransformer, prefix_mask
+
+TREE_ROOM = 64
+"""Cache positions beyond the last token, so that a tree fits near the end of an image."""
+
+
+class LlamaGenState:
+    """See `arvision.contracts.TokenState`.
+
+    With guidance the cache holds 2B rows, the conditional ones first; scale 1 needs only these and
+    scale 0 only the null rows.
+
+    Args:
+        transformer: the network.
+        rows: conditioning rows [R, P, C], R = B or 2B.
+        valid: [R, P] bool, false on padding; None without padding.
+        guidance_scale: weight of the conditional logits.
+        batch_size: B.
+    """
+
+    allows_overrun = True
+
+    def __init__(
+        self,
+        transformer: LlamaGenTransformer,
+        rows: Tensor,
+        valid: Tensor | None,
+        guidance_scale: float,
+        batch_size: int,
+    ) -> None:
+        config = transformer.config
+        self._transformer = transformer
+        self._scale = guidance_scale
+        self._is_doubled = rows.shape[0] != batch_size
+        self._num_conditions = rows.shape[1]
+        self._rotary = transformer.rotary()
+        self._parents: Tensor | None = None
+        self.cache = KVCache(
+            config["num_layers"],
+            rows.shape[0],
+            config["num_kv_heads"] or config["num_heads"],
+            self._num_conditions + transformer.num_tokens + TREE_ROOM,
+            config["hidden_size"] // config["num_heads"],
+            device=rows.device,
+            dtype=rows.dtype,
+            open_columns=valid,
+        )
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=rows.device)
+        self._prefill = (rows, valid)
+
+    def prefill(self) -> Tensor:
+        """Run the conditioning rows; guided logits [B, V] of the first token."""
+        rows, valid = self._prefill
+        num = self._num_conditions
+        _, mask = self.cache.begin(num)
+        if valid is not None:
+            bars = torch.zeros((), dtype=rows.dtype, device=rows.device)
+            mask = bars.masked_fill(~prefix_mask(valid, num), float("-inf"))
+        logits = self._transformer(
+            rows, self._rotary[:num], mask=mask, cache=self.cache, num_logits=1
+        )
+        every = torch.arange(num, device=rows.device).expand(rows.shape[0], num)
+        self.cache.commit(every, torch.full_like(every[:, 0], num))
+        return self._guided(logits)[:, 0]
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        if not self._is_doubled:
+            return logits
+        conditional, null = logits.chunk(2)
+        return guide(conditional, null, self._scale)
+
+    def _doubled(self, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor]) if self._is_doubled else tensor
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Guided logits [B, T, V] of what follows each candidate.
+
+        Args:
+            tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+
+        Raises:
+            InputError: a shape or a parent that does not fit, or a token out of range.
+            StateError: a tree larger than the room left.
+        """
+        batch, num = tokens.shape if tokens.dim() == 2 else (-1, 0)
+        if batch != len(self.lengths) or num < 1:
+            raise InputError(
+                f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
+            )
+        ancestors = None
+        steps = torch.arange(num, device=tokens.device)
+        if parents is not None:
+            check_parents(parents, num)
+            ancestors, steps = ancestor_mask(parents), depths(parents)
+        self._parents = parents
+        _, mask = self.cache.begin(num, ancestors)
+        last = len(self._rotary) - 1
+        if self.cache.is_uniform:
+            first = int(self.cache.lengths[0])
+            if parents is None and first + num <= last + 1:
+                rotary = self._rotary[first : first + num]
+            else:
+                rotary = self._rotary[(first + steps).clamp(max=last)]
+        else:
+            rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
+        embedded = self._transformer.tok_embeddings(self._doubled(tokens))
+        return self._guided(self._transformer(embedded, rotary, mask=mask, cache=self.cache))
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep some of the last candidates and forget the rest.
+
+        Args:
+            kept: [B, K] int64, indices into the candidates, parents before children.
+            counts: [B] int64, how many of each row of `kept` count; rows may differ.
+
+        Raises:
+            StateError: no candidates are pending, or a parent was not kept.
+        """
+        num = self.cache.num_pending
+        if num == 0:
+            raise StateError("commit without candidates: call extend first")
+        self._check_kept(kept, counts, num)
+        self.cache.commit(self._doubled(kept), self._doubled(counts))
+        self.lengths = self.lengths + counts
+
+    def _check_kept(self, kept: Tensor, counts: Tensor, num: int) -> None:
+        if kept.dim() != 2 or len(kept) != len(self.lengths) or counts.shape != self.lengths.shape:
+            raise StateError(
+                f"kept {tuple(kept.shape)} and counts {tuple(counts.shape)}: expected "
+                f"[{len(self.lengths)}, K] and [{len(self.lengths)}]"
+            )
+        places = torch.arange(kept.shape[1], device=kept.device)
+        used = places < counts[:, None]
+        if int(counts.max()) > kept.shape[1] or bool((used & ((kept < 0) | (kept >= num))).any()):
+            raise StateError(f"kept must name candidates 0..{num - 1}, as many as counts says")
+        before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
+        parent = kept - 1 if self._parents is None else self._parents[kept.clamp(0, num - 1)]
+        if bool((used & (parent != before)).any()):
+            raise StateError("kept is not a path: each kept candidate must follow its parent")
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows` [B'] and drop the others."""
+        if self._is_doubled:
+            self.cache.select(torch.cat([rows, rows + len(self.lengths)]))
+        else:
+            self.cache.select(rows)
+        self.lengths = self.lengths[rows]

@@ -1,0 +1,286 @@
+"""The VQ image tokenizers of LlamaGen (VQ-16, VQ-8 and smaller ones)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ...errors import InputError
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with group normalisation and swish, and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in, H, W] to [B, out, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the positions of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, H, W]."""
+        normed = self.norm(x)
+        q, k, v = (
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for layer in (self.q, self.k, self.v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the side: pad right and bottom by one zero, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, H/2, W/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the side by nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; only the deepest level has attention."""
+
+    def __init__(self, widths: Sequence[int], has_attention: bool) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.attn = nn.ModuleList(
+            AttentionBlock(b) for b in (widths[1:] if has_attention else ())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual blocks, each followed by its attention where there is one."""
+        for index, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn) > 0:
+                x = self.attn[index](x)
+        return x
+
+
+def _middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)]
+    )
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] to features [B, z, H/f, W/f]."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [ch * mult for mult in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        previous = ch
+        for index, width in enumerate(widths):
+            deepest = index == len(widths) - 1
+            level = Level([previous] + [width] * num_blocks, deepest)
+            if not deepest:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+            previous = width
+        self.mid = _middle(previous)
+        self.norm_out = _norm(previous)
+        self.conv_out = nn.Conv2d(previous, z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode."""
+        h = self.conv_in(x)
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        for block in self.mid:
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Features [B, z, h, w] to pixels [B, 3, h*f, w*f]; level 0 is the deepest."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [ch * mult for mult in reversed(ch_mult)]
+        previous = widths[0]
+        self.conv_in = nn.Conv2d(z_channels, previous, 3, padding=1)
+        self.mid = _middle(previous)
+        self.conv_blocks = nn.ModuleList()
+        for index, width in enumerate(widths):
+            level = Level([previous] + [width] * (num_blocks + 1), index == 0)
+            if index < len(widths) - 1:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+            previous = width
+        self.norm_out = _norm(previous)
+        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decode."""
+        h = self.conv_in(z)
+        for block in self.mid:
+            h = block(h)
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Quantizer(nn.Module):
+    """A codebook looked up by cosine similarity.
+
+    `codebook_used` is a training-time record of the official release; it is kept so that official
+    files load strictly, and written back unchanged.
+    """
+
+    def __init__(self, codebook_size: int, code_dim: int, num_recorded: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, code_dim)
+        if num_recorded > 0:
+            self.register_buffer("codebook_used", torch.zeros(num_recorded))
+
+    def codes(self) -> Tensor:
+        """Codebook [V, D], rows of unit length."""
+        return F.normalize(self.embedding.weight, dim=-1)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the nearest code of each row of `z` [..., D]; both sides are normalised.
+
+        On the unit sphere the nearest code is the one with the largest inner product.
+        """
+        return (F.normalize(z, dim=-1) @ self.codes().T).argmax(dim=-1)
+
+
+class LlamaGenTokenizer(ModelMixin, ConfigMixin):
+    """Vector-quantised autoencoder: pixels to a grid of code indices and back.
+
+    Args:
+        ch: base width.
+        ch_mult: width multiplier of each level; every level but the last halves the side.
+        num_res_blocks: residual blocks of an encoder level (a decoder level has one more).
+        z_channels: width between encoder and quantiser.
+        codebook_size: number of codes V.
+        code_dim: width of a code.
+        num_recorded: length of the official usage record; 0 for none.
+
+    Raises:
+        InputError: widths that group normalisation cannot split into 32 groups.
+
+    Paper: Sun et al., "Autoregressive Model Beats Diffusion", 2024, section 2.2.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        ch: int = 128,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        z_channels: int = 256,
+        codebook_size: int = 16384,
+        code_dim: int = 8,
+        num_recorded: int = 65536,
+    ) -> None:
+        super().__init__()
+        if ch % 32:
+            raise InputError(f"ch {ch}: expected a multiple of 32 (group normalisation)")
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.quantize = Quantizer(codebook_size, code_dim, num_recorded)
+        self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    def pre_quant(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to continuous codes [B, D, h, w] before quantisation.
+
+        Raises:
+            InputError: another shape, or sides that the downsampling factor does not divide.
+        """
+        factor = self.downsample_factor
+        if pixels.dim() != 4 or pixels.shape[1] != 3 or any(s % factor for s in pixels.shape[2:]):
+            raise InputError(
+                f"pixels {tuple(pixels.shape)}: expected [B, 3, H, W] with sides divisible by {factor}"
+            )
+        return self.quant_conv(self.encoder(pixels.to(self.dtype)))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to code indices [B, h * w] int64, raster order."""
+        return self.quantize.nearest(self.pre_quant(pixels).flatten(2).transpose(1, 2))
+
+    def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Code indices [B, N] to pixels [B, 3, H, W], nominally in [-1, 1] and not clamped.
+
+        Args:
+            indices: int64, raster order.
+            grid: rows and columns of codes; None for a square.
+
+        Raises:
+            InputError: N is not the size of the grid, or an index is out of range.
+        """
+        num = indices.shape[-1]
+        height, width = grid or (int(num**0.5 + 0.5),) * 2
+        if indices.dim() != 2 or height * width != num:
+            raise InputError(
+                f"indices {tuple(indices.shape)}: expected [B, {height} * {width}]"
+            )
+        size = self.config["codebook_size"]
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise InputError(f"code indices must lie in 0..{size - 1}")
+        codes = self.quantize.codes()[indices]
+        return self.decode_codes(codes.transpose(1, 2).unflatten(2, (height, width)))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Quantised codes [B, D, h, w] to pixels [B, 3, H, W]."""
+        return self.decoder(self.post_quant_conv(codes))

@@ -1,0 +1,179 @@
+"""The LlamaGen transformer as a diffusers model."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ...errors import InputError
+from .layers import AttentionCache, Block, CaptionEmbedding, ClassEmbedding, RMSNorm, rotary_table
+
+
+class LlamaGenTransformer(ModelMixin, ConfigMixin):
+    """Decoder-only transformer over the codes of one image in raster order.
+
+    A sequence is `num_condition_tokens` conditioning rows (one class row, or a caption padded on
+    the left) followed by the H * W image tokens; the last conditioning row predicts token 0.
+
+    Args:
+        vocab_size: codes of the image tokenizer.
+        grid: rows and columns of image tokens.
+        hidden_size: width C.
+        num_layers: transformer blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None for as many as query heads.
+        intermediate_size: width of the feed-forward layer; None for the official rule
+            (two thirds of 4C, rounded up to a multiple of 256).
+        num_classes: classes of a class-conditional model, None for a text-conditional one.
+        caption_dim: width of the caption features of a text-conditional model.
+        caption_length: rows of a padded caption.
+        norm_eps: epsilon of the RMS normalisation.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        InputError: sizes that do not fit each other.
+
+    Paper: Sun et al., "Autoregressive Model Beats Diffusion", 2024, section 2.3.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        grid: tuple[int, int] = (16, 16),
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        num_kv_heads: int | None = None,
+        intermediate_size: int | None = None,
+        num_classes: int | None = 1000,
+        caption_dim: int | None = None,
+        caption_length: int = 120,
+        norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+            raise InputError(
+                f"hidden_size {hidden_size} with num_heads {num_heads}: expected a head width "
+                "that is a multiple of 4"
+            )
+        if num_heads % num_kv_heads:
+            raise InputError(
+                f"num_kv_heads {num_kv_heads}: expected a divisor of num_heads {num_heads}"
+            )
+        if (num_classes is None) == (caption_dim is None):
+            raise InputError("expected either num_classes or caption_dim, and not both")
+        hidden = intermediate_size or -(-(8 * hidden_size // 3) // 256) * 256
+        self.num_condition_tokens = 1 if caption_dim is None else caption_length
+        self.cls_embedding = (
+            ClassEmbedding(num_classes, hidden_size)
+            if num_classes is not None
+            else CaptionEmbedding(caption_dim or 0, hidden_size, caption_length)
+        )
+        self.tok_embeddings = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList(
+            Block(hidden_size, num_heads, num_kv_heads, hidden, norm_eps) for _ in range(num_layers)
+        )
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.output = nn.Linear(hidden_size, vocab_size, bias=False)
+        self._rotary: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._init_weights(num_layers)
+
+    def _init_weights(self, num_layers: int) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = (2 * num_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
+                nn.init.normal_(parameter, std=0.02 * scale)
+
+    @property
+    def is_text_conditional(self) -> bool:
+        """Whether the conditions are captions rather than classes."""
+        return isinstance(self.cls_embedding, CaptionEmbedding)
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens of one sample."""
+        return self.config["grid"][0] * self.config["grid"][1]
+
+    def rotary(self) -> Tensor:
+        """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        key = (self.device, dtype)
+        if key not in self._rotary:
+            table = rotary_table(
+                tuple(self.config["grid"]),
+                self.config["hidden_size"] // self.config["num_heads"],
+                self.num_condition_tokens,
+                self.config["rope_theta"],
+            )
+            self._rotary[key] = table.to(device=self.device, dtype=dtype)
+        return self._rotary[key]
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        rotary: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: AttentionCache | None = None,
+        num_logits: int | None = None,
+    ) -> Tensor:
+        """Embedded inputs [R, T, C] to logits of the last `num_logits` positions, float32 or wider.
+
+        Args:
+            embeddings: conditioning rows and/or embedded tokens.
+            rotary: (cos, sin) of their positions, see `rotary`.
+            mask: [R or 1, 1, T, S] bool, true where a query may look.
+            is_causal: a plain causal mask, without a cache.
+            cache: key and value cache.
+            num_logits: how many positions, from the right, need logits; None for all.
+        """
+        x = embeddings
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, index, mask=mask, is_causal=is_causal, cache=cache)
+        if num_logits is not None:
+            x = x[:, -num_logits:]
+        logits = self.output(self.norm(x))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def teacher_forced(
+        self, conditions: Tensor, tokens: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, N, V] of every image token given its condition and the tokens before it.
+
+        Args:
+            conditions: conditioning rows [B, P, C].
+            tokens: [B, N] int64; the last one is not looked at.
+            valid: [B, P] bool, false on the padding of a caption; None for no padding.
+        """
+        num_conditions = conditions.shape[1]
+        inputs = torch.cat([conditions, self.tok_embeddings(tokens[:, :-1])], dim=1)
+        length = inputs.shape[1]
+        mask = None if valid is None else prefix_mask(valid, length)
+        return self(
+            inputs,
+            self.rotary()[:length],
+            mask=mask,
+            is_causal=mask is None,
+            num_logits=length - num_conditions + 1,
+        )
+
+
+def prefix_mask(valid: Tensor, length: int) -> Tensor:
+    """Causal mask [B, 1, length, length] with the padding columns of captions closed.
+
+    `valid` [B, P] marks the caption rows that count; the diagonal stays open.
+    """
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    open_columns = valid.new_ones(valid.shape[0], length)
+    open_columns[:, : valid.shape[1]] = valid
+    diagonal = torch.eye(length, dtype=torch.bool, device=valid.device)
+    return ((causal & open_columns[:, None]) | diagonal)[:, None]

@@ -1,0 +1,215 @@
+"""The one training loop: optimiser, schedule, checkpoints, progress bar, JSON log.
+
+An objective is an `nn.Module` whose `forward(indices, generator)` gives a dict with a scalar
+"loss" and anything else worth logging. Data order and all randomness are functions of the seed and
+the step, so a resumed run takes the very steps that an uninterrupted one takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Settings of one run of the loop.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: samples per step over all processes.
+        learning_rate: peak of the cosine schedule.
+        warmup: steps of linear warm-up.
+        weight_decay: for matrices; vectors are never decayed.
+        betas: of AdamW.
+        clip_norm: largest gradient norm.
+        seed: of data order and noise.
+        mixed_precision: "no" or "bf16".
+        save_every: steps between checkpoints.
+        log_every: steps between lines of the log.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    seed: int = 0
+    mixed_precision: str = "no"
+    save_every: int = 250
+    log_every: int = 25
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise InputError(
+                f"steps {self.steps} and batch_size {self.batch_size}: expected at least 1 each"
+            )
+
+
+class Objective(Protocol):
+    """What the loop trains."""
+
+    num_items: int
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss (and figures) of the samples `indices` [B]."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimiser step."""
+        ...
+
+
+def batch_indices(step: int, batch_size: int, num_items: int, seed: int) -> Tensor:
+    """Sample numbers [batch_size] of a step: consecutive slices of one shuffle per epoch."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // num_items
+    out = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        shuffle = torch.randperm(num_items, generator=_generator(seed, epoch, "order"))
+        chosen = epochs == epoch
+        out[chosen] = shuffle[positions[chosen] % num_items]
+    return out
+
+
+def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
+    offset = {"order": 0, "noise": 1}[purpose]
+    return torch.Generator().manual_seed((seed * 2 + offset) * 1_000_003 + number)
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.learning_rate * warm * 0.5 * (1 + float(torch.cos(
+        torch.tensor(step / config.steps * torch.pi)
+    )))
+
+
+def fit(
+    objective: nn.Module,
+    config: FitConfig,
+    folder: Path,
+    *,
+    progress: bool = True,
+    stop_after: int | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `objective` in place, resuming from `folder` where a checkpoint lies there.
+
+    Args:
+        objective: an `Objective` that is an `nn.Module`.
+        config: settings; a checkpoint made with others is refused.
+        folder: takes `checkpoint.pt` and `log.jsonl`.
+        progress: show a bar on stderr.
+        stop_after: stop (with a checkpoint) after this many steps of this call.
+        on_log: called with each line of the log.
+
+    Returns:
+        The log: a dict per `log_every` steps with the step, loss, rate and seconds.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(objective, config.weight_decay), lr=0.0, betas=config.betas
+    )
+    first, log = _resume(objective, optimizer, config, folder)
+    objective.train()
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    last = config.steps if stop_after is None else min(config.steps, first + stop_after)
+    show = progress and accelerator.is_main_process
+    bar = tqdm(total=config.steps, initial=first, disable=not show, desc=folder.name)
+    started, seconds = time.perf_counter(), log[-1]["seconds"] if log else 0.0
+    for step in range(first, last):
+        indices = batch_indices(step, config.batch_size, objective.num_items, config.seed)
+        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.autocast():
+            figures = model(mine, _generator(config.seed, step, "noise"))
+        optimizer.zero_grad()
+        accelerator.backward(figures["loss"])
+        accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+        optimizer.step()
+        objective.after_step(step)
+        bar.update(1)
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            line = {name: round(float(value), 5) for name, value in figures.items()}
+            line |= {
+                "step": step + 1,
+                "rate": rate,
+                "seconds": round(seconds + time.perf_counter() - started, 1),
+            }
+            log.append(line)
+            bar.set_postfix({name: line[name] for name in figures})
+            if on_log is not None:
+                on_log(line)
+        if ((step + 1) % config.save_every == 0 or step + 1 == last) and (
+            accelerator.is_main_process
+        ):
+            _save(objective, optimizer, config, step + 1, log, folder)
+    bar.close()
+    accelerator.wait_for_everyone()
+    objective.eval()
+    return log
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def _save(
+    objective: nn.Module, optimizer: Any, config: FitConfig, step: int, log: list, folder: Path
+) -> None:
+    """Write the checkpoint and the log, each under a temporary name first."""
+    state = {
+        "model": objective.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "config": json.dumps(asdict(config)),
+        "log": json.dumps(log),
+    }
+    temporary = folder / "checkpoint.pt.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, folder / "checkpoint.pt")
+    temporary = folder / "log.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    os.replace(temporary, folder / "log.jsonl")
+
+
+def _resume(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, config: FitConfig, folder: Path
+) -> tuple[int, list[dict[str, Any]]]:
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0, []
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    if state["config"] != json.dumps(asdict(config)):
+        raise CheckpointError(
+            f"{path} was made with other settings ({state['config']}): expected "
+            f"{json.dumps(asdict(config))}; train into another folder or delete it"
+        )
+    objective.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], json.loads(state["log"])

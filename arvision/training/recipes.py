@@ -1,0 +1,170 @@
+"""How the embedded models are made: named recipes of stages, each resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.llamagen.tokenizer import LlamaGenTokenizer
+from ..models.llamagen.transformer import LlamaGenTransformer
+from .captions import CaptionWriter, measure
+from .data import load_fashion
+from .loop import FitConfig, fit
+from .text import build_text_encoder, build_text_tokenizer
+from .tokenizer import TokenizerObjective, encode_all
+from .transformer import CaptionObjective, ClassObjective
+
+Components = dict[str, Any]
+"""Trained parts by their name in the pipeline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenRecipe:
+    """Tokenizer, then transformer, on Fashion-MNIST.
+
+    Attributes:
+        tokenizer_sizes: arguments of `LlamaGenTokenizer`.
+        transformer_sizes: arguments of `LlamaGenTransformer`.
+        tokenizer_fit: settings of the tokenizer stage.
+        transformer_fit: settings of the class-conditional stage.
+        caption_fit: settings of the text-conditional stage, which starts from the weights of the
+            class-conditional one; None for a class-conditional model.
+        num_images: training images used.
+    """
+
+    tokenizer_sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "ch": 32,
+            "ch_mult": (1, 1, 1),
+            "z_channels": 32,
+            "codebook_size": 512,
+            "code_dim": 8,
+            "num_recorded": 0,
+        }
+    )
+    transformer_sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "vocab_size": 512,
+            "grid": (8, 8),
+            "hidden_size": 256,
+            "num_layers": 5,
+            "num_heads": 4,
+            "intermediate_size": 432,
+        }
+    )
+    tokenizer_fit: FitConfig = FitConfig(
+        steps=1800,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        mixed_precision="bf16",
+        log_every=50,
+    )
+    transformer_fit: FitConfig = FitConfig(
+        steps=4000,
+        batch_size=64,
+        learning_rate=1.2e-3,
+        mixed_precision="bf16",
+        log_every=50,
+    )
+    caption_fit: FitConfig | None = None
+    num_images: int = 60_000
+
+    def shortened(self, steps: int, num_images: int) -> LlamaGenRecipe:
+        """The same recipe with at most `steps` steps per stage on `num_images` images."""
+
+        def cut(config: FitConfig | None) -> FitConfig | None:
+            if config is None:
+                return None
+            return dataclasses.replace(config, steps=min(steps, config.steps))
+
+        return dataclasses.replace(
+            self,
+            tokenizer_fit=cut(self.tokenizer_fit),
+            transformer_fit=cut(self.transformer_fit),
+            caption_fit=cut(self.caption_fit),
+            num_images=num_images,
+        )
+
+    def run(self, folder: Path, *, progress: bool = True) -> Components:
+        """Train (or resume) every stage under `folder` and return the trained parts."""
+        images, labels = (part[: self.num_images] for part in load_fashion("train"))
+        tokenizer = self._tokenizer(images, folder, progress)
+        tokens = encode_all(tokenizer, images)
+        transformer = self._transformer(tokens, labels, folder, progress)
+        parts: Components = {"transformer": transformer, "tokenizer": tokenizer}
+        if self.caption_fit is not None:
+            parts |= self._caption_model(transformer, tokens, images, labels, folder, progress)
+        return parts
+
+    def _tokenizer(self, images: Tensor, folder: Path, progress: bool) -> LlamaGenTokenizer:
+        torch.manual_seed(self.tokenizer_fit.seed)
+        tokenizer = LlamaGenTokenizer(**self.tokenizer_sizes)
+        fit(
+            TokenizerObjective(tokenizer, images),
+            self.tokenizer_fit,
+            folder / "tokenizer",
+            progress=progress,
+        )
+        return tokenizer.eval()
+
+    def _transformer(
+        self, tokens: Tensor, labels: Tensor, folder: Path, progress: bool
+    ) -> LlamaGenTransformer:
+        torch.manual_seed(self.transformer_fit.seed)
+        transformer = LlamaGenTransformer(num_classes=10, **self.transformer_sizes)
+        objective = ClassObjective(transformer, tokens, labels)
+        fit(objective, self.transformer_fit, folder / "transformer", progress=progress)
+        return transformer.eval()
+
+    def _caption_model(
+        self,
+        start: LlamaGenTransformer,
+        tokens: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        folder: Path,
+        progress: bool,
+    ) -> Components:
+        assert self.caption_fit is not None
+        torch.manual_seed(self.caption_fit.seed)
+        transformer = LlamaGenTransformer(
+            num_classes=None, caption_dim=64, caption_length=12, **self.transformer_sizes
+        )
+        weights = {k: v for k, v in start.state_dict().items() if not k.startswith("cls_embedding")}
+        transformer.load_state_dict(weights, strict=False)
+        text_tokenizer = build_text_tokenizer()
+        text_encoder = build_text_encoder(len(text_tokenizer), 64, self.caption_fit.seed)
+        objective = CaptionObjective(
+            transformer,
+            tokens,
+            CaptionWriter(measure(images, labels)),
+            text_encoder,
+            text_tokenizer,
+        )
+        fit(objective, self.caption_fit, folder / "caption", progress=progress)
+        return {
+            "transformer": transformer.eval(),
+            "text_encoder": text_encoder.eval(),
+            "text_tokenizer": text_tokenizer,
+        }
+
+
+RECIPES: dict[str, LlamaGenRecipe] = {
+    "llamagen-fashion": LlamaGenRecipe(),
+    "llamagen-fashion-t2i": LlamaGenRecipe(
+        caption_fit=FitConfig(
+            steps=2000,
+            batch_size=64,
+            learning_rate=6e-4,
+            mixed_precision="bf16",
+            log_every=50,
+        )
+    ),
+}

@@ -1,0 +1,119 @@
+"""Training objective of a VQ tokenizer with an EMA codebook on the unit sphere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.llamagen.tokenizer import LlamaGenTokenizer
+from .data import to_pixels
+
+
+class TokenizerObjective(nn.Module):
+    """Reconstruction through an L2-normalised codebook that follows its codes.
+
+    The first `unquantised_steps` train a plain autoencoder on the unit sphere; then the codebook is
+    set by k-means on encoder outputs and follows them by exponential averages; codes that hardly
+    any position uses restart on positions of the current batch.
+
+    Args:
+        tokenizer: the model to train; its codebook gets no gradient.
+        images: [M, H, W] uint8.
+        unquantised_steps: steps before the codebook is switched on.
+        decay: of the exponential averages.
+        commitment: weight of the distance between an encoder output and its code.
+        restart_below: expected uses per batch under which a code restarts.
+
+    Paper: van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (EMA
+    codebook); Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022, section 3.2
+    (normalised codes).
+    """
+
+    def __init__(
+        self,
+        tokenizer: LlamaGenTokenizer,
+        images: Tensor,
+        *,
+        unquantised_steps: int = 150,
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        restart_below: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.images = images
+        self.num_items = len(images)
+        self.unquantised_steps, self.decay = unquantised_steps, decay
+        self.commitment, self.restart_below = commitment, restart_below
+        codebook = tokenizer.quantize.embedding.weight
+        codebook.requires_grad_(False)
+        self.register_buffer("uses", torch.ones(len(codebook)))
+        self.register_buffer("sums", torch.zeros_like(codebook))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss, PSNR in dB and code usage of the images `indices`."""
+        pixels = to_pixels(self.images[indices])
+        z = F.normalize(self.tokenizer.pre_quant(pixels).float(), dim=1)
+        flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
+        step = int(self.steps_done)
+        if step == self.unquantised_steps:
+            self._initialise(flat, generator)
+        if step < self.unquantised_steps:
+            out, commitment = self.tokenizer.decode_codes(z), z.new_zeros(())
+        else:
+            chosen = self.tokenizer.quantize.nearest(flat)
+            codes = self.tokenizer.quantize.codes()[chosen]
+            quantised = codes.view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+            commitment = F.mse_loss(z, quantised)
+            out = self.tokenizer.decode_codes(z + (quantised - z).detach())
+            self._last = (flat, chosen)
+        error = F.mse_loss(out, pixels)
+        loss = error + 0.2 * F.l1_loss(out, pixels) + self.commitment * commitment
+        return {
+            "loss": loss,
+            "psnr": 10 * torch.log10(4.0 / error.detach()),
+            "codes_used": (self.uses > 0.5).sum(),
+        }
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the codebook after the encoder outputs of the step."""
+        self.steps_done += 1
+        if self._last is None:
+            return
+        flat, chosen = self._last
+        one_hot = F.one_hot(chosen, len(self.uses)).to(flat.dtype)
+        self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
+        self.sums.lerp_(one_hot.T @ flat, 1 - self.decay)
+        dead = (self.uses < self.restart_below).nonzero().squeeze(1)
+        if len(dead):
+            picks = torch.randint(
+                len(flat), (len(dead),), generator=torch.Generator().manual_seed(step)
+            )
+            self.sums[dead], self.uses[dead] = flat[picks], 1.0
+        self.tokenizer.quantize.embedding.weight.copy_(F.normalize(self.sums, dim=-1))
+        self._last = None
+
+    @torch.no_grad()
+    def _initialise(self, flat: Tensor, generator: torch.Generator) -> None:
+        """Ten rounds of spherical k-means on the outputs of one batch."""
+        size = len(self.uses)
+        picks = torch.randint(len(flat), (size,), generator=generator)
+        centres = flat[picks]
+        for _ in range(10):
+            one_hot = F.one_hot((flat @ centres.T).argmax(-1), size).to(flat.dtype)
+            sums, counts = one_hot.T @ flat, one_hot.sum(0)
+            centres = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), centres)
+        self.uses.copy_(counts.clamp(min=1.0))
+        self.sums.copy_(centres * self.uses[:, None])
+        self.tokenizer.quantize.embedding.weight.copy_(centres)
+
+
+@torch.no_grad()
+def encode_all(tokenizer: LlamaGenTokenizer, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Code indices [M, N] of grey images [M, H, W] uint8."""
+    tokenizer.eval()
+    return torch.cat([tokenizer.encode(to_pixels(part)) for part in images.split(batch_size)])
