@@ -1,1 +1,34 @@
 """arvision: fast, exact sampling for autoregressive image models."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .api import list_models, list_samplers, load, sample
+from .errors import (
+    ArvisionError,
+    CheckpointError,
+    InputError,
+    MissingDependencyError,
+    StateError,
+)
+from .pipeline import ARPipeline, SampleOutput
+from .samplers import get_sampler
+
+try:
+    __version__ = version("arvision")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0"
+
+__all__ = [
+    "ARPipeline",
+    "ArvisionError",
+    "CheckpointError",
+    "InputError",
+    "MissingDependencyError",
+    "SampleOutput",
+    "StateError",
+    "get_sampler",
+    "list_models",
+    "list_samplers",
+    "load",
+    "sample",
+]

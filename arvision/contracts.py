@@ -19,8 +19,9 @@ Conditions = Sequence[Any]
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
-StepCallback = Callable[[int, dict[str, Any]], None]
-"""Called after every pass with the pass number and {"finished", "total", "accepted"}."""
+StepCallback = Callable[[int, dict[str, Any]], Any]
+"""Called after every pass with the pass number and {"finished", "total", "accepted"}; a true answer
+stops the run."""
 
 
 class Stats(dict[str, Any]):

@@ -1,0 +1,11 @@
+"""Model families: networks, and one class per family that satisfies its contract."""
+
+from ..registry import Registry
+from .llamagen import LlamaGen, LlamaGenTokenizer, LlamaGenTransformer
+
+FAMILIES: Registry[type] = Registry("model family")
+"""Name of a family's transformer class to the family; a pipeline finds its model class here."""
+
+FAMILIES.register("LlamaGenTransformer", kind="token")(LlamaGen)
+
+__all__ = ["FAMILIES", "LlamaGen", "LlamaGenTokenizer", "LlamaGenTransformer"]

@@ -1,0 +1,15 @@
+"""Samplers: loops around a model that know its contract and never its network."""
+
+from .ar import ARSampler
+from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
+from .sjd import SJDSampler
+
+__all__ = [
+    "SAMPLERS",
+    "ARSampler",
+    "BaseSampler",
+    "SJDSampler",
+    "TokenSampler",
+    "get_sampler",
+    "register",
+]

@@ -151,7 +151,7 @@ def fit(
         objective.after_step(step)
         bar.update(1)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            line = {name: round(float(value), 5) for name, value in figures.items()}
+            line = {name: round(float(value.detach()), 5) for name, value in figures.items()}
             line |= {
                 "step": step + 1,
                 "rate": rate,

@@ -58,16 +58,16 @@ class LlamaGenRecipe:
         }
     )
     tokenizer_fit: FitConfig = FitConfig(
-        steps=1800,
-        batch_size=64,
-        learning_rate=1e-3,
+        steps=4500,
+        batch_size=32,
+        learning_rate=2e-3,
         weight_decay=1e-4,
         betas=(0.9, 0.99),
         mixed_precision="bf16",
-        log_every=50,
+        log_every=100,
     )
     transformer_fit: FitConfig = FitConfig(
-        steps=4000,
+        steps=6000,
         batch_size=64,
         learning_rate=1.2e-3,
         mixed_precision="bf16",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
+from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -236,6 +240,23 @@ class LlamaGenTokenizer(ModelMixin, ConfigMixin):
         self.quantize = Quantizer(codebook_size, code_dim, num_recorded)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
+
+    @classmethod
+    def from_official(
+        cls, source: str | Path | Mapping[str, Any], **sizes: Any
+    ) -> LlamaGenTokenizer:
+        """Load the authors' checkpoint; all sizes are read off its tensors.
+
+        Args:
+            source: path or state dict.
+            **sizes: checked against the tensors.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        tensors = read_state_dict(source, TOKENIZER_WRAPPERS)
+        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name)
 
     @property
     def downsample_factor(self) -> int:

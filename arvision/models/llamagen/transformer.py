@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
+from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import AttentionCache, Block, CaptionEmbedding, ClassEmbedding, RMSNorm, rotary_table
 
 
@@ -91,6 +97,25 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             if parameter.dim() == 2:
                 scale = (2 * num_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
                 nn.init.normal_(parameter, std=0.02 * scale)
+
+    @classmethod
+    def from_official(
+        cls, source: str | Path | Mapping[str, Any], **sizes: Any
+    ) -> LlamaGenTransformer:
+        """Load the authors' checkpoint; sizes are read off its tensors where that is possible.
+
+        Args:
+            source: path or state dict.
+            **sizes: what cannot be read off, such as `num_heads` and `grid`.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
+        found = transformer_sizes(tensors, name, sizes, source)
+        weights = {key: value for key, value in tensors.items() if key not in STRAY_KEYS}
+        return load_strictly(cls, found, weights, name)
 
     @property
     def is_text_conditional(self) -> bool:

@@ -1,0 +1,215 @@
+"""Strings to objects: `sample`, `load` and the lists of what there is."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError, InputError, unknown_name
+from .pipeline import ARPipeline, SampleOutput
+from .samplers import SAMPLERS, BaseSampler, get_sampler
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class Listed(str):
+    """A name in a list, with facts about it as attributes."""
+
+    facts: dict[str, Any]
+
+    def __new__(cls, name: str, **facts: Any) -> Listed:
+        """A string that carries facts."""
+        listed = super().__new__(cls, name)
+        listed.facts = facts
+        return listed
+
+    def __getattr__(self, name: str) -> Any:
+        facts = self.__dict__.get("facts", {})
+        if name in facts:
+            return facts[name]
+        raise AttributeError(f"{self!s} has no fact {name!r}")
+
+
+def list_models() -> list[Listed]:
+    """Names of the embedded models, each with `.kind`, `.conditions` and `.summary`."""
+    models = []
+    for folder in sorted(ASSETS.iterdir()):
+        if (folder / "model_index.json").exists():
+            card = json.loads((folder / "card.json").read_text())
+            models.append(Listed(folder.name, **card))
+    return models
+
+
+def list_samplers(model: Any = None) -> list[Listed]:
+    """Names of the samplers, each with `.lossless` (of its default configuration), `.drives` and
+    `.summary`.
+
+    Args:
+        model: only samplers that drive this model (a name, folder or pipeline).
+    """
+    kind = None
+    if model is not None:
+        pipe = load(model) if isinstance(model, (str, Path)) else model
+        kind = pipe.kind
+    return [
+        Listed(
+            entry.name,
+            lossless=entry.facts["exact"],
+            drives=entry.facts["drives"],
+            summary=(entry.value.__doc__ or "").strip().splitlines()[0],
+        )
+        for entry in SAMPLERS
+        if kind is None or kind in entry.facts["drives"]
+    ]
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> ARPipeline:
+    """Load a pipeline.
+
+    Args:
+        name_or_path: an embedded model (see `list_models`), a folder written by `save_pretrained`,
+            or a hub id "owner/name".
+        device: None for an accelerator where there is one, else the CPU.
+        dtype: None for float32 on a CPU, bfloat16 elsewhere.
+
+    Raises:
+        InputError: an unknown name, device or dtype.
+        CheckpointError: a folder that is not a complete pipeline.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    return _load(str(_find(name_or_path)), kind).to(place)
+
+
+def _load(source: str, dtype: torch.dtype) -> ARPipeline:
+    try:
+        return ARPipeline.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
+
+
+def _find(name_or_path: str | Path) -> str | Path:
+    name = str(name_or_path)
+    if (ASSETS / name / "model_index.json").exists() and "/" not in name:
+        return ASSETS / name
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise CheckpointError(f"{path}: expected a pipeline folder, model_index.json is missing")
+        return path
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if looks_like_hub_id:
+        return name
+    raise unknown_name("model", name, list_models())
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: expected a name such as 'cpu' or 'cuda:0'") from error
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: expected 'float32', 'float64', 'bfloat16' or 'float16'")
+    return found
+
+
+@lru_cache(maxsize=2)
+def _load_cached(name: str, device: str, dtype: torch.dtype) -> ARPipeline:
+    return load(name, device, dtype)
+
+
+def sample(
+    model: str | Path | ARPipeline,
+    prompt: Any,
+    sampler: str | BaseSampler = "sjd",
+    *,
+    num_images: int = 1,
+    seed: Any = 0,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+    output_type: str = "pil",
+    **sampler_options: Any,
+) -> SampleOutput:
+    """Draw images in one call.
+
+    Args:
+        model: an embedded name, a folder, a hub id, or a loaded pipeline.
+        prompt: a class id, class name or caption, or a list of them.
+        sampler: a name (see `list_samplers`) or a sampler object.
+        num_images: images of each prompt.
+        seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below.
+        temperature: divides the logits; 0 is greedy.
+        top_k: tokens kept, 0 for all.
+        top_p: mass kept, 1 for all.
+        device: for a model given by name; None for an accelerator where there is one.
+        dtype: likewise; None for float32 on a CPU and bfloat16 elsewhere.
+        progress: show a progress bar.
+        output_type: "pil", "np", "pt" or "latent".
+        **sampler_options: passed to the sampler, such as `window=32`.
+
+    Raises:
+        InputError: an argument that is unknown or out of range, before the model is called.
+
+    Example:
+        >>> import arvision
+        >>> out = arvision.sample("llamagen-fashion", "sneaker", seed=7, progress=False)
+        >>> out.images[0].size
+        (32, 32)
+    """
+    chosen = (
+        get_sampler(sampler, **sampler_options)
+        if isinstance(sampler, str)
+        else sampler.with_options(**sampler_options)
+        if sampler_options
+        else sampler
+    )
+    if isinstance(model, ARPipeline):
+        pipe = model
+        if device is not None or dtype is not None:
+            raise InputError("device and dtype belong to load: this pipeline is loaded already")
+    else:
+        place = _device(device)
+        pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in given.items():
+        if value is None and isinstance(sampler, str) and name not in sampler_options:
+            given[name] = pipe.config[name]
+    kept = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=not progress)
+    try:
+        out = pipe(
+            prompt,
+            num_images_per_prompt=num_images,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            sampler=chosen,
+            output_type=output_type,
+            **given,
+        )
+    finally:
+        pipe.set_progress_bar_config(**(kept or {}))
+    assert isinstance(out, SampleOutput)
+    return out

@@ -1,0 +1,167 @@
+"""The Jacobi drafter: the last pass's guesses for what follows are the next pass's drafts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, unknown_name
+from .noise import Noise, draw
+from .verify import Chain, Verdict
+
+INITS = {
+    "random": "a uniformly random token",
+    "prior": "a draw from the last law that the model gave",
+    "repeat_left": "the token to the left (the one before)",
+    "repeat_above": "the token above",
+    "neighbour_mix": "half the last law, a quarter each the tokens to the left and above",
+}
+NEEDS_GRID = ("repeat_above", "neighbour_mix")
+
+
+def check_init(init: str, grid: tuple[int, int] | None) -> None:
+    """Refuse an unknown way to start new positions, or one that needs an image grid.
+
+    Raises:
+        InputError: see above.
+    """
+    if init not in INITS:
+        raise unknown_name("init", init, INITS)
+    if init in NEEDS_GRID and grid is None:
+        free = [name for name in INITS if name not in NEEDS_GRID]
+        raise InputError(
+            f"init {init!r} looks at the image grid, and this model has none: expected one of "
+            f"{', '.join(free)}"
+        )
+
+
+class JacobiDrafter:
+    """Drafts are what the last pass put behind its final tokens; new positions are initialised.
+
+    Each draft carries the law that it was drawn from, so that any coupling of the laws of two
+    successive passes can verify it.
+
+    Args:
+        init: how a position that enters the window gets its first draft, see `INITS`.
+        grid: rows and columns of the image, for the spatial choices.
+        share_noise: draw first drafts with the position's own Gumbel noise. Only right under
+            Gumbel coupling, where it makes the first draft agree with the final token more often.
+        keeps_laws: whether the rule looks at the drafts' laws; without them no law is stored.
+    """
+
+    def __init__(
+        self,
+        init: str,
+        grid: tuple[int, int] | None,
+        *,
+        share_noise: bool = False,
+        keeps_laws: bool = True,
+    ) -> None:
+        check_init(init, grid)
+        self._init = init
+        self._columns = grid[1] if grid is not None else 1
+        self._share_noise, self._keeps_laws = share_noise, keeps_laws
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Forget everything of an earlier batch."""
+        self._noise, self._vocab_size = noise, vocab_size
+        batch = len(noise)
+        self._drafts: Tensor | None = None
+        self._laws: Tensor | None = None
+        self._prior: Tensor | None = None
+        self._num_held = torch.zeros(batch, dtype=torch.int64)
+
+    def propose(
+        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `arvision.decoding.loop.Drafter`."""
+        batch, device = len(tokens), tokens.device
+        drafts = torch.zeros(batch, num, dtype=torch.int64, device=device)
+        laws = None
+        if self._keeps_laws:
+            dtype = torch.float64 if self._prior is None else self._prior.dtype
+            laws = torch.zeros(batch, num, self._vocab_size, device=device, dtype=dtype)
+        held = self._num_held.to(device).clamp(max=num)
+        width = 0 if self._drafts is None else min(num, self._drafts.shape[1])
+        if self._drafts is not None:
+            drafts[:, :width] = self._drafts[:, :width]
+            if laws is not None and self._laws is not None:
+                laws[:, :width] = self._laws[:, :width]
+        for place in range(int(held.min()) if batch else 0, num):
+            new = (held <= place).nonzero()[:, 0]
+            token, law = self._first_draft(tokens, drafts, lengths, place, tries)
+            drafts[new, place] = token[new]
+            if laws is not None:
+                laws[new, place] = law[new].to(laws.dtype)
+        return drafts, laws
+
+    def _first_draft(
+        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int, tries: int
+    ) -> tuple[Tensor, Tensor]:
+        """First drafts [B] of positions `lengths + place`, and their laws [B, V]."""
+        positions = lengths + place
+        law = self._first_law(tokens, drafts, lengths, place)
+        if self._share_noise:
+            noise = self._noise.gumbel(positions[:, None], self._vocab_size, law.dtype)[:, 0]
+            return (law + noise).argmax(-1), law
+        uniforms = self._noise.uniform(positions[:, None], "init", tries)[:, 0]
+        return draw(law.exp(), uniforms), law
+
+    def _first_law(self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int) -> Tensor:
+        uniform = torch.full(
+            (len(tokens), self._vocab_size),
+            -torch.log(torch.tensor(float(self._vocab_size))).item(),
+            device=tokens.device,
+            dtype=torch.float64 if self._prior is None else self._prior.dtype,
+        )
+        if self._init == "random":
+            return uniform
+        prior = uniform if self._prior is None else self._prior
+        if self._init == "prior":
+            return prior
+        left = self._point(tokens, drafts, lengths, place, 1)
+        if self._init == "repeat_left":
+            return left.log()
+        above = self._point(tokens, drafts, lengths, place, self._columns)
+        if self._init == "repeat_above":
+            return above.log()
+        return (0.5 * prior.exp() + 0.25 * left + 0.25 * above).log()
+
+    def _point(
+        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int, back: int
+    ) -> Tensor:
+        """Point mass [B, V] on the token `back` positions earlier; uniform before the image."""
+        source = lengths + place - back
+        known = tokens.gather(1, source.clamp(0, tokens.shape[1] - 1)[:, None])[:, 0]
+        if place >= back:
+            guess = drafts[:, place - back]
+        else:
+            guess = known
+        token = torch.where(source < lengths, known, guess)
+        dtype = torch.float64 if self._prior is None else self._prior.dtype
+        point = torch.zeros(len(tokens), self._vocab_size, device=tokens.device, dtype=dtype)
+        point.scatter_(1, token[:, None], 1.0)
+        return torch.where((source < 0)[:, None], 1.0 / self._vocab_size, point)
+
+    def observe(self, chain: Chain, verdict: Verdict) -> None:
+        """Keep what the pass put behind its final tokens."""
+        num = verdict.tokens.shape[1]
+        places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
+        places = places.clamp(max=num - 1)
+        self._drafts = verdict.tokens.gather(1, places)
+        self._num_held = num - verdict.counts
+        self._prior = chain.target_logp[:, -1]
+        if self._keeps_laws:
+            index = places[..., None].expand(-1, -1, self._vocab_size)
+            self._laws = chain.target_logp.gather(1, index)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        self._noise = self._noise.select(rows)
+        self._num_held = self._num_held[rows]
+        if self._drafts is not None:
+            self._drafts = self._drafts[rows]
+        if self._laws is not None:
+            self._laws = self._laws[rows]
+        if self._prior is not None:
+            self._prior = self._prior[rows]

@@ -1,0 +1,271 @@
+"""The one decoding loop of token models: draft, extend, verify, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions, Samples, Seeds, Stats, StepCallback, TokenModel
+from ..errors import InputError
+from .noise import Noise
+from .verify import Chain, Rule, Verdict
+
+
+class Drafter(Protocol):
+    """Proposes the tokens that the target verifies."""
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch of images begins."""
+        ...
+
+    def propose(
+        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafts [B, num] for the positions after the known ones, and their laws [B, num, V].
+
+        Args:
+            tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
+            lengths: [B].
+            num: drafts wanted.
+            tries: number of the round.
+        """
+        ...
+
+    def observe(self, chain: Chain, verdict: Verdict) -> None:
+        """Learn from a round."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`, the others are finished."""
+        ...
+
+
+class NoDrafter:
+    """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Nothing to prepare."""
+
+    def propose(
+        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """No drafts, [B, 0]."""
+        return tokens[:, :0], None
+
+    def observe(self, chain: Chain, verdict: Verdict) -> None:
+        """Nothing to learn."""
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing to drop."""
+
+
+class WindowPolicy(Protocol):
+    """How many candidates, the last known token included, a pass may hold."""
+
+    def next(self, num_rows: int, most: int) -> int:
+        """Candidates of the next pass of `num_rows` images, at most `most`."""
+        ...
+
+    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+        """Counts [B] of final tokens that a pass gave, of at most `num_useful` [B] possible."""
+        ...
+
+
+class FixedWindow:
+    """The same number of candidates in every pass."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The window, cut to what the images still need."""
+        return min(self.window, most)
+
+    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+        """Nothing to adapt."""
+
+
+def decode_tokens(
+    model: TokenModel,
+    conditions: Conditions,
+    *,
+    drafter: Drafter,
+    rule: Rule,
+    shape: Callable[[Tensor], Tensor],
+    policy: WindowPolicy,
+    seeds: Seeds,
+    guidance_scale: float = 1.0,
+    on_step: StepCallback | None = None,
+) -> Samples:
+    """Draw one image per condition.
+
+    A round drafts a chain behind the last known token, asks the model for the laws along it in one
+    pass, lets the rule decide what is final, and commits that, row by row. Finished rows leave the
+    batch where the state can drop rows.
+
+    Args:
+        model: a token model.
+        conditions: one per image.
+        drafter: proposes chains.
+        rule: decides what is final.
+        shape: guided logits to log-probabilities.
+        policy: length of a pass.
+        seeds: one per image.
+        guidance_scale: weight of the conditional logits.
+        on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
+
+    Returns:
+        Tokens [B, N]; stats: `forward_passes` (model calls on image tokens, without the prefill),
+        `tokens` (N), `tokens_per_pass` (N over the mean number of passes that an image took part
+        in), `passes_per_image` [B], `commit_pass` [B][N] (the pass that made each token final, 0
+        for the prefill), `candidates` (tokens fed, all rows and passes).
+
+    Raises:
+        InputError: another number of seeds than of conditions.
+    """
+    if len(seeds) != len(conditions):
+        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
+    state, logits = model.start(conditions, guidance_scale)
+    run = _Run(logits.device, len(conditions), model.num_tokens, seeds)
+    drafter.start(run.noise, model.vocab_size, model.num_tokens)
+    prefill = _prefill_chain(logits, shape, run.noise)
+    first = rule(prefill)
+    run.record(first, pass_number=0)
+    drafter.observe(prefill, first)
+    can_overrun = getattr(state, "allows_overrun", False)
+    passes, candidates = 0, 0
+    while run.num_active:
+        passes += 1
+        room = run.room()
+        most = int(room.max()) if can_overrun else min(int(room.min()), run.frozen_room)
+        num = max(1, policy.next(run.num_active, most))
+        known, lengths = run.known()
+        drafts, draft_logp = drafter.propose(known, lengths, num - 1, passes)
+        # A drafter may have less to say than asked; padding is no option, so the pass shrinks.
+        num = drafts.shape[1] + 1
+        root = known.gather(1, lengths[:, None] - 1)
+        laws = shape(state.extend(run.spread(torch.cat([root, drafts], dim=1)))[run.in_state])
+        candidates += laws.shape[0] * num
+        positions = lengths[:, None] + torch.arange(num, device=lengths.device)
+        chain = Chain(drafts, draft_logp, laws, positions, run.noise, passes)
+        verdict = rule(chain)
+        useful = (model.num_tokens - lengths).clamp(max=num)
+        verdict = Verdict(verdict.tokens, torch.minimum(verdict.counts, useful))
+        policy.observe(num, verdict.counts, useful)
+        going = run.record(verdict, pass_number=passes)
+        drafter.observe(chain, verdict)
+        wants_stop = on_step is not None and on_step(passes, run.progress(verdict))
+        _commit(state, run, verdict, going, num)
+        if not bool(going.all()):
+            keep = going.nonzero()[:, 0]
+            drafter.select(keep)
+            run.drop(state, keep)
+        if wants_stop:
+            break
+    stats = Stats(
+        forward_passes=passes,
+        tokens=model.num_tokens,
+        tokens_per_pass=model.num_tokens / max(1e-9, float(run.passes.double().mean())),
+        passes_per_image=run.passes.tolist(),
+        commit_pass=run.commit_pass.tolist(),
+        candidates=candidates,
+    )
+    return Samples(run.tokens, stats)
+
+
+def _prefill_chain(logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise) -> Chain:
+    """A chain without drafts: the prefill's law of the first token."""
+    laws = shape(logits)[:, None]
+    positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    return Chain(positions[:, :0], laws[:, :0], laws, positions, noise, 0)
+
+
+def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) -> None:
+    """Keep the root and the accepted drafts; the last final token is the root of the next round.
+
+    Rows that are finished keep nothing: they leave, or wait where they are.
+    """
+    counts = torch.where(going, verdict.counts, 0)
+    kept = torch.arange(num, device=counts.device)
+    state.commit(kept.expand(run.num_in_state, num), run.spread(counts))
+
+
+class _Run:
+    """Bookkeeping of a batch: what is final, which rows are still going, where they stand."""
+
+    def __init__(self, device: torch.device, batch: int, num_tokens: int, seeds: Seeds) -> None:
+        self.num_tokens = num_tokens
+        self.tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+        self.commit_pass = torch.zeros_like(self.tokens)
+        self.passes = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.noise = Noise(seeds, device)
+        self.active = torch.arange(batch, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.in_state: Any = slice(None)
+        self.num_in_state = batch
+        self.frozen_room = num_tokens
+
+    @property
+    def num_active(self) -> int:
+        """Rows that are not finished."""
+        return len(self.active)
+
+    def room(self) -> Tensor:
+        """Candidates [B'] that each active row can use: one per position still to be drawn."""
+        return self.num_tokens - self.lengths
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        """Tokens [B', N] and lengths [B'] of the active rows."""
+        whole = len(self.active) == len(self.tokens)
+        return (self.tokens if whole else self.tokens[self.active]), self.lengths
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
+        if isinstance(self.in_state, slice):
+            return rows
+        out = rows.new_zeros(self.num_in_state, *rows.shape[1:])
+        out[self.in_state] = rows
+        return out
+
+    def record(self, verdict: Verdict, pass_number: int) -> Tensor:
+        """Write final tokens down; which active rows are still going, [B'] bool."""
+        num = verdict.tokens.shape[1]
+        offsets = torch.arange(num, device=self.lengths.device)
+        rows, places = (offsets < verdict.counts[:, None]).nonzero(as_tuple=True)
+        where = (self.active[rows], self.lengths[rows] + places)
+        self.tokens[where] = verdict.tokens[rows, places]
+        self.commit_pass[where] = pass_number
+        if pass_number > 0:
+            self.passes[self.active] += 1
+        self.lengths = self.lengths + verdict.counts
+        going = self.lengths < self.num_tokens
+        if self.num_tokens == 1:
+            self.active = self.active[:0]
+        return going
+
+    def drop(self, state: Any, keep: Tensor) -> None:
+        """Let the finished rows leave; rows `keep` of the active ones stay."""
+        if not hasattr(state, "select"):
+            # They stay in the batch with what they had committed before their last pass.
+            if isinstance(self.in_state, slice):
+                self.in_state = torch.arange(self.num_in_state, device=keep.device)
+            self.in_state = self.in_state[keep]
+            waiting = int(state.lengths.max())
+            self.frozen_room = self.num_tokens - 1 - waiting
+        else:
+            state.select(keep)
+            self.num_in_state = len(keep)
+        self.active, self.lengths = self.active[keep], self.lengths[keep]
+        self.noise = self.noise.select(keep)
+
+    def progress(self, verdict: Verdict) -> dict[str, Any]:
+        """Figures for progress bars."""
+        done = self.num_tokens * (len(self.tokens) - len(self.active)) + int(self.lengths.sum())
+        return {
+            "finished": done,
+            "total": self.tokens.numel(),
+            "accepted": verdict.counts.tolist(),
+        }

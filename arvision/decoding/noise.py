@@ -1,0 +1,138 @@
+"""Noise as a function of identity: seed, image, position, purpose and number of the try.
+
+It never depends on batch size, device count, rank or the order of calls, so image k of a run is the
+same image however it is made. The bits are Philox4x32-10: the key is the seed, the counter is
+(image, position, lane, purpose and try).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..contracts import Seeds
+from ..errors import InputError
+from ..kernels.philox import philox4x32
+
+PURPOSES = {"token": 0, "accept": 1, "recover": 2, "init": 3, "draft": 4}
+"""What a number is used for; streams of different purposes are independent."""
+
+MEMO_ELEMENTS = 1 << 23
+"""Gumbel values kept per `Noise`: up to this many, each is computed once."""
+
+
+def parse_seeds(seeds: Seeds) -> list[tuple[int, int]]:
+    """Pairs (seed, image) from integers (image 0 of that seed) or pairs.
+
+    Raises:
+        InputError: an entry that is neither, or out of range (seed 64 bit, image 32 bit).
+    """
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist()
+    pairs = []
+    for entry in seeds:
+        pair = tuple(entry) if isinstance(entry, Sequence) else (entry, 0)
+        if len(pair) != 2 or not all(isinstance(part, int) for part in pair):
+            raise InputError(f"seed {entry!r}: expected an integer or a pair (seed, image)")
+        seed, image = pair
+        if not (0 <= seed < 1 << 64 and 0 <= image < 1 << 32):
+            raise InputError(f"seed {entry!r}: expected 0 <= seed < 2^64 and 0 <= image < 2^32")
+        pairs.append((seed, image))
+    return pairs
+
+
+class Noise:
+    """Random numbers of B images.
+
+    Args:
+        seeds: one entry per image, see `parse_seeds`.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, seeds: Seeds, device: torch.device | str = "cpu") -> None:
+        pairs = parse_seeds(seeds)
+        words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in pairs]
+        self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
+        self._memo: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def select(self, rows: Tensor) -> Noise:
+        """The noise of some of the images, rows [B']."""
+        chosen = object.__new__(Noise)
+        chosen._words = self._words[rows]
+        chosen._memo = None if self._memo is None else self._memo[rows]
+        return chosen
+
+    def _bits(self, positions: Tensor, lanes: Tensor, purpose: str, tries: Tensor | int) -> Tensor:
+        """Words [B, T, L, 4] of positions [B, T] and lanes [L]."""
+        low, high, image = (word[:, None, None] for word in self._words.unbind(1))
+        use = torch.as_tensor(tries, device=positions.device) * 256 + PURPOSES[purpose]
+        use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
+        return philox4x32((image, positions[..., None], lanes, use), (low, high))
+
+    def uniform(
+        self, positions: Tensor, purpose: str, tries: Tensor | int = 0, num: int | None = None
+    ) -> Tensor:
+        """Uniform numbers in (0, 1), float64.
+
+        Args:
+            positions: [B, T] int64.
+            purpose: a name in `PURPOSES`.
+            tries: number of the try, [B, T] int64 or one integer below 2^24.
+            num: numbers per position.
+
+        Returns:
+            [B, T], or [B, T, num].
+        """
+        lanes = torch.arange(-(-(num or 1) // 4), device=positions.device)
+        words = self._bits(positions, lanes, purpose, tries).flatten(-2)
+        uniforms = (words.double() + 0.5) * 2.0**-32
+        return uniforms[..., 0] if num is None else uniforms[..., :num]
+
+    def gumbel(
+        self, positions: Tensor, num: int, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Standard Gumbel numbers [B, T, num] for the tokens at positions [B, T].
+
+        They have no try: every pass, window and sampler sees the same ones.
+        """
+        furthest = int(positions.max()) + 1
+        memo = self._memo
+        if memo is not None and (memo.shape[1:] == (memo.shape[1], num)) and memo.dtype == dtype:
+            if furthest <= memo.shape[1]:
+                return self._from_memo(memo, positions)
+        # Room for the positions to come, so that a typical image is computed in one go.
+        length = max(64, 1 << (furthest - 1).bit_length())
+        if len(self) * length * num <= MEMO_ELEMENTS:
+            every = torch.arange(length, device=positions.device).expand(len(self), length)
+            self._memo = self._gumbel(every, num).to(dtype)
+            return self._from_memo(self._memo, positions)
+        return self._gumbel(positions, num).to(dtype)
+
+    @staticmethod
+    def _from_memo(memo: Tensor, positions: Tensor) -> Tensor:
+        rows = torch.arange(len(memo), device=memo.device)[:, None]
+        return memo[rows, positions]
+
+    def _gumbel(self, positions: Tensor, num: int) -> Tensor:
+        return -(-self.uniform(positions, "token", num=num).log()).log()
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw by inversion: the first index whose cumulative mass exceeds its uniform share.
+
+    Args:
+        probs: [..., V] non-negative, not necessarily normalised, not all zero.
+        uniforms: [...] in (0, 1).
+
+    Returns:
+        [...] int64; an index of zero mass is never drawn.
+    """
+    mass = probs.double().cumsum(dim=-1)
+    share = uniforms.double() * mass[..., -1]
+    share = torch.minimum(share, torch.nextafter(mass[..., -1], torch.zeros_like(share)))
+    return torch.searchsorted(mass, share[..., None], right=True)[..., 0]

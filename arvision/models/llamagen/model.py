@@ -1,0 +1,187 @@
+"""LlamaGen as a token model: conditions in, guided logits and pixels out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contracts import Conditions
+from ...errors import InputError
+from ..conditions import check_guidance_scale, resolve_class
+from .state import LlamaGenState
+from .text import CaptionEncoder
+from .tokenizer import LlamaGenTokenizer
+from .transformer import LlamaGenTransformer
+
+
+class LlamaGen:
+    """A LlamaGen transformer with its image tokenizer; see `arvision.contracts.TokenModel`.
+
+    Args:
+        transformer: the network.
+        tokenizer: its image tokenizer; without one the model gives tokens but not images.
+        text_encoder: T5-style encoder of a text-conditional model, for captions as strings.
+        text_tokenizer: of the text encoder.
+        class_names: names of the classes, in the order of their ids.
+
+    Raises:
+        InputError: a tokenizer with another codebook than the transformer was built for.
+
+    Paper: Sun et al., "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
+    2024.
+    """
+
+    def __init__(
+        self,
+        transformer: LlamaGenTransformer,
+        tokenizer: LlamaGenTokenizer | None = None,
+        text_encoder: torch.nn.Module | None = None,
+        text_tokenizer: Any = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.class_names = list(class_names or [])
+        self.vocab_size: int = transformer.config["vocab_size"]
+        self.num_tokens = transformer.num_tokens
+        self.grid: tuple[int, int] = tuple(transformer.config["grid"])
+        self.captions = None
+        if text_encoder is not None and text_tokenizer is not None:
+            length = transformer.config["caption_length"]
+            self.captions = CaptionEncoder(text_encoder, text_tokenizer, length)
+        if tokenizer is not None and tokenizer.config["codebook_size"] != self.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.config['codebook_size']} codes: expected "
+                f"{self.vocab_size}, the transformer's vocabulary"
+            )
+
+    @classmethod
+    def from_official(
+        cls,
+        transformer: str | Path | Mapping[str, Any],
+        tokenizer: str | Path | Mapping[str, Any] | None = None,
+        **sizes: Any,
+    ) -> LlamaGen:
+        """Load the authors' checkpoints.
+
+        Args:
+            transformer: path (or state dict) such as `c2i_B_256.pt` or `t2i_XL_stage1_256.pt`.
+            tokenizer: path (or state dict) such as `vq_ds16_c2i.pt`.
+            **sizes: what tensors and the table of official sizes do not tell, such as `num_heads`
+                or `grid`; our names or the authors'.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        network = LlamaGenTransformer.from_official(transformer, **sizes)
+        vq = None if tokenizer is None else LlamaGenTokenizer.from_official(tokenizer)
+        return cls(network, vq)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the transformer."""
+        return self.transformer.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> LlamaGen:
+        """Move or cast all networks, as `nn.Module.to` does; returns the model itself."""
+        self.transformer.to(*args, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.to(*args, **kwargs)
+        if self.captions is not None:
+            self.captions.text_encoder.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0
+    ) -> tuple[LlamaGenState, Tensor]:
+        """Prefill the conditions and, where guidance needs them, the null rows.
+
+        Args:
+            conditions: one per image; class ids or names, or captions or caption features
+                [T_i, caption_dim].
+            guidance_scale: null + scale * (cond - null); 1 costs no null rows, 0 only these.
+
+        Returns:
+            The decode state, and guided logits [B, V] of the first token.
+
+        Raises:
+            InputError: no conditions, one that the model does not know, or a negative scale.
+        """
+        check_guidance_scale(guidance_scale)
+        if len(conditions) == 0:
+            raise InputError("no conditions: expected at least one")
+        if self.transformer.is_text_conditional:
+            rows, null, valid = self._caption_rows(conditions)
+        else:
+            rows, null, valid = self._class_rows(conditions)
+        if guidance_scale == 0:
+            rows = null
+        elif guidance_scale != 1:
+            rows = torch.cat([rows, null])
+            valid = None if valid is None else torch.cat([valid, valid])
+        state = LlamaGenState(self.transformer, rows, valid, guidance_scale, len(conditions))
+        return state, state.prefill()
+
+    def _class_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_classes = self.transformer.config["num_classes"]
+        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
+        embed = self.transformer.cls_embedding
+        classes = torch.tensor(ids, device=self.device)
+        return embed(classes), embed(torch.full_like(classes, num_classes)), None
+
+    def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
+        config, embed = self.transformer.config, self.transformer.cls_embedding
+        length, width = config["caption_length"], config["caption_dim"]
+        features = torch.zeros(len(conditions), length, width, device=self.device, dtype=self.dtype)
+        valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=self.device)
+        for row, found in enumerate(self._features(conditions)):
+            if found.dim() != 2 or found.shape[1] != width or not 1 <= len(found) <= length:
+                raise InputError(
+                    f"caption features {tuple(found.shape)}: expected [T, {width}] with T in "
+                    f"1..{length}"
+                )
+            features[row, length - len(found) :] = found.to(features)
+            valid[row, length - len(found) :] = True
+        null = embed.uncond_embedding.to(features).expand_as(features)
+        return embed(features), embed(null), valid
+
+    def _features(self, conditions: Conditions) -> list[Tensor]:
+        """Features [T_i, caption_dim] of each condition, captions encoded in one batch."""
+        texts = [c for c in conditions if isinstance(c, str)]
+        if texts and self.captions is None:
+            raise InputError(
+                f"caption {texts[0]!r}: this model has no text encoder; expected caption features "
+                "[T, caption_dim]"
+            )
+        encoded = iter(self.captions(texts) if texts and self.captions is not None else [])
+        features = []
+        for condition in conditions:
+            if isinstance(condition, str):
+                features.append(next(encoded))
+            elif isinstance(condition, Tensor):
+                features.append(condition)
+            else:
+                raise InputError(
+                    f"condition {condition!r}: expected a caption or caption features [T, caption_dim]"
+                )
+        return features
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N] to pixels [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            InputError: the model has no tokenizer, or tokens of another shape or range.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model has no image tokenizer: it gives tokens but not images")
+        return self.tokenizer.decode(tokens, self.grid).float().clamp(-1, 1)

@@ -1,0 +1,285 @@
+"""ARPipeline: where a model and a sampler meet, in the manner of a diffusers pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor
+
+from .contracts import Conditions, Stats
+from .errors import InputError
+from .models import FAMILIES
+from .samplers import SAMPLERS, BaseSampler, get_sampler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class SampleOutput(BaseOutput):
+    """What a pipeline returns.
+
+    Attributes:
+        images: PIL images, or [B, H, W, 3] float array ("np") or [B, 3, H, W] float tensor ("pt")
+            in [0, 1], or the tokens ("latent").
+        tokens: [B, N] int64 (token and scale models), [B, N, D] float (continuous models).
+        stats: a dict that can also be read by attribute: `forward_passes` (model calls on image
+            tokens; prefill not counted), `tokens` (per image), `tokens_per_pass`, `seconds` (whole
+            call), `seconds_per_image`, `seeds`, and what the sampler adds.
+    """
+
+    images: Any
+    tokens: Tensor
+    stats: Stats
+
+
+class ARPipeline(DiffusionPipeline):
+    """Draws images with an autoregressive model and an exchangeable sampler.
+
+    Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
+    `pipe.sampler = SJDSampler.from_config(pipe.sampler.config)`.
+
+    Args:
+        transformer: network of a registered model family.
+        tokenizer: its image tokenizer.
+        sampler: default sampler; plain autoregressive sampling if None.
+        text_encoder: of a text-conditional model.
+        text_tokenizer: of the text encoder.
+        class_names: names of the classes, in the order of their ids.
+        guidance_scale: recommended guidance scale.
+        temperature: recommended temperature.
+        top_k: recommended top-k, 0 for all.
+        top_p: recommended top-p.
+        num_threads: CPU threads at which the model measures fastest; None leaves torch's setting.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
+    _optional_components = ["tokenizer", "text_encoder", "text_tokenizer"]
+    _callback_tensor_inputs = ["finished", "total", "accepted"]
+
+    @register_to_config
+    def __init__(
+        self,
+        transformer: Any,
+        tokenizer: Any = None,
+        sampler: Any = None,
+        text_encoder: Any = None,
+        text_tokenizer: Any = None,
+        class_names: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_threads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            tokenizer=tokenizer,
+            sampler=sampler if sampler is not None else get_sampler("ar"),
+            text_encoder=text_encoder,
+            text_tokenizer=text_tokenizer,
+        )
+        self._interrupt = False
+
+    @classmethod
+    def from_model(cls, model: Any, **config: Any) -> ARPipeline:
+        """A pipeline around a loaded family object such as `LlamaGen.from_official(...)`."""
+        captions = getattr(model, "captions", None)
+        return cls(
+            model.transformer,
+            model.tokenizer,
+            text_encoder=None if captions is None else captions.text_encoder,
+            text_tokenizer=None if captions is None else captions.text_tokenizer,
+            class_names=getattr(model, "class_names", None) or None,
+            **config,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The family object that satisfies the model contract, around the current networks."""
+        family = FAMILIES[type(self.transformer).__name__]
+        return family(
+            self.transformer,
+            self.tokenizer,
+            text_encoder=self.text_encoder,
+            text_tokenizer=self.text_tokenizer,
+            class_names=self.config["class_names"],
+        )
+
+    @property
+    def kind(self) -> str:
+        """Kind of model: "token", "scale" or "continuous"."""
+        return FAMILIES.entry(type(self.transformer).__name__).facts["kind"]
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to stop the run after the current pass."""
+        return self._interrupt
+
+    def check_sampler(self, sampler: BaseSampler) -> None:
+        """Refuse a sampler for another kind of model.
+
+        Raises:
+            InputError: names the samplers that fit.
+        """
+        kind = self.kind
+        drives = SAMPLERS.entry(sampler.name).facts["drives"]
+        if kind not in drives:
+            fitting = ", ".join(e.name for e in SAMPLERS if kind in e.facts["drives"])
+            raise InputError(
+                f"sampler {sampler.name!r} drives {drives} models, this is a {kind} "
+                f"model: expected one of {fitting}"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Any,
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: Any = None,
+        sampler: BaseSampler | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+    ) -> SampleOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            prompt: a class id, class name or caption (or caption features [T, C]), or a list.
+            num_images_per_prompt: images of each prompt.
+            guidance_scale: null + scale * (cond - null); None for the model's recommendation.
+            temperature: None for the sampler's own value.
+            top_k: likewise.
+            top_p: likewise.
+            generator: source of the seed (one draw per call), or one generator per image.
+            seed: an integer: image k of the call has identity (seed, k); or a list with an integer
+                or a pair (seed, k) per image. Excludes `generator`. Without either, a seed is drawn
+                from torch's default generator and recorded in the statistics.
+            sampler: replaces the pipeline's sampler for this call.
+            output_type: "pil", "np", "pt" or "latent" (tokens only).
+            return_dict: false for a plain tuple `(images,)`.
+            callback_on_step_end: `callback(pipe, step, timestep, kwargs)` after each pass, with
+                {"finished", "total", "accepted"}; it may set `pipe._interrupt = True`.
+
+        Raises:
+            InputError: any argument out of range, before the model is called.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+        conditions = expand_prompts(prompt, num_images_per_prompt)
+        seeds = resolve_seeds(seed, generator, len(conditions))
+        sampler = self.sampler if sampler is None else sampler
+        self.check_sampler(sampler)
+        changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if changes:
+            sampler = sampler.with_options(**changes)
+        scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
+        model = self.model
+        self._interrupt = False
+        started = time.perf_counter()
+        with self._threads(), self.progress_bar(total=len(conditions) * model.num_tokens) as bar:
+
+            def on_step(step: int, figures: dict[str, Any]) -> bool:
+                bar.update(figures["finished"] - bar.n)
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, step, dict(figures))
+                return self._interrupt
+
+            samples = sampler(
+                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step
+            )
+            images = self._images(model, samples.tokens, output_type)
+        seconds = time.perf_counter() - started
+        samples.stats.update(
+            seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
+        )
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Run on the recommended number of CPU threads."""
+        wanted, before = self.config["num_threads"], torch.get_num_threads()
+        if wanted is None or self.device.type != "cpu":
+            yield
+            return
+        torch.set_num_threads(min(wanted, before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @staticmethod
+    def _images(model: Any, tokens: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens
+        pixels = model.decode(tokens) / 2 + 0.5
+        if output_type == "pt":
+            return pixels
+        array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
+        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
+
+
+def expand_prompts(prompt: Any, num_images_per_prompt: int) -> Conditions:
+    """One condition per image, images of a prompt side by side.
+
+    Raises:
+        InputError: no prompt, an empty one, or fewer than one image of each.
+    """
+    if isinstance(num_images_per_prompt, bool) or not (
+        isinstance(num_images_per_prompt, int) and num_images_per_prompt >= 1
+    ):
+        raise InputError(f"num_images {num_images_per_prompt!r}: expected an integer >= 1")
+    prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
+    if not prompts:
+        raise InputError("no prompt: expected at least one")
+    for entry in prompts:
+        if isinstance(entry, str) and not entry.strip():
+            raise InputError("empty prompt: expected a class id, a class name or a caption")
+    return [entry for entry in prompts for _ in range(num_images_per_prompt)]
+
+
+def resolve_seeds(
+    seed: Any, generator: torch.Generator | Sequence[torch.Generator] | None, num: int
+) -> list[tuple[int, int]]:
+    """Identity (seed, image) of each of `num` images; see `ARPipeline.__call__`.
+
+    Raises:
+        InputError: both a seed and a generator, or lists of another length.
+    """
+    if seed is not None and generator is not None:
+        raise InputError("both seed and generator were given: expected one of them")
+    if isinstance(generator, (list, tuple)):
+        seed = [_seed_from(one) for one in generator]
+    elif seed is None:
+        seed = _seed_from(generator)
+    if isinstance(seed, int):
+        return [(seed, image) for image in range(num)]
+    if isinstance(seed, Tensor):
+        seed = seed.tolist()
+    pairs = [entry if isinstance(entry, tuple) else (entry, 0) for entry in seed]
+    if len(pairs) != num:
+        raise InputError(f"{len(pairs)} seeds for {num} images: expected one each")
+    return pairs
+
+
+def _seed_from(generator: Any) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))

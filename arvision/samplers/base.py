@@ -1,0 +1,153 @@
+"""What all samplers share: configuration like a diffusers scheduler's, and the registry."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
+from ..decoding.logits import Shaping
+from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
+from ..decoding.verify import Rule
+from ..errors import InputError, unknown_name
+from ..registry import Registry
+
+SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
+
+
+def register(name: str, *, exact: bool, drives: str) -> Any:
+    """Class decorator: file a sampler under `name`.
+
+    Args:
+        name: what users write.
+        exact: whether its default configuration draws from the model's own law.
+        drives: kind of model, "token", "scale" or "continuous".
+    """
+    file = SAMPLERS.register(name, exact=exact, drives=drives)
+
+    def mark(cls: type[BaseSampler]) -> type[BaseSampler]:
+        cls.name = name
+        # diffusers finds out how to load a saved component by looking for the mixins of its class
+        # among the names of its module.
+        vars(sys.modules[cls.__module__]).setdefault("SchedulerMixin", SchedulerMixin)
+        return file(cls)
+
+    return mark
+
+
+class BaseSampler(SchedulerMixin, ConfigMixin):
+    """A sampler: constructor arguments are its saved configuration.
+
+    Subclasses record their arguments with `register_to_config` and implement `__call__` as
+    `arvision.contracts.Sampler` says.
+    """
+
+    config_name = "sampler_config.json"
+    has_compatibles = False
+    name = ""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this configuration draws from the model's own law."""
+        return bool(SAMPLERS.entry(self.name).facts["exact"])
+
+    def with_options(self, **options: Any) -> BaseSampler:
+        """The same sampler with some options changed.
+
+        Raises:
+            InputError: an option that this sampler does not have.
+        """
+        known = _options(type(self))
+        current = {name: self.config[name] for name in known}
+        return get_sampler(self.name, **current | options)
+
+
+def _options(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+
+
+def get_sampler(name: str, **options: Any) -> BaseSampler:
+    """Make the sampler `name`.
+
+    Raises:
+        InputError: an unknown name or option, or an option out of range.
+    """
+    cls = SAMPLERS[name]
+    known = _options(cls)
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of sampler {name!r}:", option, known)
+    return cls(**options)
+
+
+class TokenSampler(BaseSampler):
+    """A sampler that runs the one decoding loop of token models.
+
+    Subclasses say which drafter, rule and window policy the loop takes.
+    """
+
+    def shaping(self) -> Shaping:
+        """The configured temperature, top-k and top-p."""
+        config = self.config
+        return Shaping(
+            temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
+        )
+
+    def drafter(self, model: TokenModel) -> Drafter:
+        """What proposes tokens."""
+        raise NotImplementedError
+
+    def rule(self, model: TokenModel) -> Rule:
+        """What decides which of them stay."""
+        raise NotImplementedError
+
+    def policy(self, model: TokenModel) -> WindowPolicy:
+        """How long a pass is; one token by default."""
+        return FixedWindow(1)
+
+    def __call__(
+        self,
+        model: TokenModel,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one image per condition.
+
+        Args:
+            model: a token model.
+            conditions: one per image.
+            seeds: one per image, an integer or a pair (seed, image).
+            guidance_scale: weight of the conditional logits; 1 is the plain conditional model.
+            on_step: called after each pass.
+
+        Returns:
+            Tokens [B, N] int64 and the statistics of `decode_tokens`.
+
+        Raises:
+            InputError: a negative guidance scale, or as many seeds as conditions are not given.
+        """
+        check_guidance(guidance_scale)
+        return decode_tokens(
+            model,
+            conditions,
+            drafter=self.drafter(model),
+            rule=self.rule(model),
+            shape=self.shaping(),
+            policy=self.policy(model),
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+        )
+
+
+def check_guidance(guidance_scale: float) -> None:
+    """Refuse a guidance scale below 0 (or one that is not a number)."""
+    if not 0 <= guidance_scale < float("inf"):
+        raise InputError(f"guidance_scale {guidance_scale}: expected a number >= 0")

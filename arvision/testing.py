@@ -1,0 +1,219 @@
+"""Tools for testing samplers and models, ours and those of plug-in authors.
+
+`TableModel` is a token model whose joint law can be enumerated; `law_p_value` says how well drawn
+samples fit an enumerated law; `tiny_llamagen` is a real network small enough for tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contracts import Conditions
+from .errors import InputError, StateError
+from .models import LlamaGen, LlamaGenTokenizer, LlamaGenTransformer
+
+
+class TableModel:
+    """A token model given by a table: the law of every token after every prefix.
+
+    Args:
+        vocab_size: V.
+        num_tokens: N.
+        seed: of the random table.
+        sharpness: scale of the logits; larger is more peaked.
+        grid: rows and columns, for samplers that look at the image grid.
+        allows_overrun: whether candidates past the last token are accepted.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 4,
+        num_tokens: int = 4,
+        seed: int = 0,
+        sharpness: float = 1.5,
+        grid: tuple[int, int] | None = None,
+        allows_overrun: bool = False,
+    ) -> None:
+        self.vocab_size, self.num_tokens, self.grid = vocab_size, num_tokens, grid
+        self.allows_overrun = allows_overrun
+        generator = torch.Generator().manual_seed(seed)
+        num_prefixes = sum(vocab_size**length for length in range(num_tokens))
+        self.table = sharpness * torch.randn(
+            num_prefixes, vocab_size, generator=generator, dtype=torch.float64
+        )
+        self._offsets = torch.tensor(
+            [sum(vocab_size**k for k in range(length)) for length in range(num_tokens + 1)]
+        )
+
+    def row(self, prefixes: Tensor, lengths: Tensor) -> Tensor:
+        """Row of the table of prefixes given as numbers in base V, [...] with lengths [...]."""
+        return self._offsets[lengths] + prefixes
+
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0
+    ) -> tuple[TableState, Tensor]:
+        """Conditions are ignored, apart from their number."""
+        state = TableState(self, len(conditions))
+        return state, self.table[:1].expand(len(conditions), -1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """A grey picture [B, 3, 1, N] of the tokens."""
+        grey = tokens.float() / max(1, self.vocab_size - 1) * 2 - 1
+        return grey[:, None, None, :].expand(-1, 3, -1, -1)
+
+    def joint(self, shape: Any) -> Tensor:
+        """The enumerated joint law [V^N] float64 under `shape` (logits to log-probabilities).
+
+        Sequences are ordered as numbers in base V, first token most significant.
+        """
+        logp = shape(self.table)
+        total = []
+        for sequence in itertools.product(range(self.vocab_size), repeat=self.num_tokens):
+            prefix, sum_logp = 0, 0.0
+            for length, token in enumerate(sequence):
+                sum_logp += float(logp[int(self._offsets[length]) + prefix, token])
+                prefix = prefix * self.vocab_size + token
+            total.append(sum_logp)
+        return torch.tensor(total, dtype=torch.float64).exp()
+
+    def number(self, tokens: Tensor) -> Tensor:
+        """Sequences [B, N] as numbers in base V, the order of `joint`."""
+        return _in_base(tokens, self.vocab_size)
+
+
+def _in_base(tokens: Tensor, base: int) -> Tensor:
+    powers = base ** torch.arange(tokens.shape[-1] - 1, -1, -1)
+    return (tokens * powers).sum(-1)
+
+
+class TableState:
+    """Decode state of a `TableModel`: prefixes as numbers."""
+
+    def __init__(self, model: TableModel, batch: int) -> None:
+        self._model = model
+        self.allows_overrun = model.allows_overrun
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self._prefixes = torch.zeros(batch, dtype=torch.int64)
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] after each candidate."""
+        model, num = self._model, tokens.shape[1]
+        parents = torch.arange(-1, num - 1) if parents is None else parents
+        prefixes, lengths = [], []
+        for place, parent in enumerate(parents.tolist()):
+            before = (self._prefixes, self.lengths) if parent < 0 else (
+                prefixes[parent],
+                lengths[parent],
+            )
+            prefixes.append(before[0] * model.vocab_size + tokens[:, place])
+            lengths.append(before[1] + 1)
+        stacked, depth = torch.stack(prefixes, 1), torch.stack(lengths, 1)
+        beyond = depth >= model.num_tokens
+        if bool(beyond.any()) and not self.allows_overrun:
+            raise StateError("candidates past the last token")
+        self._pending = (stacked, depth)
+        rows = model.row(stacked.masked_fill(beyond, 0), depth.masked_fill(beyond, 0))
+        return model.table[rows]
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep the paths that end at the last kept candidate of each row."""
+        if self._pending is None:
+            raise StateError("commit without candidates: call extend first")
+        prefixes, lengths = self._pending
+        last = kept.gather(1, (counts - 1).clamp(min=0)[:, None])
+        moved = counts > 0
+        self._prefixes = torch.where(moved, prefixes.gather(1, last)[:, 0], self._prefixes)
+        self.lengths = torch.where(moved, lengths.gather(1, last)[:, 0], self.lengths)
+        self._pending = None
+
+
+class DroppingTableModel(TableModel):
+    """A `TableModel` whose state can drop rows and takes candidates past the end."""
+
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0
+    ) -> tuple[TableState, Tensor]:
+        """As in `TableModel`."""
+        self.allows_overrun = True
+        state = _DroppingState(self, len(conditions))
+        return state, self.table[:1].expand(len(conditions), -1)
+
+
+class _DroppingState(TableState):
+    def select(self, rows: Tensor) -> None:
+        self.lengths, self._prefixes = self.lengths[rows], self._prefixes[rows]
+
+
+def law_p_value(samples: Tensor, law: Tensor) -> float:
+    """p-value of Pearson's chi-square test that samples follow a law.
+
+    Cells expected fewer than 5 times are pooled.
+
+    Args:
+        samples: [M] int64, numbers of the outcomes.
+        law: [K] float64, probabilities of the outcomes.
+
+    Raises:
+        InputError: an outcome that the law rules out, or fewer than 2 cells.
+    """
+    from scipy.stats import chi2
+
+    counts = torch.bincount(samples, minlength=len(law)).double()
+    if bool((counts[law == 0] > 0).any()):
+        return 0.0
+    expected = law * len(samples)
+    large = expected >= 5
+    cells = torch.cat([counts[large], counts[~large].sum()[None]])
+    means = torch.cat([expected[large], expected[~large].sum()[None]])
+    cells, means = cells[means > 0], means[means > 0]
+    if len(cells) < 2:
+        raise InputError(f"{len(cells)} cells: a chi-square test needs at least 2")
+    statistic = float(((cells - means) ** 2 / means).sum())
+    return float(chi2.sf(statistic, len(cells) - 1))
+
+
+def draw_joint(sampler: Any, model: TableModel, num: int, seed: int) -> Tensor:
+    """Numbers [num] of sequences that `sampler` draws from `model` in one batch."""
+    seeds = [(seed, image) for image in range(num)]
+    samples = sampler(model, [None] * num, seeds=seeds, guidance_scale=1.0)
+    return model.number(samples.tokens)
+
+
+def tiny_llamagen(
+    grid: tuple[int, int] = (4, 4), seed: int = 0, sharpness: float = 8.0, **sizes: Any
+) -> LlamaGen:
+    """A randomly initialised LlamaGen with 3 classes and 64 codes, float32, on the CPU.
+
+    Args:
+        grid: rows and columns of tokens; an image has 4 pixels per token and side.
+        seed: of the weights.
+        sharpness: factor on the output layer, so that laws are not nearly uniform.
+        **sizes: further arguments of `LlamaGenTransformer`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        defaults: dict[str, Any] = {
+            "vocab_size": 64,
+            "grid": grid,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "intermediate_size": 64,
+        }
+        if "caption_dim" not in sizes:
+            defaults["num_classes"] = 3
+        transformer = LlamaGenTransformer(**defaults | sizes).eval()
+        for parameter in transformer.parameters():
+            parameter.data.mul_(3.0)
+        transformer.output.weight.data.mul_(sharpness)
+        tokenizer = LlamaGenTokenizer(
+            ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64,
+            num_recorded=0,
+        ).eval()
+    names = ["cat", "dog", "ankle boot"] if "caption_dim" not in sizes else None
+    return LlamaGen(transformer, tokenizer, class_names=names)
