@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from .errors import CheckpointError, InputError, unknown_name
 from .pipeline import ARPipeline, SampleOutput
@@ -91,10 +98,23 @@ def load(
 
 def _load(source: str, dtype: torch.dtype) -> ARPipeline:
     try:
-        return ARPipeline.from_pretrained(source, torch_dtype=dtype)
+        with _quietly():
+            return ARPipeline.from_pretrained(source, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without diffusers' bar over two or three small components."""
+    was_shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            enable_progress_bar()
 
 
 def _find(name_or_path: str | Path) -> str | Path:

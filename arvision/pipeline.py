@@ -61,7 +61,7 @@ class ARPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
-    _optional_components = ["tokenizer", "text_encoder", "text_tokenizer"]
+    _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
     _callback_tensor_inputs = ["finished", "total", "accepted"]
 
     @register_to_config

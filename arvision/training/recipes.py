@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .captions import CaptionWriter, measure
-from .data import load_fashion
+from .data import CLASS_NAMES, load_fashion
 from .loop import FitConfig, fit
 from .text import build_text_encoder, build_text_tokenizer
 from .tokenizer import TokenizerObjective, encode_all
@@ -35,8 +36,12 @@ class LlamaGenRecipe:
         caption_fit: settings of the text-conditional stage, which starts from the weights of the
             class-conditional one; None for a class-conditional model.
         num_images: training images used.
+        card: "kind", "conditions" and "summary" of the model.
+        settings: recommended settings, arguments of the pipeline.
     """
 
+    card: dict[str, str]
+    settings: dict[str, Any]
     tokenizer_sizes: dict[str, Any] = field(
         default_factory=lambda: {
             "ch": 32,
@@ -157,14 +162,39 @@ class LlamaGenRecipe:
 
 
 RECIPES: dict[str, LlamaGenRecipe] = {
-    "llamagen-fashion": LlamaGenRecipe(),
+    "llamagen-fashion": LlamaGenRecipe(
+        card={
+            "kind": "token",
+            "conditions": "class",
+            "summary": "Class-conditional LlamaGen on Fashion-MNIST, 32x32 pixels in 8x8 tokens",
+        },
+        settings={
+            "class_names": list(CLASS_NAMES),
+            "guidance_scale": 3.0,
+            "num_threads": 1,
+        },
+    ),
     "llamagen-fashion-t2i": LlamaGenRecipe(
+        card={
+            "kind": "token",
+            "conditions": "text",
+            "summary": "Text-conditional LlamaGen on Fashion-MNIST, 32x32 pixels in 8x8 tokens",
+        },
+        settings={"guidance_scale": 3.0, "num_threads": 1},
         caption_fit=FitConfig(
             steps=2000,
             batch_size=64,
             learning_rate=6e-4,
             mixed_precision="bf16",
             log_every=50,
-        )
+        ),
     ),
 }
+
+
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """Wall time of each finished stage under a recipe's folder, from its log."""
+    seconds = {}
+    for log in sorted(folder.glob("*/log.jsonl")):
+        seconds[log.parent.name] = json.loads(log.read_text().splitlines()[-1])["seconds"]
+    return seconds

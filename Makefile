@@ -1,0 +1,44 @@
+# `make demo` draws pictures into out/, `make test` runs the tests; each sets up .venv by itself.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Small models run fastest on one thread; two test processes use two cores.
+export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint bench docs clean
+
+demo: $(READY)
+	$(BIN)/arvision demo --out out
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not network" -n $(WORKERS) --dist loadfile
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow" -n 1
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.samplers
+	$(BIN)/python -m benchmarks.kv_cache
+
+docs: $(READY)
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf .venv out
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "arvision needs Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
+	@if ! $(PYTHON) -m venv .venv; then rm -rf .venv; \
+		echo "no venv module (Debian: apt install python3-venv); trying virtualenv" >&2; \
+		$(PYTHON) -m pip install --user --break-system-packages virtualenv && \
+		$(PYTHON) -m virtualenv .venv; fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval]"
+	@touch $@

@@ -1,0 +1,44 @@
+"""The command line: parses, calls, prints. No logic of its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import typer
+
+from ..errors import ArvisionError
+from . import compare, models, sample, train
+
+app = typer.Typer(
+    name="arvision",
+    help="Fast, exact sampling for autoregressive image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+sample.add_to(app)
+compare.add_to(app)
+models.add_to(app)
+train.add_to(app)
+
+
+def main() -> None:
+    """Entry point: exit 0, 2 on bad input (one line on stderr), 1 on a fault."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _one_line
+    try:
+        app()
+    except ArvisionError as error:
+        print(f"arvision: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("arvision: interrupted, nothing half written", file=sys.stderr)  # noqa: T201
+        raise SystemExit(130) from None
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"arvision: warning: {message}", file=sys.stderr)  # noqa: T201

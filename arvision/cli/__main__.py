@@ -1,0 +1,5 @@
+"""`python -m arvision.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,113 @@
+"""`arvision sample`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """Examples:
+
+arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
+
+arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --sampler sjd --num-images 4 --seed 0 --out boots.png
+
+arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --option window=32 --option coupling=maximal --json
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("sample", epilog=EPILOG)(sample)
+
+
+def parse_seed(text: str) -> Any:
+    """ "3" to 3, and "3:5" to image 5 of seed 3 alone."""
+    from ..errors import InputError
+
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise InputError(f"seed {text!r}: expected a number, or seed:image such as 0:3")
+    numbers = tuple(int(part) for part in parts)
+    return numbers[0] if len(numbers) == 1 else [numbers]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """["window=32"] to {"window": 32}."""
+    from ..compare import parse_value
+    from ..errors import InputError
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"option {pair!r}: expected name=value")
+        options[key] = parse_value(value)
+    return options
+
+
+def sample(
+    model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="Class id, class name or caption; repeatable.")],
+    sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "sjd",
+    num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    seed: Annotated[str, typer.Option(help="Seed, or seed:image for one image of a run.")] = "0",
+    out: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Tokens kept, 0 for all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Mass kept, 1 for all.")] = None,
+    window: Annotated[str | None, typer.Option(help="Tokens per pass, or auto (sjd).")] = None,
+    coupling: Annotated[str | None, typer.Option(help="gumbel, maximal, independent.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Sampler option name=value.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Draw pictures from a prompt."""
+    from .. import api
+    from ..compare import parse_value
+    from ..files import replacing
+    from ..sheet import contact_sheet, enlarge
+
+    options = parse_options(option or [])
+    if window is not None:
+        options["window"] = parse_value(window)
+    if coupling is not None:
+        options["coupling"] = coupling
+    result = api.sample(
+        model,
+        prompt if len(prompt) > 1 else prompt[0],
+        sampler,
+        num_images=num_images,
+        seed=parse_seed(seed),
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        device=device,
+        dtype=dtype,
+        progress=not quiet,
+        **options,
+    )
+    if out is not None:
+        sheet = contact_sheet(result.images)
+        with replacing(out) as path:
+            (enlarge(sheet) if len(result.images) == 1 else sheet).save(path)
+    stats = {
+        name: value
+        for name, value in result.stats.items()
+        if name not in ("commit_pass", "seeds") or as_json
+    }
+    if as_json:
+        typer.echo(json.dumps(stats | {"out": None if out is None else str(out)}))
+        return
+    images = len(result.images)
+    typer.echo(
+        f"{images} image{'s' if images > 1 else ''}, {stats['tokens']} tokens each: "
+        f"{stats['forward_passes']} passes, {stats['tokens_per_pass']:.2f} tokens per pass, "
+        f"{stats['seconds']:.2f} s" + (f" -> {out}" if out is not None else "")
+    )

@@ -1,0 +1,54 @@
+"""`arvision train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = """Examples:
+
+arvision train --recipe llamagen-fashion --out runs/llamagen-fashion
+
+arvision train --recipe llamagen-fashion-t2i --out runs/llamagen-fashion
+
+The second continues in the folder of the first: it shares the tokenizer and starts from its weights.
+Run a command again to resume it. The finished pipeline lies in OUT/RECIPE.
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("train", epilog=EPILOG)(train)
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="llamagen-fashion, llamagen-fashion-t2i, ...")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
+    steps: Annotated[int | None, typer.Option(help="At most this many steps per stage.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Only this many training images.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
+    card_samples: Annotated[int, typer.Option(help="Samples that the card is measured on.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train (or resume) an embedded model from its recipe."""
+    import torch
+
+    from ..errors import unknown_name
+    from ..publish import publish, write_card
+    from ..training.recipes import RECIPES, stage_seconds
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if recipe not in RECIPES:
+        raise unknown_name("recipe", recipe, RECIPES)
+    chosen = RECIPES[recipe]
+    if steps is not None or num_images is not None:
+        chosen = chosen.shortened(steps or 10**9, num_images or chosen.num_images)
+    parts = chosen.run(out, progress=not quiet)
+    publish(parts, out / recipe, chosen.card, chosen.settings)
+    figures = write_card(out / recipe, recipe, stage_seconds(out), card_samples)
+    typer.echo(json.dumps(figures) if as_json else f"{recipe} -> {out / recipe}")

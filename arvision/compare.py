@@ -1,0 +1,274 @@
+"""Draw the same seeds with several samplers and say how they differ."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .api import sample
+from .errors import InputError
+from .files import replacing
+from .pipeline import ARPipeline, expand_prompts
+from .samplers import BaseSampler, get_sampler
+from .sheet import labelled_rows
+
+COLUMNS = ("sampler", "passes", "tokens/pass", "s/image", "speed-up", "same as ar", "lossless")
+
+
+@dataclass
+class Row:
+    """What one sampler did.
+
+    Attributes:
+        sampler: the specification that the user wrote.
+        is_lossless: whether this configuration draws from the model's own law.
+        images: in the order of the seeds.
+        tokens: [B, N].
+        passes: model calls per image.
+        seconds: per image, one measurement per batch.
+        commit_pass: [B][N], the pass that made each token final; empty where a sampler has none.
+    """
+
+    sampler: str
+    is_lossless: bool
+    images: list[Image.Image] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    commit_pass: list[list[int]] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """Rows of a comparison; the first `ar` row, where there is one, is the baseline."""
+
+    model: str
+    prompts: list[str]
+    num_tokens: int
+    grid: tuple[int, int] | None
+    rows: list[Row]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One plain dict per sampler; None where there is no baseline to compare with."""
+        base = next((row for row in self.rows if row.sampler.split(":")[0] == "ar"), None)
+        records = []
+        for row in self.rows:
+            seconds = statistics.median(row.seconds)
+            passes = statistics.mean(row.passes)
+            same = None
+            if base is not None:
+                pairs = zip(row.tokens, base.tokens, strict=True)
+                same = sum(bool(torch.equal(a, b)) for a, b in pairs)
+            records.append(
+                {
+                    "sampler": row.sampler,
+                    "passes": passes,
+                    "tokens_per_pass": self.num_tokens / passes,
+                    "seconds_per_image": seconds,
+                    "speed_up": None
+                    if base is None
+                    else statistics.median(base.seconds) / seconds,
+                    "same_as_ar": same,
+                    "images": len(row.images),
+                    "lossless": row.is_lossless,
+                }
+            )
+        return records
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [
+                record["sampler"],
+                f"{record['passes']:.1f}",
+                f"{record['tokens_per_pass']:.2f}",
+                f"{record['seconds_per_image']:.3f}",
+                "-" if record["speed_up"] is None else f"{record['speed_up']:.2f}x",
+                "-"
+                if record["same_as_ar"] is None
+                else f"{record['same_as_ar']} of {record['images']}",
+                "yes" if record["lossless"] else "no",
+            ]
+            for record in self.records()
+        ]
+
+    def text(self) -> str:
+        """The table as aligned plain text."""
+        cells = [list(COLUMNS), *self._cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        )
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *self._cells()]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def sheet(self) -> Image.Image:
+        """Rows: samplers; columns: seeds."""
+        labels = [
+            f"{row.sampler}: {statistics.mean(row.passes):.1f} passes" for row in self.rows
+        ]
+        pairs = list(zip(labels, [row.images for row in self.rows], strict=True))
+        return labelled_rows(pairs, self.prompts)
+
+    def json(self) -> str:
+        """The table, and the pass that made each token final, as JSON."""
+        return json.dumps(
+            {
+                "model": self.model,
+                "prompts": self.prompts,
+                "num_tokens": self.num_tokens,
+                "samplers": self.records(),
+                "commit_pass": {row.sampler: row.commit_pass for row in self.rows},
+            },
+            indent=1,
+        )
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write sheet.png, acceptance.png, table.txt, table.md and table.json into a folder."""
+        written = []
+        texts = {"table.txt": self.text(), "table.md": self.markdown(), "table.json": self.json()}
+        for name, content in texts.items():
+            with replacing(folder / name) as path:
+                path.write_text(content + "\n")
+            written.append(folder / name)
+        with replacing(folder / "sheet.png") as path:
+            self.sheet().save(path)
+        written.append(folder / "sheet.png")
+        if self.grid is not None and any(row.commit_pass for row in self.rows):
+            with replacing(folder / "acceptance.png") as path:
+                self.plot_acceptance(path)
+            written.append(folder / "acceptance.png")
+        return written
+
+    def plot_acceptance(self, path: Path) -> None:
+        """Map over the image grid of how many tokens became final together with each one.
+
+        A large number marks a place where guesses stood: an easy pixel.
+        """
+        from matplotlib.figure import Figure
+
+        rows = [row for row in self.rows if row.commit_pass]
+        maps = [_company(torch.tensor(row.commit_pass)).mean(0) for row in rows]
+        most = max(float(values.max()) for values in maps)
+        columns = min(4, len(rows))
+        lines = -(-len(rows) // columns)
+        figure = Figure(figsize=(3.0 * columns + 1.0, 3.2 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        shown = None
+        for axis, row, values in zip(axes.flat, rows, maps, strict=False):
+            shown = axis.imshow(values.view(self.grid), vmin=1, vmax=most, cmap="viridis")
+            axis.set_title(row.sampler, fontsize=9)
+        if shown is not None:
+            figure.colorbar(shown, ax=axes, label="tokens accepted in the same pass", shrink=0.8)
+        figure.suptitle(f"{self.model}: which tokens were easy", fontsize=10)
+        figure.savefig(path, dpi=120)
+
+
+def _company(commit_pass: Tensor) -> Tensor:
+    """For each token of [B, N], how many tokens of its image became final in the same pass."""
+    same = commit_pass[:, :, None] == commit_pass[:, None, :]
+    return same.sum(-1).double()
+
+
+def parse_sampler(spec: str) -> BaseSampler:
+    """A sampler from "name" or "name:option=value:option=value".
+
+    Raises:
+        InputError: an unknown name or option, or an option without a value.
+    """
+    name, *parts = spec.strip().split(":")
+    options = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"sampler {spec!r}: expected option=value, found {part!r}")
+        options[key] = parse_value(value)
+    return get_sampler(name, **options)
+
+
+def parse_value(text: str) -> Any:
+    """A number, boolean or None where the text is one, else the text."""
+    try:
+        return json.loads({"none": "null", "None": "null"}.get(text, text.lower()))
+    except json.JSONDecodeError:
+        return text
+
+
+def compare(
+    pipe: ARPipeline,
+    prompt: Any,
+    samplers: Sequence[str],
+    *,
+    num_images: int = 4,
+    seed: int = 0,
+    batch_size: int = 1,
+    model_name: str = "model",
+    on_batch: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Comparison:
+    """Draw the same seeds with each sampler, alternating, after one unmeasured image of each.
+
+    Args:
+        pipe: the model.
+        prompt: a prompt or a list of them.
+        samplers: specifications, see `parse_sampler`.
+        num_images: images of each prompt.
+        seed: image k has identity (seed, k) under every sampler.
+        batch_size: images drawn together; 1 measures latency.
+        model_name: for titles.
+        on_batch: called with a sampler's name after each of its batches.
+        **options: `guidance_scale`, `temperature`, `top_k`, `top_p` for all samplers.
+
+    Raises:
+        InputError: anything unknown or out of range, before any model call.
+    """
+    if not samplers:
+        raise InputError("no samplers: expected at least one, such as 'ar'")
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    made = [parse_sampler(spec) for spec in samplers]
+    for one in made:
+        pipe.check_sampler(one)
+    conditions = expand_prompts(prompt, num_images)
+    rows = [Row(spec.strip(), one.is_exact) for spec, one in zip(samplers, made, strict=True)]
+
+    def run(one: BaseSampler, first: int) -> Any:
+        batch = list(conditions[first : first + batch_size])
+        for name in ("temperature", "top_k", "top_p"):
+            if options.get(name) is None and one.config[name] == _default(name):
+                options[name] = pipe.config[name]
+        seeds = [(seed, first + k) for k in range(len(batch))]
+        return sample(pipe, batch, one, seed=seeds, progress=False, **options)
+
+    for one in made:
+        run(one, 0)
+    for first in range(0, len(conditions), batch_size):
+        for row, one in zip(rows, made, strict=True):
+            out = run(one, first)
+            row.images += out.images
+            row.tokens += list(out.tokens)
+            row.passes += out.stats["passes_per_image"]
+            row.seconds.append(out.stats["seconds_per_image"])
+            row.commit_pass += out.stats.get("commit_pass", [])
+            if on_batch is not None:
+                on_batch(row.sampler)
+    return Comparison(
+        model_name, [str(c) for c in conditions], pipe.model.num_tokens, pipe.model.grid, rows
+    )
+
+
+def _default(name: str) -> float:
+    return {"temperature": 1.0, "top_k": 0, "top_p": 1.0}[name]

@@ -1,0 +1,168 @@
+"""From trained parts to a model folder: a half-precision pipeline with a measured model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .api import load, sample
+from .eval.classifier import class_consistency, classify
+from .pipeline import ARPipeline
+from .training.captions import BRIGHTNESS, GARMENTS, measure_brightness
+from .training.data import CLASS_NAMES, load_fashion, to_pixels
+
+
+def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
+    """Write a pipeline folder in half precision; an older one is replaced only when this is whole.
+
+    Args:
+        parts: components by their name in the pipeline.
+        folder: to write.
+        card: "kind", "conditions" and "summary", for `list_models`.
+        settings: recommended settings, arguments of `ARPipeline`.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe = ARPipeline(**parts, **settings)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch.float16)
+    pipe.save_pretrained(temporary)
+    for weights in temporary.rglob("*.safetensors"):
+        weights.chmod(0o644)
+    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] to uint8, rounded."""
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw(pipe: ARPipeline, prompts: list[Any], batch_size: int = 125) -> Tensor:
+    """Plain samples of the prompts, uint8 [B, 3, H, W]; image k has identity (0, k)."""
+    images = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        seeds = [(0, first + k) for k in range(len(batch))]
+        out = sample(pipe, batch, "ar", seed=seeds, progress=False, output_type="pt")
+        images.append(to_bytes(out.images))
+    return torch.cat(images)
+
+
+def nearest_training_distance(images: Tensor, training: Tensor) -> Tensor:
+    """Root-mean-square grey-level distance of each image to its nearest training image.
+
+    Args:
+        images: [B, 3, 32, 32] uint8.
+        training: [M, 32, 32] uint8.
+    """
+    ours = images.float().mean(1).flatten(1)
+    best = torch.full((len(ours),), float("inf"))
+    for part in training.split(10_000):
+        distance = torch.cdist(ours, part.float().flatten(1))
+        best = torch.minimum(best, distance.min(1).values)
+    return best / ours.shape[1] ** 0.5
+
+
+def measure_model(folder: Path, num: int = 1000) -> dict[str, Any]:
+    """Figures for the model card of a Fashion-MNIST model: `num` plain samples, settings as saved.
+
+    Returns:
+        "class_consistency"; for a text model "garment" and "brightness" (share of samples that show
+        what the caption says); "reconstruction_psnr" in dB; nearest-neighbour distances of samples
+        and, for comparison, of test images to the training set.
+    """
+    pipe = load(folder, device="cpu")
+    training, _ = load_fashion("train")
+    test, test_labels = load_fashion("test")
+    figures: dict[str, Any] = {"samples": num}
+    if pipe.config["class_names"]:
+        labels = torch.arange(num) % len(CLASS_NAMES)
+        images = draw(pipe, labels.tolist())
+        figures["class_consistency"] = float(class_consistency(images, labels))
+    else:
+        labels = torch.arange(num) % len(GARMENTS)
+        tones = torch.arange(num) // len(GARMENTS) % len(BRIGHTNESS)
+        prompts = [
+            f"a {BRIGHTNESS[tone]} {GARMENTS[label][0]}"
+            for label, tone in zip(labels.tolist(), tones.tolist(), strict=True)
+        ]
+        images = draw(pipe, prompts)
+        figures["garment"] = float((classify(images).argmax(-1) == labels).double().mean())
+        grey = images.float().mean(1).round().to(torch.uint8)
+        figures["brightness"] = float((measure_brightness(grey) == tones).double().mean())
+    real = test[:, None].expand(-1, 3, -1, -1)
+    figures["real_test_images"] = float(class_consistency(real, test_labels))
+    distances = nearest_training_distance(images, training)
+    reference = nearest_training_distance(real[:num], training)
+    figures["nearest_training_min"] = float(distances.min())
+    figures["nearest_training_median"] = float(distances.median())
+    figures["nearest_training_median_of_test_images"] = float(reference.median())
+    figures["copies"] = int((distances < 4.0).sum())
+    with torch.no_grad():
+        pixels = to_pixels(test[:1000])
+        rebuilt = pipe.tokenizer.decode(pipe.tokenizer.encode(pixels)).clamp(-1, 1)
+    figures["reconstruction_psnr"] = float(10 * torch.log10(4 / (rebuilt - pixels).pow(2).mean()))
+    return figures
+
+
+def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], num: int) -> dict:
+    """Measure a published model and write its README.md; returns the figures.
+
+    Args:
+        folder: of the model.
+        recipe: name, for the command that repeats it.
+        training_seconds: wall time of each stage.
+        num: samples to measure on.
+    """
+    figures = measure_model(folder, num)
+    facts = json.loads((folder / "card.json").read_text())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    stages = ", ".join(f"{name} {seconds / 60:.0f} min" for name, seconds in training_seconds.items())
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: arvision",
+        "tags: [text-to-image, autoregressive, fashion-mnist]",
+        "---",
+        f"# {folder.name}",
+        "",
+        f"{facts['summary']}. **A small demonstration model**: it exists so that samplers can be tried "
+        "and tested in seconds on a CPU, not for its pictures.",
+        "",
+        "- **Data**: the 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT "
+        "licence), padded to 32x32.",
+        "- **Licence of the weights**: Apache-2.0.",
+        f"- **Recipe**: `arvision train --recipe {recipe} --out runs/{recipe}` (settings in "
+        "`arvision/training/recipes.py`).",
+        f"- **Wall time**: {stages} (shared two-core CPU, one or two threads).",
+        f"- **Size**: {size / 1e6:.1f} MB, half precision.",
+        f"- **Measured** on {figures['samples']} plain samples at the recommended settings "
+        f"(guidance {load(folder).config['guidance_scale']:g}):",
+    ]
+    names = {
+        "class_consistency": "samples that the project's classifier sorts into the class asked for",
+        "garment": "samples that show the garment of the caption (same classifier)",
+        "brightness": "samples as dark, grey or light as the caption says (mean of garment pixels)",
+        "real_test_images": "real test images, for comparison",
+    }
+    lines += [f"  - {text}: {figures[key]:.3f}" for key, text in names.items() if key in figures]
+    lines += [
+        f"  - reconstruction of test images by the tokenizer: {figures['reconstruction_psnr']:.1f} dB",
+        f"  - distance to the nearest training image (RMS grey levels of 255): median "
+        f"{figures['nearest_training_median']:.1f}, smallest {figures['nearest_training_min']:.1f}; "
+        f"real test images have a median of {figures['nearest_training_median_of_test_images']:.1f}. "
+        f"Copies (below 4.0): {figures['copies']}.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+    return figures

@@ -1,0 +1,62 @@
+"""Pictures side by side on one sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST_SIDE = 96
+"""Images below this many pixels are enlarged by a whole factor, without smoothing."""
+GAP = 4
+LABEL_HEIGHT = 18
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """An image at least `SMALLEST_SIDE` pixels on its longer side, in whole pixel blocks."""
+    factor = max(1, math.ceil(SMALLEST_SIDE / max(image.size)))
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images in a grid, one alone as it is; `columns` None for at most eight in a row."""
+    if len(images) == 1:
+        return images[0]
+    columns = columns or min(8, len(images))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    return labelled_rows([("", row) for row in rows])
+
+
+def labelled_rows(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], column_labels: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of images of one size, each under its label, with labels above the columns."""
+    enlarged = [(label, [enlarge(image) for image in row]) for label, row in rows]
+    width, height = enlarged[0][1][0].size
+    columns = max(len(row) for _, row in enlarged)
+    heading = LABEL_HEIGHT if column_labels else 0
+    heights = [height + GAP + (LABEL_HEIGHT if label else 0) for label, _ in enlarged]
+    sheet = Image.new(
+        "RGB", (columns * (width + GAP) + GAP, heading + sum(heights) + GAP), "white"
+    )
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, label in enumerate(column_labels):
+        left = GAP + column * (width + GAP)
+        pen.text((left, 2), _fit(label, width, pen, font), "black", font)
+    top = heading + GAP
+    for (label, row), row_height in zip(enlarged, heights, strict=True):
+        if label:
+            pen.text((GAP, top), label, "black", font)
+        for column, image in enumerate(row):
+            sheet.paste(image, (GAP + column * (width + GAP), top + row_height - height - GAP))
+        top += row_height
+    return sheet
+
+
+def _fit(text: str, width: int, pen: ImageDraw.ImageDraw, font: object) -> str:
+    """Shorten a label until it is no wider than its column."""
+    while text and pen.textlength(text, font) > width:
+        text = text[:-1]
+    return text
