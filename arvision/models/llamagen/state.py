@@ -83,6 +83,7 @@ class LlamaGenState:
     def _doubled(self, tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor]) if self._is_doubled else tensor
 
+    @torch.no_grad()
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """Guided logits [B, T, V] of what follows each candidate.
 

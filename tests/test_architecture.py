@@ -1,0 +1,89 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
+
+# Each part may import the parts in its set, and itself.
+GROUND = {"errors", "contracts", "registry", "files"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "registry": {"errors"},
+    "contracts": {"errors"},
+    "files": {"errors"},
+    "kernels": {"errors"},
+    "decoding": {"kernels"} | GROUND,
+    "models": {"decoding"} | GROUND,
+    "samplers": {"decoding"} | GROUND,
+    "eval": GROUND,
+    "training": {"models", "decoding", "eval"} | GROUND,
+    "sheet": set(),
+    "pipeline": {"models", "samplers"} | GROUND,
+    "api": {"pipeline", "samplers"} | GROUND,
+    "testing": {"models"} | GROUND,
+    "compare": {"api", "pipeline", "samplers", "sheet"} | GROUND,
+    "publish": {"api", "pipeline", "eval", "training"} | GROUND,
+}
+SEES_ALL = {"cli", "__init__"}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, as path components below it."""
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = here[: len(here) - node.level]
+            module = tuple(node.module.split(".")) if node.module else ()
+            if module or base:
+                found.add(base + module)
+            else:
+                found |= {(alias.name,) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "arvision":
+            found.add(("absolute", node.module or ""))
+        elif isinstance(node, ast.Import):
+            found |= {
+                ("absolute", a.name) for a in node.names if a.name.split(".")[0] == "arvision"
+            }
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path):
+    part = part_of(path)
+    for target in imported_parts(path):
+        assert target[0] != "absolute", f"{path} imports {target[1]} absolutely"
+        if part in SEES_ALL:
+            continue
+        assert target[0] == part or target[0] in ALLOWED[part], f"{path} imports {target}"
+        between_families = part == target[0] == "models" and len(target) > 1
+        if between_families and len(path.relative_to(PACKAGE).parts) > 2:
+            own = path.relative_to(PACKAGE).parts[1]
+            shared = {"conditions"}
+            assert target[1] in {own} | shared, f"{path}: model families do not know each other"
+        if part == target[0] == "samplers" and path.name not in ("__init__.py", "base.py"):
+            assert target[1:] == ("base",), f"{path}: samplers do not know each other"
+
+
+def test_files_stay_small():
+    long = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in FILES}
+    assert not {name: lines for name, lines in long.items() if lines > 500}
+
+
+def test_root_links_point_into_the_package():
+    root = PACKAGE.parent
+    for name in ("models", "samplers", "kernels", "eval"):
+        assert (root / name).is_symlink()
+        assert (root / name).resolve() == PACKAGE / name
