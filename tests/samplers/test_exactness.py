@@ -1,0 +1,148 @@
+"""Lossless samplers: plain sampling's tokens under Gumbel coupling, the model's law always."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from arvision import get_sampler
+from arvision.decoding import verify
+from arvision.decoding.jacobi import INITS
+from arvision.samplers.sjd import SJDSampler
+from arvision.testing import (
+    DroppingTableModel,
+    TableModel,
+    draw_joint,
+    law_p_value,
+    tiny_llamagen,
+)
+
+ALPHA = 1e-4
+NUM = 100_000
+COUPLINGS = ["gumbel", "maximal", "independent"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A real network with 64 tokens, float64: rounding cannot flip an argmax."""
+    return tiny_llamagen(grid=(8, 8)).to(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """What `ar` draws for 20 seeds, one image at a time."""
+    ar = get_sampler("ar")
+    return [
+        ar(model, [seed % 3], seeds=[seed], guidance_scale=2.0).tokens[0] for seed in range(20)
+    ]
+
+
+@pytest.mark.parametrize("window", [2, 5, 16, 64])
+def test_gumbel_coupling_gives_the_tokens_of_plain_sampling(model, plain, window):
+    sjd = get_sampler("sjd", window=window)
+    for seed in range(20):
+        out = sjd(model, [seed % 3], seeds=[seed], guidance_scale=2.0)
+        assert torch.equal(out.tokens[0], plain[seed])
+        assert out.stats.forward_passes < 63
+    for first in (0, 7, 13):
+        seeds = list(range(first, first + 7))
+        batch = sjd(model, [s % 3 for s in seeds], seeds=seeds, guidance_scale=2.0)
+        assert torch.equal(batch.tokens, torch.stack(plain[first : first + 7]))
+        assert len(set(batch.stats.passes_per_image)) > 1, "the batch was meant to be ragged"
+
+
+@pytest.mark.parametrize("init", sorted(INITS))
+@pytest.mark.parametrize("shaping", [{"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+def test_inits_and_shaping_do_not_change_the_picture(model, init, shaping):
+    conditions, seeds = [0, 1, 2], [(3, 0), (3, 1), (3, 2)]
+    expected = get_sampler("ar", **shaping)(model, conditions, seeds=seeds, guidance_scale=1.5)
+    sjd = get_sampler("sjd", window=7, init=init, **shaping)
+    out = sjd(model, conditions, seeds=seeds, guidance_scale=1.5)
+    assert torch.equal(out.tokens, expected.tokens)
+
+
+def test_the_embedded_model_draws_the_same_pictures(fashion):
+    transformer = fashion.transformer
+    model = fashion.model
+    try:
+        transformer.to(torch.float64)
+        seeds = [(11, k) for k in range(7)]
+        classes = [0, 3, 5, 7, 8, 9, 2]
+        out = [
+            get_sampler(name)(model, classes, seeds=seeds, guidance_scale=3.0)
+            for name in ("ar", "sjd")
+        ]
+    finally:
+        transformer.to(torch.float32)
+    assert torch.equal(out[0].tokens, out[1].tokens)
+    assert out[1].stats.tokens_per_pass > 2.0
+
+
+@pytest.mark.parametrize("init", sorted(INITS))
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("window", [2, 4])
+def test_joint_law(coupling, init, window):
+    sampler = get_sampler("sjd", coupling=coupling, window=window, init=init)
+    for seed in range(3):
+        # One table takes a model that can neither drop finished rows nor look past the end.
+        model = (TableModel if seed == 0 else DroppingTableModel)(seed=seed, grid=(2, 2))
+        samples = draw_joint(sampler, model, NUM, seed=seed)
+        assert law_p_value(samples, model.joint(sampler.shaping())) > ALPHA
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_joint_law_with_shaping(coupling):
+    sampler = get_sampler("sjd", coupling=coupling, window=3, temperature=1.4, top_k=3, top_p=0.9)
+    model = DroppingTableModel(seed=5)
+    samples = draw_joint(sampler, model, NUM, seed=5)
+    assert law_p_value(samples, model.joint(sampler.shaping())) > ALPHA
+
+
+def test_joint_law_of_plain_sampling():
+    sampler, model = get_sampler("ar"), TableModel(seed=2)
+    samples = draw_joint(sampler, model, NUM, seed=2)
+    assert law_p_value(samples, model.joint(sampler.shaping())) > ALPHA
+
+
+class GenerousNoise:
+    """Acceptance uniforms 5 % too small: drafts are accepted 5 % too often."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def uniform(self, positions, purpose, *args, **kwargs):
+        out = self.noise.uniform(positions, purpose, *args, **kwargs)
+        return out * 0.95 if purpose == "accept" else out
+
+
+def generous(rule):
+    return lambda chain: rule(replace(chain, noise=GenerousNoise(chain.noise)))
+
+
+def clinging(chain):
+    """A Gumbel coupling that keeps 5 % of the drafts that it should have changed."""
+    verdict = verify.gumbel_coupling(chain)
+    if chain.drafts.shape[1] == 0:
+        return verdict
+    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries) < 0.05
+    tokens = verdict.tokens.clone()
+    tokens[:, :-1] = torch.where(holds, chain.drafts, tokens[:, :-1])
+    return verify.Verdict(tokens, verify.first_change(chain.drafts, tokens))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "mutant"),
+    [
+        ("gumbel", clinging),
+        ("maximal", generous(verify.maximal_coupling)),
+        ("independent", generous(verify.independent_redraw)),
+    ],
+)
+def test_a_mutant_that_is_five_percent_off_is_found(coupling, mutant):
+    model = DroppingTableModel(seed=0)
+    sampler = get_sampler("sjd", coupling=coupling, window=4, init="random")
+    sampler.__class__ = type("Mutant", (SJDSampler,), {"rule": lambda self, model: mutant})
+    samples = draw_joint(sampler, model, NUM, seed=0)
+    assert law_p_value(samples, model.joint(sampler.shaping())) < ALPHA
