@@ -1,0 +1,123 @@
+"""The commands as a new user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+
+def run(*arguments: str, **options):
+    command = [sys.executable, "-m", "arvision.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+def test_sample_writes_a_sheet_and_statistics(tmp_path):
+    out = tmp_path / "boots.png"
+    done = run(
+        *("sample", "--model", "llamagen-fashion-t2i", "--prompt", "a dark ankle boot"),
+        *("--sampler", "sjd", "--num-images", "4", "--seed", "0", "--out", str(out), "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    stats = json.loads(done.stdout)
+    assert stats["tokens"] == 64
+    assert stats["forward_passes"] < 63
+    assert "256/256" in done.stderr  # the progress bar
+    with Image.open(out) as sheet:
+        assert sheet.width > 4 * 32
+    assert [path.name for path in tmp_path.iterdir()] == ["boots.png"]
+
+
+def test_one_image_of_a_run_alone(tmp_path):
+    from arvision import sample
+
+    options = ("sample", "--model", "llamagen-fashion", "--prompt", "bag", "--quiet", "--json")
+    done = run(*options, "--seed", "5:2", "--sampler", "ar", "--out", str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    whole = sample("llamagen-fashion", "bag", "sjd", num_images=3, seed=5, progress=False)
+    with Image.open(tmp_path / "a.png") as alone:
+        small = alone.resize((32, 32), Image.Resampling.NEAREST)
+        assert list(small.getdata()) == list(whole.images[2].getdata())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "llamagen-fasion", "--prompt", "bag"], "did you mean 'llamagen-fashion"),
+        (["--model", "llamagen-fashion", "--prompt", "hat"], "unknown class 'hat'"),
+        (["--model", "llamagen-fashion", "--prompt", "12"], "class 12: expected 0..9"),
+        (["--model", "llamagen-fashion", "--prompt", " "], "empty prompt"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--sampler", "x"], "unknown sampler 'x'"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--window", "0"], "window 0"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--option", "a=1"], "option"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--seed", "x"], "seed 'x'"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--guidance-scale", "-1"], "guidance"),
+        (["--model", "llamagen-fashion", "--prompt", "1", "--out", "/"], "is a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message):
+    done = run("sample", "--quiet", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_interrupted_sample_leaves_no_file(tmp_path):
+    command = [sys.executable, "-m", "arvision.cli", "sample", "--model", "llamagen-fashion"]
+    command += ["--prompt", "bag", "--num-images", "4000", "--sampler", "ar"]
+    command += ["--out", str(tmp_path / "bags.png")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    while "it/s" not in process.stderr.readline(80) and time.monotonic() < deadline:
+        pass
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_lists():
+    done = run("models", "--json")
+    names = [entry["name"] for entry in json.loads(done.stdout)]
+    assert {"llamagen-fashion", "llamagen-fashion-t2i"} <= set(names)
+    done = run("samplers", "--json")
+    laws = {entry["name"]: entry["lossless"] for entry in json.loads(done.stdout)}
+    assert laws["ar"] is True
+    assert laws["sjd"] is True
+    assert "lossless" in run("samplers").stdout
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "train", "models", "samplers", "demo"])
+def test_help(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    if command in ("sample", "compare", "train"):
+        assert f"arvision {command} --" in done.stdout  # an example
+
+
+def test_train_miniature(tmp_path):
+    from arvision.training.data import DEBIAN_FOLDER
+
+    if not DEBIAN_FOLDER.exists():
+        pytest.skip("Fashion-MNIST is not installed (Debian package dataset-fashion-mnist)")
+    arguments = ("train", "--recipe", "llamagen-fashion-t2i", "--out", str(tmp_path / "run"))
+    sizes = ("--steps", "2", "--num-images", "200", "--card-samples", "30", "--threads", "1")
+    done = run(*arguments, *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 30
+    folder = tmp_path / "run" / "llamagen-fashion-t2i"
+    assert "small demonstration model" in (folder / "README.md").read_text()
+    drawn = run("sample", "--model", str(folder), "--prompt", "a dark boot", "--json", "--quiet")
+    assert json.loads(drawn.stdout)["tokens"] == 64
+    wrong = run("train", "--recipe", "llamagen", "--out", str(tmp_path))
+    assert wrong.returncode == 2
+    assert "unknown recipe 'llamagen': did you mean" in wrong.stderr

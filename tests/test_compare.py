@@ -1,0 +1,64 @@
+"""`arvision compare`: the same seeds under several samplers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from arvision import InputError
+from arvision.compare import compare, parse_sampler
+
+
+def test_table_sheet_and_plot(tmp_path, tiny_pipeline):
+    specs = ["ar", "sjd:coupling=gumbel:window=4", "sjd:coupling=maximal:window=8"]
+    result = compare(tiny_pipeline, ["cat", "dog"], specs, num_images=2, seed=3, batch_size=2)
+    written = {path.name for path in result.write(tmp_path)}
+    assert written == {"table.txt", "table.md", "table.json", "sheet.png", "acceptance.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    record = json.loads((tmp_path / "table.json").read_text())
+    rows = {row["sampler"]: row for row in record["samplers"]}
+    assert rows["ar"]["speed_up"] == 1.0
+    assert rows["ar"]["same_as_ar"] == rows[specs[1]]["same_as_ar"] == 4
+    assert rows[specs[2]]["same_as_ar"] < 4
+    assert rows["ar"]["passes"] == 15
+    assert all(row["lossless"] for row in rows.values())
+    passes = torch.tensor(record["commit_pass"][specs[1]])
+    assert passes.shape == (4, 16)
+    assert "| sjd:coupling=gumbel:window=4 |" in (tmp_path / "table.md").read_text()
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 3 * 96
+    with Image.open(tmp_path / "acceptance.png") as plot:
+        assert plot.width > 300
+
+
+def test_a_seed_does_not_depend_on_the_batch_size(tiny_pipeline):
+    one, four = (
+        compare(tiny_pipeline, 1, ["sjd"], num_images=4, seed=2, batch_size=size).rows[0].tokens
+        for size in (1, 4)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+
+
+def test_without_a_baseline_nothing_is_compared(tiny_pipeline):
+    record = compare(tiny_pipeline, 1, ["sjd"], num_images=1).records()[0]
+    assert record["speed_up"] is None
+    assert record["same_as_ar"] is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sdj", "did you mean 'sjd'"),
+        ("sjd:window", "expected option=value"),
+        ("sjd:windw=3", "did you mean 'window'"),
+        ("sjd:window=0", "window 0"),
+        ("sjd:coupling=none", "coupling"),
+    ],
+)
+def test_bad_specifications(spec, message):
+    with pytest.raises(InputError, match=message):
+        parse_sampler(spec)
+    assert parse_sampler("sjd:window=3:top_p=0.5:coupling=maximal").config["window"] == 3
