@@ -124,7 +124,9 @@ def _find(name_or_path: str | Path) -> str | Path:
     path = Path(name)
     if path.is_dir():
         if not (path / "model_index.json").exists():
-            raise CheckpointError(f"{path}: expected a pipeline folder, model_index.json is missing")
+            raise CheckpointError(
+                f"{path}: expected a pipeline folder, model_index.json is missing"
+            )
         return path
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if looks_like_hub_id:

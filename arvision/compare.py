@@ -73,9 +73,7 @@ class Comparison:
                     "passes": passes,
                     "tokens_per_pass": self.num_tokens / passes,
                     "seconds_per_image": seconds,
-                    "speed_up": None
-                    if base is None
-                    else statistics.median(base.seconds) / seconds,
+                    "speed_up": None if base is None else statistics.median(base.seconds) / seconds,
                     "same_as_ar": same,
                     "images": len(row.images),
                     "lossless": row.is_lossless,
@@ -115,9 +113,7 @@ class Comparison:
 
     def sheet(self) -> Image.Image:
         """Rows: samplers; columns: seeds."""
-        labels = [
-            f"{row.sampler}: {statistics.mean(row.passes):.1f} passes" for row in self.rows
-        ]
+        labels = [f"{row.sampler}: {statistics.mean(row.passes):.1f} passes" for row in self.rows]
         pairs = list(zip(labels, [row.images for row in self.rows], strict=True))
         return labelled_rows(pairs, self.prompts)
 
@@ -159,6 +155,7 @@ class Comparison:
         from matplotlib.figure import Figure
 
         rows = [row for row in self.rows if row.commit_pass]
+        assert self.grid is not None
         maps = [_company(torch.tensor(row.commit_pass)).mean(0) for row in rows]
         most = max(float(values.max()) for values in maps)
         columns = min(4, len(rows))

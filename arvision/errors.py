@@ -40,4 +40,6 @@ def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
     names = sorted(known)
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {kind} {given!r}: {hint}expected one of {', '.join(names) or 'none'}")
+    return InputError(
+        f"unknown {kind} {given!r}: {hint}expected one of {', '.join(names) or 'none'}"
+    )

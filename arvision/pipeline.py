@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -155,7 +155,7 @@ class ARPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
-    ) -> SampleOutput | tuple[Any]:
+    ) -> SampleOutput:
         """Draw images.
 
         Args:
@@ -179,20 +179,22 @@ class ARPipeline(DiffusionPipeline):
             InputError: any argument out of range, before the model is called.
         """
         if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+            raise InputError(
+                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
+            )
         conditions = expand_prompts(prompt, num_images_per_prompt)
         seeds = resolve_seeds(seed, generator, len(conditions))
-        sampler = self.sampler if sampler is None else sampler
-        self.check_sampler(sampler)
+        chosen: BaseSampler = self.sampler if sampler is None else sampler
+        self.check_sampler(chosen)
         changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes:
-            sampler = sampler.with_options(**changes)
+            chosen = chosen.with_options(**changes)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         model = self.model
         self._interrupt = False
         started = time.perf_counter()
-        with self._threads(), self.progress_bar(total=len(conditions) * model.num_tokens) as bar:
+        with self._threads(), self._bar(len(conditions) * model.num_tokens) as bar:
 
             def on_step(step: int, figures: dict[str, Any]) -> bool:
                 bar.update(figures["finished"] - bar.n)
@@ -200,9 +202,7 @@ class ARPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, dict(figures))
                 return self._interrupt
 
-            samples = sampler(
-                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step
-            )
+            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
             images = self._images(model, samples.tokens, output_type)
         seconds = time.perf_counter() - started
         samples.stats.update(
@@ -210,8 +210,12 @@ class ARPipeline(DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (images,)
+            return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    def _bar(self, total: int) -> Any:
+        """A bar over the tokens, as `set_progress_bar_config` says."""
+        return cast(Any, self.progress_bar)(total=total)
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:

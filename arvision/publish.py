@@ -127,7 +127,9 @@ def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], nu
     figures = measure_model(folder, num)
     facts = json.loads((folder / "card.json").read_text())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    stages = ", ".join(f"{name} {seconds / 60:.0f} min" for name, seconds in training_seconds.items())
+    stages = ", ".join(
+        f"{name} {seconds / 60:.0f} min" for name, seconds in training_seconds.items()
+    )
     lines = [
         "---",
         "license: apache-2.0",

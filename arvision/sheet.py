@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -38,9 +39,7 @@ def labelled_rows(
     columns = max(len(row) for _, row in enlarged)
     heading = LABEL_HEIGHT if column_labels else 0
     heights = [height + GAP + (LABEL_HEIGHT if label else 0) for label, _ in enlarged]
-    sheet = Image.new(
-        "RGB", (columns * (width + GAP) + GAP, heading + sum(heights) + GAP), "white"
-    )
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, heading + sum(heights) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, label in enumerate(column_labels):
         left = GAP + column * (width + GAP)
@@ -55,7 +54,7 @@ def labelled_rows(
     return sheet
 
 
-def _fit(text: str, width: int, pen: ImageDraw.ImageDraw, font: object) -> str:
+def _fit(text: str, width: int, pen: ImageDraw.ImageDraw, font: Any) -> str:
     """Shorten a label until it is no wider than its column."""
     while text and pen.textlength(text, font) > width:
         text = text[:-1]

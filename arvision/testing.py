@@ -106,9 +106,13 @@ class TableState:
         parents = torch.arange(-1, num - 1) if parents is None else parents
         prefixes, lengths = [], []
         for place, parent in enumerate(parents.tolist()):
-            before = (self._prefixes, self.lengths) if parent < 0 else (
-                prefixes[parent],
-                lengths[parent],
+            before = (
+                (self._prefixes, self.lengths)
+                if parent < 0
+                else (
+                    prefixes[parent],
+                    lengths[parent],
+                )
             )
             prefixes.append(before[0] * model.vocab_size + tokens[:, place])
             lengths.append(before[1] + 1)
@@ -212,7 +216,11 @@ def tiny_llamagen(
             parameter.data.mul_(3.0)
         transformer.output.weight.data.mul_(sharpness)
         tokenizer = LlamaGenTokenizer(
-            ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=32, codebook_size=64,
+            ch=32,
+            ch_mult=(1, 1, 1),
+            num_res_blocks=1,
+            z_channels=32,
+            codebook_size=64,
             num_recorded=0,
         ).eval()
     names = ["cat", "dog", "ankle boot"] if "caption_dim" not in sizes else None

@@ -12,9 +12,9 @@ EPILOG = """Examples:
 
 arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
 
-arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --sampler sjd --num-images 4 --seed 0 --out boots.png
+arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --num-images 4 --out boots.png
 
-arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --option window=32 --option coupling=maximal --json
+arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
 
 

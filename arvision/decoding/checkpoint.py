@@ -17,7 +17,9 @@ from ..errors import CheckpointError
 StateDict = dict[str, Tensor]
 
 
-def read_state_dict(source: str | Path | Mapping[str, object], wrappers: Iterable[str]) -> StateDict:
+def read_state_dict(
+    source: str | Path | Mapping[str, object], wrappers: Iterable[str]
+) -> StateDict:
     """The tensors of a checkpoint, by name.
 
     Args:

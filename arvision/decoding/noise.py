@@ -93,18 +93,16 @@ class Noise:
         uniforms = (words.double() + 0.5) * 2.0**-32
         return uniforms[..., 0] if num is None else uniforms[..., :num]
 
-    def gumbel(
-        self, positions: Tensor, num: int, dtype: torch.dtype = torch.float64
-    ) -> Tensor:
+    def gumbel(self, positions: Tensor, num: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Standard Gumbel numbers [B, T, num] for the tokens at positions [B, T].
 
         They have no try: every pass, window and sampler sees the same ones.
         """
         furthest = int(positions.max()) + 1
         memo = self._memo
-        if memo is not None and (memo.shape[1:] == (memo.shape[1], num)) and memo.dtype == dtype:
-            if furthest <= memo.shape[1]:
-                return self._from_memo(memo, positions)
+        fits = memo is not None and memo.shape[2] == num and memo.dtype == dtype
+        if memo is not None and fits and furthest <= memo.shape[1]:
+            return self._from_memo(memo, positions)
         # Room for the positions to come, so that a typical image is computed in one go.
         length = max(64, 1 << (furthest - 1).bit_length())
         if len(self) * length * num <= MEMO_ELEMENTS:

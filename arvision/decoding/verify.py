@@ -1,4 +1,4 @@
-"""The verification core: given what was drafted and what the target says, what stays and what comes.
+"""The verification core: given the drafts and the target's laws, what stays and what comes next.
 
 Words used throughout: a draft is *accepted* when it is kept, the token drawn in place of a rejected
 one is *recovered*, the token drawn after a fully accepted chain is the *bonus*.
@@ -75,7 +75,9 @@ def gumbel_coupling(chain: Chain) -> Verdict:
     drafted. Two successive laws agree on a token with probability >= (1 - TV) / (1 + TV).
     """
     scores = chain.target_logp
-    tokens = (scores + chain.noise.gumbel(chain.positions, scores.shape[-1], scores.dtype)).argmax(-1)
+    tokens = (scores + chain.noise.gumbel(chain.positions, scores.shape[-1], scores.dtype)).argmax(
+        -1
+    )
     return Verdict(tokens, first_change(chain.drafts, tokens))
 
 

@@ -55,6 +55,18 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         """Whether this configuration draws from the model's own law."""
         return bool(SAMPLERS.entry(self.name).facts["exact"])
 
+    def __call__(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one sample per condition, see `arvision.contracts.Sampler`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it samples")
+
     def with_options(self, **options: Any) -> BaseSampler:
         """The same sampler with some options changed.
 
@@ -111,7 +123,7 @@ class TokenSampler(BaseSampler):
 
     def __call__(
         self,
-        model: TokenModel,
+        model: Any,
         conditions: Conditions,
         *,
         seeds: Seeds,

@@ -1,7 +1,6 @@
 """The one training loop: optimiser, schedule, checkpoints, progress bar, JSON log.
 
-An objective is an `nn.Module` whose `forward(indices, generator)` gives a dict with a scalar
-"loss" and anything else worth logging. Data order and all randomness are functions of the seed and
+Data order and all randomness are functions of the seed and
 the step, so a resumed run takes the very steps that an uninterrupted one takes.
 """
 
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,18 +59,17 @@ class FitConfig:
             )
 
 
-class Objective(Protocol):
-    """What the loop trains."""
+class Objective(nn.Module):
+    """What the loop trains: a loss over numbered samples."""
 
     num_items: int
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss (and figures) of the samples `indices` [B]."""
-        ...
+        """Scalar "loss" (and figures worth logging) of the samples `indices` [B]."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def after_step(self, step: int) -> None:
-        """Called after each optimiser step."""
-        ...
+        """Called after each optimiser step; does nothing by default."""
 
 
 def batch_indices(step: int, batch_size: int, num_items: int, seed: int) -> Tensor:
@@ -94,13 +92,16 @@ def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
 def learning_rate(step: int, config: FitConfig) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return config.learning_rate * warm * 0.5 * (1 + float(torch.cos(
-        torch.tensor(step / config.steps * torch.pi)
-    )))
+    return (
+        config.learning_rate
+        * warm
+        * 0.5
+        * (1 + float(torch.cos(torch.tensor(step / config.steps * torch.pi))))
+    )
 
 
 def fit(
-    objective: nn.Module,
+    objective: Objective,
     config: FitConfig,
     folder: Path,
     *,
@@ -111,7 +112,7 @@ def fit(
     """Train `objective` in place, resuming from `folder` where a checkpoint lies there.
 
     Args:
-        objective: an `Objective` that is an `nn.Module`.
+        objective: what to train.
         config: settings; a checkpoint made with others is refused.
         folder: takes `checkpoint.pt` and `log.jsonl`.
         progress: show a bar on stderr.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from .data import to_pixels
+from .loop import Objective
 
 
-class TokenizerObjective(nn.Module):
+class TokenizerObjective(Objective):
     """Reconstruction through an L2-normalised codebook that follows its codes.
 
     The first `unquantised_steps` train a plain autoencoder on the unit sphere; then the codebook is
@@ -41,6 +42,9 @@ class TokenizerObjective(nn.Module):
         restart_below: float = 0.1,
     ) -> None:
         super().__init__()
+        self.uses: Tensor
+        self.sums: Tensor
+        self.steps_done: Tensor
         self.tokenizer = tokenizer
         self.images = images
         self.num_items = len(images)

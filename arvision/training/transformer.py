@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.llamagen.transformer import LlamaGenTransformer
+from .loop import Objective
 
 
-class ClassObjective(nn.Module):
+class ClassObjective(Objective):
     """Next-token cross-entropy given a class.
 
     Args:
@@ -51,9 +52,6 @@ class ClassObjective(nn.Module):
         rows, valid = self.conditions(indices, generator)
         logits = self.transformer.teacher_forced(rows, tokens, valid)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
-
-    def after_step(self, step: int) -> None:
-        """Nothing to do between steps."""
 
 
 class CaptionObjective(ClassObjective):

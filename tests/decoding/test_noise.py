@@ -43,7 +43,9 @@ def test_batch_order_and_calls_do_not_matter():
         assert torch.equal(alone.uniform(some, "accept", tries=3)[0], uniform[row, [33, 2, 39]])
     chosen = whole.select(torch.tensor([4, 1]))
     assert torch.equal(chosen.gumbel(positions[:2], 100), gumbel[[4, 1]])
-    assert torch.equal(Noise([7]).gumbel(positions[:1], 100), Noise([(7, 0)]).gumbel(positions[:1], 100))
+    assert torch.equal(
+        Noise([7]).gumbel(positions[:1], 100), Noise([(7, 0)]).gumbel(positions[:1], 100)
+    )
 
 
 def test_without_room_for_a_memo_the_numbers_are_the_same(monkeypatch):

@@ -140,8 +140,8 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            if (downsample := getattr(level, "downsample", None)) is not None:
+                h = downsample(h)
         for block in self.mid:
             h = block(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -173,8 +173,8 @@ class Decoder(nn.Module):
             h = block(h)
         for level in self.conv_blocks:
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            if (upsample := getattr(level, "upsample", None)) is not None:
+                h = upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -78,7 +78,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             raise InputError("expected either num_classes or caption_dim, and not both")
         hidden = intermediate_size or -(-(8 * hidden_size // 3) // 256) * 256
         self.num_condition_tokens = 1 if caption_dim is None else caption_length
-        self.cls_embedding = (
+        self.cls_embedding: Any = (
             ClassEmbedding(num_classes, hidden_size)
             if num_classes is not None
             else CaptionEmbedding(caption_dim or 0, hidden_size, caption_length)
