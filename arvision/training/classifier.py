@@ -108,7 +108,7 @@ def _measure(model: FashionClassifier) -> dict[str, Any]:
 
 
 def train_classifier(
-    out: Path, *, epochs: int = 8, seed: int = 0, progress: bool = True
+    out: Path, *, epochs: int = 14, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
     """Train the classifier and write it with its card.
 

@@ -1,0 +1,216 @@
+"""Feature extractors: a registry of networks that turn bytes into rows of numbers.
+
+An extractor maps uint8 [B, 3, H, W] to float32 [B, D], owns its resize, and is always in
+evaluation mode. What it is called, how it resizes and which weights it holds go into every report,
+because a distance means nothing without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, InputError
+from ..registry import Registry
+from .pixels import check_images
+
+
+@dataclass(frozen=True)
+class ExtractorFacts:
+    """What a report records about an extractor.
+
+    Attributes:
+        name: registered name.
+        dim: D of the features.
+        preprocess_id: resize and normalisation, in words that stay fixed.
+        weights_sha256: of the weight file, or None for weights made from a seed.
+        license: of the weights.
+        is_fid: whether distances of its features may be called FID.
+        outputs: names that `outputs` returns.
+    """
+
+    name: str
+    dim: int
+    preprocess_id: str
+    weights_sha256: str | None = None
+    license: str = "unknown"
+    is_fid: bool = False
+    outputs: tuple[str, ...] = ("features",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON types."""
+        return {**asdict(self), "outputs": list(self.outputs)}
+
+
+class Extractor(nn.Module):
+    """Base of all extractors; a subclass gives `facts` and `compute`.
+
+    Args:
+        facts: see `ExtractorFacts`.
+    """
+
+    def __init__(self, facts: ExtractorFacts) -> None:
+        super().__init__()
+        self.facts = facts
+
+    def train(self, mode: bool = True) -> Extractor:
+        """Stays in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        tensor = next(self.parameters(), next(self.buffers(), None))
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def compute(self, images: Tensor) -> dict[str, Tensor]:
+        """Named outputs of uint8 images [B, 3, H, W]; "features" is [B, D]."""
+        raise NotImplementedError
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """All named outputs, each float32 [B, *].
+
+        Raises:
+            InputError: not uint8 [B, 3, H, W].
+        """
+        images = check_images(images)
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        with torch.inference_mode():
+            found = self.compute(images.to(self.device))
+        return {name: value.float().clone() for name, value in found.items()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, D] float32 of uint8 images [B, 3, H, W]."""
+        return self.outputs(images)["features"]
+
+
+class WrappedModule(Extractor):
+    """Any module that maps uint8 [B, 3, H, W] to [B, D].
+
+    Args:
+        module: called as it is, in evaluation mode.
+        name: for reports.
+        dim: D; None measures it with one black image of 64x64.
+        preprocess_id: what the module does with the bytes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str | None = None,
+        dim: int | None = None,
+        preprocess_id: str = "own",
+    ) -> None:
+        width = dim
+        if width is None:
+            with torch.inference_mode():
+                probe = module.eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+            width = int(probe.shape[-1])
+        super().__init__(ExtractorFacts(name or type(module).__name__, width, preprocess_id))
+        self.module = module
+        self.eval().requires_grad_(False)
+
+    def compute(self, images: Tensor) -> dict[str, Tensor]:
+        """The module's answer, which must be [B, D]."""
+        found = self.module(images)
+        if found.ndim != 2 or found.shape[1] != self.facts.dim:
+            shape, wanted = list(found.shape), f"[B, {self.facts.dim}]"
+            raise InputError(f"extractor {self.facts.name} gave {shape}: expected {wanted}")
+        return {"features": found}
+
+
+EXTRACTORS: Registry[Callable[..., Extractor]] = Registry("extractor", "arvision.extractors")
+
+
+def get_extractor(
+    extractor: str | nn.Module, device: str | torch.device | None = None, **options: Any
+) -> Extractor:
+    """An extractor by name, or any module wrapped as one.
+
+    Args:
+        extractor: a registered name, an `Extractor`, or a module from bytes to features.
+        device: where to put it; None leaves it.
+        **options: for the builder, such as `weights=` (a local path) or `download=True`.
+
+    Raises:
+        InputError: an unknown name or option.
+        MissingDependencyError: the package that holds the weights is not installed.
+    """
+    if isinstance(extractor, str):
+        build = EXTRACTORS[extractor]
+        try:
+            made = build(**options)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise InputError(f"extractor {extractor}: {error}") from error
+    elif isinstance(extractor, Extractor):
+        made = extractor
+    elif isinstance(extractor, nn.Module):
+        made = WrappedModule(extractor, **options)
+    else:
+        kind = type(extractor).__name__
+        raise InputError(f"extractor is a {kind}: expected a name or a torch module")
+    return made.eval() if device is None else made.to(device).eval()
+
+
+def list_extractors() -> list[str]:
+    """Registered names."""
+    return sorted(entry.name for entry in EXTRACTORS)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def safe_load(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a torch or safetensors file, with no code run.
+
+    Raises:
+        CheckpointError: unreadable, truncated, or holding anything but tensors.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{path}: expected a file of plain tensors ({reason})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected a state dict")
+    return found
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Bytes [B, 3, H, W] to float32 grey levels 0..255 of `side` x `side`.
+
+    Antialiased bicubic, rounded and clipped to whole grey levels as PIL does; images that have
+    the size already are left alone.
+    """
+    pixels = images.float()
+    if pixels.shape[-2:] == (side, side):
+        return pixels
+    pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+    return pixels.round().clamp_(0, 255)

@@ -1,0 +1,290 @@
+"""A folder of samples in fixed blocks, which survives crashes.
+
+    OUT/run.json                what was asked for, and its hash
+    OUT/blocks/00012.npy        images of block 12, uint8 [n, H, W, 3]
+    OUT/blocks/00012.tokens.npy their tokens, where the maker gives some
+    OUT/manifest-0003.jsonl     one line per block that rank 3 finished
+
+A block is written to a temporary file, synced, renamed, and only then entered in a manifest; a
+block without an entry is made again, and an entry whose file has another hash is an error. Nothing
+depends on the number of processes or on the batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, StateError
+from ..files import replacing
+
+BLOCK_SIZE = 500
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """A hash of plain JSON settings, whatever their order."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that appears whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as a `.npy` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """One manifest line.
+
+    Attributes:
+        block: number of the block.
+        sha256: of the image file.
+        tokens_sha256: of the token file, or None.
+        config: hash of the run's settings.
+        facts: seconds, passes and what else the maker measured.
+    """
+
+    block: int
+    sha256: str
+    tokens_sha256: str | None
+    config: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class ShardFolder:
+    """The blocks of one run.
+
+    Args:
+        folder: where they are, or will be.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.blocks = self.folder / "blocks"
+        self._config: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings in run.json.
+
+        Raises:
+            InputError: there is no readable run.json.
+        """
+        if self._config is None:
+            path = self.folder / "run.json"
+            try:
+                self._config = json.loads(path.read_text())["config"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}: expected the settings of a run ({error})") from error
+        assert self._config is not None
+        return self._config
+
+    @property
+    def num(self) -> int:
+        """Images of the whole run."""
+        return int(self.config["num"])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole run."""
+        return -(-self.num // BLOCK_SIZE)
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Start a run with these settings, or join the one that is there.
+
+        Raises:
+            InputError: the folder holds another run; the message names what differs.
+        """
+        path = self.folder / "run.json"
+        if path.exists():
+            known = self.config
+            if config_hash(known) != config_hash(config):
+                keys = sorted(set(known) | set(config))
+                missing = object()
+                differ = [k for k in keys if known.get(k, missing) != config.get(k, missing)]
+                key = differ[0]
+                raise InputError(
+                    f"{self.folder} holds a run with {key}={known.get(key)!r}, asked for "
+                    f"{key}={config.get(key)!r}: expected the same settings or a new folder"
+                )
+            return
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"config": config, "config_hash": config_hash(config)})
+        self._config = config
+
+    def range_of(self, block: int) -> tuple[int, int]:
+        """First index of a block and the one past its last."""
+        return block * BLOCK_SIZE, min(self.num, (block + 1) * BLOCK_SIZE)
+
+    def path(self, block: int) -> Path:
+        """Image file of a block."""
+        return self.blocks / f"{block:05d}.npy"
+
+    def tokens_path(self, block: int) -> Path:
+        """Token file of a block."""
+        return self.blocks / f"{block:05d}.tokens.npy"
+
+    def entries(self) -> dict[int, BlockEntry]:
+        """Manifest entries of all ranks; a torn last line is left out.
+
+        Raises:
+            InputError: an entry of other settings, or two that disagree about a block.
+        """
+        wanted, found = config_hash(self.config), {}
+        for path in sorted(self.folder.glob("manifest-*.jsonl")):
+            for line in path.read_text(errors="replace").splitlines():
+                try:
+                    entry = BlockEntry(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # torn by a crash: the block is made again
+                if entry.config != wanted:
+                    raise InputError(f"{path}: block {entry.block} was made with other settings")
+                known = found.setdefault(entry.block, entry)
+                if known.sha256 != entry.sha256 or known.tokens_sha256 != entry.tokens_sha256:
+                    raise InputError(f"{path}: two entries of block {entry.block} disagree")
+        return found
+
+    def finished(self) -> dict[int, BlockEntry]:
+        """Blocks that are entered, with files whose hashes agree.
+
+        Raises:
+            InputError: a file that is missing or has another hash than its entry.
+        """
+        found = self.entries()
+        for block, entry in found.items():
+            self._check(self.path(block), entry.sha256)
+            if entry.tokens_sha256 is not None:
+                self._check(self.tokens_path(block), entry.tokens_sha256)
+        return found
+
+    def _check(self, path: Path, wanted: str) -> None:
+        if not path.exists():
+            raise InputError(f"{path} is in the manifest but missing: delete the manifest's line")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != wanted:
+            raise InputError(f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...")
+
+    def write(
+        self,
+        block: int,
+        images: np.ndarray,
+        tokens: np.ndarray | None,
+        rank: int,
+        facts: dict[str, Any],
+    ) -> None:
+        """Store a block, then enter it in the manifest of `rank`.
+
+        Args:
+            block: its number.
+            images: uint8 [n, H, W, 3].
+            tokens: [n, ...] or None.
+            rank: of this process.
+            facts: recorded beside it.
+
+        Raises:
+            StateError: as many images as the block has are not given.
+        """
+        start, stop = self.range_of(block)
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != stop - start:
+            given = f"{images.dtype} {list(images.shape)}"
+            raise StateError(f"block {block}: {given}, expected {stop - start} uint8 images")
+        hashes: list[str | None] = [None, None]
+        for slot, (path, array) in enumerate(
+            ((self.tokens_path(block), tokens), (self.path(block), images))
+        ):
+            if array is not None:
+                data = npy_bytes(array)
+                write_durably(path, data)
+                hashes[slot] = hashlib.sha256(data).hexdigest()
+        entry = {
+            "block": block,
+            "sha256": hashes[1],
+            "tokens_sha256": hashes[0],
+            "config": config_hash(self.config),
+            "facts": facts,
+        }
+        self._append(self.folder / f"manifest-{rank:04d}.jsonl", json.dumps(entry))
+
+    @staticmethod
+    def _append(path: Path, line: str) -> None:
+        with open(path, "ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash tore the last line
+                    file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check_complete(self) -> dict[int, BlockEntry]:
+        """Entries of all blocks.
+
+        Raises:
+            InputError: blocks are missing; the message says how to go on.
+        """
+        found = self.finished()
+        missing = [block for block in range(self.num_blocks) if block not in found]
+        if missing:
+            raise InputError(
+                f"{self.folder}: {len(missing)} of {self.num_blocks} blocks are missing (first "
+                f"{missing[0]}): run `arvision eval generate` again to finish"
+            )
+        return found
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start..stop-1, uint8 [n, H, W, 3]."""
+        return np.concatenate(list(self._pieces(start, stop, self.path)))
+
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of images start..stop-1.
+
+        Raises:
+            InputError: the run kept none.
+        """
+        if not self.tokens_path(0).exists():
+            raise InputError(f"{self.folder} holds no tokens: expected {self.tokens_path(0).name}")
+        return np.concatenate(list(self._pieces(start, stop, self.tokens_path)))
+
+    def _pieces(self, start: int, stop: int, path_of: Any) -> Iterator[np.ndarray]:
+        for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
+            first, _ = self.range_of(block)
+            array = np.load(path_of(block), mmap_mode="r", allow_pickle=False)
+            yield np.array(array[max(0, start - first) : stop - first])
