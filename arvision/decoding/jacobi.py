@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ INITS = {
     "neighbour_mix": "half the last law, a quarter each the tokens to the left and above",
 }
 NEEDS_GRID = ("repeat_above", "neighbour_mix")
+SPATIAL = ("repeat_left", *NEEDS_GRID)
 
 
 def check_init(init: str, grid: tuple[int, int] | None) -> None:
@@ -65,11 +68,10 @@ class JacobiDrafter:
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
-        batch = len(noise)
         self._drafts: Tensor | None = None
         self._laws: Tensor | None = None
         self._prior: Tensor | None = None
-        self._num_held = torch.zeros(batch, dtype=torch.int64)
+        self._num_held = torch.zeros(len(noise), dtype=torch.int64)
 
     def propose(
         self, tokens: Tensor, lengths: Tensor, num: int, tries: int
@@ -79,53 +81,53 @@ class JacobiDrafter:
         drafts = torch.zeros(batch, num, dtype=torch.int64, device=device)
         laws = None
         if self._keeps_laws:
-            dtype = torch.float64 if self._prior is None else self._prior.dtype
-            laws = torch.zeros(batch, num, self._vocab_size, device=device, dtype=dtype)
-        held = self._num_held.to(device).clamp(max=num)
-        width = 0 if self._drafts is None else min(num, self._drafts.shape[1])
+            assert self._prior is not None
+            laws = self._prior.new_zeros(batch, num, self._vocab_size)
+        held = self._num_held.clamp(max=num)
         if self._drafts is not None:
+            width = min(num, self._drafts.shape[1])
             drafts[:, :width] = self._drafts[:, :width]
             if laws is not None and self._laws is not None:
                 laws[:, :width] = self._laws[:, :width]
-        for place in range(int(held.min()) if batch else 0, num):
-            new = (held <= place).nonzero()[:, 0]
-            token, law = self._first_draft(tokens, drafts, lengths, place, tries)
-            drafts[new, place] = token[new]
+        first = int(held.min()) if batch else num
+        # A spatial choice may look at the draft just made to its left: one position at a time.
+        stride = 1 if self._init in SPATIAL else max(1, num)
+        for place in range(first, num, stride):
+            places = torch.arange(place, min(place + stride, num), device=device)
+            token, law = self._first_drafts(tokens, drafts, lengths, places, tries)
+            is_new = places >= held[:, None]
+            drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
-                laws[new, place] = law[new].to(laws.dtype)
+                laws[:, places] = torch.where(is_new[..., None], law, laws[:, places])
         return drafts, laws
 
-    def _first_draft(
-        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int, tries: int
+    def _first_drafts(
+        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, tries: int
     ) -> tuple[Tensor, Tensor]:
-        """First drafts [B] of positions `lengths + place`, and their laws [B, V]."""
-        positions = lengths + place
-        law = self._first_law(tokens, drafts, lengths, place)
+        """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
+        positions = lengths[:, None] + places
+        law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
         if self._share_noise:
-            noise = self._noise.gumbel(positions[:, None], self._vocab_size, law.dtype)[:, 0]
+            noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
             return (law + noise).argmax(-1), law
-        uniforms = self._noise.uniform(positions[:, None], "init", tries)[:, 0]
-        return draw(law.exp(), uniforms), law
+        uniforms = self._noise.uniform(positions, "init", tries)
+        wide = law.exp().expand(-1, len(places), -1)
+        return draw(wide, uniforms), law
 
     def _first_law(self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int) -> Tensor:
-        uniform = torch.full(
-            (len(tokens), self._vocab_size),
-            -torch.log(torch.tensor(float(self._vocab_size))).item(),
-            device=tokens.device,
-            dtype=torch.float64 if self._prior is None else self._prior.dtype,
-        )
-        if self._init == "random":
-            return uniform
-        prior = uniform if self._prior is None else self._prior
+        """Law [B, V] of first drafts; for spatial choices that of the one at `lengths + place`."""
+        assert self._prior is not None
         if self._init == "prior":
-            return prior
+            return self._prior
+        if self._init == "random":
+            return torch.full_like(self._prior, -math.log(self._vocab_size))
         left = self._point(tokens, drafts, lengths, place, 1)
         if self._init == "repeat_left":
             return left.log()
         above = self._point(tokens, drafts, lengths, place, self._columns)
         if self._init == "repeat_above":
             return above.log()
-        return (0.5 * prior.exp() + 0.25 * left + 0.25 * above).log()
+        return (0.5 * self._prior.exp() + 0.25 * left + 0.25 * above).log()
 
     def _point(
         self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int, back: int
@@ -133,13 +135,10 @@ class JacobiDrafter:
         """Point mass [B, V] on the token `back` positions earlier; uniform before the image."""
         source = lengths + place - back
         known = tokens.gather(1, source.clamp(0, tokens.shape[1] - 1)[:, None])[:, 0]
-        if place >= back:
-            guess = drafts[:, place - back]
-        else:
-            guess = known
+        guess = drafts[:, place - back] if place >= back else known
         token = torch.where(source < lengths, known, guess)
-        dtype = torch.float64 if self._prior is None else self._prior.dtype
-        point = torch.zeros(len(tokens), self._vocab_size, device=tokens.device, dtype=dtype)
+        assert self._prior is not None
+        point = torch.zeros_like(self._prior)
         point.scatter_(1, token[:, None], 1.0)
         return torch.where((source < 0)[:, None], 1.0 / self._vocab_size, point)
 
