@@ -92,7 +92,7 @@ def extract(
 
     Blocks of 500 images are dealt to the processes in turn; rank 0 gathers their features and
     folds them in index order, so moments have the same bits for any number of processes. (The
-    batch size may change the last bits of a network's float32 answers, so it is fixed and recorded.)
+    batch size may change the last bits of float32 answers, so it is fixed and recorded.)
 
     Args:
         source: images.

@@ -45,9 +45,17 @@ def _vector(vector: Any, name: str) -> Tensor:
 
 
 def _root_factor(covariance: Tensor) -> Tensor:
-    """R [D, D] with R^T R = covariance (rows: root of eigenvalue times eigenvector)."""
+    """R [D, D] with R^T R = covariance (rows: root of eigenvalue times eigenvector).
+
+    Eigenvalues below the rounding noise of `eigh` (4 sqrt(D) eps times the largest) are zero: the
+    root of noise 1e-16 would count as 1e-8.
+    """
     values, vectors = torch.linalg.eigh(covariance)
-    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+    noise = 4 * len(values) ** 0.5 * torch.finfo(values.dtype).eps * float(values.abs().max())
+    kept = torch.where(values > noise, values, torch.zeros_like(values))
+    if float(values.min()) < -1e3 * noise:
+        raise InputError(f"smallest eigenvalue {float(values.min()):g}: expected a covariance")
+    return kept.sqrt()[:, None] * vectors.T
 
 
 def frechet_distance(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
