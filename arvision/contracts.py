@@ -69,9 +69,22 @@ class TokenState(Protocol):
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer two things more, which samplers use where they exist: `select(rows)` keeps
-    the given batch rows and drops the others, and a true `allows_overrun` says that `extend`
-    accepts candidates past the last token (their logits mean nothing).
+    A state may offer more, which samplers use where it exists:
+
+    - `select(rows)` keeps the given batch rows and drops the others.
+    - A true `allows_overrun` says that `extend` accepts candidates past the last token (their
+      logits mean nothing).
+    - `extend_at(tokens [B, T], positions [B, T], visible [B, T, N]) -> [B, T, V]` feeds tokens at
+      any positions of the image, not only behind a committed prefix. Row t of the guided logits is
+      the law of position `positions[b, t] + 1`. What is fed stays where it is until the position
+      is fed again; candidate t looks at the conditions, at itself, and at the positions that
+      `visible[b, t]` marks (fed earlier, or in the same call), so the caller alone says what
+      counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or by
+      `extend_at`.
+
+    So may a model: `codebook` [V, D], the vectors behind the tokens, whose distances say which
+    tokens look alike (None where there are none); `cost_key`, a string that names everything the
+    cost of a pass depends on apart from the machine (sizes, device, dtype).
     """
 
     vocab_size: int

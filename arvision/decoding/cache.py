@@ -48,6 +48,7 @@ class KVCache:
         self._host_lengths = [0] * num_rows
         self._slots: Tensor | None = None
         self._first = 0
+        self._end = 0
         self._num = 0
         self._is_chain = True
         barred = torch.full((), float("-inf"), device=device, dtype=dtype)
@@ -94,6 +95,7 @@ class KVCache:
         slots = self.lengths[:, None] + offsets
         self._first = self._host_lengths[0]
         furthest = max(self._host_lengths) + num
+        self._end = min(furthest, self.capacity)
         if self.is_uniform and furthest <= self.capacity:
             self._slots = None
             visible = slice(0, furthest)
@@ -122,6 +124,24 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
+    def begin_at(self, slots: Tensor, sees: Tensor) -> Tensor:
+        """Make room for candidates at slots of the caller's choice, whatever stood there before.
+
+        Such candidates are never pending: what is written stays until it is written again, and
+        `sees` decides what counts.
+
+        Args:
+            slots: [R, T] int64.
+            sees: [R, T, S] bool, what each candidate may look at; S may be less than the capacity.
+
+        Returns:
+            The additive mask [R, 1, T, S].
+        """
+        self._num, self._slots, self._end = 0, slots, sees.shape[2]
+        mask = torch.zeros(sees.shape, device=sees.device, dtype=self.keys.dtype)
+        mask = mask.masked_fill_(~sees, float("-inf"))[:, None]
+        return mask if self._closed is None else mask + self._closed[..., : self._end]
+
     def _tree_mask(self, slots: Tensor, ancestors: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: the committed prefix and each candidate's ancestors."""
         rows, num = slots.shape
@@ -140,15 +160,13 @@ class KVCache:
         """
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         if self._slots is None:
-            end = self._first + self._num
-            stored_keys[:, :, self._first : end] = keys
-            stored_values[:, :, self._first : end] = values
-            return stored_keys[:, :, :end], stored_values[:, :, :end]
+            stored_keys[:, :, self._first : self._end] = keys
+            stored_values[:, :, self._first : self._end] = values
+            return stored_keys[:, :, : self._end], stored_values[:, :, : self._end]
         rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
         stored_keys[rows, :, self._slots] = keys.transpose(1, 2)
         stored_values[rows, :, self._slots] = values.transpose(1, 2)
-        end = min(max(self._host_lengths) + self._num, self.capacity)
-        return stored_keys[:, :, :end], stored_values[:, :, :end]
+        return stored_keys[:, :, : self._end], stored_values[:, :, : self._end]
 
     def commit(self, kept: Tensor, counts: Tensor) -> None:
         """Keep candidates `kept[r, :counts[r]]` of each row, in that order, and forget the rest.

@@ -115,6 +115,15 @@ def fresh(chain: Chain) -> Tensor:
     return draw(chain.target_logp.exp(), uniforms)
 
 
+def coupled(chain: Chain) -> Tensor:
+    """At every position the draft with probability min(1, p / q), else recovered, [B, m + 1]."""
+    bonus = fresh(chain)[:, -1:]
+    if chain.drafts.shape[1] == 0:
+        return bonus
+    kept = torch.where(accept(chain), chain.drafts, recover(chain))
+    return torch.cat([kept, bonus], dim=1)
+
+
 def maximal_coupling(chain: Chain) -> Verdict:
     """Keep each draft with probability min(1, p / q), else recover it, at every position.
 
@@ -124,12 +133,28 @@ def maximal_coupling(chain: Chain) -> Verdict:
 
     Paper: So et al., "Speculative Coupled Decoding", 2025 (there for text-to-image models).
     """
-    bonus = fresh(chain)[:, -1:]
-    if chain.drafts.shape[1] == 0:
-        return Verdict(bonus, torch.ones_like(bonus[:, 0]))
-    kept = torch.where(accept(chain), chain.drafts, recover(chain))
-    tokens = torch.cat([kept, bonus], dim=1)
+    tokens = coupled(chain)
     return Verdict(tokens, first_change(chain.drafts, tokens))
+
+
+def through_first_rejection(chain: Chain, accepted: Tensor, later: Tensor) -> Verdict:
+    """Accept up to the first rejection, recover there, and put `later` to the right of it.
+
+    Args:
+        chain: the round.
+        accepted: [B, m] bool, which drafts pass their own test.
+        later: [B, m + 1] int64, the next drafts; its last entry is the bonus.
+    """
+    if chain.drafts.shape[1] == 0:
+        return Verdict(later, torch.ones_like(later[:, 0]))
+    accepted = accepted.long().cumprod(dim=1)
+    counts = accepted.sum(dim=1) + 1
+    is_first_rejection = torch.arange(chain.drafts.shape[1], device=counts.device) == (
+        counts[:, None] - 1
+    )
+    tokens = torch.where(is_first_rejection, recover(chain), later[:, :-1])
+    tokens = torch.where(accepted.bool(), chain.drafts, tokens)
+    return Verdict(torch.cat([tokens, later[:, -1:]], dim=1), counts)
 
 
 def independent_redraw(chain: Chain) -> Verdict:
@@ -141,17 +166,8 @@ def independent_redraw(chain: Chain) -> Verdict:
     Paper: Teng et al., "Accelerating Auto-regressive Text-to-Image Generation with Training-free
     Speculative Jacobi Decoding", 2024, section 3.2.
     """
-    redrawn = fresh(chain)
-    if chain.drafts.shape[1] == 0:
-        return Verdict(redrawn, torch.ones_like(redrawn[:, 0]))
-    accepted = accept(chain).long().cumprod(dim=1)
-    counts = accepted.sum(dim=1) + 1
-    is_first_rejection = torch.arange(chain.drafts.shape[1], device=counts.device) == (
-        counts[:, None] - 1
-    )
-    tokens = torch.where(is_first_rejection, recover(chain), redrawn[:, :-1])
-    tokens = torch.where(accepted.bool(), chain.drafts, tokens)
-    return Verdict(torch.cat([tokens, redrawn[:, -1:]], dim=1), counts)
+    accepted = accept(chain) if chain.drafts.shape[1] else chain.drafts.bool()
+    return through_first_rejection(chain, accepted, fresh(chain))
 
 
 COUPLINGS: dict[str, Rule] = {

@@ -90,6 +90,17 @@ class LlamaGen:
         """Floating-point type of the transformer."""
         return self.transformer.dtype
 
+    @property
+    def codebook(self) -> Tensor | None:
+        """Codes of the tokenizer [V, D], of unit length; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.quantize.codes().detach()
+
+    @property
+    def cost_key(self) -> str:
+        """What the cost of a pass depends on: sizes, device type and dtype."""
+        sizes = {k: v for k, v in self.transformer.config.items() if not k.startswith("_")}
+        return f"LlamaGen {sorted(sizes.items())} {self.device.type} {self.dtype}"
+
     def to(self, *args: Any, **kwargs: Any) -> LlamaGen:
         """Move or cast all networks, as `nn.Module.to` does; returns the model itself."""
         self.transformer.to(*args, **kwargs)

@@ -116,8 +116,52 @@ class LlamaGenState:
                 rotary = self._rotary[(first + steps).clamp(max=last)]
         else:
             rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
+        return self._run(tokens, rotary, mask)
+
+    def _run(self, tokens: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """Guided logits [B, T, V] after the cache was told where the candidates stand."""
         embedded = self._transformer.tok_embeddings(self._doubled(tokens))
         return self._guided(self._transformer(embedded, rotary, mask=mask, cache=self.cache))
+
+    @torch.no_grad()
+    def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of what follows tokens at positions of the caller's choice.
+
+        What is fed stays until its position is fed again; `visible` alone says what counts.
+
+        Args:
+            tokens: [B, T] int64.
+            positions: [B, T] int64, places in the image in raster order; -1 for padding, whose
+                logits mean nothing.
+            visible: [B, T, N] bool, the positions that a candidate looks at besides the conditions
+                and itself.
+
+        Raises:
+            InputError: shapes that do not fit, or a position out of range.
+        """
+        batch, num_tokens = len(self.lengths), self._transformer.num_tokens
+        shape = (batch, tokens.shape[-1])
+        if tokens.shape != shape or positions.shape != shape:
+            raise InputError(
+                f"tokens {tuple(tokens.shape)} at positions {tuple(positions.shape)}: expected "
+                f"[{batch}, T] both"
+            )
+        if visible.shape != (*shape, num_tokens):
+            raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
+        if bool(((positions < -1) | (positions >= num_tokens)).any()):
+            raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
+        is_padding = positions < 0
+        # Padding is written where no mask ever looks.
+        slots = torch.where(
+            is_padding, self.cache.capacity - 1, positions + self._num_conditions
+        )
+        sees = visible.new_ones(*shape, self._num_conditions + num_tokens)
+        sees[..., self._num_conditions :] = visible & ~is_padding[..., None]
+        own = slots.clamp(max=sees.shape[2] - 1)[..., None]
+        sees.scatter_(2, own, sees.gather(2, own) | ~is_padding[..., None])
+        mask = self.cache.begin_at(self._doubled(slots), self._doubled(sees))
+        rotary = self._rotary[self._doubled(slots).clamp(max=len(self._rotary) - 1)]
+        return self._run(tokens, rotary, mask)
 
     def commit(self, kept: Tensor, counts: Tensor) -> None:
         """Keep some of the last candidates and forget the rest.
