@@ -26,6 +26,8 @@ class Drafter(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Drafts [B, num] for the positions after the known ones, and their laws [B, num, V].
 
+        There may be fewer than `num`, and rows that have fewer than others end in -1.
+
         Args:
             tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
             lengths: [B].
@@ -121,7 +123,8 @@ def decode_tokens(
         Tokens [B, N]; stats: `forward_passes` (model calls on image tokens, without the prefill),
         `tokens` (N), `tokens_per_pass` (N over the mean number of passes that an image took part
         in), `passes_per_image` [B], `commit_pass` [B][N] (the pass that made each token final, 0
-        for the prefill), `candidates` (tokens fed, all rows and passes).
+        for the prefill), `candidates` (tokens fed, all rows and passes), `windows` (candidates
+        per image of each pass).
 
     Raises:
         InputError: another number of seeds than of conditions.
@@ -137,18 +140,22 @@ def decode_tokens(
     drafter.observe(prefill, first)
     can_overrun = getattr(state, "allows_overrun", False)
     passes, candidates = 0, 0
+    windows: list[int] = []
     while run.num_active:
         passes += 1
         room = run.room()
-        most = int(room.max()) if can_overrun else min(int(room.min()), run.frozen_room)
+        # With a draft even for the last token, an image does not depend on how long others take.
+        most = int(room.max()) + 1 if can_overrun else min(int(room.min()), run.frozen_room)
         num = max(1, policy.next(run.num_active, most))
         known, lengths = run.known()
         drafts, draft_logp = drafter.propose(known, lengths, num - 1, passes)
         # A drafter may have less to say than asked; padding is no option, so the pass shrinks.
         num = drafts.shape[1] + 1
         root = known.gather(1, lengths[:, None] - 1)
-        laws = shape(state.extend(run.spread(torch.cat([root, drafts], dim=1)))[run.in_state])
+        fed = run.spread(torch.cat([root, drafts.clamp(min=0)], dim=1))
+        laws = shape(state.extend(fed)[run.in_state])
         candidates += laws.shape[0] * num
+        windows.append(num)
         positions = lengths[:, None] + torch.arange(num, device=lengths.device)
         chain = Chain(drafts, draft_logp, laws, positions, run.noise, passes)
         verdict = rule(chain)
@@ -172,6 +179,7 @@ def decode_tokens(
         passes_per_image=run.passes.tolist(),
         commit_pass=run.commit_pass.tolist(),
         candidates=candidates,
+        windows=windows,
     )
     return Samples(run.tokens, stats)
 

@@ -26,9 +26,10 @@ class Chain:
     """One round's drafts and laws.
 
     Attributes:
-        drafts: [B, m] int64.
+        drafts: [B, m] int64; -1 where a row has no draft, as rows may have fewer than m.
         draft_logp: [B, m, V], the laws that the drafts were drawn from; None for a rule that does
-            not look at them.
+            not look at them. Where there is no draft all entries are -inf: such a position is never
+            accepted, and its residual is the target's law, so that recovering there is a bonus.
         target_logp: [B, m + 1, V].
         positions: [B, m + 1] int64, where in the image the laws stand.
         noise: of the B images.
@@ -84,15 +85,19 @@ def gumbel_coupling(chain: Chain) -> Verdict:
 def acceptance_log_ratio(chain: Chain) -> Tensor:
     """log p(x) - log q(x) of the drafts, [B, m]; -inf where the target rules a draft out."""
     assert chain.draft_logp is not None
-    index = chain.drafts[..., None]
+    index = chain.drafts.clamp(min=0)[..., None]
     target = chain.target_logp[:, :-1].gather(-1, index)[..., 0]
     return target - chain.draft_logp.gather(-1, index)[..., 0]
 
 
-def accept(chain: Chain) -> Tensor:
-    """Which drafts pass their own test, [B, m] bool, with probability min(1, p / q)."""
+def accept(chain: Chain, log_ratio: Tensor | None = None) -> Tensor:
+    """Which drafts pass their own test, [B, m] bool, with probability min(1, p / q).
+
+    A lossy rule puts the logarithm of another ratio [B, m] in the place of p / q.
+    """
     uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries)
-    return uniforms.log() < acceptance_log_ratio(chain)
+    ratio = acceptance_log_ratio(chain) if log_ratio is None else log_ratio
+    return (uniforms.log() < ratio) & (chain.drafts >= 0)
 
 
 def recover(chain: Chain) -> Tensor:

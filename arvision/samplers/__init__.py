@@ -2,12 +2,16 @@
 
 from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
+from .gsd import GSDSampler
+from .lantern import LanternSampler
 from .sjd import SJDSampler
 
 __all__ = [
     "SAMPLERS",
     "ARSampler",
     "BaseSampler",
+    "GSDSampler",
+    "LanternSampler",
     "SJDSampler",
     "TokenSampler",
     "get_sampler",

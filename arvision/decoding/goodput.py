@@ -1,0 +1,272 @@
+"""How long a pass should be: the window with the most final tokens per second.
+
+The cost of a pass comes from a table, what a pass gives from the table and the acceptances of the
+run so far. Nothing here reads a clock while images are drawn, so a run with the same table repeats.
+
+Paper: Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using
+Goodput", 2024 (SmartSpec), sections 4.2-4.3: goodput is expected accepted tokens over pass time.
+There the accepted length is geometric in one acceptance rate; a Jacobi window gets better drafts by
+being longer, so here the table may also say what each window gave when it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions
+from ..contracts import Sampler as SamplerLike
+from ..errors import InputError
+from ..files import replacing
+
+WINDOWS = (1, 4, 8, 16, 32, 64)
+"""Windows that `window="auto"` chooses from."""
+
+PRIOR_ACCEPTANCE = 0.7
+"""Chance that a draft is accepted, where a table does not say what its windows gave."""
+
+PRIOR_DRAFTS = 16.0
+"""Expected accepted drafts that the table's word weighs against the run's own count."""
+
+MAX_SECONDS = 2.0
+"""Time spent on one entry of a table that is measured, beyond the fewest passes needed."""
+
+
+class CostTable:
+    """Seconds of a pass by images in the batch and window, and tokens that a pass gave.
+
+    Args:
+        entries: rows [images, window, seconds] or [images, window, seconds, tokens per pass], or a
+            dict of windows to seconds (for any number of images).
+
+    Raises:
+        InputError: another layout, no entry, or a number out of range.
+    """
+
+    def __init__(self, entries: Any) -> None:
+        if isinstance(entries, dict):
+            entries = [[1, int(window), seconds] for window, seconds in entries.items()]
+        self._seconds: dict[int, dict[int, float]] = {}
+        gains: dict[int, list[float]] = {}
+        for entry in entries:
+            if not isinstance(entry, Sequence) or len(entry) not in (3, 4) or min(entry) <= 0:
+                raise InputError(
+                    f"cost table entry {entry!r}: expected [images, window, seconds] or [images, "
+                    "window, seconds, tokens per pass], all positive"
+                )
+            self._seconds.setdefault(int(entry[0]), {})[int(entry[1])] = float(entry[2])
+            if len(entry) == 4:
+                gains.setdefault(int(entry[1]), []).append(float(entry[3]))
+        if not self._seconds:
+            raise InputError("empty cost table: expected at least one [images, window, seconds]")
+        self._gains = {window: sum(values) / len(values) for window, values in gains.items()}
+
+    @property
+    def windows(self) -> list[int]:
+        """Windows of the table, ascending."""
+        return sorted({window for costs in self._seconds.values() for window in costs})
+
+    def seconds(self, num_rows: int, window: int) -> float:
+        """Cost of a pass, interpolated in both directions and held beyond the ends."""
+        by_rows = {rows: _interpolate(costs, window) for rows, costs in self._seconds.items()}
+        return _interpolate(by_rows, num_rows)
+
+    def tokens(self, window: int) -> float:
+        """Final tokens that a pass of this window is expected to give before a run begins."""
+        if self._gains:
+            return max(1.0, _interpolate(self._gains | {1: 1.0}, window))
+        return (1 - PRIOR_ACCEPTANCE**window) / (1 - PRIOR_ACCEPTANCE)
+
+
+def _interpolate(points: dict[int, float], at: int) -> float:
+    """Piecewise linear through `points`, constant beyond them."""
+    places = sorted(points)
+    below = max((x for x in places if x <= at), default=places[0])
+    above = min((x for x in places if x >= at), default=places[-1])
+    if below == above or not below <= at <= above:
+        return points[below if at >= below else above]
+    share = (at - below) / (above - below)
+    return points[below] + share * (points[above] - points[below])
+
+
+class GoodputWindow:
+    """The window with the most expected final tokens per second; see `decoding.loop.WindowPolicy`.
+
+    Expected tokens of window w are 1 + r * (t(w) - 1): t(w) is the table's word, and r how many
+    more drafts than the table promised were accepted in this run so far. A function of the table
+    and of the acceptances, never of a clock.
+
+    Args:
+        table: costs and, where known, gains.
+    """
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+        self._accepted = self._promised = PRIOR_DRAFTS
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The best window, at most `most`; the shorter one of equals."""
+        windows = sorted({min(window, most) for window in self._table.windows})
+        return max(windows, key=lambda window: (self.goodput(num_rows, window), -window))
+
+    def goodput(self, num_rows: int, window: int) -> float:
+        """Expected final tokens per second of a pass."""
+        drafts = (self._table.tokens(window) - 1) * self._accepted / self._promised
+        return num_rows * (1 + min(drafts, window - 1)) / self._table.seconds(num_rows, window)
+
+    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+        """Compare what a pass gave with what the table promised, where the image left room."""
+        whole = num_useful >= num_candidates
+        self._accepted += float((counts - 1)[whole].sum())
+        self._promised += (self._table.tokens(num_candidates) - 1) * int(whole.sum())
+
+
+_MEASURED: dict[str, dict[int, list[list[float]]]] = {}
+
+
+def measured_costs(
+    make: Callable[[int], SamplerLike],
+    label: str,
+    model: Any,
+    conditions: Conditions,
+    guidance_scale: float,
+    file: str | Path | None = None,
+) -> list[list[float]]:
+    """The cost table of a model on this machine: remembered, read from a file, or measured now.
+
+    Tables are made for 1, 4, 16, ... images up to the first number that is not less than the batch;
+    each pass of a real run is timed whole, drafting and verification included, with `WINDOWS` cut
+    to the image. A model with a `cost_key` has its table saved; otherwise it is kept in memory.
+
+    Args:
+        make: a sampler with a given fixed window.
+        label: what of the sampler's options the cost depends on.
+        model: a token model.
+        conditions: of the run; the first one is used for measuring.
+        guidance_scale: of the run; guidance costs second rows.
+        file: where tables are saved, None for `default_file()`.
+
+    Returns:
+        Rows [images, window, seconds, tokens per pass].
+    """
+    guided = guidance_scale not in (0, 1)
+    key = f"{model_key(model)} {machine_key(model)} {label} {'guided' if guided else 'plain'}"
+    path = default_file() if file is None else Path(file)
+    is_saved = getattr(model, "cost_key", None) is not None
+    known = _MEASURED.setdefault(f"{path} {key}", _read(path).get(key, {}) if is_saved else {})
+    wanted = [1]
+    while wanted[-1] < len(conditions):
+        wanted.append(4 * wanted[-1])
+    missing = [rows for rows in wanted if rows not in known]
+    for rows in missing:
+        known[rows] = [
+            [rows, window, *_time_passes(make(window), model, conditions[:1], rows, guidance_scale)]
+            for window in sorted({min(window, model.num_tokens) for window in WINDOWS})
+        ]
+    if missing and is_saved:
+        _write(path, key, known)
+    # Always the rows that this batch asks for, whatever other batches have added.
+    return [entry for rows in wanted for entry in known[rows]]
+
+
+def _time_passes(
+    sampler: SamplerLike, model: Any, condition: Conditions, rows: int, guidance_scale: float
+) -> tuple[float, float]:
+    """Median seconds of a pass, and mean final tokens of a pass and image."""
+    times: list[float] = []
+    gains: list[float] = []
+
+    def on_step(number: int, progress: dict[str, Any]) -> bool:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        gains.extend(progress["accepted"])
+        return number >= 4 and times[-1] - times[0] > MAX_SECONDS / rows**0.5
+
+    seeds = [(0, row) for row in range(rows)]
+    sampler(
+        model, list(condition) * rows, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
+    )
+    # The full batch is what counts: the first passes, before images are finished.
+    steps = [b - a for a, b in pairwise(times)] or [times[0]]
+    steps = sorted(steps[: max(2, len(steps) // 2)])
+    return steps[len(steps) // 2], sum(gains) / len(gains)
+
+
+def default_file() -> Path:
+    """Where tables are saved unless a path is given: in the user's cache folder."""
+    return Path.home() / ".cache" / "arvision" / "pass-costs.json"
+
+
+def model_key(model: Any) -> str:
+    """What the cost of a model depends on: its `cost_key`, or failing that its sizes."""
+    sizes = (type(model).__name__, model.vocab_size, model.num_tokens, model.grid)
+    return getattr(model, "cost_key", None) or " ".join(map(str, sizes))
+
+
+def machine_key(model: Any) -> str:
+    """What the cost of a pass depends on besides the model: device and threads."""
+    device = getattr(model, "device", torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.get_num_threads()} threads"
+
+
+def _read(path: Path) -> dict[str, dict[int, list[list[float]]]]:
+    """All tables of a file by key and number of images; none if it is absent or unreadable."""
+    try:
+        tables = json.loads(path.read_text())
+        return {
+            key: {int(rows): entries for rows, entries in table.items()}
+            for key, table in tables.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        warnings.warn(f"cost tables {path} cannot be read ({error}): measuring anew", stacklevel=2)
+        return {}
+
+
+def _write(path: Path, key: str, table: dict[int, list[list[float]]]) -> None:
+    tables = _read(path) | {key: table}
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(tables, indent=1, sort_keys=True))
+    except (OSError, InputError) as error:
+        warnings.warn(f"cost table not saved to {path} ({error})", stacklevel=2)
+
+
+def check_window(window: object, cost_table: Any = None) -> None:
+    """Refuse a window that is neither a positive integer nor "auto", or a bad cost table.
+
+    Raises:
+        InputError: see above, or a cost table without "auto".
+    """
+    is_number = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+    if window != "auto" and not is_number:
+        raise InputError(f'window {window!r}: expected an integer >= 1 or "auto"')
+    if cost_table is not None:
+        if window != "auto":
+            raise InputError(f'cost_table with window {window!r}: expected window "auto"')
+        CostTable(cost_table)
+
+
+@cache
+def clamp_window(window: int, num_tokens: int) -> int:
+    """`window`, cut to the image with a warning (once for each pair of numbers)."""
+    if window > num_tokens:
+        warnings.warn(
+            f"window {window}: the image has {num_tokens} tokens, so {num_tokens} are used",
+            stacklevel=2,
+        )
+    return min(window, num_tokens)
