@@ -153,7 +153,7 @@ def default_metrics(extractor: Extractor) -> tuple[str, ...]:
 def frechet_name(extractor: Extractor) -> str:
     """How the distance may be called: only the ADM network's is FID."""
     if extractor.facts.is_fid:
-        return "fid"
+        return "fid" if extractor.facts.preprocess_id.startswith("tf1") else "fid_clean"
     if extractor.facts.name == "dinov2-vitl14":
         return "fd_dinov2"
     return f"frechet_{extractor.facts.name}"

@@ -70,7 +70,8 @@ class _Store:
 
     def array(self) -> np.ndarray:
         self._file.close()
-        return np.memmap(self.path, dtype=np.float32, mode="r", shape=self.shape)
+        # Copy on write: torch wants writable memory, and nothing is ever written.
+        return np.memmap(self.path, dtype=np.float32, mode="c", shape=self.shape)
 
 
 def _outputs(extractor: Extractor, images: Tensor, batch_size: int) -> dict[str, Tensor]:

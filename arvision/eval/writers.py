@@ -28,16 +28,18 @@ def write_npz(source: Source, path: str | Path) -> Path:
     """
     path = Path(path)
     side = source.read(0, 1).shape[-2:]
-    with replacing(path) as temporary:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), *side, 3)}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
-                for _, images in iterate(source):
-                    file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-            if source.labels is not None:
-                with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w") as file:
-                    np.lib.format.write_array(file, np.asarray(source.labels, dtype=np.int64))
+    with (
+        replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(source), *side, 3)}
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+            for _, images in iterate(source):
+                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        if source.labels is not None:
+            with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w") as file:
+                np.lib.format.write_array(file, np.asarray(source.labels, dtype=np.int64))
     return path
 
 

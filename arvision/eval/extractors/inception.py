@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError, InputError, unknown_name
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, safe_load
+from ..features import resize as resize_bytes
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256_START = "6726825d"
 SPATIAL_CHANNELS = 7
+PREPROCESS = {
+    "tf1": "tf1-bilinear-299 (x-128)/128",
+    "clean": "bicubic-aa-299 rounded (x-128)/128",
+}
 
 
 def find_weights(weights: str | Path | None, download: bool) -> Path:
@@ -50,6 +55,8 @@ class InceptionADM(Extractor):
     Args:
         weights: local path of the published file.
         download: fetch the file if it is nowhere; never done unasked.
+        resize: "tf1" (ADM's) or "clean": antialiased bicubic to 299 on whole grey levels first,
+            close to clean-fid's, which keeps fractions of a level.
         verify: refuse another checksum. Without it any file that fits is taken, and its distances
             are not labelled FID.
 
@@ -61,10 +68,16 @@ class InceptionADM(Extractor):
     """
 
     def __init__(
-        self, weights: str | Path | None = None, download: bool = False, verify: bool = True
+        self,
+        weights: str | Path | None = None,
+        download: bool = False,
+        resize: str = "tf1",
+        verify: bool = True,
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        if resize not in PREPROCESS:
+            raise unknown_name("resize", resize, PREPROCESS)
         path = find_weights(weights, download)
         digest = file_sha256(path)
         is_published = digest.startswith(SHA256_START)
@@ -75,7 +88,7 @@ class InceptionADM(Extractor):
             ExtractorFacts(
                 "inception-adm",
                 2048,
-                "tf1-bilinear-299 (x-128)/128",
+                PREPROCESS[resize],
                 digest,
                 "Apache-2.0",
                 is_fid=is_published,
@@ -92,7 +105,7 @@ class InceptionADM(Extractor):
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path} does not fit the network: {reason}") from error
-        self.network = network
+        self.network, self.is_clean = network, resize == "clean"
         self._spatial: Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self.eval().requires_grad_(False)
@@ -102,6 +115,8 @@ class InceptionADM(Extractor):
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         """The three outputs."""
+        if self.is_clean:
+            images = resize_bytes(images, 299).to(torch.uint8)
         features, logits = self.network(images)
         spatial, self._spatial = self._spatial, None
         assert spatial is not None

@@ -1,0 +1,457 @@
+"""`arvision eval`: generate, score, compare and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Evaluation: generate samples, score them, test equivalence, write reports.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+ExtractorName = Annotated[str, typer.Option(help="See `arvision eval extractors`.")]
+Weights = Annotated[str | None, typer.Option(help="Local weights of the extractor.")]
+Download = Annotated[bool, typer.Option("--download", help="Let the extractor fetch weights.")]
+Size = Annotated[int | None, typer.Option(help="Input side of lite0, such as 64.")]
+Batch = Annotated[int, typer.Option(help="Images per forward pass of the extractor.")]
+
+# ruff: noqa: E501
+GENERATE_EPILOG = """Examples:
+
+arvision eval generate --model llamagen-fashion --protocol fashion --num 2000 --out samples/ar --sampler ar
+
+arvision eval generate --model ./llamagen-xl --sampler sjd --protocol adm-in256 --pixels llamagen --out xl
+
+torchrun --nproc-per-node 8 -m arvision.cli eval generate --model ./var-d16 --protocol adm-in256 --out var
+
+Run a command again to resume it, with any batch size and any number of processes.
+"""
+
+
+def _extractor(name: str, weights: str | None, download: bool, size: int | None) -> Any:
+    """The extractor with the options that were given."""
+    from ..eval import get_extractor
+    from ..eval.distributed import local_device
+
+    options: dict[str, Any] = {}
+    if weights is not None:
+        options["weights"] = weights
+    if download:
+        options["download"] = True
+    if size is not None:
+        options["size"] = size
+    return get_extractor(name, device=local_device(), **options)
+
+
+def _print_scores(scores: dict[str, Any], as_json: bool, **facts: Any) -> None:
+    if as_json:
+        found = {name: score.to_dict() for name, score in scores.items()}
+        typer.echo(json.dumps({"scores": found, **facts}))
+        return
+    width = max((len(name) for name in scores), default=0)
+    for name, score in scores.items():
+        typer.echo(f"{name:<{width}}  {score}")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    from .sample import parse_options
+
+    return parse_options(pairs)
+
+
+@app.command(epilog=GENERATE_EPILOG)
+def generate(
+    model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the samples; resumed if it is there.")],
+    sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "ar",
+    protocol: Annotated[str, typer.Option(help="adm-in256, coco-30k, fashion.")] = "adm-in256",
+    num: Annotated[int | None, typer.Option(help="Images; the protocol's number if left.")] = None,
+    seed: Annotated[int, typer.Option(help="Image k has the identity (seed, k).")] = 0,
+    pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar.")] = "plain",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Captions: text, JSON lines or JSON.")
+    ] = None,
+    per_prompt: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 32,
+    option: Annotated[list[str] | None, typer.Option(help="name=value; repeatable.")] = None,
+    write: Annotated[str | None, typer.Option(help="Also write npz, png or tar.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the samples of a protocol into OUT, resumable and the same for any number of GPUs."""
+    from ..eval.distributed import connect, disconnect
+    from ..eval.generate import GenerateConfig, run_facts
+    from ..eval.generate import generate as run
+    from ..eval.protocols import get_pixels, get_protocol
+    from ..eval.sources import ShardSource
+    from ..eval.writers import write_npz, write_pictures, write_tar
+
+    chosen, preset = get_protocol(protocol), get_pixels(pixels)
+    writers = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
+    if write is not None and write not in writers:
+        from ..errors import unknown_name
+
+        raise unknown_name("sample format", write, writers)
+    captions, digest = _captions(prompts, per_prompt)
+    count = num if num is not None else len(captions) if captions else chosen.num
+    config = GenerateConfig(
+        model=model,
+        sampler=sampler,
+        options=_options(option or []),
+        num=count,
+        num_classes=None if captions else chosen.num_classes,
+        seed=seed,
+        protocol=chosen.id,
+        pixels=pixels,
+        prompts_sha256=digest,
+    )
+    rank, _ = connect()
+    try:
+        make = _pipeline_maker(model, sampler, config.options, preset)
+        shards = run(
+            make,
+            config,
+            out,
+            prompts=captions[:count] if captions else None,
+            batch_size=batch_size,
+            progress=not quiet,
+        )
+        if rank == 0:
+            facts = run_facts(shards)
+            if write is not None:
+                name = out / "samples" if write == "png" else out / f"samples.{write}"
+                facts["written"] = str(writers[write](ShardSource(out), name))
+            typer.echo(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
+    finally:
+        disconnect()
+
+
+def _captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | None, str | None]:
+    """Captions, each repeated, and the hash of all of them."""
+    if prompts is None:
+        return None, None
+    from ..eval.shards import config_hash
+    from ..eval.writers import read_prompts
+
+    texts = [r["prompt"] for r in read_prompts(prompts) for _ in range(per_prompt)]
+    return texts, config_hash({"prompts": texts})
+
+
+def _pipeline_maker(model: str, sampler: str, options: dict[str, Any], preset: Any) -> Any:
+    """A maker around a loaded pipeline; sampling options and sampler options share one list."""
+    import torch
+
+    from ..api import load, sample
+    from ..eval.distributed import local_device
+    from ..eval.generate import Made
+
+    pipe = load(model, device=local_device())
+
+    def make(indices: Any, labels: Any, seeds: Any) -> Made:
+        out = sample(
+            pipe,
+            list(labels),
+            sampler,
+            seed=[tuple(pair) for pair in seeds],
+            progress=False,
+            output_type="pt",
+            **options,
+        )
+        images = torch.as_tensor(out.images)
+        passes = float(out.stats["forward_passes"])
+        return Made(preset(images), out.tokens, {"forward_passes": passes, "batches": 1.0})
+
+    return make
+
+
+FID_EPILOG = """Examples:
+
+arvision eval fid --samples xl --reference VIRTUAL_imagenet256_labeled.npz --weights weights-inception-2015-12-05-6726825d.pth
+
+arvision eval fid --samples samples/ar --reference fashion-test --extractor lite0 --size 64
+
+Samples and reference: an .npz (arr_0), a folder of PNGs, or a folder of `arvision eval generate`.
+The reference may also be statistics (mu, sigma), or fashion-test for the Fashion-MNIST test images.
+"""
+
+
+def _reference(where: str) -> Any:
+    if where in ("fashion-test", "fashion-train"):
+        from ..eval.sources import TensorSource
+        from ..training.data import load_fashion
+
+        images, labels = load_fashion(where.removeprefix("fashion-"))
+        return TensorSource(images.unsqueeze(1), labels.tolist(), where)
+    return where
+
+
+@app.command(epilog=FID_EPILOG)
+def fid(
+    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    reference: Annotated[str, typer.Option(help="Reference: npz, folder, run or fashion-test.")],
+    extractor: ExtractorName = "inception-adm",
+    weights: Weights = None,
+    download: Download = False,
+    size: Size = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated; see the guide.")] = None,
+    batch_size: Batch = 50,
+    crop: Annotated[int | None, typer.Option(help="Crop the reference's pictures (COCO).")] = None,
+    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score JPEG samples.")] = False,
+    allow_sorted: Annotated[
+        bool, typer.Option("--allow-sorted", help="IS of sorted files.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """FID, sFID, IS, precision, recall and more of samples against a reference."""
+    from ..eval.distributed import connect, disconnect
+    from ..eval.evaluate import evaluate
+
+    rank, _ = connect()
+    try:
+        network = _extractor(extractor, weights, download, size)
+        scores = evaluate(
+            samples,
+            _reference(reference),
+            network,
+            metrics=metrics.split(",") if metrics else None,
+            batch_size=batch_size,
+            allow_jpeg=allow_jpeg,
+            allow_sorted=allow_sorted,
+            crop=crop,
+            progress=not quiet,
+        )
+        if rank == 0 and scores is not None:
+            _print_scores(scores, as_json, extractor=network.facts.to_dict())
+    finally:
+        disconnect()
+
+
+@app.command()
+def clip(
+    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    prompts: Annotated[Path, typer.Option(help="Captions in the samples' order.")],
+    weights: Annotated[str, typer.Option(help="CLIP folder, or hub id with --download.")],
+    download: Download = False,
+    convention: Annotated[str, typer.Option(help="cosine, torchmetrics, hessel.")] = "cosine",
+    prefix: Annotated[str, typer.Option(help="Put before captions.")] = "A photo depicts ",
+    per_prompt: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
+    batch_size: Batch = 50,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """CLIP score of samples and their captions."""
+    from ..eval.clip_score import clip_score
+    from ..eval.sources import open_source
+
+    source = open_source(samples)
+    captions, _ = _captions(prompts, per_prompt)
+    score = clip_score(
+        source,
+        captions or [],
+        _extractor("clip", weights, download, None),
+        convention=convention,
+        prefix=prefix,
+        batch_size=batch_size,
+        progress=not quiet,
+    )
+    _print_scores({"clip": score}, as_json)
+
+
+REPORT_EPILOG = """Example:
+
+arvision eval report --samples samples/ar --reference fashion-test --extractor lite0 --size 64 --out reports/ar
+"""
+
+
+@app.command(epilog=REPORT_EPILOG)
+def report(
+    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    reference: Annotated[str, typer.Option(help="Reference: npz, folder, run or fashion-test.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.md.")],
+    extractor: ExtractorName = "inception-adm",
+    weights: Weights = None,
+    download: Download = False,
+    size: Size = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated; see the guide.")] = None,
+    batch_size: Batch = 50,
+    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score JPEG samples.")] = False,
+    allow_sorted: Annotated[
+        bool, typer.Option("--allow-sorted", help="IS of sorted files.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score samples and write one JSON and one Markdown report."""
+    from ..eval.distributed import connect, disconnect
+    from ..eval.full_report import full_report
+    from ..eval.report import to_markdown, write_report
+
+    rank, _ = connect()
+    try:
+        found = full_report(
+            samples,
+            _reference(reference),
+            _extractor(extractor, weights, download, size),
+            metrics=metrics.split(",") if metrics else None,
+            batch_size=batch_size,
+            allow_jpeg=allow_jpeg,
+            allow_sorted=allow_sorted,
+            progress=not quiet,
+        )
+        if rank == 0 and found is not None:
+            write_report(found, out)
+            typer.echo(json.dumps(found) if as_json else to_markdown(found))
+    finally:
+        disconnect()
+
+
+EQUIVALENCE_EPILOG = """Example:
+
+arvision eval equivalence --a samples/ar --b samples/sjd --model llamagen-fashion --reference fashion-test --size 64
+"""
+
+
+@app.command(epilog=EQUIVALENCE_EPILOG)
+def equivalence(
+    a: Annotated[Path, typer.Option(help="Run of the baseline.")],
+    b: Annotated[Path, typer.Option(help="Run of the accelerated sampler.")],
+    model: Annotated[str | None, typer.Option(help="Base model for the likelihood test.")] = None,
+    reference: Annotated[str | None, typer.Option(help="For the Frechet equivalence.")] = None,
+    extractor: ExtractorName = "lite0",
+    weights: Weights = None,
+    download: Download = False,
+    size: Size = None,
+    margin: Annotated[float, typer.Option(help="Relative gap of distances allowed.")] = 0.013,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is the sampler of run B equal to that of run A? Exit status 0 whatever the answer."""
+    from ..eval.compare_runs import compare_runs
+
+    network = _extractor(extractor, weights, download, size)
+    log_likelihood = None if model is None else _likelihood(model, a)
+    results, sentence = compare_runs(
+        a,
+        b,
+        network,
+        log_likelihood=log_likelihood,
+        reference=None if reference is None else _reference(reference),
+        margin=margin,
+        progress=not quiet,
+    )
+    if as_json:
+        typer.echo(json.dumps({"verdict": sentence, "tests": [r.to_dict() for r in results]}))
+        return
+    for result in results:
+        p_value = "" if result.p_value is None else f" p={result.p_value:.3g}"
+        typer.echo(
+            f"{'ok  ' if result.passed else 'FAIL'} {result.name}:{p_value} {result.meaning}"
+        )
+    typer.echo(sentence)
+
+
+def _likelihood(model: str, baseline: Path) -> Any:
+    """Log-likelihood of token sequences under the base model, at the baseline's guidance."""
+    import torch
+
+    from ..api import load
+    from ..eval.shards import ShardFolder
+
+    options = ShardFolder(baseline).config["options"]
+    pipe = load(model)
+    scale = options.get("guidance_scale", pipe.config["guidance_scale"])
+    temperature = options.get("temperature", pipe.config["temperature"])
+
+    @torch.inference_mode()
+    def log_likelihood(tokens: Any, labels: Any) -> Any:
+        sequence = torch.as_tensor(tokens).to(pipe.device)
+        state, first = pipe.model.start(list(labels), guidance_scale=scale)
+        rest = state.extend(sequence[:, :-1])
+        logits = torch.cat([first[:, None], rest], 1) / max(temperature, 1e-6)
+        logp = logits.float().log_softmax(-1).gather(2, sequence[..., None])
+        return logp[..., 0].sum(1).cpu().numpy()
+
+    return log_likelihood
+
+
+@app.command()
+def coco(
+    annotations: Annotated[Path, typer.Option(help="captions_val2014.json")],
+    out: Annotated[Path, typer.Option(help="JSON lines of prompts to write.")],
+    num: Annotated[int, typer.Option(help="Captions, one per image.")] = 30_000,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose the captions of the COCO-30k protocol: one per image."""
+    from ..eval.coco import choose_captions, write_captions
+
+    records = choose_captions(annotations, num, seed)
+    write_captions(records, out)
+    facts = {"captions": len(records), "out": str(out)}
+    typer.echo(json.dumps(facts) if as_json else f"{len(records)} captions -> {out}")
+
+
+EXPORT_EPILOG = """Examples:
+
+arvision eval export --samples run --layout npz --out samples.npz
+
+arvision eval export --samples run --layout geneval --prompts evaluation_metadata.jsonl --per-prompt 4 --out geneval
+
+Layouts: npz (ADM), png, tar, geneval, hpsv2, dpg-bench.
+"""
+
+
+@app.command(epilog=EXPORT_EPILOG)
+def export(
+    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    layout: Annotated[str, typer.Option(help="npz, png, tar, geneval, hpsv2, dpg-bench.")],
+    out: Annotated[Path, typer.Option(help="New file or folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="For the benchmark layouts.")] = None,
+    per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write samples as an ADM npz, pictures, a tar file, or as a benchmark wants them."""
+    from ..errors import InputError, unknown_name
+    from ..eval.sources import open_source
+    from ..eval.writers import (
+        LAYOUTS,
+        export_layout,
+        read_prompts,
+        write_npz,
+        write_pictures,
+        write_tar,
+    )
+
+    plain = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
+    if layout not in (*plain, *LAYOUTS):
+        raise unknown_name("layout", layout, (*plain, *LAYOUTS))
+    source = open_source(samples)
+    if layout in plain:
+        written = plain[layout](source, out)
+    elif prompts is None:
+        raise InputError(f"layout {layout} needs prompts: give --prompts FILE")
+    else:
+        written = export_layout(layout, source, read_prompts(prompts), out, per_prompt)
+    facts = {"images": len(source), "out": str(written)}
+    typer.echo(json.dumps(facts) if as_json else f"{len(source)} images -> {written}")
+
+
+@app.command()
+def extractors(as_json: Json = False) -> None:
+    """List the feature extractors."""
+    from ..eval import EXTRACTORS
+
+    found = {e.name: (e.value.__doc__ or "").strip().splitlines()[0] for e in EXTRACTORS}
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, line in sorted(found.items()):
+        typer.echo(f"{name:<20} {line}")

@@ -1,0 +1,84 @@
+"""Scores a run and gathers what its report must say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .evaluate import Reference, default_metrics, evaluate, load_reference
+from .features import Extractor
+from .generate import run_facts
+from .report import build_report
+from .score import Score
+from .sources import ShardSource, Source, open_source
+
+
+def full_report(
+    samples: Source | Any,
+    reference: Any,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 50,
+    allow_jpeg: bool = False,
+    allow_sorted: bool = False,
+    extra: dict[str, Score] | None = None,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Evaluate and report; None on ranks but 0.
+
+    Args:
+        samples: a source, a path or a tensor.
+        reference: likewise, or a loaded `Reference`.
+        extractor: see `get_extractor`.
+        metrics: see `evaluate`.
+        batch_size: images per forward pass.
+        allow_jpeg: take JPEG samples.
+        allow_sorted: score sorted samples.
+        extra: scores computed elsewhere, added to the report.
+        progress: bars on stderr.
+    """
+    started = time.perf_counter()
+    source = samples if hasattr(samples, "read") else open_source(samples, allow_jpeg=allow_jpeg)
+    wanted = tuple(metrics) if metrics is not None else default_metrics(extractor)
+    goal = reference
+    if not isinstance(reference, Reference):
+        goal = load_reference(
+            reference,
+            extractor,
+            need_rows=any(name not in ("frechet", "sfid", "is") for name in wanted),
+            batch_size=batch_size,
+            progress=progress,
+            allow_jpeg=True,
+        )
+    scores = evaluate(
+        source,
+        goal if goal is not None else reference,
+        extractor,
+        metrics=wanted,
+        batch_size=batch_size,
+        allow_jpeg=allow_jpeg,
+        allow_sorted=allow_sorted,
+        progress=progress,
+    )
+    if scores is None or goal is None:
+        return None
+    run, measured = None, None
+    if isinstance(source, ShardSource):
+        run, measured = source.shards.config, run_facts(source.shards)
+    return build_report(
+        {**scores, **(extra or {})},
+        samples=source.name,
+        num=len(source),
+        extractor=extractor,
+        reference={
+            "name": goal.name,
+            "sha256": goal.sha256,
+            "from_statistics": goal.from_statistics,
+            "count": goal.count,
+        },
+        run=run,
+        measured=measured,
+        seconds=time.perf_counter() - started,
+    )
