@@ -149,7 +149,7 @@ def decode_tokens(
         num = max(1, policy.next(run.num_active, most))
         known, lengths = run.known()
         drafts, draft_logp = drafter.propose(known, lengths, num - 1, passes)
-        # A drafter may have less to say than asked; padding is no option, so the pass shrinks.
+        # A drafter may have less to say than asked: the pass shrinks to the longest chain.
         num = drafts.shape[1] + 1
         root = known.gather(1, lengths[:, None] - 1)
         fed = run.spread(torch.cat([root, drafts.clamp(min=0)], dim=1))

@@ -28,8 +28,7 @@ class Chain:
     Attributes:
         drafts: [B, m] int64; -1 where a row has no draft, as rows may have fewer than m.
         draft_logp: [B, m, V], the laws that the drafts were drawn from; None for a rule that does
-            not look at them. Where there is no draft all entries are -inf: such a position is never
-            accepted, and its residual is the target's law, so that recovering there is a bonus.
+            not look at them.
         target_logp: [B, m + 1, V].
         positions: [B, m + 1] int64, where in the image the laws stand.
         noise: of the B images.
@@ -148,7 +147,7 @@ def through_first_rejection(chain: Chain, accepted: Tensor, later: Tensor) -> Ve
     Args:
         chain: the round.
         accepted: [B, m] bool, which drafts pass their own test.
-        later: [B, m + 1] int64, the next drafts; its last entry is the bonus.
+        later: [B, m + 1] int64, the next drafts; its entry behind a row's last draft is the bonus.
     """
     if chain.drafts.shape[1] == 0:
         return Verdict(later, torch.ones_like(later[:, 0]))
@@ -157,6 +156,7 @@ def through_first_rejection(chain: Chain, accepted: Tensor, later: Tensor) -> Ve
     is_first_rejection = torch.arange(chain.drafts.shape[1], device=counts.device) == (
         counts[:, None] - 1
     )
+    is_first_rejection = is_first_rejection & (chain.drafts >= 0)
     tokens = torch.where(is_first_rejection, recover(chain), later[:, :-1])
     tokens = torch.where(accepted.bool(), chain.drafts, tokens)
     return Verdict(torch.cat([tokens, later[:, -1:]], dim=1), counts)

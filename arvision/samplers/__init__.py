@@ -2,6 +2,7 @@
 
 from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
+from .draft import DraftSampler
 from .gsd import GSDSampler
 from .lantern import LanternSampler
 from .sjd import SJDSampler
@@ -10,6 +11,7 @@ __all__ = [
     "SAMPLERS",
     "ARSampler",
     "BaseSampler",
+    "DraftSampler",
     "GSDSampler",
     "LanternSampler",
     "SJDSampler",

@@ -1,0 +1,266 @@
+"""Drafts from a smaller model, and how many of them: chains that stop where a rejection is likely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions, TokenModel
+from ..errors import InputError, unknown_name
+from .logits import Shaping
+from .noise import Noise, draw
+from .verify import Chain, Rule, Verdict, gumbel_coupling, independent_redraw
+
+COUPLINGS: dict[str, Rule] = {"gumbel": gumbel_coupling, "speculative": independent_redraw}
+"""How drafts are verified. Chain speculative sampling is the published rule of speculative Jacobi
+decoding with drafts that are new in every round: what it puts behind the final tokens is not used."""
+
+FEATURES = ("bias", "log_q", "entropy", "gap")
+LARGEST_GAP = 10.0
+
+
+def get_draft_coupling(name: str) -> Rule:
+    """The rule of a coupling between drafts and target.
+
+    Raises:
+        InputError: no such coupling.
+    """
+    if name not in COUPLINGS:
+        raise unknown_name("coupling", name, COUPLINGS)
+    return COUPLINGS[name]
+
+
+def confidence_features(logq: Tensor, scores: Tensor, drafts: Tensor) -> Tensor:
+    """What tells whether a draft will be accepted, [..., 4] in the order of `FEATURES`.
+
+    Args:
+        logq: [..., V], the laws that drafts are drawn from.
+        scores: [..., V], `logq` plus Gumbel noise where the coupling is "gumbel", else `logq`.
+        drafts: [...] int64.
+    """
+    entropy = -(logq.exp() * logq).nan_to_num(nan=0.0).sum(-1)
+    two = scores.topk(2, dim=-1).values
+    gap = (two[..., 0] - two[..., 1]).clamp(max=LARGEST_GAP)
+    log_q = logq.gather(-1, drafts[..., None])[..., 0]
+    return torch.stack([torch.ones_like(gap), log_q, entropy, gap], dim=-1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicts the probability that a draft is accepted: a logistic function of its confidence.
+
+    Attributes:
+        weights: by coupling, one weight per name in `FEATURES`.
+
+    Raises:
+        InputError: another number of weights.
+    """
+
+    weights: Mapping[str, Sequence[float]]
+
+    def __post_init__(self) -> None:
+        for coupling, weights in self.weights.items():
+            get_draft_coupling(coupling)
+            if len(weights) != len(FEATURES):
+                raise InputError(
+                    f"calibration of {coupling!r} has {len(weights)} weights: expected "
+                    f"{len(FEATURES)}, for {', '.join(FEATURES)}"
+                )
+
+    def __call__(self, coupling: str, features: Tensor) -> Tensor:
+        """Probabilities [...] from features [..., 4]."""
+        weights = torch.as_tensor(self.weights[coupling], dtype=features.dtype)
+        return (features @ weights.to(features.device)).sigmoid()
+
+
+UNCALIBRATED = Calibration({name: (1.0, 0.0, 0.0, 0.0) for name in COUPLINGS})
+"""For drafts that bring none: every draft is thought to be accepted with probability 0.73."""
+
+
+def check_draft(draft: TokenModel, target: TokenModel) -> None:
+    """Refuse a draft that does not speak the target's tokens.
+
+    Raises:
+        InputError: another vocabulary, grid or number of tokens.
+    """
+    for name, what in (
+        ("vocab_size", "a vocabulary of {} tokens"),
+        ("grid", "the grid {}"),
+        ("num_tokens", "images of {} tokens"),
+    ):
+        theirs, ours = getattr(draft, name), getattr(target, name)
+        if theirs != ours:
+            raise InputError(
+                f"the draft model has {what.format(theirs)}: expected {what.format(ours)}, as the "
+                "target has"
+            )
+
+
+@dataclass
+class DraftFigures:
+    """Counts over a run: drafts verified and accepted, calls of the draft model (its prefill not
+    counted)."""
+
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafts that were accepted."""
+        return self.accepted / max(1, self.drafted)
+
+
+class DraftModelDrafter:
+    """A chain drawn from a draft model, each row as long as its drafts look acceptable.
+
+    The draft's state follows the target's: what became final is committed at the start of the next
+    round, in the same call that gives the law of the first draft, so k drafts cost k calls. Drafts
+    stay candidates, and the chain so far is fed again with each new draft: any token model will do,
+    and nothing has to be taken back after a rejection.
+
+    A row stops when the predicted probability that at least one of its drafts is rejected exceeds
+    `stop_threshold`. The batch goes on until its last row has stopped. With Gumbel coupling a row
+    that has stopped drafts on as long as others do, which costs nothing and cannot change its
+    picture. Otherwise its chain is padded with -1, "no draft", so that what it drafts, and with it
+    its picture, does not depend on the rows beside it.
+
+    Whether a position is drafted at all is decided before anything is drawn there, from what stands
+    at earlier positions: a row may look at its last draft and then stop, as that draft is verified
+    all the same. So the rule's proof holds for every stopping rule of this kind.
+
+    Args:
+        draft: the draft model.
+        conditions: one per image.
+        guidance_scale: of the draft.
+        shape: guided logits to log-probabilities, the target's.
+        coupling: see `COUPLINGS`.
+        calibration: confidence to acceptance.
+        stop_threshold: see above; 1 never stops early.
+
+    Paper: Huang, Guo and Wang, "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate
+    Lengths", 2024, section 3 (there a trained head predicts the acceptance).
+    """
+
+    def __init__(
+        self,
+        draft: TokenModel,
+        conditions: Conditions,
+        guidance_scale: float,
+        shape: Shaping,
+        *,
+        coupling: str = "gumbel",
+        calibration: Calibration = UNCALIBRATED,
+        stop_threshold: float = 0.7,
+    ) -> None:
+        self._draft, self._conditions, self._scale = draft, conditions, guidance_scale
+        self._shape, self._coupling, self._calibration = shape, coupling, calibration
+        self._least = 1.0 - stop_threshold
+        self.figures = DraftFigures()
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Prefill the draft's state."""
+        self._noise, self._num_tokens = noise, num_tokens
+        self._state: Any
+        self._state, _ = self._draft.start(self._conditions, self._scale)
+        self._rows = torch.arange(len(noise), device=self._state.lengths.device)
+
+    def propose(
+        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Chains [B, k] with k <= num, padded with -1, and their laws [B, k, V].
+
+        See `arvision.decoding.loop.Drafter`.
+        """
+        room = self._num_tokens - 1 - lengths
+        is_going = room > 0
+        if num == 0 or not bool(is_going.any()):
+            return tokens[:, :0], self._no_laws(tokens)
+        root = tokens.gather(1, lengths[:, None] - 1)
+        law = self._follow(tokens, lengths)
+        num = min(num, self._most())
+        drafts, laws = root[:, :0], []
+        acceptance = torch.ones_like(lengths, dtype=law.dtype)
+        while True:
+            place = drafts.shape[1]
+            token, scores = self._pick(law, lengths + place, tries)
+            is_draft = place < room if self._coupling == "gumbel" else is_going
+            drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
+            laws.append(law)
+            acceptance = acceptance * self._calibration(
+                self._coupling, confidence_features(law, scores, token)
+            )
+            is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
+            if place + 1 == num or not bool(is_going.any()):
+                break
+            law = self._extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
+        return drafts, (None if self._coupling == "gumbel" else torch.stack(laws, dim=1))
+
+    def _no_laws(self, tokens: Tensor) -> Tensor | None:
+        if self._coupling == "gumbel":
+            return None
+        return torch.zeros(len(tokens), 0, self._draft.vocab_size, device=tokens.device)
+
+    def _pick(self, law: Tensor, positions: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+        """A draft [B] from `law` [B, V], and the scores [B, V] that it is the argmax of or not."""
+        where = positions.clamp(max=self._num_tokens - 1)[:, None]
+        if self._coupling == "gumbel":
+            scores = law + self._noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
+            return scores.argmax(-1), scores
+        uniforms = self._noise.uniform(where, "draft", tries)[:, 0]
+        return draw(law.exp(), uniforms), law
+
+    def _follow(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Commit all known tokens but the last, and give the law [B, V] after that one.
+
+        The last known token stays a candidate, so that a state can always be asked again.
+        """
+        while True:
+            own = self._state.lengths[self._rows]
+            pending = lengths - own
+            num = min(int(pending.max()), self._most())
+            index = own[:, None] + torch.arange(num, device=own.device)
+            fed = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+            law = self._extend(fed)
+            is_done = bool((pending <= num).all())
+            self._commit((pending - 1).clamp(max=num), num)
+            if is_done:
+                last = (pending - 1)[:, None, None].expand(-1, 1, law.shape[-1])
+                return law.gather(1, last)[:, 0]
+
+    def _most(self) -> int:
+        """Candidates that the state takes in one call, at least one."""
+        if getattr(self._state, "allows_overrun", False):
+            return self._num_tokens
+        return self._num_tokens - 1 - int(self._state.lengths.max())
+
+    def _extend(self, fed: Tensor) -> Tensor:
+        """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
+        self.figures.passes += 1
+        spread = fed.new_zeros(len(self._state.lengths), fed.shape[1])
+        spread[self._rows] = fed
+        return self._shape(self._state.extend(spread)[self._rows])
+
+    def _commit(self, counts: Tensor, num: int) -> None:
+        spread = counts.new_zeros(len(self._state.lengths))
+        spread[self._rows] = counts
+        order = torch.arange(num, device=counts.device)
+        self._state.commit(order.expand(len(spread), num), spread)
+
+    def observe(self, chain: Chain, verdict: Verdict) -> None:
+        """Count what was accepted."""
+        self.figures.drafted += int((chain.drafts >= 0).sum())
+        self.figures.accepted += int((verdict.counts - 1).sum())
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        self._noise = self._noise.select(rows)
+        if hasattr(self._state, "select"):
+            self._state.select(rows)
+            self._rows = torch.arange(len(rows), device=rows.device)
+        else:
+            self._rows = self._rows[rows]

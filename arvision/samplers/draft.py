@@ -1,0 +1,188 @@
+"""Speculative sampling with a draft model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.configuration_utils import register_to_config
+
+from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
+from ..decoding.draft_model import (
+    UNCALIBRATED,
+    Calibration,
+    DraftModelDrafter,
+    check_draft,
+    get_draft_coupling,
+)
+from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
+from ..decoding.verify import Rule
+from ..errors import InputError
+from .base import TokenSampler, check_guidance, register
+
+
+@register("draft", exact=True, drives="token")
+class DraftSampler(TokenSampler):
+    """A smaller model drafts a chain, one pass of the target verifies it.
+
+    Couplings:
+
+    - "gumbel": the draft picks argmax(log q + g), the target argmax(log p + g), with the noise g of
+      the position. The picture is token for token the one that `ar` draws for the same seed (up to
+      float ties), whatever the draft, its length and the batch; hence the default. A draft is
+      accepted with probability >= (1 - TV) / (1 + TV).
+    - "speculative": accept with probability min(1, p / q), else draw from the normalised (p - q)+.
+      A picture of the same law, which depends on the draft; accepted with probability 1 - TV, the
+      most that any rule can reach for one draft.
+
+    A chain ends early when one of its drafts will probably be rejected: the draft's confidence is
+    turned into a probability of acceptance by a calibration that a trained draft brings along.
+
+    Law: exact with both. Cost: N / tokens-per-pass passes of at most `max_draft + 1` tokens, and as
+    many passes of the draft as tokens are drafted. Models: token models, the draft one of the same
+    vocabulary and grid.
+
+    Args:
+        draft: the draft: name of a registered model or a folder (a pipeline loads it), a loaded
+            pipeline, or any token model. None for the one given by `bind_draft`.
+        coupling: see above.
+        max_draft: tokens drafted per pass at most.
+        stop_threshold: end a chain when the probability of at least one rejection exceeds this; 1
+            always drafts `max_draft` tokens.
+        draft_guidance_scale: guidance scale of the draft; None for the target's.
+        temperature: divides the logits of both models; 0 is greedy.
+        top_k: tokens kept, 0 for all.
+        top_p: mass kept, 1 for all.
+
+    Raises:
+        InputError: an unknown coupling, or a value out of range.
+
+    Paper: Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative
+    Decoding", 2023, algorithm 1; Chen et al., "Accelerating Large Language Model Decoding with
+    Speculative Sampling", 2023; Huang, Guo and Wang, "SpecDec++", 2024, for the length.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        draft: Any = None,
+        coupling: str = "gumbel",
+        max_draft: int = 8,
+        stop_threshold: float = 0.7,
+        draft_guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> None:
+        if isinstance(max_draft, bool) or not isinstance(max_draft, int) or max_draft < 1:
+            raise InputError(f"max_draft {max_draft!r}: expected an integer >= 1")
+        if not 0 <= stop_threshold <= 1:
+            raise InputError(f"stop_threshold {stop_threshold}: expected 0 <= stop_threshold <= 1")
+        if draft_guidance_scale is not None:
+            check_guidance(draft_guidance_scale)
+        get_draft_coupling(coupling)
+        self.shaping()
+        self._draft: TokenModel | None = None
+        self._calibration = UNCALIBRATED
+        if isinstance(draft, Path):
+            self.register_to_config(draft=str(draft))
+        elif draft is not None and not isinstance(draft, str):
+            # A model is no configuration: what is saved is a sampler whose draft is still to come.
+            self.register_to_config(draft=None)
+            self.bind_draft(draft)
+
+    @property
+    def unbound_draft(self) -> str | None:
+        """Name or folder of a draft that is still to be loaded, for `bind_draft`."""
+        return self.config["draft"] if self._draft is None else None
+
+    def bind_draft(self, draft: Any) -> None:
+        """Give the sampler its draft.
+
+        Args:
+            draft: a token model, or a loaded pipeline around one (which may bring a calibration).
+
+        Raises:
+            InputError: neither.
+        """
+        model = draft if isinstance(draft, TokenModel) else getattr(draft, "model", None)
+        if not isinstance(model, TokenModel):
+            raise InputError(
+                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
+                "a token model, or a token model"
+            )
+        weights = getattr(draft, "calibration", None) or getattr(model, "calibration", None)
+        self._draft = model
+        self._calibration = Calibration(weights) if weights else UNCALIBRATED
+
+    def with_options(self, **options: Any) -> DraftSampler:
+        """The same sampler with some options changed; it keeps its draft unless that is one."""
+        changed = super().with_options(**options)
+        assert isinstance(changed, DraftSampler)
+        if "draft" not in options:
+            changed._draft, changed._calibration = self._draft, self._calibration
+        return changed
+
+    def rule(self, model: TokenModel) -> Rule:
+        """The configured coupling."""
+        return get_draft_coupling(self.config["coupling"])
+
+    def policy(self, model: TokenModel) -> WindowPolicy:
+        """The last known token and the drafts."""
+        return FixedWindow(self.config["max_draft"] + 1)
+
+    def __call__(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one image per condition, see `TokenSampler`.
+
+        Returns:
+            Tokens and the statistics of `decode_tokens`; further `drafted`, `accepted`,
+            `acceptance_rate` (of drafts) and `draft_passes` (calls of the draft model).
+
+        Raises:
+            InputError: no draft, or one of another vocabulary or grid; see also `TokenSampler`.
+        """
+        check_guidance(guidance_scale)
+        if self._draft is None:
+            name = self.config["draft"]
+            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
+            raise InputError(
+                f"{given}: expected a token model, a pipeline, or a name and a pipeline to load it"
+            )
+        check_draft(self._draft, model)
+        own_scale = self.config["draft_guidance_scale"]
+        drafter = DraftModelDrafter(
+            self._draft,
+            conditions,
+            guidance_scale if own_scale is None else own_scale,
+            self.shaping(),
+            coupling=self.config["coupling"],
+            calibration=self._calibration,
+            stop_threshold=self.config["stop_threshold"],
+        )
+        samples = decode_tokens(
+            model,
+            conditions,
+            drafter=drafter,
+            rule=self.rule(model),
+            shape=self.shaping(),
+            policy=self.policy(model),
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+        )
+        figures = drafter.figures
+        samples.stats.update(
+            drafted=figures.drafted,
+            accepted=figures.accepted,
+            acceptance_rate=figures.acceptance_rate,
+            draft_passes=figures.passes,
+        )
+        return samples
