@@ -152,9 +152,16 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     return found
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _load_cached(name: str, device: str, dtype: torch.dtype) -> ARPipeline:
     return load(name, device, dtype)
+
+
+def _find_draft(name: str, device: torch.device, dtype: torch.dtype) -> ARPipeline:
+    return _load_cached(name, str(device), dtype)
+
+
+ARPipeline.find = staticmethod(_find_draft)
 
 
 def sample(

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -58,7 +58,13 @@ class ARPipeline(DiffusionPipeline):
         top_k: recommended top-k, 0 for all.
         top_p: recommended top-p.
         num_threads: CPU threads at which the model measures fastest; None leaves torch's setting.
+        draft: name or folder of the recommended draft model.
+        calibration: of a draft model, how its confidence tells that a draft will be accepted; see
+            `arvision.decoding.draft_model.Calibration`.
     """
+
+    find: ClassVar[Callable[[str, torch.device, torch.dtype], ARPipeline] | None] = None
+    """From the name of a model to its pipeline; `arvision.api`, which knows names, fills it in."""
 
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
@@ -78,6 +84,8 @@ class ARPipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         num_threads: int | None = None,
+        draft: str | None = None,
+        calibration: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -113,6 +121,20 @@ class ARPipeline(DiffusionPipeline):
             text_tokenizer=self.text_tokenizer,
             class_names=self.config["class_names"],
         )
+
+    @property
+    def calibration(self) -> dict[str, list[float]] | None:
+        """How a draft model's confidence tells that a draft will be accepted."""
+        return self.config["calibration"]
+
+    def _bind_draft(self, sampler: Any) -> None:
+        """Load the draft model of a sampler that names one, on this pipeline's device and dtype."""
+        if not getattr(sampler, "wants_draft", False):
+            return
+        name = sampler.config["draft"] or self.config["draft"]
+        find = type(self).find
+        if name is not None and find is not None:
+            sampler.bind_draft(find(name, self.device, self.dtype))
 
     @property
     def kind(self) -> str:
@@ -190,6 +212,7 @@ class ARPipeline(DiffusionPipeline):
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes:
             chosen = chosen.with_options(**changes)
+        self._bind_draft(chosen)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         model = self.model
         self._interrupt = False

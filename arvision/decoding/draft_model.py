@@ -77,7 +77,7 @@ class Calibration:
         return (features @ weights.to(features.device)).sigmoid()
 
 
-UNCALIBRATED = Calibration({name: (1.0, 0.0, 0.0, 0.0) for name in COUPLINGS})
+UNCALIBRATED = Calibration(dict.fromkeys(COUPLINGS, (1.0, 0.0, 0.0, 0.0)))
 """For drafts that bring none: every draft is thought to be accepted with probability 0.73."""
 
 

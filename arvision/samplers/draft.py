@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers.configuration_utils import register_to_config
 
@@ -44,7 +44,8 @@ class DraftSampler(TokenSampler):
 
     Args:
         draft: the draft: name of a registered model or a folder (a pipeline loads it), a loaded
-            pipeline, or any token model. None for the one given by `bind_draft`.
+            pipeline, or any token model. None for the one that the pipeline recommends, or that is
+            given by `bind_draft`.
         coupling: see above.
         max_draft: tokens drafted per pass at most.
         stop_threshold: end a chain when the probability of at least one rejection exceeds this; 1
@@ -92,9 +93,9 @@ class DraftSampler(TokenSampler):
             self.bind_draft(draft)
 
     @property
-    def unbound_draft(self) -> str | None:
-        """Name or folder of a draft that is still to be loaded, for `bind_draft`."""
-        return self.config["draft"] if self._draft is None else None
+    def wants_draft(self) -> bool:
+        """Whether a draft is still to be given by `bind_draft`."""
+        return self._draft is None
 
     def bind_draft(self, draft: Any) -> None:
         """Give the sampler its draft.
@@ -117,8 +118,7 @@ class DraftSampler(TokenSampler):
 
     def with_options(self, **options: Any) -> DraftSampler:
         """The same sampler with some options changed; it keeps its draft unless that is one."""
-        changed = super().with_options(**options)
-        assert isinstance(changed, DraftSampler)
+        changed = cast("DraftSampler", super().with_options(**options))
         if "draft" not in options:
             changed._draft, changed._calibration = self._draft, self._calibration
         return changed

@@ -12,13 +12,13 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..contracts import TokenModel
 from ..decoding.draft_model import COUPLINGS, confidence_features
 from ..decoding.logits import Shaping, guide
 from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
@@ -109,7 +109,7 @@ def _draw_batch(target: LlamaGen, scale: float, first: int, size: int) -> dict[s
         return law
 
     drawn = decode_tokens(
-        target,
+        cast(TokenModel, target),
         labels.tolist(),
         drafter=NoDrafter(),
         rule=gumbel_coupling,
@@ -357,7 +357,9 @@ def train_draft(
 
 
 def _together(parts: list[Drawn]) -> Drawn:
-    return Drawn(*(torch.cat(fields) for fields in zip(*(vars(p).values() for p in parts))))
+    return Drawn(
+        *(torch.cat(fields) for fields in zip(*(vars(p).values() for p in parts), strict=True))
+    )
 
 
 @dataclass
