@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import stats as _scipy_stats
 
 from ..errors import InputError
 from .moments import check_features
 from .score import Score
 from .scores import polynomial_kernel
 
+stats: Any = _scipy_stats  # its stubs lack the results' fields
 ALPHA = 0.01
 MARGIN = 0.013  # relative gap of FIDs that retraining and reseeding make (arXiv 2606.20536)
 
@@ -158,8 +159,8 @@ def token_law(a: Any, b: Any, alpha: float = ALPHA) -> TestResult:
     size = int(max(first.max(), second.max())) + 1
     p_values = []
     for position in range(first.shape[1]):
-        counts = [np.bincount(side[:, position], minlength=size) for side in (first, second)]
-        p_values.append(g_test(*counts)[1])
+        one, other = (np.bincount(s[:, position], minlength=size) for s in (first, second))
+        p_values.append(g_test(one, other)[1])
     adjusted = holm(p_values)
     worst, num = int(np.argmin(adjusted)), min(len(first), len(second))
     return TestResult(

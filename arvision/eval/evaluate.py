@@ -85,7 +85,7 @@ def load_reference(
         members = open_npz(path)
         if any(key in members for key in ADM_KEYS):
             return _from_statistics(path, members, extractor, need_rows, options)
-    source = (
+    source: Any = (
         where
         if path is None and not isinstance(where, torch.Tensor)
         else open_source(where, allow_jpeg=allow_jpeg, crop=crop)

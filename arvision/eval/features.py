@@ -8,7 +8,6 @@ because a distance means nothing without them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ class WrappedModule(Extractor):
         return {"features": found}
 
 
-EXTRACTORS: Registry[Callable[..., Extractor]] = Registry("extractor", "arvision.extractors")
+EXTRACTORS: Registry[Any] = Registry("extractor", "arvision.extractors")
 
 
 def get_extractor(

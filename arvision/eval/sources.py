@@ -28,8 +28,15 @@ LOSSY = {".jpg", ".jpeg"}
 class Source(Protocol):
     """Images in a fixed order."""
 
-    name: str
-    labels: Sequence[int] | None
+    @property
+    def name(self) -> str:
+        """For messages and reports."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """Class of every image, or None."""
+        ...
 
     def __len__(self) -> int: ...
 

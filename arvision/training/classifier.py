@@ -52,9 +52,9 @@ def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
     flipped = torch.rand(count, generator=generator) < 0.5
     grey = torch.where(flipped.view(-1, 1, 1, 1), grey.flip(-1), grey)
     shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (count, 2), generator=generator)
-    side = torch.arange(grey.shape[-1])
-    rows = (side[None] + shifts[:, :1]).clamp(0, side[-1])  # the border is black padding
-    columns = (side[None] + shifts[:, 1:]).clamp(0, side[-1])
+    side, last = torch.arange(grey.shape[-1]), grey.shape[-1] - 1
+    rows = (side[None] + shifts[:, :1]).clamp(0, last)  # the border is black padding
+    columns = (side[None] + shifts[:, 1:]).clamp(0, last)
     batch = torch.arange(count).view(-1, 1, 1)
     return grey[:, 0][batch, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from arvision.errors import CheckpointError, InputError, MissingDependencyError
 from arvision.eval import CLIPScore, clip_score, get_extractor, list_extractors, open_source
 from arvision.eval.extractors import inception, lite0
-from arvision.eval.extractors.clip import CLIP
 
 
 def images(count: int = 3, side: int = 32, seed: int = 0) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", ["random-conv", "fashion-classifier", "lite0"])
 def test_contract(name: str):
-    network = get_extractor(name, **({"size": 64} if name == "lite0" else {}))
+    network: Any = get_extractor(name, **({"size": 64} if name == "lite0" else {}))
     network.train()
     assert not any(m.training for m in network.modules())
     features = network(images())
@@ -56,7 +56,7 @@ def test_contract(name: str):
 def test_any_module():
     module = torch.nn.Sequential(Float(), torch.nn.Flatten(), torch.nn.LazyLinear(7))
     module(images(2, 64))
-    network = get_extractor(module)
+    network: Any = get_extractor(module)
     assert network.facts.dim == 7
     assert network(images(2, 64)).shape == (2, 7)
     with pytest.raises(InputError, match=r"expected \[B, 9\]"):
@@ -70,7 +70,7 @@ class Float(torch.nn.Module):
 
 def test_lite0_features_follow_pictures():
     """Two crops of one picture are nearer to each other than to another picture."""
-    network = get_extractor("lite0", size=96)
+    network: Any = get_extractor("lite0", size=96)
     draw = torch.Generator().manual_seed(0)
     base = torch.rand(2, 3, 12, 12, generator=draw)
     big = torch.nn.functional.interpolate(base, size=128, mode="bicubic").clamp(0, 1)
@@ -83,7 +83,7 @@ def test_lite0_features_follow_pictures():
 
 
 def test_lite0_equals_timm_and_pins_its_file(tmp_path: Path, monkeypatch):
-    network = get_extractor("lite0", size=64)
+    network: Any = get_extractor("lite0", size=64)
     assert isinstance(network, lite0.Lite0)
     pixels = (images(2, 64).float() - 127) / 128
     outputs = network.outputs(images(2, 64))
@@ -107,7 +107,7 @@ def test_distance_grows_with_jpeg():
 
     from arvision.eval import frechet_from_features
 
-    network = get_extractor("lite0", size=64)
+    network: Any = get_extractor("lite0", size=64)
     draw = torch.Generator().manual_seed(0)
     base = torch.rand(64, 3, 16, 16, generator=draw)
     smooth = torch.nn.functional.interpolate(base, size=64, mode="bicubic").clamp(0, 1)
@@ -146,7 +146,7 @@ def random_inception(tmp_path_factory) -> Path:
 
 
 def test_inception_outputs(random_inception: Path):
-    network = get_extractor("inception-adm", weights=random_inception, verify=False)
+    network: Any = get_extractor("inception-adm", weights=random_inception, verify=False)
     assert isinstance(network, inception.InceptionADM)
     assert not network.facts.is_fid
     taps = []
@@ -203,7 +203,7 @@ def test_dinov2_through_timm(tmp_path: Path):
     torch.manual_seed(0)
     path = tmp_path / "tiny.pth"
     torch.save(timm.create_model(TINY, num_classes=0, img_size=224).state_dict(), path)
-    network = get_extractor("dinov2-vitl14", weights=path, architecture=TINY)
+    network: Any = get_extractor("dinov2-vitl14", weights=path, architecture=TINY)
     assert network.facts.name == f"dinov2:{TINY}"
     assert network(images(2, 48)).shape == (2, 192)
     with pytest.raises(InputError, match="no weights"):
@@ -221,9 +221,7 @@ def tiny_clip(tmp_path_factory) -> Path:
     tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizerFast(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
-    )
+    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     small["num_attention_heads"] = 2
@@ -246,8 +244,7 @@ def tiny_clip(tmp_path_factory) -> Path:
 
 
 def test_clip_features_and_conventions(tiny_clip: Path):
-    network = get_extractor("clip", weights=tiny_clip)
-    assert isinstance(network, CLIP)
+    network: Any = get_extractor("clip", weights=tiny_clip)
     assert torch.allclose(network(images(2, 48)).norm(dim=-1), torch.ones(2))
     texts = network.text_features(["a dark boot", "a bag"])
     assert torch.allclose(texts.norm(dim=-1), torch.ones(2))
@@ -272,8 +269,7 @@ def test_clip_features_and_conventions(tiny_clip: Path):
 
 
 def test_long_captions_keep_their_end_token(tiny_clip: Path):
-    network = get_extractor("clip", weights=tiny_clip)
-    assert isinstance(network, CLIP)
+    network: Any = get_extractor("clip", weights=tiny_clip)
     seen = {}
     original = network.network.get_text_features
 
@@ -288,8 +284,7 @@ def test_long_captions_keep_their_end_token(tiny_clip: Path):
 
 
 def test_clip_refusals(tiny_clip: Path, tmp_path: Path):
-    network = get_extractor("clip", weights=tiny_clip)
-    assert isinstance(network, CLIP)
+    network: Any = get_extractor("clip", weights=tiny_clip)
     source = open_source(images(2, 32))
     with pytest.raises(InputError, match="captions for 2 images"):
         clip_score(source, ["a"], network, progress=False)

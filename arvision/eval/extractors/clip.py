@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizerFast
+from transformers import AutoTokenizer, CLIPModel
 
 from ...errors import CheckpointError, InputError
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, resize
@@ -33,6 +33,8 @@ class CLIP(Extractor):
 
     mean: Tensor
     std: Tensor
+    network: Any
+    tokenizer: Any
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ def _load(weights: str | Path | None, download: bool) -> tuple[Any, Any]:
     local = not download
     try:
         network = CLIPModel.from_pretrained(weights, local_files_only=local)
-        tokenizer = CLIPTokenizerFast.from_pretrained(weights, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=local)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise CheckpointError(f"{weights}: no CLIP model with a tokenizer ({reason})") from error

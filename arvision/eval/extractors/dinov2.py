@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -33,6 +34,7 @@ class DINOv2(Extractor):
 
     mean: Tensor
     std: Tensor
+    network: Any
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class DINOv2(Extractor):
                 "extractor dinov2-vitl14 has no weights: give weights=PATH in timm's layout, "
                 f"or download=True to fetch {architecture}"
             )
-        network = timm.create_model(
+        network: Any = timm.create_model(
             architecture, pretrained=weights is None, num_classes=0, img_size=SIDE
         )
         digest = None
@@ -53,7 +55,7 @@ class DINOv2(Extractor):
             digest = file_sha256(weights)
             _load(network, safe_load(weights), weights)
         name = "dinov2-vitl14" if architecture == ARCHITECTURE else f"dinov2:{architecture}"
-        width = int(network.num_features)  # type: ignore[arg-type]
+        width = int(network.num_features)
         preprocess = f"bicubic-aa-{SIDE} imagenet-mean-std"
         super().__init__(ExtractorFacts(name, width, preprocess, digest, "Apache-2.0"))
         self.network = network
@@ -67,12 +69,12 @@ class DINOv2(Extractor):
         return {"features": self.network((pixels - self.mean) / self.std)}
 
 
-def _load(network: torch.nn.Module, state: dict[str, Tensor], source: object) -> None:
+def _load(network: Any, state: dict[str, Tensor], source: object) -> None:
     """Strict load, with timm's own resampling of the position table to 224x224."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
-        network.load_state_dict(checkpoint_filter_fn(state, network))  # type: ignore[arg-type]
+        network.load_state_dict(checkpoint_filter_fn(state, network))
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source} does not fit the network: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,8 @@ class InceptionADM(Extractor):
 
     Paper: Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 2.2.
     """
+
+    network: Any
 
     def __init__(
         self,

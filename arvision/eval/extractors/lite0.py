@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor
@@ -48,6 +49,8 @@ class Lite0(Extractor):
         MissingDependencyError: the package with the weights is not installed.
     """
 
+    network: Any
+
     def __init__(self, size: int = 224, weights: str | Path | None = None) -> None:
         if size < 32:
             raise InputError(f"size is {size}: expected at least 32")
@@ -69,9 +72,9 @@ class Lite0(Extractor):
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         """Pooled features and logits."""
         pixels = (resize(images, self.size) - 127.0) / 128.0
-        maps = self.network.forward_features(pixels)  # type: ignore[operator]
-        features = self.network.forward_head(maps, pre_logits=True)  # type: ignore[operator]
-        return {"features": features, "logits": self.network.get_classifier()(features)}  # type: ignore[operator]
+        maps = self.network.forward_features(pixels)
+        features = self.network.forward_head(maps, pre_logits=True)
+        return {"features": features, "logits": self.network.get_classifier()(features)}
 
 
 def _renamed(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:

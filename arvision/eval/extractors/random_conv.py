@@ -32,7 +32,7 @@ class RandomConv(Extractor):
             with torch.no_grad():
                 scale = (9 * width_in) ** -0.5
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=draw) * scale * 1.5)
-                layer.bias.copy_(torch.randn(width_out, generator=draw) * 0.1)
+                layer.bias = nn.Parameter(torch.randn(width_out, generator=draw) * 0.1)
             self.layers.append(layer)
         self.eval().requires_grad_(False)
 
