@@ -68,16 +68,18 @@ def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:
     return same.cumprod(dim=1).sum(dim=1) + 1
 
 
+def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
+    """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T]."""
+    return (logp + noise.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
+
+
 def gumbel_coupling(chain: Chain) -> Verdict:
     """argmax(log p + g) at every position, g fixed per image, position and token.
 
     Exact, and more: the tokens are those of plain sampling with the same noise, whatever was
     drafted. Two successive laws agree on a token with probability >= (1 - TV) / (1 + TV).
     """
-    scores = chain.target_logp
-    tokens = (scores + chain.noise.gumbel(chain.positions, scores.shape[-1], scores.dtype)).argmax(
-        -1
-    )
+    tokens = gumbel_draw(chain.target_logp, chain.positions, chain.noise)
     return Verdict(tokens, first_change(chain.drafts, tokens))
 
 

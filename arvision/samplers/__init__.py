@@ -5,7 +5,9 @@ from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
 from .draft import DraftSampler
 from .gsd import GSDSampler
 from .lantern import LanternSampler
+from .pjd import PJDSampler
 from .sjd import SJDSampler
+from .zipar import ZipARSampler
 
 __all__ = [
     "SAMPLERS",
@@ -14,8 +16,10 @@ __all__ = [
     "DraftSampler",
     "GSDSampler",
     "LanternSampler",
+    "PJDSampler",
     "SJDSampler",
     "TokenSampler",
+    "ZipARSampler",
     "get_sampler",
     "register",
 ]

@@ -152,9 +152,7 @@ class LlamaGenState:
             raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
         is_padding = positions < 0
         # Padding is written where no mask ever looks.
-        slots = torch.where(
-            is_padding, self.cache.capacity - 1, positions + self._num_conditions
-        )
+        slots = torch.where(is_padding, self.cache.capacity - 1, positions + self._num_conditions)
         sees = visible.new_ones(*shape, self._num_conditions + num_tokens)
         sees[..., self._num_conditions :] = visible & ~is_padding[..., None]
         own = slots.clamp(max=sees.shape[2] - 1)[..., None]

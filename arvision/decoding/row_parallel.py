@@ -1,0 +1,341 @@
+"""Several rows of the image at once: row r + 1 starts before row r is finished.
+
+A row that is being drawn is a chain of its own: its last known token, and behind that, drafts. All
+rows of all images share one pass. Candidates look at what is final in any row above and left of
+them, and at the drafts of their own row (the row-causal mask); what is final further down is
+invisible, as in raster order. Keys and values stand at absolute positions, so what a rejected draft
+left behind is not looked at until it is written again.
+
+The first token of a row is predicted by the last one of the row above. Where that is not known
+yet, the latest known token of that row stands in for it, at its place; the real one is fed, and its
+keys and values replaced, as soon as it is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions, Samples, Seeds, Stats, StepCallback, TokenModel
+from ..errors import InputError
+from .noise import Noise
+from .verify import first_change, gumbel_draw
+
+
+def decode_rows(
+    model: TokenModel,
+    conditions: Conditions,
+    *,
+    lead: int,
+    window: int,
+    shape: Callable[[Tensor], Tensor],
+    seeds: Seeds,
+    guidance_scale: float = 1.0,
+    on_step: StepCallback | None = None,
+) -> Samples:
+    """Draw one image per condition, several rows at a time.
+
+    Tokens are drawn with the Gumbel noise of their position, so with a `lead` of a whole row or
+    more (one row at a time) they are those of plain sampling.
+
+    Args:
+        model: a token model with a grid, whose state has `extend_at`.
+        conditions: one per image.
+        lead: tokens of a row that must be final before the next one starts; the first row is
+            always finished before the second starts.
+        window: candidates per row and pass, the last known token included; 1 drafts nothing.
+        shape: guided logits to log-probabilities.
+        seeds: one per image.
+        guidance_scale: weight of the conditional logits.
+        on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
+
+    Returns:
+        Tokens [B, N] and the statistics of `arvision.decoding.loop.decode_tokens`; `windows` are
+        the candidates per image of each pass, all rows together.
+
+    Raises:
+        InputError: another number of seeds than of conditions, or a state without `extend_at`.
+    """
+    if len(seeds) != len(conditions):
+        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
+    assert model.grid is not None
+    state, logits = model.start(conditions, guidance_scale)
+    extend_at = getattr(state, "extend_at", None)
+    if extend_at is None:
+        raise InputError(
+            f"{type(model).__name__} cannot be fed rows in parallel: its state has no `extend_at` "
+            "(see arvision.contracts.TokenModel)"
+        )
+    device, num_tokens = logits.device, model.num_tokens
+    known = _Rows(Noise(seeds, device), model.grid, lead, window, device)
+    known.begin(shape(logits))
+    active = torch.arange(len(conditions), device=device)
+    tokens = known.tokens.clone()
+    commit_pass = torch.zeros_like(tokens)
+    passes_per_image = torch.zeros_like(active)
+    passes, candidates, windows = 0, 0, []
+    while len(active) and bool(known.num_final().min() < num_tokens):
+        passes += 1
+        plan = known.plan()
+        laws = shape(extend_at(plan.tokens, plan.positions, plan.visible))
+        before = known.num_final()
+        images, positions = known.settle(plan, laws)
+        tokens[active] = known.tokens
+        commit_pass[active[images], positions] = passes
+        is_at_work = before < num_tokens
+        passes_per_image[active[is_at_work]] += 1
+        candidates += int((plan.positions >= 0).sum())
+        windows.append(plan.tokens.shape[1])
+        after = known.num_final()
+        finished = num_tokens * (len(tokens) - len(active)) + int(after.sum())
+        accepted = (after - before)[is_at_work].tolist()
+        figures = {"finished": finished, "total": tokens.numel(), "accepted": accepted}
+        if on_step is not None and on_step(passes, figures):
+            break
+        going = after < num_tokens
+        if hasattr(state, "select") and not bool(going.all()):
+            keep = going.nonzero()[:, 0]
+            known.select(keep)
+            active = active[keep]
+            if len(active):
+                state.select(keep)  # type: ignore[attr-defined]
+                extend_at = state.extend_at  # type: ignore[attr-defined]
+    stats = Stats(
+        forward_passes=passes,
+        tokens=num_tokens,
+        tokens_per_pass=num_tokens / max(1e-9, float(passes_per_image.double().mean())),
+        passes_per_image=passes_per_image.tolist(),
+        commit_pass=commit_pass.tolist(),
+        candidates=candidates,
+        windows=windows,
+    )
+    return Samples(tokens, stats)
+
+
+def check_row_parallel(model: TokenModel, sampler: str) -> tuple[int, int]:
+    """The grid of a model whose image rows can be told apart.
+
+    Raises:
+        InputError: the model has no grid.
+    """
+    if model.grid is None:
+        raise InputError(
+            f"sampler {sampler!r} draws rows of an image in parallel, and this model has no grid"
+        )
+    return model.grid
+
+
+def check_lead(local_window: object) -> None:
+    """Refuse a local window that is neither None nor a positive integer.
+
+    Raises:
+        InputError: see above.
+    """
+    if local_window is None:
+        return
+    if not isinstance(local_window, int) or isinstance(local_window, bool) or local_window < 1:
+        raise InputError(f"local_window {local_window!r}: expected an integer >= 1, or None")
+
+
+def lead_of(columns: int) -> int:
+    """Tokens of a row that must be known before the next one starts, where nobody chose.
+
+    The published default of 8, or half the row where a row is shorter than 16.
+    """
+    return min(8, -(-columns // 2))
+
+
+@dataclass
+class _Pass:
+    """One pass: K chains of up to W candidates, packed into T places of each of B images."""
+
+    images: Tensor  # [K], whose chain it is
+    rows: Tensor  # [K]
+    nums: Tensor  # [K], candidates of each chain
+    drafts: Tensor  # [K, W - 1], behind the roots
+    tokens: Tensor  # [B, T]
+    positions: Tensor  # [B, T], -1 for padding
+    visible: Tensor  # [B, T, N]
+    places: Tensor  # [K, W], where in T each candidate stands
+
+
+class _Rows:
+    """What is known of the active images, row by row.
+
+    Args:
+        noise: of the B images.
+        grid: rows G and columns of the image.
+        lead: tokens of a row that must be final before the next one starts.
+        window: candidates per row and pass, the root included.
+        device: of all tensors.
+    """
+
+    def __init__(
+        self, noise: Noise, grid: tuple[int, int], lead: int, window: int, device: torch.device
+    ) -> None:
+        self.noise, self.lead = noise, lead
+        self.num_rows, self.columns = grid
+        self.window = min(window, self.columns)
+        batch, num = len(noise), grid[0] * grid[1]
+        self.tokens = torch.zeros(batch, num, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(batch, self.num_rows, dtype=torch.int64, device=device)
+        # Positions whose keys and values are in place, and those fed with a stand-in.
+        self.written = torch.zeros(batch, num, dtype=torch.bool, device=device)
+        self.stands_in = torch.zeros(batch, self.num_rows, dtype=torch.bool, device=device)
+        self.guesses = torch.zeros(batch, num, dtype=torch.int64, device=device)
+        self.has_guess = torch.zeros(batch, num, dtype=torch.bool, device=device)
+
+    def begin(self, logp: Tensor) -> None:
+        """Draw the first token of every image from its law [B, V]."""
+        positions = torch.zeros_like(self.counts[:, :1])
+        self.tokens[:, :1] = gumbel_draw(logp[:, None], positions, self.noise)
+        self.counts[:, 0] = 1
+
+    def num_final(self) -> Tensor:
+        """[B] final tokens."""
+        return self.counts.sum(1)
+
+    def select(self, images: Tensor) -> None:
+        """Keep the given images [B'], the others are finished."""
+        self.noise = self.noise.select(images)
+        for name in ("tokens", "counts", "written", "stands_in", "guesses", "has_guess"):
+            setattr(self, name, getattr(self, name)[images])
+
+    def is_going(self) -> Tensor:
+        """[B, G] bool, rows that may draw tokens now; the first row is drawn alone."""
+        need = torch.full_like(self.counts[:, :-1], min(self.lead, self.columns))
+        need[:, :1] = self.columns
+        is_ready = torch.ones_like(self.counts, dtype=torch.bool)
+        is_ready[:, 1:] = self.counts[:, :-1] >= need
+        return is_ready & (self.counts < self.columns)
+
+    def roots(self) -> Tensor:
+        """[B, G] last known token of each row; before a row has any, that of the row above."""
+        first = torch.arange(self.num_rows, device=self.counts.device) * self.columns
+        last = first + self.counts - 1
+        last = torch.where(self.counts == 0, last.roll(1, dims=1), last)
+        return self.tokens.gather(1, last)
+
+    def plan(self) -> _Pass:
+        """The candidates of the next pass."""
+        images, rows = self.is_going().nonzero(as_tuple=True)
+        counts = self.counts[images, rows]
+        offsets = torch.arange(self.window, device=counts.device)
+        slots = (rows * self.columns + counts - 1)[:, None] + offsets
+        inside = (images[:, None], slots.clamp(max=self.tokens.shape[1] - 1))
+        # A chain ends with its row, or before the first position that nobody has guessed yet.
+        is_fed = (offsets == 0) | self.has_guess[inside]
+        is_fed = is_fed.long().cumprod(dim=1).bool() & (counts[:, None] + offsets < self.columns)
+        fed = self.guesses[inside]
+        fed[:, 0] = self.roots()[images, rows]
+        # Rows that have just been completed replace what stood in for their last token.
+        is_whole = self.counts.roll(1, dims=1) == self.columns
+        again, again_rows = (self.stands_in & is_whole).nonzero(as_tuple=True)
+        again_slots = again_rows * self.columns - 1
+        self.stands_in[again, again_rows] = False
+        self.stands_in[images, rows] |= (counts == 0) & ~is_whole[images, rows]
+        wide = images[:, None].expand_as(slots)
+        entries = torch.stack(
+            [
+                torch.cat([wide[is_fed], again]),
+                torch.cat([fed[is_fed], self.tokens[again, again_slots]]),
+                torch.cat([slots[is_fed], again_slots]),
+                torch.cat([slots[:, :1].expand_as(slots)[is_fed], again_slots]),
+            ]
+        )
+        (tokens, positions, starts), place = _pack(entries, len(self.tokens))
+        places = torch.zeros_like(slots)
+        places[is_fed] = place[: len(place) - len(again)]
+        final = self.written.clone()
+        final[images, slots[:, 0]] = True
+        final[again, again_slots] = True
+        every = torch.arange(final.shape[1], device=final.device)
+        is_own = every >= starts[..., None]
+        visible = (every <= positions[..., None]) & (final[:, None] | is_own)
+        self.written[again, again_slots] = True
+        return _Pass(images, rows, is_fed.sum(1), fed[:, 1:], tokens, positions, visible, places)
+
+    def settle(self, plan: _Pass, laws: Tensor) -> tuple[Tensor, Tensor]:
+        """Verify the drafts, write down what is final, and guess what follows.
+
+        Args:
+            plan: the pass.
+            laws: [B, T, V] log-probabilities.
+
+        Returns:
+            Images and positions of the tokens that became final, two [M].
+        """
+        images, rows = plan.images, plan.rows
+        last = self.tokens.shape[1] - 1
+        predicted = (plan.positions + 1).clamp(max=last)
+        drawn = gumbel_draw(laws, predicted, self.noise)[images[:, None], plan.places]
+        offsets = torch.arange(self.window, device=laws.device)
+        begin = rows * self.columns + self.counts[images, rows]
+        accepted = torch.minimum(first_change(plan.drafts, drawn), plan.nums)
+        is_final = offsets < accepted[:, None]
+        positions = begin[:, None] + offsets
+        where = (images[:, None].expand_as(positions)[is_final], positions[is_final])
+        self.tokens[where] = drawn[is_final]
+        self.counts[images, rows] += accepted
+        # The root and the accepted drafts stand in the cache; the last final token does not.
+        self.written[where[0], where[1] - 1] = True
+        if self.window > 1:
+            ends = plan.places.gather(1, plan.nums[:, None] - 1)[:, 0]
+            self._guess(plan, drawn, positions, laws[images, ends])
+        return where
+
+    def _guess(self, plan: _Pass, drawn: Tensor, positions: Tensor, prior: Tensor) -> None:
+        """Drafts of the next pass: what was drawn here, and draws from the chain's last law.
+
+        Args:
+            plan: the pass.
+            drawn: [K, W] tokens drawn at `positions` [K, W].
+            positions: the first one is the first that was not final before the pass.
+            prior: [K, V], law of each chain's last candidate.
+        """
+        images, rows, width = plan.images, plan.rows, self.window
+        offsets = torch.arange(width, device=drawn.device)
+        was_drawn = offsets < plan.nums[:, None]
+        wide = images[:, None].expand_as(positions)
+        self.guesses[wide[was_drawn], positions[was_drawn]] = drawn[was_drawn]
+        self.has_guess[wide[was_drawn], positions[was_drawn]] = True
+        # The next window reaches as far as the row does.
+        first = torch.arange(self.num_rows, device=drawn.device) * self.columns
+        ahead = (first + self.counts)[..., None] + offsets[: width - 1]
+        exists = ahead < (first + self.columns)[:, None]
+        ahead = ahead.clamp(max=self.tokens.shape[1] - 1)
+        noise = self.noise.gumbel(ahead.flatten(1), prior.shape[-1], prior.dtype)
+        noise = noise.unflatten(1, (self.num_rows, width - 1))[images, rows]
+        new = (prior[:, None] + noise).argmax(-1)
+        ahead, exists = ahead[images, rows], exists[images, rows]
+        wide = wide[:, : width - 1]
+        is_new = exists & ~self.has_guess[wide, ahead]
+        self.guesses[wide[is_new], ahead[is_new]] = new[is_new]
+        self.has_guess[wide[is_new], ahead[is_new]] = True
+
+
+def _pack(entries: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Lay M entries out by image.
+
+    Args:
+        entries: [1 + C, M] int64, the first row says whose entry it is.
+        batch: B.
+
+    Returns:
+        The other rows as [C, B, T], -1 where an image has fewer entries than others (0 in the first
+        of them, tokens), and the place [M] of each entry in its image.
+    """
+    images = entries[0]
+    order = images.argsort(stable=True)
+    num = torch.bincount(images, minlength=batch)
+    place = torch.empty_like(order)
+    place[order] = (
+        torch.arange(len(order), device=order.device) - (num.cumsum(0) - num)[images[order]]
+    )
+    packed = entries.new_full((len(entries) - 1, batch, int(num.max())), -1)
+    packed[0] = 0
+    packed[:, images, place] = entries[1:]
+    return packed, place
