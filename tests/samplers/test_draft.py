@@ -1,0 +1,248 @@
+"""`draft`: the target's law and `ar`'s tokens, whatever the draft says and however long its chains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import arvision
+from arvision import ARPipeline, InputError, get_sampler
+from arvision.decoding import draft_model, verify
+from arvision.samplers import draft as draft_module
+from arvision.samplers.draft import DraftSampler
+from arvision.testing import (
+    DroppingTableModel,
+    TableModel,
+    draw_joint,
+    law_p_value,
+    tiny_llamagen,
+)
+
+ALPHA = 1e-4
+NUM = 100_000
+COUPLINGS = sorted(draft_model.COUPLINGS)
+WEIGHTS = {name: (1.5, 0.5, -1.0, 0.5) for name in COUPLINGS}
+
+
+def table_pair(seed, kind=DroppingTableModel):
+    """A target, and a draft that is a disturbed copy of it and stops at confidence of its own."""
+    target, draft = kind(seed=seed), kind(seed=seed)
+    noise = torch.randn(draft.table.shape, generator=torch.Generator().manual_seed(100 + seed))
+    draft.table = draft.table + 0.8 * noise.double()
+    draft.calibration = WEIGHTS
+    return target, draft
+
+
+def disturbed(model, scale, seed=1):
+    """The same network with noise on its weights: a draft that is often, but not always, right."""
+    generator = torch.Generator().manual_seed(seed)
+    other = tiny_llamagen(grid=model.grid).to(torch.float64)
+    for ours, theirs in zip(
+        model.transformer.parameters(), other.transformer.parameters(), strict=True
+    ):
+        noise = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
+        theirs.data.copy_(ours.data + scale * ours.data.std() * noise)
+    other.calibration = WEIGHTS
+    return other
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llamagen(grid=(8, 8)).to(torch.float64)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_joint_law_with_adaptive_chains(coupling, seed):
+    # One table takes models that can neither drop finished rows nor look past the end.
+    target, draft = table_pair(seed, TableModel if seed == 0 else DroppingTableModel)
+    sampler = get_sampler(
+        "draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55
+    )
+    seeds = [(seed, image) for image in range(NUM)]
+    out = sampler(target, [None] * NUM, seeds=seeds)
+    assert law_p_value(target.number(out.tokens), target.joint(sampler.shaping())) > ALPHA
+    assert 0.3 < out.stats.acceptance_rate < 0.95
+    if coupling == "speculative" and seed > 0:
+        padded = out.stats.candidates - sum(out.stats.passes_per_image) - out.stats.drafted
+        assert padded > NUM / 10, "rows were meant to stop at different lengths"
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_joint_law_with_shaping(coupling):
+    target, draft = table_pair(4)
+    sampler = get_sampler(
+        "draft", draft=draft, coupling=coupling, max_draft=2, temperature=1.4, top_k=3, top_p=0.9
+    )
+    samples = draw_joint(sampler, target, NUM, seed=4)
+    assert law_p_value(samples, target.joint(sampler.shaping())) > ALPHA
+
+
+class GenerousNoise:
+    """Acceptance uniforms 5 % too small: drafts are accepted 5 % too often."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def uniform(self, positions, purpose, *args, **kwargs):
+        out = self.noise.uniform(positions, purpose, *args, **kwargs)
+        return out * 0.95 if purpose == "accept" else out
+
+
+def generous(chain):
+    """Chain speculative sampling with an acceptance probability 5 % too large."""
+    return verify.independent_redraw(replace(chain, noise=GenerousNoise(chain.noise)))
+
+
+def clinging(chain):
+    """A Gumbel walk that keeps 5 % of the drafts that it should have changed."""
+    verdict = verify.gumbel_coupling(chain)
+    if chain.drafts.shape[1] == 0:
+        return verdict
+    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries) < 0.05
+    tokens = verdict.tokens.clone()
+    tokens[:, :-1] = torch.where(holds & (chain.drafts >= 0), chain.drafts, tokens[:, :-1])
+    return verify.Verdict(tokens, verify.first_change(chain.drafts, tokens))
+
+
+@pytest.mark.parametrize(("coupling", "mutant"), [("speculative", generous), ("gumbel", clinging)])
+def test_a_mutant_that_is_five_percent_off_is_found(coupling, mutant):
+    target, draft = table_pair(1)
+    sampler = get_sampler(
+        "draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55
+    )
+    sampler.__class__ = type("Mutant", (DraftSampler,), {"rule": lambda self, model: mutant})
+    samples = draw_joint(sampler, target, NUM, seed=1)
+    assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
+
+
+def test_a_chain_that_hides_its_last_draft_is_found(monkeypatch):
+    """Stopping may look at a draft that is verified, never at one that is then withheld."""
+
+    class Withholding(draft_model.DraftModelDrafter):
+        def propose(self, tokens, lengths, num, tries):
+            drafts, laws = super().propose(tokens, lengths, num, tries)
+            assert laws is not None
+            if drafts.shape[1]:
+                likely = laws.gather(-1, drafts.clamp(min=0)[..., None])[..., 0].exp() > 0.4
+                drafts = torch.where(likely.long().cumprod(1).bool(), drafts, -1)
+            return drafts, laws
+
+    monkeypatch.setattr(draft_module, "DraftModelDrafter", Withholding)
+    target, draft = table_pair(1)
+    sampler = get_sampler("draft", draft=draft, coupling="speculative", max_draft=3)
+    samples = draw_joint(sampler, target, NUM, seed=1)
+    assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
+
+
+@pytest.mark.parametrize("max_draft", [1, 4, 11])
+@pytest.mark.parametrize("scale", [0.1, 0.3])
+def test_gumbel_coupling_gives_the_tokens_of_plain_sampling(model, max_draft, scale):
+    classes, seeds = [k % 3 for k in range(7)], list(range(7))
+    plain = get_sampler("ar")(model, classes, seeds=seeds, guidance_scale=2.0)
+    sampler = get_sampler("draft", draft=disturbed(model, scale), max_draft=max_draft)
+    out = sampler(model, classes, seeds=seeds, guidance_scale=2.0)
+    assert torch.equal(out.tokens, plain.tokens)
+    assert len(set(out.stats.passes_per_image)) > 1, "the batch was meant to be ragged"
+    assert out.stats.forward_passes < 63
+
+
+def test_a_small_unrelated_draft_does_not_change_the_picture(model):
+    draft = tiny_llamagen(grid=(8, 8), seed=3, hidden_size=16, num_layers=1).to(torch.float64)
+    plain = get_sampler("ar", top_k=8)(model, [0, 1], seeds=[4, 5], guidance_scale=1.5)
+    sampler = get_sampler("draft", draft=draft, top_k=8, draft_guidance_scale=1.0)
+    out = sampler(model, [0, 1], seeds=[4, 5], guidance_scale=1.5)
+    assert torch.equal(out.tokens, plain.tokens)
+
+
+def test_speculative_pictures_do_not_depend_on_the_batch(model):
+    """Rows stop where their own drafts look doubtful, whatever stands beside them."""
+    classes, seeds = [k % 3 for k in range(7)], [(8, k) for k in range(7)]
+    sampler = get_sampler(
+        "draft", draft=disturbed(model, 0.1), coupling="speculative", stop_threshold=0.6
+    )
+    batch = sampler(model, classes, seeds=seeds, guidance_scale=2.0)
+    assert len(set(batch.stats.passes_per_image)) > 1, "the batch was meant to be ragged"
+    for row in (0, 3, 6):
+        alone = sampler(model, classes[row : row + 1], seeds=seeds[row : row + 1], guidance_scale=2.0)
+        assert torch.equal(alone.tokens[0], batch.tokens[row])
+
+
+def test_a_perfect_draft_is_always_accepted(model):
+    for coupling in COUPLINGS:
+        sampler = get_sampler("draft", draft=model, coupling=coupling, max_draft=8, stop_threshold=1)
+        out = sampler(model, [0], seeds=[1], guidance_scale=2.0)
+        assert out.stats.acceptance_rate == 1.0
+        assert out.stats.forward_passes == 7  # 63 tokens, 9 per pass
+
+
+def test_statistics(model):
+    sampler = get_sampler("draft", draft=disturbed(model, 0.3), max_draft=5)
+    stats = sampler(model, [0, 1, 2], seeds=[1, 2, 3], guidance_scale=2.0).stats
+    assert stats.acceptance_rate == stats.accepted / stats.drafted
+    # Each pass gives its accepted drafts and one token more; the prefill gives the first.
+    assert stats.accepted + sum(stats.passes_per_image) == 3 * 63
+    assert stats.draft_passes >= stats.forward_passes - 1
+
+
+class Untouchable(TableModel):
+    def start(self, conditions, guidance_scale=1.0):
+        raise AssertionError("the model was called")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_draft": 0}, "max_draft 0: expected an integer >= 1"),
+        ({"max_draft": 1.5}, "max_draft 1.5"),
+        ({"stop_threshold": 1.5}, "stop_threshold 1.5: expected 0 <= stop_threshold <= 1"),
+        ({"coupling": "speculativ"}, "unknown coupling 'speculativ': did you mean 'speculative'"),
+        ({"draft": 3}, "draft int: expected a model name"),
+        ({"draft_guidance_scale": -1}, "guidance_scale -1"),
+        ({}, "no draft: expected a token model"),
+        ({"draft": "small"}, "draft 'small' is a name that is not loaded"),
+        ({"draft": Untouchable(vocab_size=5)}, "a vocabulary of 5 tokens: expected a vocabulary of 4"),
+        ({"draft": Untouchable(grid=(1, 4))}, r"the grid \(1, 4\): expected the grid None"),
+        ({"draft": Untouchable(num_tokens=5)}, "images of 5 tokens: expected images of 4"),
+    ],
+)  # fmt: skip
+def test_bad_input_before_any_model_call(options, message):
+    with pytest.raises(InputError, match=message):
+        get_sampler("draft", **options)(Untouchable(), [None], seeds=[0])
+
+
+def test_a_calibration_with_too_few_weights():
+    draft = TableModel()
+    draft.calibration = {"gumbel": (1.0, 2.0)}
+    with pytest.raises(InputError, match="calibration of 'gumbel' has 2 weights: expected 4"):
+        get_sampler("draft", draft=draft)
+
+
+def test_a_pipeline_finds_the_draft(tmp_path, tiny_pipeline):
+    draft = ARPipeline.from_model(tiny_llamagen(), calibration=WEIGHTS)
+    draft.save_pretrained(tmp_path / "draft")
+    expected = arvision.sample(tiny_pipeline, 1, "ar", progress=False)
+    for given in (str(tmp_path / "draft"), tmp_path / "draft", draft, draft.model):
+        out = arvision.sample(tiny_pipeline, 1, "draft", draft=given, progress=False)
+        assert torch.equal(out.tokens, expected.tokens)
+        assert out.stats.acceptance_rate > 0.99
+    with pytest.raises(InputError, match="unknown model 'no-such-draft'"):
+        arvision.sample(tiny_pipeline, 1, "draft", draft="no-such-draft", progress=False)
+    with pytest.raises(InputError, match="no draft"):
+        arvision.sample(tiny_pipeline, 1, "draft", progress=False)
+
+
+def test_the_name_of_a_draft_is_saved_and_a_loaded_one_is_kept(tmp_path):
+    sampler = get_sampler("draft", draft="small", max_draft=3)
+    sampler.save_pretrained(tmp_path)
+    again = DraftSampler.from_pretrained(tmp_path)
+    assert isinstance(again, DraftSampler)
+    assert again.config["draft"] == "small"
+    assert again.wants_draft
+    bound = get_sampler("draft", draft=TableModel())
+    bound.save_pretrained(tmp_path)
+    changed = bound.with_options(max_draft=2)
+    assert isinstance(changed, DraftSampler)
+    assert not changed.wants_draft
