@@ -9,26 +9,21 @@ Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge D
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..contracts import TokenModel
 from ..decoding.draft_model import COUPLINGS, confidence_features
-from ..decoding.logits import Shaping, guide
-from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
-from ..decoding.verify import gumbel_coupling
 from ..errors import InputError, unknown_name
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
 from .loop import FitConfig, Objective, fit
+from .target_samples import Drawn, draw_from_target, together
 
-SMALLEST_LOGP = -40.0
 DIVERGENCES = {
     "forward_kl": "KL(p, q): the draft covers everything that the target does",
     "reverse_kl": "KL(q, p): the draft avoids what the target does not do",
@@ -49,81 +44,6 @@ def divergence(name: str, logp: Tensor, logq: Tensor) -> Tensor:
     if name == "total_variation":
         return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
     raise unknown_name("divergence", name, DIVERGENCES)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Samples of the target and the laws they were drawn from.
-
-    Attributes:
-        tokens: [M, N] int64.
-        logp: [M, N, V] float16, guided log-probabilities.
-        labels: [M] int64, classes.
-        scales: [M] float32, guidance scales.
-    """
-
-    tokens: Tensor
-    logp: Tensor
-    labels: Tensor
-    scales: Tensor
-
-    def rows(self, index: Any) -> Drawn:
-        """Some of the samples."""
-        return Drawn(*(part[index] for part in vars(self).values()))
-
-
-@torch.no_grad()
-def draw_from_target(
-    target: LlamaGen, folder: Path, num: dict[float, int], *, batch_size: int, progress: bool
-) -> Drawn:
-    """Plain samples of the target, as many as `num` says at each guidance scale.
-
-    Classes take turns; image k has identity (k, scale in thousandths). Batches that lie in `folder`
-    are not drawn again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (scale, first, min(batch_size, total - first))
-        for scale, total in num.items()
-        for first in range(0, total, batch_size)
-    ]
-    parts = []
-    for scale, first, size in tqdm(jobs, disable=not progress, desc="target samples"):
-        path = folder / f"guidance{scale:g}-{first:06d}-{size}.pt"
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            torch.save(_draw_batch(target, scale, first, size), temporary)
-            os.replace(temporary, path)
-        parts.append(torch.load(path, weights_only=True, mmap=True))
-    names = ("tokens", "logp", "labels", "scales")
-    return Drawn(*(torch.cat([part[name] for part in parts]) for name in names))
-
-
-def _draw_batch(target: LlamaGen, scale: float, first: int, size: int) -> dict[str, Tensor]:
-    labels = torch.arange(first, first + size) % target.transformer.config["num_classes"]
-    laws = []
-
-    def shape(logits: Tensor) -> Tensor:
-        law = Shaping()(logits)
-        laws.append(law.view(size, -1).clamp(min=SMALLEST_LOGP).half())
-        return law
-
-    drawn = decode_tokens(
-        cast(TokenModel, target),
-        labels.tolist(),
-        drafter=NoDrafter(),
-        rule=gumbel_coupling,
-        shape=shape,
-        policy=FixedWindow(1),
-        seeds=[(first + k, round(1000 * scale)) for k in range(size)],
-        guidance_scale=scale,
-    )
-    return {
-        "tokens": drawn.tokens,
-        "logp": torch.stack(laws, dim=1),
-        "labels": labels,
-        "scales": torch.full((size,), scale),
-    }
 
 
 class DraftObjective(Objective):
@@ -260,16 +180,18 @@ class DraftTraining:
             "intermediate_size": 336,
         }
     )
-    samples: dict[float, int] = field(default_factory=lambda: {3.0: 12_288, 1.0: 6_144})
+    samples: dict[float, int] = field(default_factory=lambda: {3.0: 12_288, 1.0: 2_048})
     held_out: int = 256
     batch_size: int = 128
     divergences: tuple[str, ...] = tuple(DIVERGENCES)
-    start_fit: FitConfig = FitConfig(steps=600, learning_rate=2e-3, mixed_precision="bf16")
+    start_fit: FitConfig = FitConfig(
+        steps=400, batch_size=32, learning_rate=2e-3, mixed_precision="bf16"
+    )
     pilot_fit: FitConfig = FitConfig(
-        steps=300, learning_rate=1e-3, warmup=50, mixed_precision="bf16"
+        steps=150, batch_size=32, learning_rate=1e-3, warmup=20, mixed_precision="bf16"
     )
     final_fit: FitConfig = FitConfig(
-        steps=2500, learning_rate=1.5e-3, mixed_precision="bf16", seed=1
+        steps=2400, batch_size=32, learning_rate=2e-3, mixed_precision="bf16", seed=1
     )
 
     def __post_init__(self) -> None:
@@ -331,7 +253,7 @@ def train_draft(
         )
         held_out.append(part.rows(slice(0, training.held_out)))
         drawn.append(part.rows(slice(training.held_out, None)))
-    run = _Distillation(target, out, training, _together(drawn), _together(held_out), progress)
+    run = _Distillation(target, out, training, together(drawn), together(held_out), progress)
     start = run.stage("start", training.divergences[0], training.start_fit, None)
     pilots = {
         name: run.acceptance(run.stage(f"pilot-{name}", name, training.pilot_fit, start))
@@ -354,12 +276,6 @@ def train_draft(
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     calibration = {name: calibrate(**numbers) for name, numbers in measured.items()}
     return DraftResult(final, calibration, figures)
-
-
-def _together(parts: list[Drawn]) -> Drawn:
-    return Drawn(
-        *(torch.cat(fields) for fields in zip(*(vars(p).values() for p in parts), strict=True))
-    )
 
 
 @dataclass

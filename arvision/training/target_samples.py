@@ -1,0 +1,101 @@
+"""A target's own samples and the laws they were drawn from, to distil a draft on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..contracts import TokenModel
+from ..decoding.logits import Shaping
+from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.verify import gumbel_coupling
+from ..models.llamagen import LlamaGen
+
+SMALLEST_LOGP = -40.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of the target and the laws they were drawn from.
+
+    Attributes:
+        tokens: [M, N] int64.
+        logp: [M, N, V] float16, guided log-probabilities.
+        labels: [M] int64, classes.
+        scales: [M] float32, guidance scales.
+    """
+
+    tokens: Tensor
+    logp: Tensor
+    labels: Tensor
+    scales: Tensor
+
+    def rows(self, index: Any) -> Drawn:
+        """Some of the samples."""
+        return Drawn(*(part[index] for part in vars(self).values()))
+
+
+@torch.no_grad()
+def draw_from_target(
+    target: LlamaGen, folder: Path, num: dict[float, int], *, batch_size: int, progress: bool
+) -> Drawn:
+    """Plain samples of the target, as many as `num` says at each guidance scale.
+
+    Classes take turns; image k has identity (k, scale in thousandths). Batches that lie in `folder`
+    are not drawn again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (scale, first, min(batch_size, total - first))
+        for scale, total in num.items()
+        for first in range(0, total, batch_size)
+    ]
+    parts = []
+    for scale, first, size in tqdm(jobs, disable=not progress, desc="target samples"):
+        path = folder / f"guidance{scale:g}-{first:06d}-{size}.pt"
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            torch.save(_draw_batch(target, scale, first, size), temporary)
+            os.replace(temporary, path)
+        parts.append(torch.load(path, weights_only=True, mmap=True))
+    names = ("tokens", "logp", "labels", "scales")
+    return Drawn(*(torch.cat([part[name] for part in parts]) for name in names))
+
+
+def _draw_batch(target: LlamaGen, scale: float, first: int, size: int) -> dict[str, Tensor]:
+    labels = torch.arange(first, first + size) % target.transformer.config["num_classes"]
+    laws = []
+
+    def shape(logits: Tensor) -> Tensor:
+        law = Shaping()(logits)
+        laws.append(law.view(size, -1).clamp(min=SMALLEST_LOGP).half())
+        return law
+
+    drawn = decode_tokens(
+        cast(TokenModel, target),
+        labels.tolist(),
+        drafter=NoDrafter(),
+        rule=gumbel_coupling,
+        shape=shape,
+        policy=FixedWindow(1),
+        seeds=[(first + k, round(1000 * scale)) for k in range(size)],
+        guidance_scale=scale,
+    )
+    return {
+        "tokens": drawn.tokens,
+        "logp": torch.stack(laws, dim=1),
+        "labels": labels,
+        "scales": torch.full((size,), scale),
+    }
+
+
+def together(parts: list[Drawn]) -> Drawn:
+    """Samples joined into one set."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Drawn(*(torch.cat(field) for field in fields))
