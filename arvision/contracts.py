@@ -84,7 +84,9 @@ class TokenModel(Protocol):
 
     So may a model: `codebook` [V, D], the vectors behind the tokens, whose distances say which
     tokens look alike (None where there are none); `cost_key`, a string that names everything the
-    cost of a pass depends on apart from the machine (sizes, device, dtype).
+    cost of a pass depends on apart from the machine (sizes, device, dtype); `calibration`, weights
+    that tell how likely its drafts are accepted when it drafts for another model, see
+    `arvision.decoding.draft_model.Calibration`.
     """
 
     vocab_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ COUPLINGS = sorted(draft_model.COUPLINGS)
 WEIGHTS = {name: (1.5, 0.5, -1.0, 0.5) for name in COUPLINGS}
 
 
-def table_pair(seed, kind=DroppingTableModel):
+def table_pair(seed, kind: Any = DroppingTableModel):
     """A target, and a draft that is a disturbed copy of it and stops at confidence of its own."""
     target, draft = kind(seed=seed), kind(seed=seed)
     noise = torch.randn(draft.table.shape, generator=torch.Generator().manual_seed(100 + seed))
@@ -38,7 +39,7 @@ def table_pair(seed, kind=DroppingTableModel):
 def disturbed(model, scale, seed=1):
     """The same network with noise on its weights: a draft that is often, but not always, right."""
     generator = torch.Generator().manual_seed(seed)
-    other = tiny_llamagen(grid=model.grid).to(torch.float64)
+    other: Any = tiny_llamagen(grid=model.grid).to(torch.float64)
     for ours, theirs in zip(
         model.transformer.parameters(), other.transformer.parameters(), strict=True
     ):
@@ -214,7 +215,7 @@ def test_bad_input_before_any_model_call(options, message):
 
 
 def test_a_calibration_with_too_few_weights():
-    draft = TableModel()
+    draft: Any = TableModel()
     draft.calibration = {"gumbel": (1.0, 2.0)}
     with pytest.raises(InputError, match="calibration of 'gumbel' has 2 weights: expected 4"):
         get_sampler("draft", draft=draft)
