@@ -88,9 +88,9 @@ class FrechetDistance(_ExtractorMetric):
         """Add uint8 images [B, 3, H, W] to the real or to the generated ones."""
         name = "real_moments" if real else "fake_moments"
         known: Tensor = getattr(self, name)
-        fresh = Moments.of(self._features(images).to(known.device))
-        merged = _unpack(known, self.extractor.facts.dim).merge(fresh)
-        setattr(self, name, _pack(merged))
+        moments = _unpack(known, self.extractor.facts.dim)  # views, so that `add` fills the state
+        moments.add(self._features(images).to(known.device))
+        known[0] = moments.count
 
     def set_real_statistics(self, mean: Any, covariance: Any, count: int = 2) -> None:
         """Take the real side from a file's mean [D] and covariance [D, D]."""

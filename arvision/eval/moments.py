@@ -65,6 +65,24 @@ class Moments:
         """Width of the features."""
         return len(self.mean)
 
+    def add(self, features: Tensor | np.ndarray) -> None:
+        """Fold the rows of `features` [N, D] in, in place: `merge` without its copies.
+
+        Raises:
+            InputError: another width.
+        """
+        rows = check_features(features)
+        if rows.shape[1] != self.dim:
+            raise InputError(f"features have {rows.shape[1]} dimensions: expected {self.dim}")
+        if len(rows) == 0:
+            return
+        mean, total = rows.mean(0), self.count + len(rows)
+        step, rows = mean - self.mean, rows - mean
+        self.scatter.addmm_(rows.T, rows)
+        self.scatter.addr_(step, step, alpha=self.count * len(rows) / total)
+        self.mean += step * (len(rows) / total)
+        self.count = total
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together.
 
@@ -149,10 +167,12 @@ class GroupedMoments:
                 self._fold(group % self.num_groups)
 
     def _fold(self, group: int) -> None:
-        part = Moments.of(torch.stack(self._buffers[group]))
+        rows, self._buffers[group] = torch.stack(self._buffers[group]), []
         known = self._moments[group]
-        self._moments[group] = part if known is None else known.merge(part)
-        self._buffers[group] = []
+        if known is None:
+            self._moments[group] = Moments.of(rows)
+        else:
+            known.add(rows)
 
     def parts(self) -> list[Moments]:
         """Moments of the groups that hold rows, in order."""

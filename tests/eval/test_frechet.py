@@ -153,6 +153,19 @@ def test_merge_keeps_digits_where_raw_sums_lose_them():
     assert np.abs(raw.numpy() - expected).max() > 1e-2
 
 
+def test_add_is_merge_in_place():
+    rows = torch.randn(200, 9) + 5
+    added = Moments.zero(9)
+    for part in rows.split(33):
+        added.add(part)
+    whole = Moments.of(rows)
+    assert added.count == 200
+    assert (added.mean - whole.mean).abs().max() < 1e-13
+    assert (added.scatter - whole.scatter).abs().max() < 1e-11
+    with pytest.raises(InputError, match="expected 9"):
+        added.add(torch.randn(3, 8))
+
+
 def test_without_undoes_merge():
     a, b = torch.randn(50, 8), torch.randn(30, 8) + 2
     rest = Moments.of(torch.cat([a, b])).without(Moments.of(b))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, MissingDependencyError
@@ -67,6 +68,7 @@ class Lite0(Extractor):
         self.size = size
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         self.network.load_state_dict(_renamed(safe_load(path), self.network.state_dict()))
+        self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.eval().requires_grad_(False)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
