@@ -9,7 +9,7 @@ Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge D
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ class DraftTraining:
         steps=150, batch_size=32, learning_rate=1e-3, warmup=20, mixed_precision="bf16"
     )
     final_fit: FitConfig = FitConfig(
-        steps=2400, batch_size=32, learning_rate=2e-3, mixed_precision="bf16", seed=1
+        steps=3200, batch_size=32, learning_rate=2e-3, mixed_precision="bf16", seed=1
     )
 
     def __post_init__(self) -> None:
@@ -307,3 +307,48 @@ class _Distillation:
     def acceptance(self, draft: LlamaGenTransformer) -> dict[str, float]:
         """Measured acceptance on the samples held out."""
         return acceptance_figures(measure(draft, self.held_out), self.held_out.scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRecipe:
+    """A draft by name.
+
+    Attributes:
+        target: name of the target's recipe.
+        card: "kind", "conditions", "summary" and "draft_for" of the draft.
+        training: settings.
+    """
+
+    target: str
+    card: dict[str, str]
+    training: DraftTraining = field(default_factory=DraftTraining)
+
+    def shortened(self, steps: int, num_samples: int) -> DraftRecipe:
+        """The same recipe with at most `steps` steps per stage on `num_samples` of each scale."""
+        old = self.training
+
+        def cut(config: FitConfig) -> FitConfig:
+            return replace(config, steps=min(steps, config.steps))
+
+        training = replace(
+            old,
+            samples={scale: min(num_samples, num) for scale, num in old.samples.items()},
+            held_out=min(old.held_out, num_samples // 4),
+            start_fit=cut(old.start_fit),
+            pilot_fit=cut(old.pilot_fit),
+            final_fit=cut(old.final_fit),
+        )
+        return replace(self, training=training)
+
+
+DRAFT_RECIPES = {
+    "llamagen-fashion-draft": DraftRecipe(
+        target="llamagen-fashion",
+        card={
+            "kind": "token",
+            "conditions": "class",
+            "summary": "Draft model for llamagen-fashion, a sixth of its size: tokens, no images",
+            "draft_for": "llamagen-fashion",
+        },
+    )
+}
