@@ -55,18 +55,25 @@ class CostTable:
 
     def __init__(self, entries: Any) -> None:
         if isinstance(entries, dict):
-            entries = [[1, int(window), seconds] for window, seconds in entries.items()]
+            entries = [[1, window, seconds] for window, seconds in entries.items()]
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise InputError(f"cost table {entries!r}: expected a list of entries or a dict")
         self._seconds: dict[int, dict[int, float]] = {}
         gains: dict[int, list[float]] = {}
         for entry in entries:
-            if not isinstance(entry, Sequence) or len(entry) not in (3, 4) or min(entry) <= 0:
+            try:
+                numbers = [float(number) for number in entry]
+            except (TypeError, ValueError):
+                numbers = []
+            if len(numbers) not in (3, 4) or min(numbers) <= 0:
                 raise InputError(
                     f"cost table entry {entry!r}: expected [images, window, seconds] or [images, "
                     "window, seconds, tokens per pass], all positive"
                 )
-            self._seconds.setdefault(int(entry[0]), {})[int(entry[1])] = float(entry[2])
-            if len(entry) == 4:
-                gains.setdefault(int(entry[1]), []).append(float(entry[3]))
+            images, window = int(numbers[0]), int(numbers[1])
+            self._seconds.setdefault(images, {})[window] = numbers[2]
+            if len(numbers) == 4:
+                gains.setdefault(window, []).append(numbers[3])
         if not self._seconds:
             raise InputError("empty cost table: expected at least one [images, window, seconds]")
         self._gains = {window: sum(values) / len(values) for window, values in gains.items()}
