@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from . import eval_demo
+from .eval_binding import draw_samples, likelihood, open_reference, read_captions
+
 app = typer.Typer(
     help="Evaluation: generate samples, score them, test equivalence, write reports.",
     no_args_is_help=True,
@@ -79,96 +82,50 @@ def generate(
         Path | None, typer.Option(help="Captions: text, JSON lines or JSON.")
     ] = None,
     per_prompt: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
+    num_classes: Annotated[int | None, typer.Option(help="Instead of the protocol's.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 32,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; recorded.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="name=value; repeatable.")] = None,
     write: Annotated[str | None, typer.Option(help="Also write npz, png or tar.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw the samples of a protocol into OUT, resumable and the same for any number of GPUs."""
+    from ..errors import unknown_name
     from ..eval.distributed import connect, disconnect
-    from ..eval.generate import GenerateConfig, run_facts
-    from ..eval.generate import generate as run
-    from ..eval.protocols import get_pixels, get_protocol
+    from ..eval.generate import run_facts
     from ..eval.sources import ShardSource
     from ..eval.writers import write_npz, write_pictures, write_tar
 
-    chosen, preset = get_protocol(protocol), get_pixels(pixels)
     writers = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if write is not None and write not in writers:
-        from ..errors import unknown_name
-
         raise unknown_name("sample format", write, writers)
-    captions, digest = _captions(prompts, per_prompt)
-    count = num if num is not None else len(captions) if captions else chosen.num
-    config = GenerateConfig(
-        model=model,
-        sampler=sampler,
-        options=_options(option or []),
-        num=count,
-        num_classes=None if captions else chosen.num_classes,
-        seed=seed,
-        protocol=chosen.id,
-        pixels=pixels,
-        prompts_sha256=digest,
-    )
     rank, _ = connect()
     try:
-        make = _pipeline_maker(model, sampler, config.options, preset)
-        shards = run(
-            make,
-            config,
+        shards = draw_samples(
+            model,
             out,
-            prompts=captions[:count] if captions else None,
+            sampler,
+            protocol=protocol,
+            num=num,
+            num_classes=num_classes,
+            seed=seed,
+            pixels=pixels,
+            prompts=prompts,
+            per_prompt=per_prompt,
             batch_size=batch_size,
+            dtype=dtype,
+            options=_options(option or []),
             progress=not quiet,
         )
         if rank == 0:
             facts = run_facts(shards)
             if write is not None:
-                name = out / "samples" if write == "png" else out / f"samples.{write}"
-                facts["written"] = str(writers[write](ShardSource(out), name))
+                path = out / "samples" if write == "png" else out / f"samples.{write}"
+                facts["written"] = str(writers[write](ShardSource(out), path))
             typer.echo(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
     finally:
         disconnect()
-
-
-def _captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | None, str | None]:
-    """Captions, each repeated, and the hash of all of them."""
-    if prompts is None:
-        return None, None
-    from ..eval.shards import config_hash
-    from ..eval.writers import read_prompts
-
-    texts = [r["prompt"] for r in read_prompts(prompts) for _ in range(per_prompt)]
-    return texts, config_hash({"prompts": texts})
-
-
-def _pipeline_maker(model: str, sampler: str, options: dict[str, Any], preset: Any) -> Any:
-    """A maker around a loaded pipeline; sampling options and sampler options share one list."""
-    import torch
-
-    from ..api import load, sample
-    from ..eval.distributed import local_device
-    from ..eval.generate import Made
-
-    pipe = load(model, device=local_device())
-
-    def make(indices: Any, labels: Any, seeds: Any) -> Made:
-        out = sample(
-            pipe,
-            list(labels),
-            sampler,
-            seed=[tuple(pair) for pair in seeds],
-            progress=False,
-            output_type="pt",
-            **options,
-        )
-        images = torch.as_tensor(out.images)
-        passes = float(out.stats["forward_passes"])
-        return Made(preset(images), out.tokens, {"forward_passes": passes, "batches": 1.0})
-
-    return make
 
 
 FID_EPILOG = """Examples:
@@ -180,16 +137,6 @@ arvision eval fid --samples samples/ar --reference fashion-test --extractor lite
 Samples and reference: an .npz (arr_0), a folder of PNGs, or a folder of `arvision eval generate`.
 The reference may also be statistics (mu, sigma), or fashion-test for the Fashion-MNIST test images.
 """
-
-
-def _reference(where: str) -> Any:
-    if where in ("fashion-test", "fashion-train"):
-        from ..eval.sources import TensorSource
-        from ..training.data import load_fashion
-
-        images, labels = load_fashion(where.removeprefix("fashion-"))
-        return TensorSource(images.unsqueeze(1), labels.tolist(), where)
-    return where
 
 
 @app.command(epilog=FID_EPILOG)
@@ -219,7 +166,7 @@ def fid(
         network = _extractor(extractor, weights, download, size)
         scores = evaluate(
             samples,
-            _reference(reference),
+            open_reference(reference),
             network,
             metrics=metrics.split(",") if metrics else None,
             batch_size=batch_size,
@@ -252,7 +199,7 @@ def clip(
     from ..eval.sources import open_source
 
     source = open_source(samples)
-    captions, _ = _captions(prompts, per_prompt)
+    captions, _ = read_captions(prompts, per_prompt)
     score = clip_score(
         source,
         captions or [],
@@ -298,7 +245,7 @@ def report(
     try:
         found = full_report(
             samples,
-            _reference(reference),
+            open_reference(reference),
             _extractor(extractor, weights, download, size),
             metrics=metrics.split(",") if metrics else None,
             batch_size=batch_size,
@@ -337,13 +284,13 @@ def equivalence(
     from ..eval.compare_runs import compare_runs
 
     network = _extractor(extractor, weights, download, size)
-    log_likelihood = None if model is None else _likelihood(model, a)
+    log_likelihood = None if model is None else likelihood(model, a)
     results, sentence = compare_runs(
         a,
         b,
         network,
         log_likelihood=log_likelihood,
-        reference=None if reference is None else _reference(reference),
+        reference=None if reference is None else open_reference(reference),
         margin=margin,
         progress=not quiet,
     )
@@ -356,30 +303,6 @@ def equivalence(
             f"{'ok  ' if result.passed else 'FAIL'} {result.name}:{p_value} {result.meaning}"
         )
     typer.echo(sentence)
-
-
-def _likelihood(model: str, baseline: Path) -> Any:
-    """Log-likelihood of token sequences under the base model, at the baseline's guidance."""
-    import torch
-
-    from ..api import load
-    from ..eval.shards import ShardFolder
-
-    options = ShardFolder(baseline).config["options"]
-    pipe = load(model)
-    scale = options.get("guidance_scale", pipe.config["guidance_scale"])
-    temperature = options.get("temperature", pipe.config["temperature"])
-
-    @torch.inference_mode()
-    def log_likelihood(tokens: Any, labels: Any) -> Any:
-        sequence = torch.as_tensor(tokens).to(pipe.device)
-        state, first = pipe.model.start(list(labels), guidance_scale=scale)
-        rest = state.extend(sequence[:, :-1])
-        logits = torch.cat([first[:, None], rest], 1) / max(temperature, 1e-6)
-        logp = logits.float().log_softmax(-1).gather(2, sequence[..., None])
-        return logp[..., 0].sum(1).cpu().numpy()
-
-    return log_likelihood
 
 
 @app.command()
@@ -455,3 +378,6 @@ def extractors(as_json: Json = False) -> None:
         return
     for name, line in sorted(found.items()):
         typer.echo(f"{name:<20} {line}")
+
+
+app.command(epilog=eval_demo.EPILOG)(eval_demo.demo)

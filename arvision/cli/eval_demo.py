@@ -1,0 +1,246 @@
+"""`arvision eval demo`: every sampler of a Fashion-MNIST model, drawn, scored and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """Example:
+
+arvision eval demo --out out/eval-demo
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler of the demo.
+
+    Attributes:
+        name: in the table.
+        sampler: registered name.
+        options: of the sampler.
+        seed: of the samples; ar's own only where the very same pictures are promised.
+        draw: options for drawing many at once that change no law, only the time.
+    """
+
+    name: str
+    sampler: str
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1
+    draw: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return self.name.replace(" ", "-")
+
+
+def plan(samplers: list[str]) -> list[Entry]:
+    """Plain sampling, the three couplings of sjd, and what else there is with its defaults."""
+    small = {"window": 8}
+    known = [
+        Entry("ar", "ar", seed=0),
+        Entry("sjd gumbel", "sjd", {"coupling": "gumbel"}, 0, small),
+        Entry("sjd maximal", "sjd", {"coupling": "maximal"}, draw=small),
+        Entry("sjd independent", "sjd", {"coupling": "independent"}, draw=small),
+    ]
+    return known + [Entry(str(s), str(s)) for s in samplers if s not in ("ar", "sjd")]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder; a broken-off run goes on.")] = Path(
+        "out/eval-demo"
+    ),
+    model: Annotated[str, typer.Option(help="A class-conditional Fashion-MNIST model.")] = (
+        "llamagen-fashion"
+    ),
+    num: Annotated[int, typer.Option(help="Samples of each sampler.")] = 2000,
+    size: Annotated[int, typer.Option(help="Input side of lite0.")] = 64,
+    timed: Annotated[int, typer.Option(help="Images drawn one at a time for passes, time.")] = 20,
+    workers: Annotated[int | None, typer.Option(help="Processes; the cores if left.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Evaluate every sampler of a Fashion-MNIST model against the 10,000 test images."""
+    import torch
+
+    from .. import api
+    from ..eval import get_extractor
+    from ..eval.demo import Judge, Row, compare, to_table, write_demo
+    from ..eval.shards import ShardFolder
+    from ..eval.sources import ShardSource, TensorSource
+    from ..training.data import load_fashion
+
+    started = time.perf_counter()
+    listed = api.list_samplers(model)
+    lossless = {str(name): bool(name.facts["lossless"]) for name in listed}
+    entries, left_out = _draw(plan([str(n) for n in listed]), model, out, num, workers, not quiet)
+    drawn = time.perf_counter() - started
+    torch.set_num_threads(os.cpu_count() or 1)
+    images, labels = load_fashion("test")
+    real = TensorSource(images.unsqueeze(1), labels.tolist(), "the Fashion-MNIST test images")
+    networks = [get_extractor("lite0", size=size), get_extractor("fashion-classifier")]
+    judge = Judge(real, networks, progress=not quiet)
+    rows = [_floor(judge, num)]
+    likelihood = _likelihoods(model, out / "samples" / "ar")
+    sides: dict[str, Any] = {}
+    for entry in entries:
+        source = ShardSource(out / "samples" / entry.folder)
+        scores, features = judge.score(source)
+        shards = ShardFolder(out / "samples" / entry.folder)
+        sides[entry.name] = shards, features
+        row = Row(entry.name, "exact" if lossless[entry.sampler] else "lossy", num, scores)
+        if entry.name != "ar":
+            row.tests, row.verdict = compare(sides["ar"], sides[entry.name], likelihood)
+        rows.append(row)
+    _time(entries, rows, model, timed, not quiet)
+    facts = {
+        "model": model,
+        "num": num,
+        "timed": timed,
+        "left_out": left_out,
+        "drawing_seconds": drawn,
+        "seconds": time.perf_counter() - started,
+    }
+    report = write_demo(rows, judge, out, facts)
+    distances = [name for name in rows[0].scores if name.startswith("frechet_")]
+    typer.echo(json.dumps(report) if as_json else to_table(rows, distances))
+    if not as_json:
+        typer.echo(f"{facts['seconds']:.0f} s -> {out / 'report.md'}, {out / 'quality-speed.png'}")
+
+
+def _floor(judge: Any, num: int) -> Any:
+    """The row of as many training images: what a perfect model would score."""
+    from ..eval.demo import Row
+    from ..eval.sources import TensorSource
+    from ..training.data import load_fashion
+
+    images, labels = load_fashion("train")
+    name = f"{num:,} training images"
+    source = TensorSource(images[:num].unsqueeze(1), labels[:num].tolist(), name)
+    return Row(name, "", num, judge.score(source)[0])
+
+
+def _draw(
+    entries: list[Entry], model: str, out: Path, num: int, workers: int | None, progress: bool
+) -> tuple[list[Entry], dict[str, str]]:
+    """Draw the samples of all entries, some at a time, each in its own process.
+
+    Returns:
+        The entries that worked, and why the others did not.
+    """
+    from tqdm import tqdm
+
+    from ..errors import ArvisionError, InputError
+    from ..eval.shards import BLOCK_SIZE
+
+    places = {entry.name: out / "samples" / entry.folder for entry in entries}
+    total, failed = len(entries) * -(-num // BLOCK_SIZE), {}
+    count = workers or os.cpu_count() or 1
+    with (
+        ProcessPoolExecutor(count, get_context("spawn"), _one_thread) as pool,
+        tqdm(total=total, desc="blocks of 500", file=sys.stderr, disable=not progress) as bar,
+    ):
+        jobs = {pool.submit(_generate, e, model, places[e.name], num): e for e in entries}
+        waiting = set(jobs)
+        while waiting:
+            ended, waiting = wait(waiting, timeout=0.5)
+            for job in ended:
+                try:
+                    job.result()
+                except ArvisionError as error:
+                    failed[jobs[job].name] = str(error)
+            found = [list((p / "blocks").glob("*[0-9].npy")) for p in places.values()]
+            bar.update(sum(map(len, found)) - bar.n)
+    if "ar" in failed:
+        raise InputError(f"{model} cannot be drawn from: {failed['ar']}")
+    for name, reason in failed.items():
+        print(f"arvision: {name} is left out: {reason}", file=sys.stderr)  # noqa: T201
+    return [entry for entry in entries if entry.name not in failed], failed
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _generate(entry: Entry, model: str, out: Path, num: int) -> None:
+    """What `arvision eval generate` does, in this process."""
+    from .eval_binding import draw_samples
+
+    options = entry.options | entry.draw
+    draw_samples(
+        model,
+        out,
+        entry.sampler,
+        protocol="fashion",
+        num=num,
+        seed=entry.seed,
+        options=options,
+        batch_size=25,
+        progress=False,
+    )
+
+
+def _likelihoods(model: str, baseline: Path) -> Callable[[Any], Any]:
+    """Log-likelihoods of a run's tokens under plain sampling's law, kept once computed."""
+    import numpy as np
+
+    from .eval_binding import likelihood
+
+    score, known = likelihood(model, baseline), {}
+
+    def of(shards: Any) -> Any:
+        if shards.folder not in known:
+            tokens, classes = shards.read_tokens(0, shards.num), shards.config["num_classes"]
+            pieces = []
+            for start in range(0, len(tokens), 100):
+                part = tokens[start : start + 100]
+                pieces.append(score(part, [i % classes for i in range(start, start + len(part))]))
+            known[shards.folder] = np.concatenate(pieces)
+        return known[shards.folder]
+
+    return of
+
+
+def _time(entries: list[Entry], rows: list[Any], model: str, timed: int, progress: bool) -> None:
+    """Fill in passes and median seconds per image, drawn one at a time, samplers in turn."""
+    import torch
+    from tqdm import tqdm
+
+    from .. import api
+
+    by_name = {row.name: row for row in rows}
+    pipe = api.load(model)
+    torch.set_num_threads(pipe.config["num_threads"] or 1)
+    seconds: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    passes: dict[str, list[int]] = {entry.name: [] for entry in entries}
+    for image in tqdm(range(-1, timed), desc="timing", file=sys.stderr, disable=not progress):
+        for entry in entries:
+            out = api.sample(
+                pipe,
+                max(image, 0) % 10,
+                entry.sampler,
+                seed=[(7, image + 1)],
+                progress=False,
+                output_type="pt",
+                **entry.options,
+            )
+            if image >= 0:  # the first round warms up
+                seconds[entry.name].append(float(out.stats["seconds"]))
+                passes[entry.name].append(int(out.stats["forward_passes"]))
+    for name, values in seconds.items():
+        by_name[name].seconds = statistics.median(values)
+        by_name[name].passes = statistics.fmean(passes[name])
