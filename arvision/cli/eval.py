@@ -25,7 +25,6 @@ Download = Annotated[bool, typer.Option("--download", help="Let the extractor fe
 Size = Annotated[int | None, typer.Option(help="Input side of lite0, such as 64.")]
 Batch = Annotated[int, typer.Option(help="Images per forward pass of the extractor.")]
 
-# ruff: noqa: E501
 GENERATE_EPILOG = """Examples:
 
 arvision eval generate --model llamagen-fashion --protocol fashion --num 2000 --out samples/ar --sampler ar
