@@ -23,7 +23,9 @@ class PJDSampler(TokenSampler):
 
     Law: lossy, for the reason that `zipar` is; the windows themselves approximate nothing. With a
     local window of a whole row one row is under way at a time, and the picture is that of `ar`.
-    Cost: fewer passes than `zipar`, of up to `window` candidates per row under way. Models: token
+    On `llamagen-fashion` (8x8 tokens, 64 images, guidance 3): 33 passes, 1.93 tokens per pass (rows
+    of 8 leave a window little room; exact `sjd` has 2.67), 57 % of the tokens are `ar`'s, class
+    consistency 0.98 (`ar`: 0.98); with a local window of 1, 19 passes, 41 % and 0.94. Cost: fewer passes than `zipar`, of up to `window` candidates per row under way. Models: token
     models with a grid whose state has `extend_at`.
 
     Args:
