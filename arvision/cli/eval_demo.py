@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -78,7 +78,6 @@ def demo(
     from .. import api
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
-    from ..eval.shards import ShardFolder
     from ..eval.sources import ShardSource, TensorSource
     from ..training.data import load_fashion
 
@@ -87,22 +86,21 @@ def demo(
     lossless = {str(name): bool(name.facts["lossless"]) for name in listed}
     entries, left_out = _draw(plan([str(n) for n in listed]), model, out, num, workers, not quiet)
     drawn = time.perf_counter() - started
-    torch.set_num_threads(os.cpu_count() or 1)
     images, labels = load_fashion("test")
     real = TensorSource(images.unsqueeze(1), labels.tolist(), "the Fashion-MNIST test images")
     networks = [get_extractor("lite0", size=size), get_extractor("fashion-classifier")]
+    torch.set_num_threads(workers or os.cpu_count() or 1)
     judge = Judge(real, networks, progress=not quiet)
-    rows = [_floor(judge, num)]
+    sources = [_training_images(num)]
+    sources += [ShardSource(out / "samples" / entry.folder) for entry in entries]
+    judged = _judge(judge, sources, workers, not quiet)
+    rows = [Row(sources[0].name, "", num, judged[0][0])]
     likelihood = _likelihoods(model, out / "samples" / "ar")
-    sides: dict[str, Any] = {}
-    for entry in entries:
-        source = ShardSource(out / "samples" / entry.folder)
-        scores, features = judge.score(source)
-        shards = ShardFolder(out / "samples" / entry.folder)
-        sides[entry.name] = shards, features
+    for entry, source, (scores, features) in zip(entries, sources[1:], judged[1:], strict=True):
         row = Row(entry.name, "exact" if lossless[entry.sampler] else "lossy", num, scores)
         if entry.name != "ar":
-            row.tests, row.verdict = compare(sides["ar"], sides[entry.name], likelihood)
+            baseline = sources[1].shards, judged[1][1]
+            row.tests, row.verdict = compare(baseline, (source.shards, features), likelihood)
         rows.append(row)
     _time(entries, rows, model, timed, not quiet)
     facts = {
@@ -120,16 +118,24 @@ def demo(
         typer.echo(f"{facts['seconds']:.0f} s -> {out / 'report.md'}, {out / 'quality-speed.png'}")
 
 
-def _floor(judge: Any, num: int) -> Any:
-    """The row of as many training images: what a perfect model would score."""
-    from ..eval.demo import Row
+def _training_images(num: int) -> Any:
+    """As many training images: what a perfect model would score."""
     from ..eval.sources import TensorSource
     from ..training.data import load_fashion
 
     images, labels = load_fashion("train")
     name = f"{num:,} training images"
-    source = TensorSource(images[:num].unsqueeze(1), labels[:num].tolist(), name)
-    return Row(name, "", num, judge.score(source)[0])
+    return TensorSource(images[:num].unsqueeze(1), labels[:num].tolist(), name)
+
+
+def _judge(judge: Any, sources: list[Any], workers: int | None, progress: bool) -> list[Any]:
+    """Scores and features of all sources, a thread for each core."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(workers or os.cpu_count(), initializer=_one_thread) as pool:
+        found = pool.map(judge.score, sources)
+        bar = tqdm(found, "scoring", len(sources), file=sys.stderr, disable=not progress)
+        return list(bar)
 
 
 def _draw(

@@ -68,13 +68,13 @@ class Judge:
     Args:
         reference: real images.
         extractors: the first one's features also serve the image test.
-        progress: bars on stderr.
+        progress: bars on stderr while the reference is read.
     """
 
     def __init__(
         self, reference: Source, extractors: Sequence[Extractor], progress: bool = True
     ) -> None:
-        self.extractors, self.progress = list(extractors), progress
+        self.extractors = list(extractors)
         self.goals: list[Reference] = []
         for network in self.extractors:
             goal = load_reference(reference, network, need_rows=True, progress=progress)
@@ -84,12 +84,13 @@ class Judge:
     def score(self, source: Source) -> tuple[dict[str, Score], FeatureSet]:
         """All scores of a labelled source, and its features under the first extractor.
 
-        Precision and recall come from the first extractor; the others add their distance.
+        Precision and recall come from the first extractor; the others add their distance. Several
+        threads may score at once.
         """
         scores: dict[str, Score] = {}
         first: FeatureSet | None = None
         for network, goal in zip(self.extractors, self.goals, strict=True):
-            found = extract(source, network, progress=self.progress)
+            found = extract(source, network, progress=False)
             assert found is not None, "one process"
             wanted = METRICS if first is None else METRICS[:1]
             scores |= score_features(found, goal, network, wanted)

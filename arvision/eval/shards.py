@@ -136,19 +136,24 @@ class ShardFolder:
         path = self.folder / "run.json"
         if path.exists():
             known = self.config
-            if config_hash(known) != config_hash(config):
-                keys = sorted(set(known) | set(config))
-                missing = object()
-                differ = [k for k in keys if known.get(k, missing) != config.get(k, missing)]
-                key = differ[0]
+            if config_hash(known) == config_hash(config):
+                return
+            if not self.is_empty():
+                keys, missing = sorted(set(known) | set(config)), object()
+                key = next(k for k in keys if known.get(k, missing) != config.get(k, missing))
                 raise InputError(
                     f"{self.folder} holds a run with {key}={known.get(key)!r}, asked for "
                     f"{key}={config.get(key)!r}: expected the same settings or a new folder"
                 )
-            return
+        elif self.blocks.exists() and any(self.blocks.iterdir()):
+            raise InputError(f"{self.folder} holds blocks but no run.json: expected a new folder")
         self.blocks.mkdir(parents=True, exist_ok=True)
         write_json(path, {"config": config, "config_hash": config_hash(config)})
         self._config = config
+
+    def is_empty(self) -> bool:
+        """Whether no block was ever finished, as after settings that failed at once."""
+        return not any(self.folder.glob("manifest-*.jsonl")) and not any(self.blocks.glob("*.npy"))
 
     def range_of(self, block: int) -> tuple[int, int]:
         """First index of a block and the one past its last."""
