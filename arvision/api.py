@@ -47,6 +47,7 @@ def list_models() -> list[Listed]:
     for folder in sorted(ASSETS.iterdir()):
         if (folder / "model_index.json").exists():
             card = json.loads((folder / "card.json").read_text())
+            card.pop("shared", None)
             models.append(Listed(folder.name, **card))
     return models
 
@@ -99,10 +100,23 @@ def load(
 def _load(source: str, dtype: torch.dtype) -> ARPipeline:
     try:
         with _quietly():
-            return ARPipeline.from_pretrained(source, torch_dtype=dtype)
+            shared = _shared_parts(Path(source), dtype)
+            return ARPipeline.from_pretrained(source, torch_dtype=dtype, **shared)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
+
+
+def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
+    card = folder / "card.json"
+    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
+    parts = {}
+    for part, owner in shared.items():
+        if not (folder / part).exists():
+            whole = ARPipeline.from_pretrained(str(ASSETS / owner), torch_dtype=dtype)
+            parts[part] = whole.components[part]
+    return parts
 
 
 @contextlib.contextmanager

@@ -140,12 +140,20 @@ class TokenSampler(BaseSampler):
             on_step: called after each pass.
 
         Returns:
-            Tokens [B, N] int64 and the statistics of `decode_tokens`.
+            Tokens [B, N] int64, the statistics of `decode_tokens`, and `lossless`.
 
         Raises:
             InputError: a negative guidance scale, or as many seeds as conditions are not given.
         """
         check_guidance(guidance_scale)
+        samples = self.decode(
+            model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
+        )
+        samples.stats["lossless"] = self.is_exact
+        return samples
+
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the decoding loop; `run` holds `seeds`, `guidance_scale` and `on_step`."""
         return decode_tokens(
             model,
             conditions,
@@ -153,9 +161,7 @@ class TokenSampler(BaseSampler):
             rule=self.rule(model),
             shape=self.shaping(),
             policy=self.policy(model),
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
+            **run,
         )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
+from ..contracts import TokenModel
 from ..decoding.goodput import check_window, clamp_window
 from ..decoding.jacobi import JacobiDrafter, check_init
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
@@ -98,23 +96,3 @@ class GSDSampler(TokenSampler):
     def policy(self, model: TokenModel) -> WindowPolicy:
         """A fixed window."""
         return FixedWindow(clamp_window(self.config["window"], model.num_tokens))
-
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition, see `TokenSampler`."""
-        samples = super().__call__(
-            model,
-            conditions,
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
-        )
-        samples.stats["lossless"] = self.is_exact
-        return samples

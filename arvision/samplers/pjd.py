@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback
+from ..contracts import Conditions, Samples
 from ..decoding.goodput import check_window
 from ..decoding.row_parallel import check_lead, check_row_parallel, decode_rows, lead_of
 from ..errors import InputError
-from .base import TokenSampler, check_guidance, register
+from .base import TokenSampler, register
 
 
 @register("pjd", exact=False, drives="token")
@@ -60,27 +60,14 @@ class PJDSampler(TokenSampler):
         check_lead(local_window)
         self.shaping()
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition, see `TokenSampler`."""
-        check_guidance(guidance_scale)
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the row-parallel loop."""
         columns = check_row_parallel(model, self.name)[1]
-        samples = decode_rows(
+        return decode_rows(
             model,
             conditions,
             lead=self.config["local_window"] or lead_of(columns),
             window=self.config["window"],
             shape=self.shaping(),
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
+            **run,
         )
-        samples.stats["lossless"] = self.is_exact
-        return samples

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
+from ..contracts import Conditions, Samples, TokenModel
 from ..decoding.goodput import (
     CostTable,
     GoodputWindow,
@@ -118,37 +118,22 @@ class SJDSampler(TokenSampler):
             return GoodputWindow(CostTable(self.config["cost_table"]))
         return FixedWindow(clamp_window(self.config["window"], model.num_tokens))
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition, see `TokenSampler`; measures costs first if need be."""
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the decoding loop; for window "auto" measure the costs of a pass first if need be."""
         config = self.config
-        sampler: Any = self
-        if config["window"] == "auto" and config["cost_table"] is None and len(conditions):
+        if config["window"] != "auto":
+            return super().decode(model, conditions, **run)
+        sampler = self
+        if config["cost_table"] is None and len(conditions):
             table = measured_costs(
                 lambda window: self.with_options(window=window, cost_file=None),
                 f"{self.name} {config['coupling']} {config['init']}",
                 model,
                 conditions,
-                guidance_scale,
+                run["guidance_scale"],
                 config["cost_file"],
             )
             sampler = self.with_options(cost_table=table)
-        samples = TokenSampler.__call__(
-            sampler,
-            model,
-            conditions,
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
-        )
-        samples.stats["lossless"] = self.is_exact
-        if config["window"] == "auto":
-            samples.stats["cost_table"] = sampler.config["cost_table"]
+        samples = TokenSampler.decode(cast(TokenSampler, sampler), model, conditions, **run)
+        samples.stats["cost_table"] = sampler.config["cost_table"]
         return samples

@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback
+from ..contracts import Conditions, Samples
 from ..decoding.row_parallel import check_lead, check_row_parallel, decode_rows, lead_of
-from .base import TokenSampler, check_guidance, register
+from .base import TokenSampler, register
 
 
 @register("zipar", exact=False, drives="token")
@@ -53,27 +53,14 @@ class ZipARSampler(TokenSampler):
         check_lead(local_window)
         self.shaping()
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition, see `TokenSampler`."""
-        check_guidance(guidance_scale)
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the row-parallel loop."""
         columns = check_row_parallel(model, self.name)[1]
-        samples = decode_rows(
+        return decode_rows(
             model,
             conditions,
             lead=self.config["local_window"] or lead_of(columns),
             window=1,
             shape=self.shaping(),
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
+            **run,
         )
-        samples.stats["lossless"] = self.is_exact
-        return samples

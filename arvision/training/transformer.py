@@ -21,7 +21,9 @@ class ClassObjective(Objective):
         tokens: [M, N] codes of the training images.
         labels: [M] classes.
         condition_dropout: share of samples trained with the null class, for guidance.
-        token_dropout: dropout of the embedded tokens, against overfitting.
+        context_noise: mean share of context tokens that are replaced by the model's own draws. It
+            teaches the model not to lean on a single token, so that speculative samplers, whose
+            guesses are such draws, are right more often.
     """
 
     def __init__(
@@ -30,12 +32,12 @@ class ClassObjective(Objective):
         tokens: Tensor,
         labels: Tensor,
         condition_dropout: float = 0.1,
-        token_dropout: float = 0.0,
+        context_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.transformer, self.tokens, self.labels = transformer, tokens, labels
         self.num_items = len(tokens)
-        self.condition_dropout, self.token_dropout = condition_dropout, token_dropout
+        self.condition_dropout, self.context_noise = condition_dropout, context_noise
 
     def conditions(
         self, indices: Tensor, generator: torch.Generator
@@ -50,8 +52,22 @@ class ClassObjective(Objective):
         """Mean loss in nats per token of the samples `indices`."""
         tokens = self.tokens[indices]
         rows, valid = self.conditions(indices, generator)
-        logits = self.transformer.teacher_forced(rows, tokens, valid)
+        context = tokens
+        if self.context_noise > 0:
+            context = self._with_own_draws(tokens, rows, valid, generator)
+        logits = self.transformer.teacher_forced(rows, context, valid)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
+
+    @torch.no_grad()
+    def _with_own_draws(
+        self, tokens: Tensor, rows: Tensor, valid: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """Tokens [B, N] of which a share, another one for each sample, is drawn by the model."""
+        laws = self.transformer.teacher_forced(rows, tokens, valid).softmax(-1)
+        draws = torch.multinomial(laws.flatten(0, 1), 1, generator=generator).view_as(tokens)
+        share = 2 * self.context_noise * torch.rand(len(tokens), 1, generator=generator)
+        replaced = torch.rand(tokens.shape, generator=generator) < share
+        return torch.where(replaced, draws, tokens)
 
 
 class CaptionObjective(ClassObjective):

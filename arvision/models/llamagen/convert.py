@@ -140,9 +140,9 @@ def _grid(
     num_tokens = given.get("num_tokens")
     if num_tokens is None and "freqs_cis" in tensors:
         num_tokens = len(tensors["freqs_cis"]) - num_conditions
-    if num_tokens is None and isinstance(source, (str, Path)):
-        if side := re.search(r"_(256|384|512)(?=\D|$)", Path(source).name):
-            num_tokens = (int(side[1]) // 16) ** 2
+    file_name = Path(source).name if isinstance(source, (str, Path)) else ""
+    if num_tokens is None and (pixels := re.search(r"_(256|384|512)(?=\D|$)", file_name)):
+        num_tokens = (int(pixels[1]) // 16) ** 2
     side = round((num_tokens or 0) ** 0.5)
     if not num_tokens or side * side != num_tokens:
         raise CheckpointError(

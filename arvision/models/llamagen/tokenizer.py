@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,8 @@ class Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], has_attention: bool) -> None:
         super().__init__()
-        self.res = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.attn = nn.ModuleList(
-            AttentionBlock(b) for b in (widths[1:] if has_attention else ())
-        )
+        self.res = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionBlock(b) for b in (widths[1:] if has_attention else ()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual blocks, each followed by its attention where there is one."""
@@ -293,9 +290,7 @@ class LlamaGenTokenizer(ModelMixin, ConfigMixin):
         num = indices.shape[-1]
         height, width = grid or (int(num**0.5 + 0.5),) * 2
         if indices.dim() != 2 or height * width != num:
-            raise InputError(
-                f"indices {tuple(indices.shape)}: expected [B, {height} * {width}]"
-            )
+            raise InputError(f"indices {tuple(indices.shape)}: expected [B, {height} * {width}]")
         size = self.config["codebook_size"]
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
             raise InputError(f"code indices must lie in 0..{size - 1}")
