@@ -180,7 +180,13 @@ def fid(
         disconnect()
 
 
-@app.command()
+CLIP_EPILOG = """Example:
+
+arvision eval clip --samples coco --prompts coco30k.jsonl --weights openai/clip-vit-base-patch32 --download
+"""
+
+
+@app.command(epilog=CLIP_EPILOG)
 def clip(
     samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
     prompts: Annotated[Path, typer.Option(help="Captions in the samples' order.")],
@@ -228,6 +234,7 @@ def report(
     size: Size = None,
     metrics: Annotated[str | None, typer.Option(help="Comma-separated; see the guide.")] = None,
     batch_size: Batch = 50,
+    crop: Annotated[int | None, typer.Option(help="Crop the reference's pictures (COCO).")] = None,
     allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score JPEG samples.")] = False,
     allow_sorted: Annotated[
         bool, typer.Option("--allow-sorted", help="IS of sorted files.")
@@ -250,6 +257,7 @@ def report(
             batch_size=batch_size,
             allow_jpeg=allow_jpeg,
             allow_sorted=allow_sorted,
+            crop=crop,
             progress=not quiet,
         )
         if rank == 0 and found is not None:
@@ -304,7 +312,13 @@ def equivalence(
     typer.echo(sentence)
 
 
-@app.command()
+COCO_EPILOG = """Example:
+
+arvision eval coco --annotations captions_val2014.json --out coco30k.jsonl
+"""
+
+
+@app.command(epilog=COCO_EPILOG)
 def coco(
     annotations: Annotated[Path, typer.Option(help="captions_val2014.json")],
     out: Annotated[Path, typer.Option(help="JSON lines of prompts to write.")],

@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from .classifier import class_consistency
 from .evaluate import Reference, default_metrics, evaluate, load_reference
 from .features import Extractor
 from .generate import run_facts
+from .protocols import PROTOCOLS
 from .report import build_report
 from .score import Score
 from .sources import ShardSource, Source, open_source
@@ -23,10 +25,13 @@ def full_report(
     batch_size: int = 50,
     allow_jpeg: bool = False,
     allow_sorted: bool = False,
+    crop: int | None = None,
     extra: dict[str, Score] | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """Evaluate and report; None on ranks but 0.
+
+    A run of the fashion protocol is scored for class consistency too.
 
     Args:
         samples: a source, a path or a tensor.
@@ -36,6 +41,7 @@ def full_report(
         batch_size: images per forward pass.
         allow_jpeg: take JPEG samples.
         allow_sorted: score sorted samples.
+        crop: centre crop and Lanczos resize of a reference folder's pictures.
         extra: scores computed elsewhere, added to the report.
         progress: bars on stderr.
     """
@@ -51,6 +57,7 @@ def full_report(
             batch_size=batch_size,
             progress=progress,
             allow_jpeg=True,
+            crop=crop,
         )
     scores = evaluate(
         source,
@@ -67,6 +74,9 @@ def full_report(
     run, measured = None, None
     if isinstance(source, ShardSource):
         run, measured = source.shards.config, run_facts(source.shards)
+        if str(run.get("protocol")) == PROTOCOLS["fashion"].id and source.labels is not None:
+            images = source.read(0, len(source))
+            scores["class_consistency"] = class_consistency(images, source.labels)
     return build_report(
         {**scores, **(extra or {})},
         samples=source.name,
