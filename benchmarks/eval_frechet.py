@@ -2,9 +2,9 @@
 
     python -m benchmarks.eval_frechet
 
-First the error against a closed form, full rank and rank 100. Then 2 x 10,000 features of width 2048,
-the same for both packages, each in a process of its own, in turn: seconds, and peak memory above
-that of the process with the features in hand.
+First the error against a closed form, full rank and rank 100. Then 2 x 10,000 features of width
+2048, the same for both packages, each in a process of its own, in turn: seconds, and peak memory
+above that of the process with the features in hand.
 """
 
 from __future__ import annotations

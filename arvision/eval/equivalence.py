@@ -69,10 +69,11 @@ def _tokens(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_tokens(a: Any, b: Any) -> TestResult:
-    """Share of images whose tokens [N, L] are all equal, for runs with the same seeds."""
-    first, second = _tokens(a, b)
-    if len(first) != len(second):
-        raise InputError(f"{len(first)} and {len(second)} images: expected as many")
+    """Share of images whose tokens [N, ...] are all equal, for runs with the same seeds."""
+    first, second = (np.asarray(x) for x in (a, b))
+    if first.shape != second.shape:
+        raise InputError(f"tokens of shape {first.shape} and {second.shape}: expected the same")
+    first, second = (x.reshape(len(x), -1) for x in (first, second))
     equal = (first == second).all(1)
     share = float(equal.mean())
     return TestResult(

@@ -17,7 +17,14 @@ from .features import Extractor, file_sha256
 from .frechet import frechet_jackknife
 from .moments import Moments, merge_all
 from .score import Score
-from .scores import inception_score, kernel_distance, precision_recall, refuse_sorted
+from .scores import (
+    check_label_order,
+    check_score_order,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    refuse_sorted,
+)
 from .sources import ArraySource, Source, open_npz, open_source
 
 METRICS = ("frechet", "sfid", "is", "precision", "recall", "density", "coverage", "kid")
@@ -197,7 +204,7 @@ def evaluate(
     source = samples if hasattr(samples, "read") else open_source(samples, allow_jpeg=allow_jpeg)
     if "is" in wanted:
         _need(extractor, "logits", "is")
-        refuse_sorted(source.labels, allow_sorted)
+        refuse_sorted(check_label_order(source.labels), allow_sorted)
     if "sfid" in wanted:
         _need(extractor, "spatial", "sfid")
     need_rows = any(name not in ("frechet", "sfid", "is") for name in wanted)
@@ -210,6 +217,8 @@ def evaluate(
     found = extract(source, extractor, keep_rows=need_rows, **options)
     if found is None or goal is None:
         return None
+    if "is" in wanted and found.labels is None:
+        refuse_sorted(check_score_order(found.logits), allow_sorted)
     return score_features(found, goal, extractor, wanted)
 
 
@@ -236,7 +245,8 @@ def score_features(
             raise InputError(f"{goal.name} has no mu_s and sigma_s: expected them for sfid")
         scores["sfid"] = frechet_jackknife(found.spatial, *goal.spatial)
     if "is" in wanted:
-        scores["is"] = inception_score(found.logits)
+        name = "is" if extractor.facts.name == "inception-adm" else f"is_{extractor.facts.name}"
+        scores[name] = inception_score(found.logits)
     rows = [name for name in ("precision", "recall", "density", "coverage") if name in wanted]
     if rows or "kid" in wanted:
         if goal.features is None or found.features is None:

@@ -25,7 +25,7 @@ from .score import Score, normal_score
 
 def _symmetric(matrix: Any, name: str) -> Tensor:
     """`matrix` as a finite, symmetric float64 tensor [D, D]."""
-    tensor = torch.as_tensor(np.asarray(matrix) if not isinstance(matrix, Tensor) else matrix)
+    tensor = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.array(matrix))
     tensor = tensor.double()
     if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
         raise InputError(f"{name} has shape {list(tensor.shape)}: expected [D, D]")
@@ -38,7 +38,7 @@ def _symmetric(matrix: Any, name: str) -> Tensor:
 
 
 def _vector(vector: Any, name: str) -> Tensor:
-    tensor = torch.as_tensor(np.asarray(vector) if not isinstance(vector, Tensor) else vector)
+    tensor = vector if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
     if tensor.ndim != 1 or not bool(torch.isfinite(tensor.double()).all()):
         raise InputError(f"{name} has shape {list(tensor.shape)}: expected a finite vector [D]")
     return tensor.double()

@@ -43,6 +43,10 @@ def test_same_tokens():
     result = same_tokens(a, b)
     assert not result.passed
     assert result.statistic == 0.98
+    latents = np.random.default_rng(0).normal(size=(6, 5, 3))
+    assert same_tokens(latents, latents.copy()).passed
+    with pytest.raises(InputError, match="expected the same"):
+        same_tokens(a, a[:3])
 
 
 def test_g_test_equals_scipy():

@@ -38,7 +38,8 @@ def test_names():
 
 @pytest.mark.parametrize("name", ["random-conv", "fashion-classifier", "lite0"])
 def test_contract(name: str):
-    network: Any = get_extractor(name, **({"size": 64} if name == "lite0" else {}))
+    options: dict[str, Any] = {"size": 64} if name == "lite0" else {}
+    network: Any = get_extractor(name, **options)
     network.train()
     assert not any(m.training for m in network.modules())
     features = network(images())

@@ -11,7 +11,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from arvision.errors import InputError
 from arvision.eval import bootstrap_mean, inception_score, kernel_distance, precision_recall
-from arvision.eval.scores import check_label_order, mmd_unbiased, refuse_sorted
+from arvision.eval.scores import (
+    check_label_order,
+    check_score_order,
+    mmd_unbiased,
+    refuse_sorted,
+)
 
 
 def test_inception_score_of_identical_rows_is_one():
@@ -55,9 +60,25 @@ def test_sorted_labels_are_detected():
     ordered = [i // 50 for i in range(5000)]
     assert not check_label_order(ordered)
     with pytest.raises(InputError, match="sorted by class"):
-        refuse_sorted(ordered)
+        refuse_sorted(check_label_order(ordered))
     with pytest.warns(UserWarning, match="sorted by class"):
-        refuse_sorted(ordered, allow=True)
+        refuse_sorted(False, allow=True)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9])
+def test_sorted_files_without_labels_are_detected(confidence: float):
+    """By the score itself: it rises when the file is shuffled."""
+    num_classes, count = 100, 2000
+    draw = np.random.default_rng(0)
+    for labels, is_fine in (
+        (np.arange(count) // 20, False),
+        (np.arange(count) % num_classes, True),
+        (draw.integers(0, num_classes, count), True),
+    ):
+        logits = torch.full((count, num_classes), np.log((1 - confidence) / (num_classes - 1)))
+        seen = np.where(draw.random(count) < confidence, labels, draw.integers(0, 100, count))
+        logits[torch.arange(count), torch.from_numpy(seen)] = np.log(confidence)
+        assert check_score_order(logits) is is_fine
 
 
 def test_kid_of_two_points_is_minus_thirteen():
