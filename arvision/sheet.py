@@ -37,13 +37,14 @@ def labelled_rows(
     enlarged = [(label, [enlarge(image) for image in row]) for label, row in rows]
     width, height = enlarged[0][1][0].size
     columns = max(len(row) for _, row in enlarged)
-    heading = LABEL_HEIGHT if column_labels else 0
+    font = ImageFont.load_default(12)
+    headings = [_wrapped(label, width, font) for label in column_labels]
+    heading = LABEL_HEIGHT * max((text.count("\n") + 1 for text in headings), default=0)
     heights = [height + GAP + (LABEL_HEIGHT if label else 0) for label, _ in enlarged]
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, heading + sum(heights) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, label in enumerate(column_labels):
-        left = GAP + column * (width + GAP)
-        pen.text((left, 2), _fit(label, width, pen, font), "black", font)
+    pen = ImageDraw.Draw(sheet)
+    for column, text in enumerate(headings):
+        pen.multiline_text((GAP + column * (width + GAP), 2), text, "black", font)
     top = heading + GAP
     for (label, row), row_height in zip(enlarged, heights, strict=True):
         if label:
@@ -54,8 +55,13 @@ def labelled_rows(
     return sheet
 
 
-def _fit(text: str, width: int, pen: ImageDraw.ImageDraw, font: Any) -> str:
-    """Shorten a label until it is no wider than its column."""
-    while text and pen.textlength(text, font) > width:
-        text = text[:-1]
-    return text
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """A label broken into lines no wider than its column, where its words allow that."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
