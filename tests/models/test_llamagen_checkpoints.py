@@ -106,8 +106,6 @@ def test_no_such_file_and_no_tensors(tmp_path):
 def test_tokenizer_with_another_codebook(goldens):
     folder = goldens / "llamagen"
     tokenizer = LlamaGenTokenizer.from_official(folder / "vq16.pt")
-    other = LlamaGenTransformer.from_official(
-        folder / "gpt_c2i_gqa.pt", num_heads=8, grid=(3, 3)
-    )
+    other = LlamaGenTransformer.from_official(folder / "gpt_c2i_gqa.pt", num_heads=8, grid=(3, 3))
     with pytest.raises(InputError, match=r"64 codes.*48"):
         LlamaGen(other, tokenizer)

@@ -34,9 +34,7 @@ def model():
 def plain(model):
     """What `ar` draws for 20 seeds, one image at a time."""
     ar = get_sampler("ar")
-    return [
-        ar(model, [seed % 3], seeds=[seed], guidance_scale=2.0).tokens[0] for seed in range(20)
-    ]
+    return [ar(model, [seed % 3], seeds=[seed], guidance_scale=2.0).tokens[0] for seed in range(20)]
 
 
 @pytest.mark.parametrize("window", [2, 5, 16, 64])
