@@ -7,7 +7,7 @@ READY := .venv/.ready
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow lint bench bench-eval eval-demo docs clean
 
 demo: $(READY)
 	$(BIN)/arvision demo --out out
@@ -26,6 +26,14 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.samplers
 	$(BIN)/python -m benchmarks.kv_cache
+	$(BIN)/python -m benchmarks.draft
+
+bench-eval: $(READY)
+	$(BIN)/python -m benchmarks.eval_frechet
+	$(BIN)/python -m benchmarks.eval_memory
+
+eval-demo: $(READY)
+	$(BIN)/arvision eval demo --out out/eval-demo
 
 docs: $(READY)
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .api import load, sample
+from .errors import unknown_name
 from .eval.classifier import class_consistency, classify
 from .pipeline import ARPipeline
 from .training.captions import BRIGHTNESS, GARMENTS, measure_brightness
+from .training.classifier import train_classifier
 from .training.data import CLASS_NAMES, load_fashion, to_pixels
-from .training.draft import DraftRecipe, DraftResult
+from .training.draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
+from .training.recipes import RECIPES, stage_seconds
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -41,6 +44,49 @@ def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings:
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def run_recipe(
+    name: str,
+    out: Path,
+    *,
+    steps: int | None = None,
+    num_images: int | None = None,
+    card_samples: int = 1000,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train (or resume) a recipe under `out` and write the finished model into `out / name`.
+
+    Args:
+        name: of a recipe.
+        out: folder of the stages.
+        steps: at most this many steps per stage; None for the recipe's own number.
+        num_images: at most this many training images (or samples of a draft's target).
+        card_samples: samples that the card is measured on.
+        progress: show bars.
+
+    Returns:
+        The figures of the model card.
+
+    Raises:
+        InputError: no such recipe.
+    """
+    is_short = steps is not None or num_images is not None
+    limits = (steps or 10**9, num_images or 10**9)
+    if name == "fashion-classifier":
+        epochs = {"epochs": 1} if is_short else {}
+        return train_classifier(out / name, progress=progress, **epochs)
+    if name in DRAFT_RECIPES:
+        draft = DRAFT_RECIPES[name].shortened(*limits) if is_short else DRAFT_RECIPES[name]
+        target = load(draft.target, device="cpu")
+        result = train_draft(target.model, out / "draft", draft.training, progress=progress)
+        return publish_draft(result, out / name, draft, draft.target, min(200, card_samples))
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, [*RECIPES, *DRAFT_RECIPES, "fashion-classifier"])
+    recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
+    parts = recipe.run(out, progress=progress)
+    publish(parts, out / name, recipe.card, recipe.settings)
+    return write_card(out / name, name, stage_seconds(out), card_samples)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ArvisionError
 from . import compare, models, sample, train
+from . import eval as evaluation
 
 app = typer.Typer(
     name="arvision",
@@ -23,6 +24,7 @@ sample.add_to(app)
 compare.add_to(app)
 models.add_to(app)
 train.add_to(app)
+app.add_typer(evaluation.app, name="eval")
 
 
 def main() -> None:

@@ -14,8 +14,13 @@ arvision train --recipe llamagen-fashion --out runs/llamagen-fashion
 
 arvision train --recipe llamagen-fashion-t2i --out runs/llamagen-fashion
 
-The second continues in the folder of the first: it shares the tokenizer and starts from its weights.
-Run a command again to resume it. The finished pipeline lies in OUT/RECIPE.
+arvision train --recipe llamagen-fashion-draft --out runs/llamagen-fashion
+
+arvision train --recipe fashion-classifier --out runs
+
+The text model continues in the folder of the first: it shares the tokenizer and starts from its
+weights. The draft learns from the embedded llamagen-fashion. Run a command again to resume it. The
+finished model lies in OUT/RECIPE.
 """
 
 
@@ -25,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="llamagen-fashion, llamagen-fashion-t2i, ...")],
+    recipe: Annotated[str, typer.Option(help="See the examples.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
     steps: Annotated[int | None, typer.Option(help="At most this many steps per stage.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Only this many training images.")] = None,
@@ -37,18 +42,16 @@ def train(
     """Train (or resume) an embedded model from its recipe."""
     import torch
 
-    from ..errors import unknown_name
-    from ..publish import publish, write_card
-    from ..training.recipes import RECIPES, stage_seconds
+    from ..publish import run_recipe
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if recipe not in RECIPES:
-        raise unknown_name("recipe", recipe, RECIPES)
-    chosen = RECIPES[recipe]
-    if steps is not None or num_images is not None:
-        chosen = chosen.shortened(steps or 10**9, num_images or chosen.num_images)
-    parts = chosen.run(out, progress=not quiet)
-    publish(parts, out / recipe, chosen.card, chosen.settings)
-    figures = write_card(out / recipe, recipe, stage_seconds(out), card_samples)
+    figures = run_recipe(
+        recipe,
+        out,
+        steps=steps,
+        num_images=num_images,
+        card_samples=card_samples,
+        progress=not quiet,
+    )
     typer.echo(json.dumps(figures) if as_json else f"{recipe} -> {out / recipe}")
