@@ -33,7 +33,8 @@ arvision eval generate --model ./llamagen-xl --sampler sjd --protocol adm-in256 
 
 torchrun --nproc-per-node 8 -m arvision.cli eval generate --model ./var-d16 --protocol adm-in256 --out var
 
-Run a command again to resume it, with any batch size and any number of processes.
+Run a command again to resume it, with any batch size and any number of processes. Behind torchrun
+write --num-images for --num, which torchrun takes for its own --numa-binding.
 """
 
 
@@ -74,7 +75,10 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder of the samples; resumed if it is there.")],
     sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "ar",
     protocol: Annotated[str, typer.Option(help="adm-in256, coco-30k, fashion.")] = "adm-in256",
-    num: Annotated[int | None, typer.Option(help="Images; the protocol's number if left.")] = None,
+    num: Annotated[
+        int | None,
+        typer.Option("--num", "--num-images", help="Images; the protocol's number if left."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image k has the identity (seed, k).")] = 0,
     pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar.")] = "plain",
     prompts: Annotated[
