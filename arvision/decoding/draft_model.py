@@ -191,9 +191,9 @@ class DraftModelDrafter:
             is_draft = place < room if self._coupling == "gumbel" else is_going
             drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
             laws.append(law)
-            acceptance = acceptance * self._calibration(
-                self._coupling, confidence_features(law, scores, token)
-            )
+            if self._least > 0:
+                features = confidence_features(law, scores, token)
+                acceptance = acceptance * self._calibration(self._coupling, features)
             is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
             if place + 1 == num or not bool(is_going.any()):
                 break

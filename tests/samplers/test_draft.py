@@ -24,7 +24,7 @@ from arvision.testing import (
 ALPHA = 1e-4
 NUM = 100_000
 COUPLINGS = sorted(draft_model.COUPLINGS)
-WEIGHTS = {name: (1.5, 0.5, -1.0, 0.5) for name in COUPLINGS}
+WEIGHTS = dict.fromkeys(COUPLINGS, (1.5, 0.5, -1.0, 0.5))
 
 
 def table_pair(seed, kind: Any = DroppingTableModel):
@@ -59,9 +59,7 @@ def model():
 def test_joint_law_with_adaptive_chains(coupling, seed):
     # One table takes models that can neither drop finished rows nor look past the end.
     target, draft = table_pair(seed, TableModel if seed == 0 else DroppingTableModel)
-    sampler = get_sampler(
-        "draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55
-    )
+    sampler = get_sampler("draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55)
     seeds = [(seed, image) for image in range(NUM)]
     out = sampler(target, [None] * NUM, seeds=seeds)
     assert law_p_value(target.number(out.tokens), target.joint(sampler.shaping())) > ALPHA
@@ -111,9 +109,7 @@ def clinging(chain):
 @pytest.mark.parametrize(("coupling", "mutant"), [("speculative", generous), ("gumbel", clinging)])
 def test_a_mutant_that_is_five_percent_off_is_found(coupling, mutant):
     target, draft = table_pair(1)
-    sampler = get_sampler(
-        "draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55
-    )
+    sampler = get_sampler("draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55)
     sampler.__class__ = type("Mutant", (DraftSampler,), {"rule": lambda self, model: mutant})
     samples = draw_joint(sampler, target, NUM, seed=1)
     assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
@@ -167,13 +163,17 @@ def test_speculative_pictures_do_not_depend_on_the_batch(model):
     batch = sampler(model, classes, seeds=seeds, guidance_scale=2.0)
     assert len(set(batch.stats.passes_per_image)) > 1, "the batch was meant to be ragged"
     for row in (0, 3, 6):
-        alone = sampler(model, classes[row : row + 1], seeds=seeds[row : row + 1], guidance_scale=2.0)
+        alone = sampler(
+            model, classes[row : row + 1], seeds=seeds[row : row + 1], guidance_scale=2.0
+        )
         assert torch.equal(alone.tokens[0], batch.tokens[row])
 
 
 def test_a_perfect_draft_is_always_accepted(model):
     for coupling in COUPLINGS:
-        sampler = get_sampler("draft", draft=model, coupling=coupling, max_draft=8, stop_threshold=1)
+        sampler = get_sampler(
+            "draft", draft=model, coupling=coupling, max_draft=8, stop_threshold=1
+        )
         out = sampler(model, [0], seeds=[1], guidance_scale=2.0)
         assert out.stats.acceptance_rate == 1.0
         assert out.stats.forward_passes == 7  # 63 tokens, 9 per pass
