@@ -86,7 +86,7 @@ def run_recipe(
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)
-    return write_card(out / name, name, stage_seconds(out), card_samples)
+    return write_card(out / name, name, stage_seconds(out, recipe), card_samples)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ class LlamaGenRecipe:
         transformer_sizes: arguments of `LlamaGenTransformer`.
         tokenizer_fit: settings of the tokenizer stage.
         transformer_fit: settings of the class-conditional stage.
+        polish_fit: settings of a last class-conditional stage, in which some context tokens are the
+            model's own draws (see `ClassObjective`); None for no such stage.
+        context_noise: mean share of such tokens.
         caption_fit: settings of the text-conditional stage, which starts from the weights of the
             class-conditional one; None for a class-conditional model.
         num_images: training images used.
@@ -78,6 +81,8 @@ class LlamaGenRecipe:
         mixed_precision="bf16",
         log_every=50,
     )
+    polish_fit: FitConfig | None = None
+    context_noise: float = 0.2
     caption_fit: FitConfig | None = None
     num_images: int = 60_000
 
@@ -93,6 +98,7 @@ class LlamaGenRecipe:
             self,
             tokenizer_fit=cut(self.tokenizer_fit),
             transformer_fit=cut(self.transformer_fit),
+            polish_fit=cut(self.polish_fit),
             caption_fit=cut(self.caption_fit),
             num_images=num_images,
         )
@@ -103,6 +109,12 @@ class LlamaGenRecipe:
         tokenizer = self._tokenizer(images, folder, progress)
         tokens = encode_all(tokenizer, images)
         transformer = self._transformer(tokens, labels, folder, progress)
+        if self.polish_fit is not None:
+            objective = ClassObjective(
+                transformer, tokens, labels, context_noise=self.context_noise
+            )
+            fit(objective, self.polish_fit, folder / "polish", progress=progress)
+            transformer.eval()
         parts: Components = {"transformer": transformer, "tokenizer": tokenizer}
         if self.caption_fit is not None:
             parts |= self._caption_model(transformer, tokens, images, labels, folder, progress)
@@ -173,6 +185,15 @@ RECIPES: dict[str, LlamaGenRecipe] = {
             "guidance_scale": 3.0,
             "num_threads": 1,
         },
+        polish_fit=FitConfig(
+            steps=500,
+            batch_size=64,
+            learning_rate=4e-4,
+            warmup=20,
+            mixed_precision="bf16",
+            log_every=50,
+            seed=1,
+        ),
     ),
     "llamagen-fashion-t2i": LlamaGenRecipe(
         card={
@@ -192,9 +213,12 @@ RECIPES: dict[str, LlamaGenRecipe] = {
 }
 
 
-def stage_seconds(folder: Path) -> dict[str, float]:
-    """Wall time of each finished stage under a recipe's folder, from its log."""
+def stage_seconds(folder: Path, recipe: LlamaGenRecipe) -> dict[str, float]:
+    """Wall time of each stage of a finished recipe, from its log."""
+    stages = {"tokenizer": True, "transformer": True}
+    stages |= {"polish": recipe.polish_fit is not None, "caption": recipe.caption_fit is not None}
     seconds = {}
-    for log in sorted(folder.glob("*/log.jsonl")):
-        seconds[log.parent.name] = json.loads(log.read_text().splitlines()[-1])["seconds"]
+    for stage in (name for name, is_part in stages.items() if is_part):
+        lines = (folder / stage / "log.jsonl").read_text().splitlines()
+        seconds[stage] = json.loads(lines[-1])["seconds"]
     return seconds
