@@ -74,13 +74,15 @@ def generate(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the samples; resumed if it is there.")],
     sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "ar",
-    protocol: Annotated[str, typer.Option(help="adm-in256, coco-30k, fashion.")] = "adm-in256",
+    protocol: Annotated[
+        str, typer.Option(help="adm-in256, coco-30k, fashion, free.")
+    ] = "adm-in256",
     num: Annotated[
         int | None,
         typer.Option("--num", "--num-images", help="Images; the protocol's number if left."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Image k has the identity (seed, k).")] = 0,
-    pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar.")] = "plain",
+    pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar, to256.")] = "plain",
     prompts: Annotated[
         Path | None, typer.Option(help="Captions: text, JSON lines or JSON.")
     ] = None,
@@ -125,7 +127,9 @@ def generate(
             facts = run_facts(shards)
             if write is not None:
                 path = out / "samples" if write == "png" else out / f"samples.{write}"
-                facts["written"] = str(writers[write](ShardSource(out), path))
+                if not path.exists():  # else it is from an earlier start of the same run
+                    writers[write](ShardSource(out), path)
+                facts["written"] = str(path)
             typer.echo(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
     finally:
         disconnect()
@@ -373,6 +377,8 @@ def export(
     plain = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if layout not in (*plain, *LAYOUTS):
         raise unknown_name("layout", layout, (*plain, *LAYOUTS))
+    if out.is_file():
+        raise InputError(f"{out} exists: expected a new file or folder")
     source = open_source(samples)
     if layout in plain:
         written = plain[layout](source, out)

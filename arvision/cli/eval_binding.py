@@ -58,7 +58,7 @@ def draw_samples(
         pixels=pixels,
         prompts_sha256=digest,
     )
-    make = _maker(pipe, sampler, settings, preset)
+    make = _maker(pipe, sampler, settings, lambda x: chosen.check_size(preset(x), pixels))
     texts = captions[:count] if captions else None
     return run(make, config, out, prompts=texts, batch_size=batch_size, progress=progress)
 
@@ -74,7 +74,7 @@ def read_captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | No
     return texts, config_hash({"prompts": texts})
 
 
-def _maker(pipe: Any, sampler: str, settings: dict[str, Any], preset: Any) -> Any:
+def _maker(pipe: Any, sampler: str, settings: dict[str, Any], to_pixels: Any) -> Any:
     """A maker around a loaded pipeline; sampling and sampler settings share one list."""
     import torch
 
@@ -93,7 +93,7 @@ def _maker(pipe: Any, sampler: str, settings: dict[str, Any], preset: Any) -> An
         )
         images = torch.as_tensor(out.images)
         passes = float(out.stats["forward_passes"])
-        return Made(preset(images), out.tokens, {"forward_passes": passes, "batches": 1.0})
+        return Made(to_pixels(images), out.tokens, {"forward_passes": passes, "batches": 1.0})
 
     return make
 

@@ -121,12 +121,20 @@ def compare(
     return tests, verdict_of(tests)
 
 
+def _half(score: Score) -> float:
+    """Half of the 95 % interval, also where it was cut at 0."""
+    if score.standard_error is not None:
+        return 1.96 * score.standard_error
+    assert score.interval is not None
+    return (score.interval[1] - score.interval[0]) / 2
+
+
 def _cell(score: Score | None, digits: int = 2) -> str:
     if score is None:
         return ""
     text = f"{score.value:.{digits}f}"
     if score.interval is not None and score.method is not None:
-        text += f" ± {(score.interval[1] - score.interval[0]) / 2:.{digits}f}"
+        text += f" ± {_half(score):.{digits}f}"
     return text
 
 
@@ -169,7 +177,7 @@ def plot(rows: Sequence[Row], distance: str, path: str | Path) -> Path:
             axes.axhline(score.value, color="0.6", linestyle="--", linewidth=1)
             axes.annotate(row.name, (0.01, score.value), xycoords=("axes fraction", "data"))
             continue
-        half = 0.0 if score.interval is None else (score.interval[1] - score.interval[0]) / 2
+        half = 0.0 if score.interval is None else _half(score)
         colour = "tab:blue" if row.law == "exact" else "tab:orange"
         axes.errorbar(1 / row.seconds, score.value, half, fmt="o", color=colour, capsize=3)
         axes.annotate(

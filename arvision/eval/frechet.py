@@ -12,6 +12,7 @@ eq. 16; Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,9 @@ def frechet_jackknife(
     # Replicas use the symmetric product: its error (1e-7 relative) is far below their spread.
     count = len(replicas)
     variance = (count - 1) / count * float(np.square(replicas - replicas.mean()).sum())
-    return normal_score(value, variance**0.5, whole.count, f"jackknife-{count}")
+    score = normal_score(value, variance**0.5, whole.count, f"jackknife-{count}")
+    assert score.interval is not None
+    return replace(score, interval=(max(0.0, score.interval[0]), score.interval[1]))
 
 
 def _merged(parts: Sequence[Moments]) -> Moments:

@@ -52,6 +52,9 @@ PIXEL_PRESETS = {
             "llamagen",
             "LlamaGen: 384 to 256 by bicubic without antialias, clamp(127.5 x + 128) truncated",
         ),
+        PixelPreset(
+            "to256", 256, "bicubic", True, "round", "antialiased bicubic to 256, round(255 x)"
+        ),
         PixelPreset("var", None, "bicubic", True, "truncate", "VAR's demo: 255 x truncated, PNG"),
         PixelPreset("mar", None, "bicubic", True, "mar", "MAR: round(clip(255 x))"),
     )
@@ -79,6 +82,20 @@ class Protocol:
     extractor: str
     metrics: tuple[str, ...]
     comparable_to: str
+
+    def check_size(self, images: Tensor, pixels: str) -> Tensor:
+        """`images` [B, 3, H, W], if they have the protocol's size.
+
+        Raises:
+            InputError: another size, which would not be comparable.
+        """
+        height, width = images.shape[-2:]
+        if self.side is not None and (height, width) != (self.side, self.side):
+            raise InputError(
+                f"the model gives {height}x{width} with pixels {pixels}: {self.id} has "
+                f"{self.side}x{self.side} (another pixel preset, or protocol free)"
+            )
+        return images
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol as JSON types."""
@@ -113,6 +130,15 @@ PROTOCOLS = {
         "lite0",
         ("frechet", "precision", "recall", "class_consistency"),
         "other arvision runs of this protocol, extractor and number of samples only",
+    ),
+    "free": Protocol(
+        "free/v1",
+        1_000,
+        None,
+        None,
+        "lite0",
+        ("frechet", "precision", "recall"),
+        "runs with the same settings, reference, extractor and number of samples only",
     ),
 }
 

@@ -95,19 +95,32 @@ def test_a_failed_start_does_not_block_the_folder(tmp_path: Path):
 def test_prompts_make_a_run(tmp_path: Path):
     captions = tmp_path / "captions.txt"
     captions.write_text("sneaker\nbag\n")
-    place = tmp_path / "run"
-    run(
-        *("generate", "--model", "llamagen-fashion", "--protocol", "coco-30k", "--out", place),
-        *("--prompts", captions, "--per-prompt", 2, "--quiet"),
-    )
-    assert ShardFolder(place).num == 4
+    common = ("generate", "--model", "llamagen-fashion", "--quiet", "--out", tmp_path / "run")
+    prompts = ("--prompts", captions, "--per-prompt", 2)
+    run(*common, "--protocol", "free", *prompts)
+    assert ShardFolder(tmp_path / "run").num == 4
     with pytest.raises(InputError, match="give --prompts"):
-        run("generate", "--model", "llamagen-fashion", "--protocol", "coco-30k", "--out", place)
+        run(*common, "--protocol", "coco-30k")
     with pytest.raises(InputError, match="expected 2 to 4"):
-        run(
-            *("generate", "--model", "llamagen-fashion", "--protocol", "coco-30k", "--out", place),
-            *("--prompts", captions, "--per-prompt", 2, "--num", 9, "--quiet"),
-        )
+        run(*common, "--protocol", "free", *prompts, "--num", 9)
+
+
+def test_a_size_that_is_not_the_protocols_is_refused(tmp_path: Path):
+    common = ("generate", "--model", "llamagen-fashion", "--quiet", "--num", 2)
+    with pytest.raises(InputError, match="gives 32x32 with pixels plain: adm-in256/v1 has 256x256"):
+        run(*common, "--protocol", "adm-in256", "--out", tmp_path / "a", "--num-classes", 10)
+    assert not list((tmp_path / "a" / "blocks").iterdir())
+    classes = ("--num-classes", 10, "--pixels", "to256")
+    run(*common, "--protocol", "adm-in256", "--out", tmp_path / "b", *classes)
+    assert ShardFolder(tmp_path / "b").read(0, 1).shape == (1, 256, 256, 3)
+
+
+def test_export_does_not_overwrite(runs: dict[str, Path], tmp_path: Path):
+    kept = tmp_path / "kept.npz"
+    kept.write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists"):
+        run("export", "--samples", runs["ar"], "--layout", "npz", "--out", kept)
+    assert kept.read_bytes() == b"mine"
 
 
 def test_fid_of_runs_npz_and_folders_agrees(runs: dict[str, Path], tmp_path: Path):

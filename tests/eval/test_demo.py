@@ -86,7 +86,7 @@ def test_compare_takes_the_tests_that_the_seeds_allow(tmp_path: Path):
 
 def rows() -> list[Row]:
     def scores(value: float) -> dict[str, Score]:
-        distance = Score(value, 10, (value - 1, value + 1), 0.5, "jackknife-20")
+        distance = Score(value, 10, (value - 0.98, value + 0.98), 0.5, "jackknife-20")
         return {"frechet_x": distance, "precision": Score(0.5, 10)}
 
     return [
@@ -99,8 +99,8 @@ def rows() -> list[Row]:
 def test_table_has_a_line_per_row():
     lines = to_table(rows(), ["frechet_x"]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[4].startswith("| sjd | exact | 23.0 | 0.100 | 2.00x | 30.500 ± 1.000 | 0.50 |")
-    assert lines[2].startswith("| 10 training images |  |  |  |  | 20.000 ± 1.000 |")
+    assert lines[4].startswith("| sjd | exact | 23.0 | 0.100 | 2.00x | 30.500 ± 0.980 | 0.50 |")
+    assert lines[2].startswith("| 10 training images |  |  |  |  | 20.000 ± 0.980 |")
 
 
 def test_plot_and_report_are_written(judge: Judge, tmp_path: Path):

@@ -222,6 +222,17 @@ def test_jackknife_interval_covers():
     assert np.mean([high - low for low, high in intervals]) < 0.5 * centre * 4
 
 
+def test_an_interval_never_starts_below_zero():
+    rows = torch.randn(60, 4).double()
+    grouped = GroupedMoments(5)
+    grouped.update(rows, [i % 5 for i in range(60)])
+    whole = Moments.of(rows)
+    score = frechet_jackknife(grouped.parts(), whole.mean, whole.covariance())
+    assert score.value < 1e-9
+    assert score.interval is not None
+    assert score.interval[0] == 0.0 < score.interval[1]
+
+
 def test_infinity_removes_the_bias():
     dim, size = 16, 4000
     rows = torch.randn(size, dim).double()
