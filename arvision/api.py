@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from .errors import CheckpointError, InputError, unknown_name
 from .pipeline import ARPipeline, SampleOutput
@@ -121,14 +118,17 @@ def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without diffusers' bar over two or three small components."""
-    was_shown = is_progress_bar_enabled()
-    disable_progress_bar()
+    """Without the libraries' bars over two or three small components."""
+    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
+    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
+    for switch, _ in switches:
+        switch.disable_progress_bar()
     try:
         yield
     finally:
-        if was_shown:
-            enable_progress_bar()
+        for switch, was_shown in switches:
+            if was_shown:
+                switch.enable_progress_bar()
 
 
 def _find(name_or_path: str | Path) -> str | Path:
