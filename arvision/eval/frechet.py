@@ -23,6 +23,8 @@ from ..errors import InputError
 from .moments import Moments, check_features
 from .score import Score, normal_score
 
+SAFE_PIVOT = 1e-10
+
 
 def _symmetric(matrix: Any, name: str) -> Tensor:
     """`matrix` as a finite, symmetric float64 tensor [D, D]."""
@@ -59,6 +61,19 @@ def _root_factor(covariance: Tensor) -> Tensor:
     return kept.sqrt()[:, None] * vectors.T
 
 
+def _factor(covariance: Tensor) -> Tensor:
+    """Some F [D, D] with F^T F = covariance; the nuclear norm is the same for all of them.
+
+    Cholesky's is ten times cheaper than the eigenvectors'. It serves where every pivot stands well
+    above rounding noise; a covariance that is singular, or nearly, takes the other way.
+    """
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    pivots = lower.diagonal().square()
+    if int(failed) == 0 and float(pivots.min()) > SAFE_PIVOT * float(pivots.max()):
+        return lower.T
+    return _root_factor(covariance)
+
+
 def frechet_distance(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
     """Squared Frechet distance between two Gaussians, in float64.
 
@@ -84,7 +99,7 @@ def frechet_distance(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
     sizes = (len(mean_a), len(cov_a), len(mean_b), len(cov_b))
     if len(set(sizes)) != 1:
         raise InputError(f"mean_a, cov_a, mean_b, cov_b have {sizes} dimensions: expected equal")
-    nuclear = torch.linalg.svdvals(_root_factor(cov_a) @ _root_factor(cov_b).T).sum()
+    nuclear = torch.linalg.svdvals(_factor(cov_a) @ _factor(cov_b).T).sum()
     return _assemble(mean_a - mean_b, cov_a.trace() + cov_b.trace(), nuclear)
 
 

@@ -71,6 +71,18 @@ def test_rank_deficient_at_512():
     assert abs(usual - expected) > 1e-9
 
 
+@pytest.mark.parametrize("smallest", [1e-2, 1e-7, 1e-12, 0.0])
+def test_both_factorisations_agree(smallest: float, monkeypatch):
+    """Cholesky for well-conditioned covariances, eigenvectors for the rest: one value."""
+    draw = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(60, 60, generator=draw, dtype=torch.float64)).Q
+    spectrum = torch.linspace(1, 0, 60).double() ** 2 * (1 - smallest) + smallest
+    a, b, zero = turn @ spectrum.diag() @ turn.T, spd(60, 11), torch.zeros(60)
+    value = frechet_distance(zero, a, zero, b)
+    monkeypatch.setattr("arvision.eval.frechet.SAFE_PIVOT", 2.0)
+    assert value == pytest.approx(frechet_distance(zero, a, zero, b), abs=1e-11)
+
+
 def test_self_distance_is_zero_and_never_negative():
     rows = torch.randn(300, 512, dtype=torch.float64)
     own = Moments.of(rows)
