@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
+from ..contracts import Conditions, Samples, TokenModel
 from ..decoding.draft_model import (
     UNCALIBRATED,
     Calibration,
@@ -131,16 +131,8 @@ class DraftSampler(TokenSampler):
         """The last known token and the drafts."""
         return FixedWindow(self.config["max_draft"] + 1)
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition, see `TokenSampler`.
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the decoding loop with the draft model.
 
         Returns:
             Tokens and the statistics of `decode_tokens`; further `drafted`, `accepted`,
@@ -149,7 +141,6 @@ class DraftSampler(TokenSampler):
         Raises:
             InputError: no draft, or one of another vocabulary or grid; see also `TokenSampler`.
         """
-        check_guidance(guidance_scale)
         if self._draft is None:
             name = self.config["draft"]
             given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
@@ -161,7 +152,7 @@ class DraftSampler(TokenSampler):
         drafter = DraftModelDrafter(
             self._draft,
             conditions,
-            guidance_scale if own_scale is None else own_scale,
+            run["guidance_scale"] if own_scale is None else own_scale,
             self.shaping(),
             coupling=self.config["coupling"],
             calibration=self._calibration,
@@ -174,9 +165,7 @@ class DraftSampler(TokenSampler):
             rule=self.rule(model),
             shape=self.shaping(),
             policy=self.policy(model),
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
+            **run,
         )
         figures = drafter.figures
         samples.stats.update(
