@@ -71,10 +71,16 @@ def _cpu() -> str:
         return platform.processor()
 
 
+def load(name: str) -> dict[str, Any]:
+    """A result written by `save`; empty where there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save(name: str, record: dict[str, Any]) -> Path:
     """Write a result beside the machine it was measured on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **record}, indent=1) + "\n")
+    path.write_text(json.dumps({**record, "environment": environment()}, indent=1) + "\n")
     print(f"wrote {path}")
     return path

@@ -1,7 +1,8 @@
 """How many passes, and how much time, does `sjd` save over `ar` on the embedded models?
 
 python -m benchmarks.samplers            tokens per pass over coupling x window, wall time at batch 1
-python -m benchmarks.samplers --quick    fewer images
+python -m benchmarks.samplers --images 20 --part passes      fewer images, one of the two parts
+python -m benchmarks.samplers --dtype bfloat16 --part time
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import arvision
 from arvision import get_sampler
 
-from .common import alternate, save, summary
+from .common import alternate, load, save, summary
 
 WINDOWS = (2, 4, 8, 16, 32, 64)
 COUPLINGS = ("independent", "maximal", "gumbel")
@@ -97,22 +98,26 @@ def wall_time(pipe: Any, prompts: list, threads: int, num: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure and write `results/samplers.json`."""
+    """Measure and write `results/samplers.json (float32) or `results/samplers_DTYPE.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--part", choices=["passes", "time"], default=None)
     options = parser.parse_args()
-    num = 20 if options.quick else 100
-    record: dict[str, Any] = {"dtype": options.dtype}
-    for name, prompts in PROMPTS.items():
-        if name not in arvision.list_models():
-            continue
-        pipe = arvision.load(name, device="cpu", dtype=options.dtype)
-        print(name)
-        record[name] = {"passes": passes(pipe, prompts, num), "wall_time": {}}
-        for threads in (1, 2):
-            record[name]["wall_time"][str(threads)] = wall_time(pipe, prompts, threads, num // 10)
-    save("samplers" if options.dtype == "float32" else f"samplers_{options.dtype}", record)
+    name = "samplers" if options.dtype == "float32" else f"samplers_{options.dtype}"
+    record: dict[str, Any] = load(name) if options.part else {}
+    record["dtype"] = options.dtype
+    for model, prompts in PROMPTS.items():
+        pipe = arvision.load(model, device="cpu", dtype=options.dtype)
+        print(model)
+        mine = record.setdefault(model, {})
+        if options.part != "time":
+            mine["passes"] = passes(pipe, prompts, options.images)
+        if options.part != "passes":
+            mine["wall_time"] = {
+                str(threads): wall_time(pipe, prompts, threads, 6) for threads in (1, 2)
+            }
+    save(name, record)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
-"""Write the measured tables of the README from `benchmarks/results`.
+"""Write the measured tables of the README and of docs/samplers.md from `benchmarks/results`.
 
 python -m benchmarks.tables
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-from .common import RESULTS
+from .common import RESULTS, load
 
+SAMPLERS_PAGE = RESULTS.parent.parent / "docs" / "samplers.md"
 README = RESULTS.parent.parent / "README.md"
-
-
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def passes_table(record: dict[str, Any]) -> str:
@@ -53,12 +48,33 @@ def time_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def lossy_table(record: dict[str, Any]) -> str:
+    """Every sampler beside plain sampling."""
+    lines = [
+        "| sampler | lossless | passes | tokens per pass | agreement | marginal KL | "
+        "nats per token | feature distance | class consistency |",
+        "|" + " --- |" * 9,
+    ]
+    for row in record["samplers"]:
+        low, high = row["class_consistency_interval"]
+        speed = ("", "")
+        if "passes" in row:
+            speed = (f"{row['passes']:.1f}", f"{row['tokens_per_pass']:.2f}")
+        lines.append(
+            f"| `{row['sampler']}` | {'yes' if row['lossless'] else 'no'} | {speed[0]} | {speed[1]} "
+            f"| {row['agreement']:.2f} | {row['marginal_kl']:.3f} | {row['log_likelihood']:.2f} +- "
+            f"{row['log_likelihood_error']:.2f} | {row['feature_distance']:.2f} | "
+            f"{row['class_consistency']:.3f} [{low:.2f}, {high:.2f}] |"
+        )
+    return "\n".join(lines) + f"\n\n{record['images']} images each. {machine(record)}"
+
+
 def machine(record: dict[str, Any]) -> str:
     """One line about where the figures come from."""
     where = record["environment"]
     return (
         f"Machine: {where['cpu']}, {where['cores']} shared cores, torch {where['torch']}, "
-        f"{where['date']}, commit {where['commit']}; {record.get('dtype', 'float32')}."
+        f"{where['date']}, commit {where['commit']}."
     )
 
 
@@ -67,18 +83,21 @@ def fill(text: str, name: str, content: str) -> str:
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     filled, count = re.subn(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"expected one pair of markers {name!r} in {README}, found {count}")
+        raise ValueError(f"expected one pair of markers {name!r}, found {count}")
     return filled
 
 
 def main() -> None:
     """Update the README in place."""
-    record = _load("samplers")
+    record = load("samplers")
     text = README.read_text()
     text = fill(text, "passes", passes_table(record) + "\n\n" + machine(record))
-    text = fill(text, "time", time_table(record))
-    Path(README).write_text(text)
-    print(f"updated {README}")
+    records = {"float32": record, "bfloat16": load("samplers_bfloat16")}
+    text = fill(text, "time", time_table(records) + "\n\n" + machine(record))
+    README.write_text(text)
+    page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
+    SAMPLERS_PAGE.write_text(page)
+    print(f"updated {README} and {SAMPLERS_PAGE}")
 
 
 if __name__ == "__main__":
