@@ -57,10 +57,27 @@ def draw_samples(
         protocol=chosen.id,
         pixels=pixels,
         prompts_sha256=digest,
+        weights_sha256=weights_sha256(pipe),
     )
     make = _maker(pipe, sampler, settings, lambda x: chosen.check_size(preset(x), pixels))
     texts = captions[:count] if captions else None
     return run(make, config, out, prompts=texts, batch_size=batch_size, progress=progress)
+
+
+def weights_sha256(pipe: Any) -> str:
+    """A hash of all weights of a pipeline, as loaded."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module):
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(f"{part}.{name}{list(value.shape)}{value.dtype}".encode())
+                flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(flat.cpu().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def read_captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | None, str | None]:

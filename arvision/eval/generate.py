@@ -55,6 +55,7 @@ class GenerateConfig:
         protocol: id.
         pixels: preset name.
         prompts_sha256: of the prompts, where there are some.
+        weights_sha256: of the model's weights, so that a run does not go on with others.
     """
 
     model: str
@@ -66,6 +67,7 @@ class GenerateConfig:
     protocol: str = "custom"
     pixels: str = "plain"
     prompts_sha256: str | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.num < 2:

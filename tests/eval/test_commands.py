@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from arvision.cli.eval import app
+from arvision.cli.eval_binding import likelihood, weights_sha256
 from arvision.errors import ArvisionError, InputError
 from arvision.eval.shards import ShardFolder
 
@@ -82,6 +83,17 @@ def test_generate_refuses_other_settings(runs: dict[str, Path]):
             *("generate", *MODEL, "--num", 24, "--out", runs["ar"], "--quiet"),
             *("--option", "temperature=0.5"),
         )
+
+
+def test_other_weights_do_not_go_on_with_a_run(runs: dict[str, Path], tmp_path: Path):
+    import arvision
+
+    pipe = arvision.load("llamagen-fashion", device="cpu")
+    known = weights_sha256(pipe)
+    assert ShardFolder(runs["ar"]).config["weights_sha256"] == known
+    with torch.no_grad():
+        next(iter(pipe.transformer.parameters())).view(-1)[0] += 1
+    assert weights_sha256(pipe) != known
 
 
 def test_a_failed_start_does_not_block_the_folder(tmp_path: Path):
@@ -204,8 +216,6 @@ def test_equivalence_of_independent_runs(runs: dict[str, Path]):
 
 def test_likelihood_is_the_models_own(runs: dict[str, Path], fashion):
     """The sum of log-probabilities token by token, through the cache."""
-    from arvision.cli.eval_binding import likelihood
-
     tokens = torch.from_numpy(ShardFolder(runs["ar"]).read_tokens(0, 2))
     found = likelihood("llamagen-fashion", runs["ar"])(tokens.numpy(), [0, 1])
     scale = fashion.config["guidance_scale"]
