@@ -31,19 +31,27 @@ def passes_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def time_table(record: dict[str, Any]) -> str:
-    """Wall time per image at batch 1, both thread counts."""
+SHOWN = ("sjd gumbel 8", "sjd gumbel 16", "sjd gumbel 32", "sjd maximal 16")
+
+
+def time_table(records: dict[str, dict[str, Any]]) -> str:
+    """Wall time per image at batch 1 by dtype and thread count, medians, `ar` with its spread."""
     lines = [
-        "| model | threads | sampler | ms per image, median (min to max) | speed-up over `ar` |"
+        "| model | dtype | threads | `ar`, ms per image | " + " | ".join(SHOWN) + " |",
+        "|" + " --- |" * (4 + len(SHOWN)),
     ]
-    lines.append("| --- | --- | --- | --- | --- |")
     for model in ("llamagen-fashion", "llamagen-fashion-t2i"):
-        for threads, rows in record[model]["wall_time"].items():
-            for name, row in rows.items():
-                low, mid, high = (1e3 * row[key] for key in ("min", "median", "max"))
+        for dtype, record in records.items():
+            for threads, rows in record[model]["wall_time"].items():
+                low, mid, high = (1e3 * rows["ar"][key] for key in ("min", "median", "max"))
+                cells = [
+                    f"{1e3 * rows[name]['median']:.0f} ({rows[name]['speed_up']:.2f}x)"
+                    for name in SHOWN
+                ]
                 lines.append(
-                    f"| `{model}` | {threads} | {name} | {mid:.0f} ({low:.0f} to {high:.0f}) | "
-                    f"{row['speed_up']:.2f}x |"
+                    f"| `{model}` | {dtype} | {threads} | {mid:.0f} ({low:.0f} to {high:.0f}) | "
+                    + " | ".join(cells)
+                    + " |"
                 )
     return "\n".join(lines)
 

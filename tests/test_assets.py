@@ -29,7 +29,8 @@ def test_cards_and_precision(name):
     for words in ("license: apache-2.0", "small demonstration model", "MIT", "Wall time", "Recipe"):
         assert words in card
     facts = set(json.loads((folder / "card.json").read_text()))
-    assert {"kind", "conditions", "summary"} <= facts <= {"kind", "conditions", "summary", "shared"}
+    assert {"kind", "conditions", "summary"} <= facts
+    assert facts <= {"kind", "conditions", "summary", "shared", "draft_for"}
     for weights in folder.rglob("*.safetensors"):
         with safe_open(weights, "pt") as file:
             kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
