@@ -3,6 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Debian keeps the venv module in a package of its own.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+GET_VENV := $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv
 # Small models run fastest on one thread; two test processes use two cores.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
@@ -44,9 +47,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "arvision needs Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
-	@if ! $(PYTHON) -m venv .venv; then rm -rf .venv; \
-		echo "no venv module (Debian: apt install python3-venv); trying virtualenv" >&2; \
-		$(PYTHON) -m pip install --user --break-system-packages virtualenv && \
-		$(PYTHON) -m virtualenv .venv; fi
+	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; $(GET_VENV) && $(PYTHON) -m venv .venv; } || \
+		{ echo "python3 has no venv module: install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval]"
 	@touch $@

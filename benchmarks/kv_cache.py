@@ -26,17 +26,22 @@ NEIGHBOURS = 8
 """Steps around a token whose median is taken, because single steps are noisy."""
 
 
-def step_seconds(model: LlamaGen) -> list[float]:
-    """Seconds of each of the 255 steps of one image."""
-    marks = []
-    get_sampler("ar")(
-        model,
-        [0],
-        seeds=[0],
-        guidance_scale=4.0,
-        on_step=lambda step, figures: marks.append(time.perf_counter()),
-    )
-    return [b - a for a, b in itertools.pairwise(marks)]
+def drawing(model: LlamaGen, steps: list[list[float]], name: str, **options: Any) -> Any:
+    """A task that draws one image and adds the seconds of each of its passes to `steps`."""
+    sampler = get_sampler(name, **options)
+
+    def draw() -> None:
+        marks: list[float] = []
+        sampler(
+            model,
+            [0],
+            seeds=[0],
+            guidance_scale=4.0,
+            on_step=lambda step, figures: marks.append(time.perf_counter()),
+        )
+        steps.append([b - a for a, b in itertools.pairwise(marks)])
+
+    return draw
 
 
 def around(steps: list[float], token: int) -> float:
@@ -49,10 +54,14 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaGen(LlamaGenTransformer().eval())
     record: dict[str, Any] = {"model": "LlamaGen-B, random weights", "guidance_scale": 4.0}
-    step_seconds(model)
-    runs = [step_seconds(model) for _ in range(ROUNDS)]
-    early = statistics.median(around(run, 10) for run in runs)
-    late = statistics.median(around(run, 244) for run in runs)
+    steps: dict[str, list[list[float]]] = {"ar": [], "sjd 16": []}
+    tasks = {
+        "ar": drawing(model, steps["ar"], "ar"),
+        "sjd 16": drawing(model, steps["sjd 16"], "sjd", window=16),
+    }
+    seconds = alternate(tasks, ROUNDS)
+    early = statistics.median(around(run, 10) for run in steps["ar"][1:])
+    late = statistics.median(around(run, 244) for run in steps["ar"][1:])
     record["tokens_per_second_at_10"] = 1 / early
     record["tokens_per_second_at_250"] = 1 / late
     record["late_over_early"] = early / late
@@ -60,17 +69,14 @@ def main() -> None:
         f"tokens per second: {1 / early:.1f} near token 10, {1 / late:.1f} near token 250 "
         f"(ratio {early / late:.3f})"
     )
-
-    def whole(name: str, **options: Any) -> Any:
-        sampler = get_sampler(name, **options)
-        return lambda: sampler(model, [0], seeds=[0], guidance_scale=4.0)
-
-    tasks = {"ar": whole("ar"), "sjd 16": whole("sjd", window=16)}
-    record["image_seconds"] = {n: summary(s) for n, s in alternate(tasks, ROUNDS).items()}
-    for name, task in tasks.items():
-        passes = task().stats.forward_passes
-        median = record["image_seconds"][name]["median"]
-        record["image_seconds"][name] |= {"passes": passes, "ms_per_pass": 1e3 * median / passes}
+    record["image_seconds"] = {}
+    for name, times in seconds.items():
+        passes = len(steps[name][-1]) + 1
+        median = statistics.median(times)
+        record["image_seconds"][name] = summary(times) | {
+            "passes": passes,
+            "ms_per_pass": 1e3 * median / passes,
+        }
         print(f"{name}: {median:.2f} s, {passes} passes, {1e3 * median / passes:.1f} ms per pass")
     save("kv_cache", record)
 
