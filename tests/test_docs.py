@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_OFFICIAL_FILES = ("c2i_B_256.pt",)
+NEEDS_OFFICIAL_FILES = ("from_official(",)
 
 
 def blocks(path: Path, language: str) -> list[str]:

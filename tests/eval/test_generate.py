@@ -88,12 +88,12 @@ def kill(process: subprocess.Popen) -> None:
 
 def wait_for_blocks(out: Path, count: int, process: subprocess.Popen) -> None:
     """Until `count` block files are there, or the process ends."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if len(list((out / "blocks").glob("*"))) >= count:
             return
         time.sleep(0.005)
-    assert process.poll() is not None, "no blocks within a minute"
+    assert process.poll() is not None, "no blocks within ten minutes"
 
 
 def kill_and_resume(out: Path, whole: Path, moments: list[tuple[int, float, int]]) -> int:
@@ -127,7 +127,7 @@ def test_killed_at_ten_random_moments_with_changing_processes(whole: Path, tmp_p
 
 def test_two_processes_give_the_same_bytes(whole: Path, tmp_path: Path):
     process = start(tmp_path, 2, 64, 0.0)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=900) == 0
     assert hashes(tmp_path) == hashes(whole)
     assert {p.name for p in tmp_path.glob("manifest-*")} == {
         "manifest-0000.jsonl",
