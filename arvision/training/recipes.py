@@ -184,6 +184,7 @@ RECIPES: dict[str, LlamaGenRecipe] = {
             "class_names": list(CLASS_NAMES),
             "guidance_scale": 3.0,
             "num_threads": 1,
+            "draft": "llamagen-fashion-draft",
         },
         polish_fit=FitConfig(
             steps=500,
