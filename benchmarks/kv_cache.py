@@ -3,8 +3,9 @@
 python -m benchmarks.kv_cache
 
 LlamaGen-B (111M, random weights), 256 tokens, guidance 4. The cache is preallocated; no step copies
-it. Then `ar` against `sjd` on the same model, whole images, alternating. With random weights drafts
-are hardly ever right, so that part shows the cost of a pass and not a speed-up.
+it. `ar` and `sjd` draw whole images on the same model, alternating. The laws of random weights hardly
+depend on the tokens before, so guesses are right far more often than with trained ones: that part
+shows the cost of a pass, and not a speed-up to expect.
 """
 
 from __future__ import annotations
