@@ -49,7 +49,7 @@ def test_commands_in_the_readme_are_known():
         words = line.split()
         command = known
         while words and words[0] in getattr(command, "commands", {}):
-            command = command.commands[words.pop(0)]
+            command = vars(command)["commands"][words.pop(0)]
         options = {name for parameter in command.params for name in parameter.opts}
         for word in words:
             if word.startswith("--"):
