@@ -19,6 +19,16 @@ def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     return null + scale * (conditional - null)
 
 
+def check_guidance_scale(scale: float) -> None:
+    """Refuse a guidance scale below 0, or one that is not a finite number.
+
+    Raises:
+        InputError: see above.
+    """
+    if not 0 <= scale < float("inf"):
+        raise InputError(f"guidance_scale {scale}: expected a number >= 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shaping:
     """How logits become the law that tokens are drawn from.

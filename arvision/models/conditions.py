@@ -7,16 +7,6 @@ from collections.abc import Sequence
 from ..errors import InputError, unknown_name
 
 
-def check_guidance_scale(scale: float) -> None:
-    """Refuse a guidance scale below 0.
-
-    Raises:
-        InputError: see above.
-    """
-    if not 0 <= scale < float("inf"):
-        raise InputError(f"guidance_scale {scale}: expected a number >= 0")
-
-
 def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> int:
     """Class id of a condition: an id, a name, or the last word of a name ("boot").
 

@@ -10,10 +10,10 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
-from ..decoding.logits import Shaping
+from ..decoding.logits import Shaping, check_guidance_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
-from ..errors import InputError, unknown_name
+from ..errors import unknown_name
 from ..registry import Registry
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
@@ -145,7 +145,7 @@ class TokenSampler(BaseSampler):
         Raises:
             InputError: a negative guidance scale, or as many seeds as conditions are not given.
         """
-        check_guidance(guidance_scale)
+        check_guidance_scale(guidance_scale)
         samples = self.decode(
             model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
         )
@@ -163,9 +163,3 @@ class TokenSampler(BaseSampler):
             policy=self.policy(model),
             **run,
         )
-
-
-def check_guidance(guidance_scale: float) -> None:
-    """Refuse a guidance scale below 0 (or one that is not a number)."""
-    if not 0 <= guidance_scale < float("inf"):
-        raise InputError(f"guidance_scale {guidance_scale}: expected a number >= 0")

@@ -15,10 +15,11 @@ from ..decoding.draft_model import (
     check_draft,
     get_draft_coupling,
 )
+from ..decoding.logits import check_guidance_scale
 from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
 from ..errors import InputError
-from .base import TokenSampler, check_guidance, register
+from .base import TokenSampler, register
 
 
 @register("draft", exact=True, drives="token")
@@ -80,7 +81,7 @@ class DraftSampler(TokenSampler):
         if not 0 <= stop_threshold <= 1:
             raise InputError(f"stop_threshold {stop_threshold}: expected 0 <= stop_threshold <= 1")
         if draft_guidance_scale is not None:
-            check_guidance(draft_guidance_scale)
+            check_guidance_scale(draft_guidance_scale)
         get_draft_coupling(coupling)
         self.shaping()
         self._draft: TokenModel | None = None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...contracts import Conditions
+from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
-from ..conditions import check_guidance_scale, resolve_class
+from ..conditions import resolve_class
 from .state import LlamaGenState
 from .text import CaptionEncoder
 from .tokenizer import LlamaGenTokenizer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
-from ...decoding.tree import ancestor_mask, check_parents, depths
+from ...decoding.tree import ancestor_mask, check_parents
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -104,7 +104,8 @@ class LlamaGenState:
         steps = torch.arange(num, device=tokens.device)
         if parents is not None:
             check_parents(parents, num)
-            ancestors, steps = ancestor_mask(parents), depths(parents)
+            ancestors = ancestor_mask(parents)
+            steps = ancestors.sum(1) - 1
         self._parents = parents
         _, mask = self.cache.begin(num, ancestors)
         last = len(self._rotary) - 1
