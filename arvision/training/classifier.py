@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..eval.classifier import FashionClassifier, class_consistency
+from ..files import replacing
 from .data import load_fashion
 
 BATCH_SIZE = 128
@@ -61,9 +61,8 @@ def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _fit(model: FashionClassifier, epochs: int, seed: int, progress: bool) -> None:
