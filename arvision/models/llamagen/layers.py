@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear
+
 
 class AttentionCache(Protocol):
     """Where an attention layer puts its keys and values, and what it may look at."""
@@ -41,9 +43,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., C]."""
@@ -57,8 +59,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = width // num_heads
-        self.wqkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wqkv = Linear(width, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.wo = Linear(width, width, bias=False)
 
     def forward(
         self,
@@ -81,9 +83,9 @@ class Attention(nn.Module):
         """
         rows, num, _ = x.shape
         heads, groups, dim = self.num_heads, self.num_kv_heads, self.head_dim
-        q, k, v = self.wqkv(x).split([heads * dim, groups * dim, groups * dim], dim=-1)
-        q = apply_rotary(q.view(rows, num, heads, dim), rotary).transpose(1, 2)
-        k = apply_rotary(k.view(rows, num, groups, dim), rotary).transpose(1, 2)
+        qk, v = self.wqkv(x).split([(heads + groups) * dim, groups * dim], dim=-1)
+        qk = apply_rotary(qk.view(rows, num, heads + groups, dim), rotary).transpose(1, 2)
+        q, k = qk.split([heads, groups], dim=1)
         v = v.view(rows, num, groups, dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
@@ -200,8 +202,6 @@ def rotary_table(
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate adjacent pairs of [R, T, H, D] by (cos, sin) [T, D/2, 2] or [R, T, D/2, 2]."""
-    pairs = x.to(rotary.dtype).unflatten(-1, (-1, 2))
-    cos, sin = rotary.unsqueeze(-3).unbind(-1)
-    even, odd = pairs.unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(rotary.dtype).unflatten(-1, (-1, 2)))
+    turned = pairs * torch.view_as_complex(rotary).unsqueeze(-2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
+from ...kernels.linear import Linear
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import AttentionCache, Block, CaptionEmbedding, ClassEmbedding, RMSNorm, rotary_table
 
@@ -88,7 +89,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             Block(hidden_size, num_heads, num_kv_heads, hidden, norm_eps) for _ in range(num_layers)
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
-        self.output = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.output = Linear(hidden_size, vocab_size, bias=False)
         self._rotary: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._init_weights(num_layers)
 

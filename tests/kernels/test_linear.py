@@ -1,0 +1,57 @@
+"""The packed linear layer computes what `torch.nn.Linear` computes, and follows its weight."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arvision.kernels.linear import Linear, runs_packed
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 17, 64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 13), (256, 432)])
+@torch.no_grad()
+def test_equals_linear(rows, bias, sizes):
+    torch.manual_seed(0)
+    layer = Linear(*sizes, bias=bias)
+    x = torch.randn(2, rows, sizes[0])
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_takes_the_packed_path_only_where_it_says():
+    layer, x = Linear(8, 8), torch.randn(16, 8)
+    assert runs_packed(x, layer.weight) == torch.backends.mkldnn.is_available()
+    assert not runs_packed(x[:2], layer.weight)
+    assert not runs_packed(x.double(), layer.weight.double())
+    with torch.enable_grad():
+        assert not runs_packed(x, layer.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not runs_packed(x, layer.weight)
+        assert layer(x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_follows_a_changed_weight():
+    layer, x = Linear(8, 8, bias=False), torch.randn(16, 8)
+    before = layer(x)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), 2 * before)
+    layer.load_state_dict({"weight": torch.eye(8)})
+    torch.testing.assert_close(layer(x), x)
+    layer.weight.data = 3 * torch.eye(8)
+    torch.testing.assert_close(layer(x), 3 * x)
+    twin = copy.deepcopy(layer)
+    twin.weight.zero_()
+    assert not twin(x).any()
+    assert layer(x).any()
+
+
+def test_gradients_flow():
+    layer, x = Linear(8, 8), torch.randn(16, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
