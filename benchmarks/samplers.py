@@ -3,6 +3,7 @@
 python -m benchmarks.samplers            tokens per pass over coupling x window, wall time at batch 1
 python -m benchmarks.samplers --images 20 --part passes      fewer images, one of the two parts
 python -m benchmarks.samplers --dtype bfloat16 --part time
+python -m benchmarks.samplers --part grid     coupling x init x window
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 
 import arvision
 from arvision import get_sampler
+from arvision.decoding.jacobi import INITS
 
 from .common import alternate, load, save, summary
 
 WINDOWS = (2, 4, 8, 16, 32, 64)
+GRID_WINDOWS = (4, 8, 16, 32, 64)
 COUPLINGS = ("independent", "maximal", "gumbel")
 PROMPTS: dict[str, list[Any]] = {
     "llamagen-fashion": list(range(10)),
@@ -63,6 +66,24 @@ def passes(pipe: Any, prompts: list, num: int) -> list[dict[str, Any]]:
     return rows
 
 
+def grid(pipe: Any, prompts: list, num: int) -> list[dict[str, Any]]:
+    """Tokens per pass of every coupling, way to start a position and window."""
+    conditions = [prompts[k % len(prompts)] for k in range(num)]
+    seeds = [(1, k) for k in range(num)]
+    scale = pipe.config["guidance_scale"]
+    rows = []
+    for coupling in COUPLINGS:
+        for init in INITS:
+            for window in GRID_WINDOWS:
+                sampler = get_sampler("sjd", coupling=coupling, init=init, window=window)
+                out = sampler(pipe.model, conditions, seeds=seeds, guidance_scale=scale)
+                row = {"coupling": coupling, "init": init, "window": window, "images": num}
+                rows.append(row | {"tokens_per_pass": out.stats.tokens_per_pass})
+            cells = " ".join(f"{row['tokens_per_pass']:.2f}" for row in rows[-len(GRID_WINDOWS) :])
+            print(f"  {coupling:12} {init:14} windows {GRID_WINDOWS}: {cells}")
+    return rows
+
+
 def wall_time(pipe: Any, prompts: list, threads: int, num: int) -> dict[str, Any]:
     """Seconds for `num` images one by one, `ar` and `sjd` alternating."""
     model, scale = pipe.model, pipe.config["guidance_scale"]
@@ -102,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--part", choices=["passes", "time"], default=None)
+    parser.add_argument("--part", choices=["passes", "time", "grid"], default=None)
     options = parser.parse_args()
     name = "samplers" if options.dtype == "float32" else f"samplers_{options.dtype}"
     record: dict[str, Any] = load(name) if options.part else {}
@@ -111,9 +132,11 @@ def main() -> None:
         pipe = arvision.load(model, device="cpu", dtype=options.dtype)
         print(model)
         mine = record.setdefault(model, {})
-        if options.part != "time":
+        if options.part in (None, "grid"):
+            mine["grid"] = grid(pipe, prompts, options.images)
+        if options.part in (None, "passes"):
             mine["passes"] = passes(pipe, prompts, options.images)
-        if options.part != "passes":
+        if options.part in (None, "time"):
             mine["wall_time"] = {
                 str(threads): wall_time(pipe, prompts, threads, 6) for threads in (1, 2)
             }

@@ -56,6 +56,47 @@ def time_table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def grid_table(record: dict[str, Any]) -> str:
+    """Tokens per pass by coupling, way to start a position and window, both models."""
+    rows = record["llamagen-fashion"]["grid"]
+    windows = sorted({row["window"] for row in rows})
+    lines = [
+        "| coupling | init | " + " | ".join(f"window {w}" for w in windows) + " |",
+        "|" + " --- |" * (len(windows) + 2),
+    ]
+    cells: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for model in ("llamagen-fashion", "llamagen-fashion-t2i"):
+        for row in record[model]["grid"]:
+            mine = cells.setdefault((row["coupling"], row["init"]), {})
+            mine.setdefault(row["window"], []).append(row["tokens_per_pass"])
+    for (coupling, init), values in cells.items():
+        shown = [" / ".join(f"{value:.2f}" for value in values[w]) for w in windows]
+        lines.append(f"| {coupling} | `{init}` | " + " | ".join(shown) + " |")
+    models = f"`llamagen-fashion` / `llamagen-fashion-t2i`, {rows[0]['images']} images each. "
+    return "\n".join(lines) + f"\n\n{models}{machine(record)}"
+
+
+def window_table(record: dict[str, Any]) -> str:
+    """Wall time of fixed windows and "auto" beside `ar`, by batch."""
+    by_batch = record["llamagen-fashion"]
+    names = list(next(iter(by_batch.values()))["seconds_per_image"])
+    lines = ["| batch | " + " | ".join(names) + " | auto over best fixed |"]
+    lines.append("|" + " --- |" * (len(names) + 2))
+    for batch, row in by_batch.items():
+        times = row["seconds_per_image"]
+        cells = [
+            f"{1e3 * times[name]['median']:.1f} ({row['speed_up_over_ar'][name]:.2f}x)"
+            for name in names
+        ]
+        share = f"{row['auto_over_best_fixed']:.2f} ({row['best_fixed']})"
+        lines.append(f"| {batch} | " + " | ".join(cells) + f" | {share} |")
+    return (
+        "\n".join(lines) + "\n\n`llamagen-fashion`, float32, one thread, milliseconds per image "
+        f"(speed-up over `ar`), medians of {next(iter(by_batch.values()))['rounds']}. "
+        + machine(record)
+    )
+
+
 def lossy_table(record: dict[str, Any]) -> str:
     """Every sampler beside plain sampling."""
     lines = [
@@ -104,6 +145,8 @@ def main() -> None:
     text = fill(text, "time", time_table(records) + "\n\n" + machine(record))
     README.write_text(text)
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
+    page = fill(page, "grid", grid_table(record))
+    page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
     print(f"updated {README} and {SAMPLERS_PAGE}")
 
