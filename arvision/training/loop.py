@@ -38,6 +38,8 @@ class FitConfig:
         mixed_precision: "no" or "bf16".
         save_every: steps between checkpoints.
         log_every: steps between lines of the log.
+        average_decay: of a running average of the weights, which replaces them when the run is
+            finished; None for no average.
     """
 
     steps: int
@@ -51,12 +53,41 @@ class FitConfig:
     mixed_precision: str = "no"
     save_every: int = 250
     log_every: int = 25
+    average_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise InputError(
                 f"steps {self.steps} and batch_size {self.batch_size}: expected at least 1 each"
             )
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            raise InputError(f"average_decay {self.average_decay}: expected a number in (0, 1)")
+
+    def to_json(self) -> str:
+        """The settings as checkpoints record them; what is not used is left out."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+
+
+class WeightAverage:
+    """Running average of the trained weights; young averages follow faster."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.weights = {k: p.detach().clone() for k, p in self.trained.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.trained.items():
+            self.weights[name].lerp_(parameter, share)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Replace the trained weights by their average."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.weights[name])
 
 
 class Objective(nn.Module):
@@ -130,7 +161,9 @@ def fit(
     optimizer = torch.optim.AdamW(
         _parameter_groups(objective, config.weight_decay), lr=0.0, betas=config.betas
     )
-    first, log = _resume(objective, optimizer, config, folder)
+    decay = config.average_decay
+    average = None if decay is None else WeightAverage(objective, decay)
+    first, log = _resume(objective, optimizer, config, folder, average)
     objective.train()
     model, optimizer = accelerator.prepare(objective, optimizer)
     last = config.steps if stop_after is None else min(config.steps, first + stop_after)
@@ -150,6 +183,8 @@ def fit(
         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
         optimizer.step()
         objective.after_step(step)
+        if average is not None:
+            average.update(step)
         bar.update(1)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             line = {name: round(float(value.detach()), 5) for name, value in figures.items()}
@@ -165,9 +200,11 @@ def fit(
         if ((step + 1) % config.save_every == 0 or step + 1 == last) and (
             accelerator.is_main_process
         ):
-            _save(objective, optimizer, config, step + 1, log, folder)
+            _save(objective, optimizer, config, step + 1, log, folder, average)
     bar.close()
     accelerator.wait_for_everyone()
+    if average is not None and last == config.steps:
+        average.install()
     objective.eval()
     return log
 
@@ -181,16 +218,24 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _save(
-    objective: nn.Module, optimizer: Any, config: FitConfig, step: int, log: list, folder: Path
+    objective: nn.Module,
+    optimizer: Any,
+    config: FitConfig,
+    step: int,
+    log: list,
+    folder: Path,
+    average: WeightAverage | None,
 ) -> None:
     """Write the checkpoint and the log, each under a temporary name first."""
     state = {
         "model": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
-        "config": json.dumps(asdict(config)),
+        "config": config.to_json(),
         "log": json.dumps(log),
     }
+    if average is not None:
+        state["average"] = average.weights
     temporary = folder / "checkpoint.pt.tmp"
     torch.save(state, temporary)
     os.replace(temporary, folder / "checkpoint.pt")
@@ -200,17 +245,24 @@ def _save(
 
 
 def _resume(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, config: FitConfig, folder: Path
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: FitConfig,
+    folder: Path,
+    average: WeightAverage | None,
 ) -> tuple[int, list[dict[str, Any]]]:
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0, []
     state = torch.load(path, weights_only=True, map_location="cpu")
-    if state["config"] != json.dumps(asdict(config)):
+    if state["config"] != config.to_json():
         raise CheckpointError(
             f"{path} was made with other settings ({state['config']}): expected "
-            f"{json.dumps(asdict(config))}; train into another folder or delete it"
+            f"{config.to_json()}; train into another folder or delete it"
         )
     objective.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if average is not None:
+        for name, value in state["average"].items():
+            average.weights[name].copy_(value)
     return state["step"], json.loads(state["log"])

@@ -1,0 +1,116 @@
+"""Gaussian diffusion with learned variances: tables of a schedule, one reverse step, whole chains.
+
+Steps of a respaced schedule are numbered k = K - 1 (the noisiest) down to 0. A chain visits them in
+this order; row i of everything recorded about a chain belongs to step K - 1 - i.
+
+Paper: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021, equations
+10 to 17.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+NUM_TRAIN_STEPS = 1000
+MAX_BETA = 0.999
+
+
+def cosine_betas(num: int = NUM_TRAIN_STEPS, offset: float = 0.008) -> Tensor:
+    """Betas [num] float64 of the cosine schedule."""
+
+    def level(share: float) -> float:
+        return math.cos((share + offset) / (1 + offset) * math.pi / 2) ** 2
+
+    betas = [min(1 - level((t + 1) / num) / level(t / num), MAX_BETA) for t in range(num)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+class Schedule:
+    """Tables of a reverse process of `num_steps` steps, spread evenly over the trained ones.
+
+    Args:
+        num_steps: steps K of a chain; the trained number for training.
+        num_train_steps: steps that the network knows.
+
+    Attributes:
+        timesteps: [K] int64, what the network is told at each step.
+        betas: [K] float64, recomputed so that the noise levels are the trained ones.
+        log_betas, log_posterior: [K], ends of the range of the learned log variance.
+
+    Raises:
+        InputError: fewer than 2 steps, or more than were trained.
+    """
+
+    def __init__(self, num_steps: int, num_train_steps: int = NUM_TRAIN_STEPS) -> None:
+        if not 2 <= num_steps <= num_train_steps:
+            raise InputError(
+                f"num_sampling_steps {num_steps}: expected 2 to {num_train_steps} steps"
+            )
+        self.num_steps = num_steps
+        stride = (num_train_steps - 1) / (num_steps - 1)
+        steps = torch.arange(num_steps, dtype=torch.float64) * stride
+        self.timesteps = steps.round().long()
+        levels = torch.cumprod(1 - cosine_betas(num_train_steps), 0)[self.timesteps]
+        before = torch.cat([levels.new_ones(1), levels[:-1]])
+        self.betas = 1 - levels / before
+        self.levels = levels
+        self.log_betas = self.betas.log()
+        posterior = self.betas * (1 - before) / (1 - levels)
+        # The posterior variance of step 0 is 0: step 1's stands in for it.
+        self.log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()
+        self._from_x = (1 / levels).sqrt()
+        self._from_noise = (1 / levels - 1).sqrt()
+        self._mean_of_start = self.betas * before.sqrt() / (1 - levels)
+        self._mean_of_x = (1 - before) * (1 - self.betas).sqrt() / (1 - levels)
+
+    def add_noise(self, start: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Noisy latents [M, D] of clean ones at steps [M]."""
+        level = self.levels.to(start)[steps][:, None]
+        return level.sqrt() * start + (1 - level).sqrt() * noise
+
+    def posterior(self, start: Tensor, x: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Mean [..., D] and log variance of q(x_{k-1} | x_k, x_0)."""
+        c0, c1, low = (
+            self._pick(t, steps, x)
+            for t in (self._mean_of_start, self._mean_of_x, self.log_posterior)
+        )
+        return c0 * start + c1 * x, low
+
+    def moments(
+        self, x: Tensor, noise: Tensor, share: Tensor, steps: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [..., D] of a reverse step.
+
+        Args:
+            x: [..., D] at the step.
+            noise: [..., D], the network's estimate of the noise in it.
+            share: [..., D], the network's variance output: -1 is the smallest, 1 the largest.
+            steps: number of the step, or one per leading index of `x`.
+        """
+        a, b, c0, c1, low, high = (
+            self._pick(t, steps, x)
+            for t in (
+                self._from_x,
+                self._from_noise,
+                self._mean_of_start,
+                self._mean_of_x,
+                self.log_posterior,
+                self.log_betas,
+            )
+        )
+        mean = (c0 * a + c1) * x - (c0 * b) * noise
+        return mean, low + (share + 1) * (0.5 * (high - low))
+
+    @staticmethod
+    def _pick(table: Tensor, steps: Tensor | int, like: Tensor) -> Any:
+        if isinstance(steps, int):
+            return float(table[steps])
+        picked = table.to(like.device)[steps].to(like.dtype)
+        return picked.view(*picked.shape, *[1] * (like.dim() - picked.dim()))

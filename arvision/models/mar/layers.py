@@ -1,0 +1,61 @@
+"""Building blocks of the MAR transformer.
+
+Source: Li et al., "Autoregressive Image Generation without Vector Quantization", 2024, section 4,
+and the authors' published checkpoints, whose parameter names are kept.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.linear import Linear
+
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Bidirectional self-attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend among [R, T, C]; `mask` [R, 1, 1, T] bool is true where a key counts."""
+        rows, num, width = x.shape
+        qkv = self.qkv(x).view(rows, num, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(rows, num, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = FeedForward(width, 4 * width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[R, T, C] to [R, T, C]."""
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,141 @@
+"""The masked autoregressive transformer of MAR, with its diffusion head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ...decoding.checkpoint import load_strictly, read_state_dict
+from ...errors import InputError
+from ...kernels.linear import Linear
+from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
+from .head import DiffusionHead
+from .layers import NORM_EPS, Block
+
+
+class MARTransformer(ModelMixin, ConfigMixin):
+    """Encoder over the known latents, decoder over all positions, and the head that draws latents.
+
+    Parameter names are those of the published checkpoints.
+
+    Args:
+        latent_dim: D, width of a latent.
+        grid: rows and columns of latents.
+        hidden_size: width W of encoder and decoder.
+        encoder_depth, decoder_depth: numbers of blocks.
+        num_heads: attention heads of a block.
+        head_width, head_depth: sizes of the diffusion head.
+        num_classes: classes; the unconditional embedding is a row of its own.
+        num_buffer: copies of the condition that stand before the latents.
+        num_sampling_steps: steps of a denoising chain.
+
+    Raises:
+        InputError: heads that do not divide the width.
+
+    Paper: Li et al., "Autoregressive Image Generation without Vector Quantization", 2024.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 16,
+        grid: tuple[int, int] = (16, 16),
+        hidden_size: int = 768,
+        encoder_depth: int = 12,
+        decoder_depth: int = 12,
+        num_heads: int = 12,
+        head_width: int = 1024,
+        head_depth: int = 6,
+        num_classes: int = 1000,
+        num_buffer: int = 64,
+        num_sampling_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise InputError(f"num_heads {num_heads}: expected a divisor of {hidden_size}")
+        self.num_tokens, self.num_buffer = grid[0] * grid[1], num_buffer
+        rows, width = num_buffer + self.num_tokens, hidden_size
+        self.class_emb = nn.Embedding(num_classes, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))
+        self.z_proj = Linear(latent_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, width))
+        self.encoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(encoder_depth))
+        self.encoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.decoder_embed = Linear(width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, rows, width))
+        self.decoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.num_tokens, width))
+        self.diffloss = DiffusionHead(latent_dim, width, head_width, head_depth)
+
+    @classmethod
+    def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> MARTransformer:
+        """Load the authors' checkpoint, its averaged weights (`model_ema`) where it has them.
+
+        Args:
+            source: path (or state dict) such as `mar_base/checkpoint-last.pth`.
+            **sizes: what tensors and the table of official sizes do not tell: `num_heads`, `grid`,
+                `num_sampling_steps`.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        name = str(source) if isinstance(source, (str, Path)) else "the given state dict"
+        tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
+        return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name)
+
+    def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
+        """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
+        return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
+
+    def forward(self, latents: Tensor, known: Tensor, condition: Tensor) -> Tensor:
+        """Conditions z [R, N, W] of the head, at every position.
+
+        Args:
+            latents: [R, N, D]; what stands at unknown positions does not matter.
+            known: [R, N] bool. Rows may know different numbers of latents.
+            condition: [R, W], see `embed_classes`.
+        """
+        encoded, order, valid = self._encode(latents, known, condition)
+        x = self.decoder_embed(encoded)
+        buffer, x = x[:, : self.num_buffer], x[:, self.num_buffer :]
+        # One more row takes what pads the shorter rows, and is cut off again.
+        spread = self.mask_token.to(x.dtype).repeat(len(x), self.num_tokens + 1, 1)
+        place = torch.where(valid, order, self.num_tokens)
+        spread = spread.scatter(1, place[..., None].expand_as(x), x)[:, : self.num_tokens]
+        x = torch.cat([buffer, spread], dim=1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
+
+    def _encode(
+        self, latents: Tensor, known: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffer and known latents [R, P + M, W], positions [R, M] of the latents, which count."""
+        counts = known.sum(1)
+        most, least = (int(counts.max()), int(counts.min())) if len(counts) else (0, 0)
+        order = torch.argsort(~known, dim=1, stable=True)[:, :most]
+        valid = known.gather(1, order)
+        chosen = latents.gather(1, order[..., None].expand(-1, -1, latents.shape[-1]))
+        buffer = condition[:, None].expand(-1, self.num_buffer, -1)
+        position = self.encoder_pos_embed_learned
+        places = position[0, self.num_buffer :][order]
+        x = torch.cat(
+            [buffer + position[:, : self.num_buffer], self.z_proj(chosen) + places], dim=1
+        )
+        mask = None
+        if least < most:
+            kept = torch.cat([valid.new_ones(len(valid), self.num_buffer), valid], dim=1)
+            mask = kept[:, None, None]
+        x = self.z_proj_ln(x)
+        for block in self.encoder_blocks:
+            x = block(x, mask)
+        return self.encoder_norm(x), order, valid

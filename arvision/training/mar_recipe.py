@@ -1,0 +1,114 @@
+"""How the embedded MAR models are made: autoencoder, then transformer; each stage resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.mar.autoencoder import MARAutoencoder
+from ..models.mar.transformer import MARTransformer
+from .data import load_fashion
+from .loop import FitConfig, fit
+from .mar import AutoencoderObjective, MARObjective, encode_moments, initialise
+
+
+@dataclass(frozen=True, kw_only=True)
+class MARRecipe:
+    """KL autoencoder, then MAR, on Fashion-MNIST.
+
+    Attributes:
+        autoencoder_sizes: arguments of `MARAutoencoder`.
+        transformer_sizes: arguments of `MARTransformer`.
+        autoencoder_fit: settings of the autoencoder stage.
+        transformer_fit: settings of the transformer stage.
+        num_images: training images used.
+        card: "kind", "conditions" and "summary" of the model.
+        settings: recommended settings, arguments of the pipeline.
+    """
+
+    card: dict[str, str]
+    settings: dict[str, Any]
+    autoencoder_sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "ch": 32,
+            "ch_mult": (1, 1, 2),
+            "num_res_blocks": 1,
+            "latent_dim": 4,
+        }
+    )
+    transformer_sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "latent_dim": 4,
+            "grid": (8, 8),
+            "hidden_size": 256,
+            "encoder_depth": 2,
+            "decoder_depth": 3,
+            "num_heads": 4,
+            "head_width": 192,
+            "head_depth": 2,
+            "num_classes": 10,
+            "num_buffer": 4,
+            "num_sampling_steps": 50,
+        }
+    )
+    autoencoder_fit: FitConfig = FitConfig(
+        steps=2800,
+        batch_size=32,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        mixed_precision="bf16",
+        log_every=100,
+    )
+    transformer_fit: FitConfig = FitConfig(
+        steps=5000,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.02,
+        clip_norm=3.0,
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.999,
+    )
+    num_images: int = 60_000
+
+    def shortened(self, steps: int, num_images: int) -> MARRecipe:
+        """The same recipe with at most `steps` steps per stage on `num_images` images."""
+
+        def cut(config: FitConfig) -> FitConfig:
+            return dataclasses.replace(config, steps=min(steps, config.steps))
+
+        return dataclasses.replace(
+            self,
+            autoencoder_fit=cut(self.autoencoder_fit),
+            transformer_fit=cut(self.transformer_fit),
+            num_images=num_images,
+        )
+
+    def run(self, folder: Path, *, progress: bool = True) -> dict[str, Any]:
+        """Train (or resume) both stages under `folder` and return the trained parts."""
+        images, labels = (part[: self.num_images] for part in load_fashion("train"))
+        autoencoder = self._autoencoder(images, folder, progress)
+        scale = autoencoder.config["scaling_factor"]
+        means, deviations = (scale * part for part in encode_moments(autoencoder, images))
+        torch.manual_seed(self.transformer_fit.seed)
+        transformer = MARTransformer(**self.transformer_sizes)
+        initialise(transformer)
+        objective = MARObjective(transformer, means, deviations, labels)
+        fit(objective, self.transformer_fit, folder / "transformer", progress=progress)
+        return {"transformer": transformer.eval(), "tokenizer": autoencoder}
+
+    def _autoencoder(self, images: Tensor, folder: Path, progress: bool) -> MARAutoencoder:
+        torch.manual_seed(self.autoencoder_fit.seed)
+        autoencoder = MARAutoencoder(**self.autoencoder_sizes)
+        objective = AutoencoderObjective(autoencoder, images)
+        fit(objective, self.autoencoder_fit, folder / "autoencoder", progress=progress)
+        mean, deviation = encode_moments(autoencoder.eval(), images[:5000])
+        spread = (mean.var() + deviation.square().mean()).sqrt()
+        autoencoder.register_to_config(scaling_factor=float(1 / spread))
+        return autoencoder
