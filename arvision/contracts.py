@@ -20,8 +20,8 @@ Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
-"""Called after every pass with the pass number and {"finished", "total", "accepted"}; a true answer
-stops the run."""
+"""Called after every pass with the pass number and {"finished", "total", "accepted"} (token models
+add "tokens" [B, N] and "lengths" [B]); a true answer stops the run."""
 
 
 class Stats(dict[str, Any]):

@@ -13,7 +13,8 @@ from ..contracts import Conditions, TokenModel
 from ..errors import InputError, unknown_name
 from .logits import Shaping
 from .noise import Noise, draw
-from .verify import Chain, Rule, Verdict, gumbel_coupling, independent_redraw
+from .tree import TokenTree
+from .verify import Round, Rule, Verdict, gumbel_coupling, independent_redraw
 
 COUPLINGS: dict[str, Rule] = {"gumbel": gumbel_coupling, "speculative": independent_redraw}
 """How drafts are verified. Chain speculative sampling is the published rule of speculative Jacobi
@@ -169,9 +170,7 @@ class DraftModelDrafter:
         self._state, _ = self._draft.start(self._conditions, self._scale)
         self._rows = torch.arange(len(noise), device=self._state.lengths.device)
 
-    def propose(
-        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """Chains [B, k] with k <= num, padded with -1, and their laws [B, k, V].
 
         See `arvision.decoding.loop.Drafter`.
@@ -179,7 +178,7 @@ class DraftModelDrafter:
         room = self._num_tokens - 1 - lengths
         is_going = room > 0
         if num == 0 or not bool(is_going.any()):
-            return tokens[:, :0], self._no_laws(tokens)
+            return TokenTree(tokens[:, :0], self._no_laws(tokens))
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._follow(tokens, lengths)
         num = min(num, self._most())
@@ -198,7 +197,8 @@ class DraftModelDrafter:
             if place + 1 == num or not bool(is_going.any()):
                 break
             law = self._extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
-        return drafts, (None if self._coupling == "gumbel" else torch.stack(laws, dim=1))
+        logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)
+        return TokenTree(drafts, logq)
 
     def _no_laws(self, tokens: Tensor) -> Tensor | None:
         if self._coupling == "gumbel":
@@ -251,7 +251,7 @@ class DraftModelDrafter:
         order = torch.arange(num, device=counts.device)
         self._state.commit(order.expand(len(spread), num), spread)
 
-    def observe(self, chain: Chain, verdict: Verdict) -> None:
+    def observe(self, chain: Round, verdict: Verdict) -> None:
         """Count what was accepted."""
         self.figures.drafted += int((chain.drafts >= 0).sum())
         self.figures.accepted += int((verdict.counts - 1).sum())

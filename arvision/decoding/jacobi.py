@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import InputError, unknown_name
 from .noise import Noise, draw
-from .verify import Chain, Verdict
+from .tree import TokenTree
+from .verify import Round, Verdict
 
 INITS = {
     "random": "a uniformly random token",
@@ -73,9 +74,7 @@ class JacobiDrafter:
         self._prior: Tensor | None = None
         self._num_held = torch.zeros(len(noise), dtype=torch.int64)
 
-    def propose(
-        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         batch, device = len(tokens), tokens.device
         drafts = torch.zeros(batch, num, dtype=torch.int64, device=device)
@@ -99,7 +98,7 @@ class JacobiDrafter:
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
                 laws[:, places] = torch.where(is_new[..., None], law, laws[:, places])
-        return drafts, laws
+        return TokenTree(drafts, laws)
 
     def _first_drafts(
         self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, tries: int
@@ -142,7 +141,7 @@ class JacobiDrafter:
         point.scatter_(1, token[:, None], 1.0)
         return torch.where((source < 0)[:, None], 1.0 / self._vocab_size, point)
 
-    def observe(self, chain: Chain, verdict: Verdict) -> None:
+    def observe(self, chain: Round, verdict: Verdict) -> None:
         """Keep what the pass put behind its final tokens."""
         num = verdict.tokens.shape[1]
         places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)

@@ -11,22 +11,25 @@ from torch import Tensor
 from ..contracts import Conditions, Samples, Seeds, Stats, StepCallback, TokenModel
 from ..errors import InputError
 from .noise import Noise
-from .verify import Chain, Rule, Verdict
+from .tree import TokenTree, Topology, topology
+from .verify import Round, Rule, Verdict
 
 
 class Drafter(Protocol):
-    """Proposes the tokens that the target verifies."""
+    """Proposes the tokens that the target verifies.
+
+    A drafter may also offer `attach(state, conditions)`, called once after the prefill, if it looks
+    at the prompts or drafts with the help of the target's own state.
+    """
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch of images begins."""
         ...
 
-    def propose(
-        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Drafts [B, num] for the positions after the known ones, and their laws [B, num, V].
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+        """Drafts for the positions after the known ones: a chain or a tree of at most `num`.
 
-        There may be fewer than `num`, and rows that have fewer than others end in -1.
+        Where a row has fewer than others there is -1.
 
         Args:
             tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
@@ -36,7 +39,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, chain: Chain, verdict: Verdict) -> None:
+    def observe(self, chain: Round, verdict: Verdict) -> None:
         """Learn from a round."""
         ...
 
@@ -51,13 +54,11 @@ class NoDrafter:
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Nothing to prepare."""
 
-    def propose(
-        self, tokens: Tensor, lengths: Tensor, num: int, tries: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """No drafts, [B, 0]."""
-        return tokens[:, :0], None
+        return TokenTree(tokens[:, :0])
 
-    def observe(self, chain: Chain, verdict: Verdict) -> None:
+    def observe(self, chain: Round, verdict: Verdict) -> None:
         """Nothing to learn."""
 
     def select(self, rows: Tensor) -> None:
@@ -90,6 +91,11 @@ class FixedWindow:
         """Nothing to adapt."""
 
 
+StopCheck = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
+"""Ends rows before their last token: rows [B'] of the batch, new tokens [B', K] and their counts
+[B'] to the counts that stay, and which rows are finished, [B'] bool."""
+
+
 def decode_tokens(
     model: TokenModel,
     conditions: Conditions,
@@ -101,30 +107,34 @@ def decode_tokens(
     seeds: Seeds,
     guidance_scale: float = 1.0,
     on_step: StepCallback | None = None,
+    num_tokens: int | None = None,
+    stop: StopCheck | None = None,
 ) -> Samples:
     """Draw one image per condition.
 
-    A round drafts a chain behind the last known token, asks the model for the laws along it in one
+    A round drafts a chain or a tree behind the last known token, asks the model for the laws along it in one
     pass, lets the rule decide what is final, and commits that, row by row. Finished rows leave the
     batch where the state can drop rows.
 
     Args:
         model: a token model.
         conditions: one per image.
-        drafter: proposes chains.
+        drafter: proposes chains or trees.
         rule: decides what is final.
         shape: guided logits to log-probabilities.
         policy: length of a pass.
         seeds: one per image.
         guidance_scale: weight of the conditional logits.
         on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
+        num_tokens: tokens of a row, those of the model by default.
+        stop: ends rows early.
 
     Returns:
         Tokens [B, N]; stats: `forward_passes` (model calls on image tokens, without the prefill),
         `tokens` (N), `tokens_per_pass` (N over the mean number of passes that an image took part
         in), `passes_per_image` [B], `commit_pass` [B][N] (the pass that made each token final, 0
         for the prefill), `candidates` (tokens fed, all rows and passes), `windows` (candidates
-        per image of each pass).
+        per image of each pass), `lengths` [B] (tokens drawn).
 
     Raises:
         InputError: another number of seeds than of conditions.
@@ -132,12 +142,16 @@ def decode_tokens(
     if len(seeds) != len(conditions):
         raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
     state, logits = model.start(conditions, guidance_scale)
-    run = _Run(logits.device, len(conditions), model.num_tokens, seeds)
-    drafter.start(run.noise, model.vocab_size, model.num_tokens)
-    prefill = _prefill_chain(logits, shape, run.noise)
-    first = rule(prefill)
-    run.record(first, pass_number=0)
+    num_tokens = num_tokens or model.num_tokens
+    run = _Run(logits.device, len(conditions), num_tokens, seeds, stop)
+    drafter.start(run.noise, model.vocab_size, num_tokens)
+    if hasattr(drafter, "attach"):
+        drafter.attach(state, conditions)  # pyright: ignore[reportAttributeAccessIssue]
+    prefill = _prefill_chain(logits, shape, run.noise, getattr(state, "hidden", None))
+    first = run.curtail(rule(prefill))
+    going = run.record(first, pass_number=0)
     drafter.observe(prefill, first)
+    _leave(run, state, drafter, going)
     can_overrun = getattr(state, "allows_overrun", False)
     passes, candidates = 0, 0
     windows: list[int] = []
@@ -148,47 +162,74 @@ def decode_tokens(
         most = int(room.max()) + 1 if can_overrun else min(int(room.min()), run.frozen_room)
         num = max(1, policy.next(run.num_active, most))
         known, lengths = run.known()
-        drafts, draft_logp = drafter.propose(known, lengths, num - 1, passes)
-        # A drafter may have less to say than asked: the pass shrinks to the longest chain.
+        tree = drafter.propose(known, lengths, num - 1, passes)
+        drafts = tree.tokens
+        # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = drafts.shape[1] + 1
         root = known.gather(1, lengths[:, None] - 1)
         fed = run.spread(torch.cat([root, drafts.clamp(min=0)], dim=1))
-        laws = shape(state.extend(fed)[run.in_state])
+        parents, offsets, shape_of_tree = _layout(tree, lengths.device)
+        logits = state.extend(fed) if parents is None else state.extend(fed, parents)
+        laws = shape(logits[run.in_state])
         candidates += laws.shape[0] * num
         windows.append(num)
-        positions = lengths[:, None] + torch.arange(num, device=lengths.device)
-        chain = Chain(drafts, draft_logp, laws, positions, run.noise, passes)
-        verdict = rule(chain)
-        useful = (model.num_tokens - lengths).clamp(max=num)
-        verdict = Verdict(verdict.tokens, torch.minimum(verdict.counts, useful))
+        positions = lengths[:, None] + offsets
+        hidden = getattr(state, "hidden", None)
+        hidden = None if hidden is None else hidden[run.in_state]
+        batch = Round(drafts, tree.logq, laws, positions, run.noise, passes, shape_of_tree, hidden)
+        verdict = rule(batch)
+        useful = (num_tokens - lengths).clamp(max=num)
+        counts = torch.minimum(verdict.counts, useful)
+        verdict = run.curtail(Verdict(verdict.tokens, counts, verdict.path))
         policy.observe(num, verdict.counts, useful)
         going = run.record(verdict, pass_number=passes)
-        drafter.observe(chain, verdict)
+        drafter.observe(batch, verdict)
         wants_stop = on_step is not None and on_step(passes, run.progress(verdict))
         _commit(state, run, verdict, going, num)
-        if not bool(going.all()):
-            keep = going.nonzero()[:, 0]
-            drafter.select(keep)
-            run.drop(state, keep)
+        _leave(run, state, drafter, going)
         if wants_stop:
             break
     stats = Stats(
         forward_passes=passes,
-        tokens=model.num_tokens,
-        tokens_per_pass=model.num_tokens / max(1e-9, float(run.passes.double().mean())),
+        tokens=num_tokens,
+        tokens_per_pass=num_tokens / max(1e-9, float(run.passes.double().mean())),
         passes_per_image=run.passes.tolist(),
         commit_pass=run.commit_pass.tolist(),
         candidates=candidates,
         windows=windows,
+        lengths=run.final_lengths.tolist(),
     )
     return Samples(run.tokens, stats)
 
 
-def _prefill_chain(logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise) -> Chain:
+def _leave(run: _Run, state: Any, drafter: Drafter, going: Tensor) -> None:
+    """Let finished rows leave the run, the state and the drafter."""
+    if bool(going.all()):
+        return
+    keep = going.nonzero()[:, 0]
+    drafter.select(keep)
+    run.drop(state, keep)
+
+
+def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
+    """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
+    far behind the known tokens each law stands [1 + T], and the topology of the drafts."""
+    num = tree.tokens.shape[1]
+    if tree.parents is None:
+        return None, torch.arange(num + 1, device=device), None
+    shape = topology(tuple(tree.parents.tolist()), device)
+    root = tree.parents.new_full((1,), -1)
+    parents = torch.cat([root, tree.parents + 1]).to(device)
+    return parents, torch.cat([root.to(device) + 1, shape.depths + 1]), shape
+
+
+def _prefill_chain(
+    logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise, hidden: Tensor | None
+) -> Round:
     """A chain without drafts: the prefill's law of the first token."""
     laws = shape(logits)[:, None]
     positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
-    return Chain(positions[:, :0], laws[:, :0], laws, positions, noise, 0)
+    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
 def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) -> None:
@@ -197,15 +238,28 @@ def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) ->
     Rows that are finished keep nothing: they leave, or wait where they are.
     """
     counts = torch.where(going, verdict.counts, 0)
-    kept = torch.arange(num, device=counts.device)
-    state.commit(kept.expand(run.num_in_state, num), run.spread(counts))
+    if verdict.path is None:
+        kept = torch.arange(num, device=counts.device).expand(run.num_in_state, num)
+    else:
+        path = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path + 1], dim=1)
+        kept = run.spread(path)
+    state.commit(kept, run.spread(counts))
 
 
 class _Run:
     """Bookkeeping of a batch: what is final, which rows are still going, where they stand."""
 
-    def __init__(self, device: torch.device, batch: int, num_tokens: int, seeds: Seeds) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        batch: int,
+        num_tokens: int,
+        seeds: Seeds,
+        stop: StopCheck | None,
+    ) -> None:
         self.num_tokens = num_tokens
+        self._stop, self._stopped = stop, None
+        self.final_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
         self.commit_pass = torch.zeros_like(self.tokens)
         self.passes = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -238,6 +292,13 @@ class _Run:
         out[self.in_state] = rows
         return out
 
+    def curtail(self, verdict: Verdict) -> Verdict:
+        """What is left of a verdict where the run's `stop` ends a row."""
+        if self._stop is None:
+            return verdict
+        counts, self._stopped = self._stop(self.active, verdict.tokens, verdict.counts)
+        return Verdict(verdict.tokens, counts, verdict.path)
+
     def record(self, verdict: Verdict, pass_number: int) -> Tensor:
         """Write final tokens down; which active rows are still going, [B'] bool."""
         num = verdict.tokens.shape[1]
@@ -249,10 +310,9 @@ class _Run:
         if pass_number > 0:
             self.passes[self.active] += 1
         self.lengths = self.lengths + verdict.counts
+        self.final_lengths[self.active] = self.lengths
         going = self.lengths < self.num_tokens
-        if self.num_tokens == 1:
-            self.active = self.active[:0]
-        return going
+        return going if self._stopped is None else going & ~self._stopped
 
     def drop(self, state: Any, keep: Tensor) -> None:
         """Let the finished rows leave; rows `keep` of the active ones stay."""
@@ -276,4 +336,6 @@ class _Run:
             "finished": done,
             "total": self.tokens.numel(),
             "accepted": verdict.counts.tolist(),
+            "tokens": self.tokens,
+            "lengths": self.final_lengths,
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, unknown_name
 from .verify import (
-    Chain,
+    Round,
     Rule,
     Verdict,
     accept,
@@ -25,7 +25,7 @@ from .verify import (
     through_first_rejection,
 )
 
-LogRatio = Callable[[Chain], Tensor]
+LogRatio = Callable[[Round], Tensor]
 """Logarithm [B, m] of the probability (capped at 1) that a draft is kept."""
 
 LATER = {"independent": fresh, "maximal": coupled}
@@ -45,7 +45,7 @@ def relaxed_rule(
     """
     check_relaxable(coupling)
 
-    def rule(chain: Chain) -> Verdict:
+    def rule(chain: Round) -> Verdict:
         later = LATER[coupling](chain)
         if chain.drafts.shape[1] == 0:
             return through_first_rejection(chain, chain.drafts.bool(), later)
@@ -86,7 +86,7 @@ def check_codebook(model: object, sampler: str) -> Tensor:
     return torch.nn.functional.normalize(codebook.detach().float(), dim=-1)
 
 
-def _logp(chain: Chain) -> Tensor:
+def _logp(chain: Round) -> Tensor:
     """log p(x) of the drafts, [B, m]."""
     return chain.target_logp[:, :-1].gather(-1, chain.drafts[..., None])[..., 0]
 
@@ -106,7 +106,7 @@ def grouped_log_ratio(
         max_distance: distance of codes.
     """
 
-    def log_ratio(chain: Chain) -> Tensor:
+    def log_ratio(chain: Round) -> Tensor:
         assert chain.draft_logp is not None
         target = chain.target_logp[:, :-1].exp()
         order = target.argsort(dim=-1, descending=True, stable=True)
@@ -144,7 +144,7 @@ def neighbour_log_ratio(codebook: Tensor, num_neighbours: int, max_tv: float) ->
         max_tv: delta in [0, 1]; 0 relaxes nothing.
     """
 
-    def log_ratio(chain: Chain) -> Tensor:
+    def log_ratio(chain: Round) -> Tensor:
         assert chain.draft_logp is not None
         drafts = chain.drafts[..., None]
         target = chain.target_logp[:, :-1].exp()

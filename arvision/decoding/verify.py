@@ -3,10 +3,17 @@
 Words used throughout: a draft is *accepted* when it is kept, the token drawn in place of a rejected
 one is *recovered*, the token drawn after a fully accepted chain is the *bonus*.
 
-A chain of m drafts stands at positions n..n+m-1 behind a committed prefix; the target gives m + 1
-laws, the last one for the position after the chain. A rule returns a token for each of these m + 1
-positions and how many of them, from the left, are final; what stands right of these may serve as the
-drafts of the next round, and then has exactly the law that the target gave for it.
+m drafts stand behind the last known token, as a tree or, most often, as the tree without branches:
+a chain. The target gives m + 1 laws: the first follows the last known token, law i + 1 follows draft
+i. So along a chain law i judges draft i, and in any tree the law after its parent does.
+
+A rule returns tokens and how many of them, from the left, are final. For a chain there is one for
+each of the m + 1 positions; what stands right of the final ones may serve as the drafts of the next
+round, and then has exactly the law that the target gave for it. For a tree the tokens are those of
+one path, and the one drawn where it ends.
+
+The rules of this file judge chains; `greedy` and `gumbel_coupling` judge trees as well. More rules
+for trees are in `rules_tree.py`.
 """
 
 from __future__ import annotations
@@ -19,20 +26,24 @@ from torch import Tensor
 
 from ..errors import unknown_name
 from .noise import Noise, draw
+from .tree import Topology
 
 
 @dataclass(frozen=True)
-class Chain:
+class Round:
     """One round's drafts and laws.
 
     Attributes:
         drafts: [B, m] int64; -1 where a row has no draft, as rows may have fewer than m.
         draft_logp: [B, m, V], the laws that the drafts were drawn from; None for a rule that does
             not look at them.
-        target_logp: [B, m + 1, V].
-        positions: [B, m + 1] int64, where in the image the laws stand.
+        target_logp: [B, m + 1, V]; `greedy` is content with logits.
+        positions: [B, m + 1] int64, the places (in the image, in the text) that the laws are for.
         noise: of the B images.
         tries: number of this round, for randomness that must be fresh in every round.
+        topology: of the drafts; None for a chain.
+        hidden: [B, m + 1, C], what the target's last layer says at each candidate, for drafters and
+            rules that look at it; None where the state does not tell.
     """
 
     drafts: Tensor
@@ -41,6 +52,8 @@ class Chain:
     positions: Tensor
     noise: Noise
     tries: int
+    topology: Topology | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +61,18 @@ class Verdict:
     """What a rule decided.
 
     Attributes:
-        tokens: [B, m + 1] int64.
-        counts: [B] int64 in 1..m+1: `tokens[b, :counts[b]]` are final.
+        tokens: [B, m + 1] int64; [B, levels + 1] for a tree.
+        counts: [B] int64, at least 1: `tokens[b, :counts[b]]` are final.
+        path: [B, levels] int64, the drafts that stay: `path[b, :counts[b] - 1]`. None for a chain,
+            where they are the first ones.
     """
 
     tokens: Tensor
     counts: Tensor
+    path: Tensor | None = None
 
 
-Rule = Callable[[Chain], Verdict]
+Rule = Callable[[Round], Verdict]
 
 
 def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:
@@ -68,22 +84,72 @@ def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:
     return same.cumprod(dim=1).sum(dim=1) + 1
 
 
+def follow(batch: Round, choice: Tensor) -> Verdict:
+    """Walk down the drafts as long as they are what was chosen.
+
+    Args:
+        batch: a chain or a tree.
+        choice: [B, m + 1] int64, the token chosen under each law.
+    """
+    if batch.topology is None:
+        return Verdict(choice, first_change(batch.drafts, choice))
+    return deepest(batch, batch.drafts == choice[:, batch.topology.laws], choice)
+
+
+def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
+    """The longest path of drafts that all pass, and the token chosen where it ends.
+
+    Args:
+        batch: a tree, or a chain.
+        passes: [B, m] bool, which drafts pass their own test.
+        choice: [B, m + 1] int64, the token that follows each place if the path ends there.
+    """
+    passes = passes & (batch.drafts >= 0)
+    topology = batch.topology
+    if topology is None:
+        counts = passes.long().cumprod(dim=1).sum(dim=1) + 1
+        kept = torch.arange(passes.shape[1], device=counts.device) < counts[:, None] - 1
+        tokens = torch.where(kept, batch.drafts, choice[:, :-1])
+        return Verdict(torch.cat([tokens, choice[:, -1:]], dim=1), counts)
+    num, levels = passes.shape[1], topology.num_levels
+    if num == 0:
+        return Verdict(choice, torch.ones_like(choice[:, 0]), choice[:, :0])
+    reached = ~(topology.ancestors & ~passes[:, None]).any(-1)
+    length = (topology.depths + 1) * reached
+    counts, last = length.max(dim=1)
+    on_path = topology.ancestors[last] & (counts > 0)[:, None]
+    # The places of a path, in order, are the ancestors of its last one, sorted by depth.
+    path = choice.new_zeros(len(choice), levels + 1)
+    depth = torch.where(on_path, topology.depths, levels)
+    path.scatter_(1, depth, torch.arange(num, device=depth.device).expand_as(depth))
+    path = path[:, :levels]
+    end = torch.where(counts > 0, last + 1, 0)[:, None]
+    tokens = torch.cat([batch.drafts.gather(1, path), choice[:, :1]], dim=1)
+    tokens = tokens.scatter(1, counts[:, None], choice.gather(1, end))
+    return Verdict(tokens, counts + 1, path)
+
+
+def greedy(batch: Round) -> Verdict:
+    """The most likely token everywhere: greedy decoding, whatever was drafted."""
+    return follow(batch, batch.target_logp.argmax(-1))
+
+
 def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
     """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T]."""
     return (logp + noise.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
 
 
-def gumbel_coupling(chain: Chain) -> Verdict:
+def gumbel_coupling(batch: Round) -> Verdict:
     """argmax(log p + g) at every position, g fixed per image, position and token.
 
     Exact, and more: the tokens are those of plain sampling with the same noise, whatever was
-    drafted. Two successive laws agree on a token with probability >= (1 - TV) / (1 + TV).
+    drafted, as a chain or as a tree. Two successive laws agree on a token with probability
+    >= (1 - TV) / (1 + TV).
     """
-    tokens = gumbel_draw(chain.target_logp, chain.positions, chain.noise)
-    return Verdict(tokens, first_change(chain.drafts, tokens))
+    return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
 
 
-def acceptance_log_ratio(chain: Chain) -> Tensor:
+def acceptance_log_ratio(chain: Round) -> Tensor:
     """log p(x) - log q(x) of the drafts, [B, m]; -inf where the target rules a draft out."""
     assert chain.draft_logp is not None
     index = chain.drafts.clamp(min=0)[..., None]
@@ -91,7 +157,7 @@ def acceptance_log_ratio(chain: Chain) -> Tensor:
     return target - chain.draft_logp.gather(-1, index)[..., 0]
 
 
-def accept(chain: Chain, log_ratio: Tensor | None = None) -> Tensor:
+def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
     """Which drafts pass their own test, [B, m] bool, with probability min(1, p / q).
 
     A lossy rule puts the logarithm of another ratio [B, m] in the place of p / q.
@@ -101,7 +167,7 @@ def accept(chain: Chain, log_ratio: Tensor | None = None) -> Tensor:
     return (uniforms.log() < ratio) & (chain.drafts >= 0)
 
 
-def recover(chain: Chain) -> Tensor:
+def recover(chain: Round) -> Tensor:
     """A draw from the normalised (p - q)+ at every draft, [B, m].
 
     Where the two laws are the same the residual is empty and a rejection has probability zero; p
@@ -115,13 +181,13 @@ def recover(chain: Chain) -> Tensor:
     return draw(torch.where(empty, target, residual), uniforms)
 
 
-def fresh(chain: Chain) -> Tensor:
+def fresh(chain: Round) -> Tensor:
     """An independent draw from the target's law at every position, [B, m + 1]."""
     uniforms = chain.noise.uniform(chain.positions, "token", chain.tries)
     return draw(chain.target_logp.exp(), uniforms)
 
 
-def coupled(chain: Chain) -> Tensor:
+def coupled(chain: Round) -> Tensor:
     """At every position the draft with probability min(1, p / q), else recovered, [B, m + 1]."""
     bonus = fresh(chain)[:, -1:]
     if chain.drafts.shape[1] == 0:
@@ -130,7 +196,7 @@ def coupled(chain: Chain) -> Tensor:
     return torch.cat([kept, bonus], dim=1)
 
 
-def maximal_coupling(chain: Chain) -> Verdict:
+def maximal_coupling(chain: Round) -> Verdict:
     """Keep each draft with probability min(1, p / q), else recover it, at every position.
 
     Exact: a causal model's law at a position never looks at that position's own draft, so by
@@ -143,7 +209,7 @@ def maximal_coupling(chain: Chain) -> Verdict:
     return Verdict(tokens, first_change(chain.drafts, tokens))
 
 
-def through_first_rejection(chain: Chain, accepted: Tensor, later: Tensor) -> Verdict:
+def through_first_rejection(chain: Round, accepted: Tensor, later: Tensor) -> Verdict:
     """Accept up to the first rejection, recover there, and put `later` to the right of it.
 
     Args:
@@ -164,7 +230,7 @@ def through_first_rejection(chain: Chain, accepted: Tensor, later: Tensor) -> Ve
     return Verdict(torch.cat([tokens, later[:, -1:]], dim=1), counts)
 
 
-def independent_redraw(chain: Chain) -> Verdict:
+def independent_redraw(chain: Round) -> Verdict:
     """Accept up to the first rejection, recover there, and redraw what follows from scratch.
 
     Exact; the published rule of Speculative Jacobi Decoding, with the residual taken from the

@@ -11,6 +11,7 @@ import torch
 import arvision
 from arvision import ARPipeline, InputError, get_sampler
 from arvision.decoding import draft_model, verify
+from arvision.decoding.tree import TokenTree
 from arvision.samplers import draft as draft_module
 from arvision.samplers.draft import DraftSampler
 from arvision.testing import (
@@ -120,12 +121,13 @@ def test_a_chain_that_hides_its_last_draft_is_found(monkeypatch):
 
     class Withholding(draft_model.DraftModelDrafter):
         def propose(self, tokens, lengths, num, tries):
-            drafts, laws = super().propose(tokens, lengths, num, tries)
+            tree = super().propose(tokens, lengths, num, tries)
+            drafts, laws = tree.tokens, tree.logq
             assert laws is not None
             if drafts.shape[1]:
                 likely = laws.gather(-1, drafts.clamp(min=0)[..., None])[..., 0].exp() > 0.4
                 drafts = torch.where(likely.long().cumprod(1).bool(), drafts, -1)
-            return drafts, laws
+            return TokenTree(drafts, laws)
 
     monkeypatch.setattr(draft_module, "DraftModelDrafter", Withholding)
     target, draft = table_pair(1)

@@ -9,7 +9,7 @@ import arvision
 from arvision import InputError, get_sampler
 from arvision.decoding.noise import Noise
 from arvision.decoding.relaxed import grouped_log_ratio, neighbour_log_ratio
-from arvision.decoding.verify import Chain
+from arvision.decoding.verify import Round
 from arvision.testing import DroppingTableModel, TableModel, draw_joint, law_p_value, tiny_llamagen
 
 ALPHA = 1e-4
@@ -46,7 +46,7 @@ def random_step(seed, vocab=6, num=1):
     codes = torch.nn.functional.normalize(codes, dim=-1)
     drafts = torch.arange(vocab)[:, None]
     positions = torch.zeros(vocab, 2, dtype=torch.int64)
-    chain = Chain(
+    chain = Round(
         drafts,
         q.expand(vocab, 1, vocab),
         p.expand(vocab, 2, vocab),
