@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..errors import StateError
 
+LARGEST_TABLE = 2048
+"""Positions up to which a cache keeps a table of what each may look at; it grows with the square."""
+
 
 class KVCache:
     """Keys and values of R rows that may stand at different lengths.
@@ -55,8 +58,10 @@ class KVCache:
         self._barred = barred
         order = torch.arange(capacity, device=device)
         self._order = order
-        self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
-        self._causal.masked_fill_(order > order[:, None], float("-inf"))
+        self._causal: Tensor | None = None
+        if capacity <= LARGEST_TABLE:
+            self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
+            self._causal.masked_fill_(order > order[:, None], float("-inf"))
         self._closed: Tensor | None = None
         if open_columns is not None and not bool(open_columns.all()):
             self._closed = torch.zeros(num_rows, 1, 1, capacity, device=device, dtype=dtype)
@@ -104,7 +109,7 @@ class KVCache:
             elif num == 1:
                 mask = None if self._closed is None else self._closed[..., visible]
             else:
-                mask = self._causal[None, None, self._first : furthest, visible]
+                mask = self._chain_mask(slots[:1], furthest)
                 if self._closed is not None:
                     mask = mask + self._closed[..., visible]
             return slots, mask
@@ -119,10 +124,19 @@ class KVCache:
         furthest = min(furthest, self.capacity)
         if ancestors is not None:
             return slots, self._tree_mask(slots, ancestors, furthest)
-        mask = self._causal[slots, :furthest][:, None]
+        mask = self._chain_mask(slots, furthest)
         if self._closed is not None:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
+
+    def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
+        """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
+        if self._causal is not None:
+            if len(slots) == 1 and self.is_uniform:
+                return self._causal[None, None, self._first : self._first + slots.shape[1], :visible]
+            return self._causal[slots, :visible][:, None]
+        mask = torch.zeros(*slots.shape, visible, device=slots.device, dtype=self.keys.dtype)
+        return mask.masked_fill_(self._order[:visible] > slots[..., None], float("-inf"))[:, None]
 
     def begin_at(self, slots: Tensor, sees: Tensor) -> Tensor:
         """Make room for candidates at slots of the caller's choice, whatever stood there before.
