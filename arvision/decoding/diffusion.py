@@ -10,8 +10,7 @@ Paper: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models",
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ class Schedule:
                 self.log_betas,
             )
         )
-        mean = (c0 * a + c1) * x - (c0 * b) * noise
+        mean = c0 * (a * x - b * noise) + c1 * x
         return mean, low + (share + 1) * (0.5 * (high - low))
 
     @staticmethod

@@ -16,7 +16,7 @@ from ..contracts import Seeds
 from ..errors import InputError
 from ..kernels.philox import philox4x32
 
-PURPOSES = {"token": 0, "accept": 1, "recover": 2, "init": 3, "draft": 4}
+PURPOSES = {"token": 0, "accept": 1, "recover": 2, "init": 3, "draft": 4, "latent": 5, "order": 6}
 """What a number is used for; streams of different purposes are independent."""
 
 MEMO_ELEMENTS = 1 << 23
@@ -92,6 +92,16 @@ class Noise:
         words = self._bits(positions, lanes, purpose, tries).flatten(-2)
         uniforms = (words.double() + 0.5) * 2.0**-32
         return uniforms[..., 0] if num is None else uniforms[..., :num]
+
+    def normal(self, positions: Tensor, num: int, purpose: str, tries: Tensor | int = 0) -> Tensor:
+        """Standard normal numbers [B, T, num] float64 of positions [B, T].
+
+        Number i depends on i and not on `num`. Arguments as in `uniform`.
+        """
+        pairs = self.uniform(positions, purpose, tries, num + num % 2).unflatten(-1, (-1, 2))
+        radius, angle = (-2 * pairs[..., 0].log()).sqrt(), 2 * torch.pi * pairs[..., 1]
+        both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return both.flatten(-2)[..., :num]
 
     def gumbel(self, positions: Tensor, num: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Standard Gumbel numbers [B, T, num] for the tokens at positions [B, T].

@@ -1,0 +1,135 @@
+"""MAR as a continuous model: conditions in, laws of latents and pixels out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contracts import Conditions
+from ...decoding.logits import check_guidance_scale
+from ...errors import InputError
+from ..conditions import resolve_class
+from .autoencoder import MARAutoencoder
+from .law import MARHead
+from .state import MARState
+from .transformer import MARTransformer
+
+
+class MAR:
+    """A MAR transformer with its autoencoder; see `arvision.contracts.ContinuousModel`.
+
+    Args:
+        transformer: the network with its diffusion head.
+        tokenizer: the autoencoder; without one the model gives latents but not images.
+        class_names: names of the classes, in the order of their ids.
+
+    Raises:
+        InputError: an autoencoder with other latents than the transformer was built for.
+
+    Paper: Li et al., "Autoregressive Image Generation without Vector Quantization", 2024.
+    """
+
+    def __init__(
+        self,
+        transformer: MARTransformer,
+        tokenizer: MARAutoencoder | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.class_names = list(class_names or [])
+        self.num_tokens = transformer.num_tokens
+        self.latent_dim: int = transformer.config["latent_dim"]
+        self.grid: tuple[int, int] = tuple(transformer.config["grid"])
+        self.head = MARHead(transformer.diffloss.net, transformer.config["num_sampling_steps"])
+        if tokenizer is not None and tokenizer.config["latent_dim"] != self.latent_dim:
+            raise InputError(
+                f"the autoencoder has latents of width {tokenizer.config['latent_dim']}: expected "
+                f"{self.latent_dim}, the transformer's"
+            )
+
+    @classmethod
+    def from_official(
+        cls,
+        model: str | Path | Mapping[str, Any],
+        vae: str | Path | Mapping[str, Any] | None = None,
+        **sizes: Any,
+    ) -> MAR:
+        """Load the authors' checkpoints.
+
+        Args:
+            model: path (or state dict) such as `mar_base/checkpoint-last.pth`; `model_ema` is used.
+            vae: path (or state dict) such as `kl16.ckpt`.
+            **sizes: what tensors and the table of official sizes do not tell: `num_heads`, `grid`,
+                `num_sampling_steps`.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        network = MARTransformer.from_official(model, **sizes)
+        return cls(network, None if vae is None else MARAutoencoder.from_official(vae))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the transformer."""
+        return self.transformer.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> MAR:
+        """Move or cast all networks, as `nn.Module.to` does; returns the model itself."""
+        self.transformer.to(*args, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0, order: Tensor | None = None
+    ) -> MARState:
+        """A state in which no latent is known.
+
+        Args:
+            conditions: one per image, class ids or names.
+            guidance_scale: 1 costs no unconditional rows. The scale itself is an argument of the
+                head, since schedules change it on the way.
+            order: [B, N] int64, positions in the order of drawing; row by row if None.
+
+        Raises:
+            InputError: no conditions, one that the model does not know, a negative scale, or an
+                order that is not one.
+        """
+        check_guidance_scale(guidance_scale)
+        if len(conditions) == 0:
+            raise InputError("no conditions: expected at least one")
+        every = torch.arange(self.num_tokens, device=self.device)
+        order = every.expand(len(conditions), -1) if order is None else order.to(self.device)
+        if order.shape != (len(conditions), len(every)) or bool((order.sort(1)[0] != every).any()):
+            raise InputError(
+                f"order {tuple(order.shape)}: expected all {self.num_tokens} positions for each of "
+                f"{len(conditions)} images"
+            )
+        num_classes = self.transformer.config["num_classes"]
+        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
+        classes = torch.tensor(ids, device=self.device)
+        null = torch.zeros_like(classes, dtype=torch.bool)
+        if guidance_scale != 1:
+            classes, null = classes.repeat(2), torch.cat([null, ~null])
+        return MARState(self.transformer, self.transformer.embed_classes(classes, null), order)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, D] to pixels [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            InputError: the model has no autoencoder.
+        """
+        if self.tokenizer is None:
+            raise InputError("this model has no autoencoder: expected one to decode latents")
+        return self.tokenizer.decode(tokens.to(self.tokenizer.dtype), self.grid).clamp(-1, 1)

@@ -1,0 +1,66 @@
+"""Which latents of each image are known, and what the head needs to draw the next ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import StateError
+from .transformer import MARTransformer
+
+
+class MARState:
+    """Decode state of a MAR model; see `arvision.contracts.LatentState`.
+
+    Args:
+        transformer: the network.
+        condition: [B, W], or with guidance [2B, W]: the unconditional rows follow.
+        order: [B, N] int64, positions in the order of drawing.
+    """
+
+    def __init__(self, transformer: MARTransformer, condition: Tensor, order: Tensor) -> None:
+        self._transformer, self._order = transformer, order
+        self._condition = condition.view(-1, len(order), condition.shape[-1])
+        num, dim = transformer.num_tokens, transformer.config["latent_dim"]
+        self.lengths = torch.zeros(len(order), dtype=torch.int64, device=order.device)
+        self._latents = condition.new_zeros(len(order), num, dim)
+        self._known = torch.zeros_like(order, dtype=torch.bool)
+
+    def _next(self, count: int) -> Tensor:
+        left = self._order.shape[1] - int(self.lengths.max())
+        if not 1 <= count <= left:
+            raise StateError(f"{count} latents asked for or fed: expected 1 to {left}")
+        places = self.lengths[:, None] + torch.arange(count, device=self._order.device)
+        return self._order.gather(1, places)
+
+    def condition(self, count: int) -> Tensor:
+        """Conditions z [B, count, Dz] of the next positions of the order."""
+        positions = self._next(count)
+        images = torch.arange(len(positions), device=positions.device)
+        z = self.contexts(self._latents, self._known, images)
+        return z.gather(1, positions[..., None].expand(-1, -1, z.shape[-1]))
+
+    def feed(self, latents: Tensor) -> None:
+        """Latents [B, count, D] of the next positions become known."""
+        positions = self._next(latents.shape[1])
+        self._known = self._known.scatter(1, positions, True)
+        place = positions[..., None].expand_as(latents)
+        self._latents = self._latents.scatter(1, place, latents.to(self._latents.dtype))
+        self.lengths = self.lengths + latents.shape[1]
+
+    def contexts(self, latents: Tensor, known: Tensor, images: Tensor) -> Tensor:
+        """Conditions z [R, N, Dz] of every position in R hypothetical contexts, in one pass.
+
+        Args:
+            latents: [R, N, D]; what stands at unknown positions does not matter.
+            known: [R, N] bool; rows may know different numbers of latents.
+            images: [R] int64, which image a context belongs to.
+        """
+        condition = self._condition[:, images]
+        halves = len(condition)
+        z = self._transformer(
+            latents.to(condition.dtype).repeat(halves, 1, 1),
+            known.repeat(halves, 1),
+            condition.flatten(0, 1),
+        )
+        return torch.cat(z.chunk(halves), dim=-1)
