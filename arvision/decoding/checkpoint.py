@@ -24,8 +24,8 @@ def read_state_dict(
 
     Args:
         source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a dict.
-        wrappers: keys under which a release may keep the tensors, best first; a file without any
-            of them is taken as it is.
+        wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
+            within a dict; a file without any of them is taken as it is.
 
     Raises:
         CheckpointError: no such file, a truncated one, one that holds pickled code, or one without
@@ -42,8 +42,11 @@ def read_state_dict(
         content = _read(path)
     if isinstance(content, Mapping):
         for wrapper in wrappers:
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
+            inner: object = content
+            for step in wrapper.split("."):
+                inner = inner.get(step) if isinstance(inner, Mapping) else None
+            if isinstance(inner, Mapping):
+                content = inner
                 break
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name}: expected a dict of tensors, found {type(content).__name__}")

@@ -1,0 +1,176 @@
+"""Building blocks of the VAR transformer, with the parameter names of the release.
+
+Source: Tian et al., "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale
+Prediction", 2024, section 3.3 and appendix, and the authors' published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.linear import Linear
+
+MAX_LOG_SCALE = math.log(100)
+"""Largest logarithm of a head's query length."""
+
+
+class ScaleCache(Protocol):
+    """Where an attention layer puts its keys and values."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [R, H, T, D] and return everything so far, [R, H, S, D]."""
+        ...
+
+
+class Attention(nn.Module):
+    """Self-attention; queries and keys of unit length times a learnt scale per head, or plain.
+
+    Args:
+        width: C.
+        num_heads: H.
+        l2_norm: whether queries and keys are normalised; plain attention scales its products by a
+            quarter of the usual 1/sqrt(D), as published.
+    """
+
+    def __init__(self, width: int, num_heads: int, l2_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        if l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+        self.l2_norm = l2_norm
+        self.scale = 1.0 if l2_norm else 0.25 / (width // num_heads) ** 0.5
+        self.proj = Linear(width, width)
+
+    def forward(
+        self, x: Tensor, layer: int, mask: Tensor | None, cache: ScaleCache | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [R, T, C].
+            layer: index of this layer in the cache.
+            mask: [T, S] bool, true where a query may look; None for everything.
+            cache: takes the new keys and values and gives all so far.
+        """
+        rows, num, width = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = self.mat_qkv(x)
+        qkv = qkv + bias.to(qkv.dtype)
+        q, k, v = qkv.view(rows, num, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.l2_norm:
+            length = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
+            q, k = F.normalize(q, dim=-1) * length, F.normalize(k, dim=-1)
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.proj(out.transpose(1, 2).reshape(rows, num, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def _projection(width: int, num: int) -> nn.Sequential:
+    """SiLU, then a linear layer from the condition [R, C] to `num` vectors."""
+    return nn.Sequential(nn.SiLU(), Linear(width, num * width))
+
+
+class SharedProjection(nn.Sequential):
+    """The projection of the condition that all blocks of a shared-AdaLN model start from."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(*_projection(width, 6))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Condition [R, C] to [R, 1, 6, C]."""
+        return super().forward(condition).view(len(condition), 1, 6, -1)
+
+
+class Block(nn.Module):
+    """A transformer block whose normalisations take scale, shift and gate from the condition.
+
+    Args:
+        width: C.
+        num_heads: H.
+        shared_aln: whether the projection of the condition is shared by all blocks, each adding a
+            table of its own, instead of one projection per block.
+        l2_norm: see `Attention`.
+        eps: of the normalisation.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, shared_aln: bool, l2_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn = Attention(width, num_heads, l2_norm)
+        self.ffn = FeedForward(width, 4 * width)
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = _projection(width, 6)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Gates, scales and shifts [R, 1, 6, C] of the condition.
+
+        Args:
+            condition: [R, C], or the shared projection [R, 1, 6, C] of a shared-AdaLN model.
+        """
+        if hasattr(self, "ada_gss"):
+            return self.ada_gss + condition
+        return self.ada_lin(condition).view(len(condition), 1, 6, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        layer: int,
+        mask: Tensor | None,
+        cache: ScaleCache | None,
+    ) -> Tensor:
+        """[R, T, C] to [R, T, C]; `modulation` [R, 1, 6, C], the rest as in `Attention`."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        h = modulated_norm(x, scale1, shift1, self.eps)
+        x = x + gate1 * self.attn(h, layer, mask, cache)
+        return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
+
+
+class HeadNorm(nn.Module):
+    """The normalisation before the logits."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.ada_lin = _projection(width, 2)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Scale and shift [R, 1, 2, C] of the condition [R, C]."""
+        return self.ada_lin(condition).view(len(condition), 1, 2, -1)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """[R, T, C] to [R, T, C]."""
+        scale, shift = modulation.unbind(2)
+        return modulated_norm(x, scale, shift, self.eps)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Layer normalisation without weights of its own, then (1 + scale) and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift

@@ -1,0 +1,164 @@
+"""The multi-scale VQ image tokenizer of VAR as a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ...decoding.checkpoint import load_strictly, read_state_dict
+from ...errors import InputError
+from .autoencoder import Decoder, Encoder
+from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
+from .quantizer import MultiScaleQuantizer
+
+
+def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+    """The side lengths of the scales, growing.
+
+    Raises:
+        InputError: none, or a list that does not grow.
+    """
+    sides = tuple(int(side) for side in scales)
+    if not sides or sides[0] < 1 or any(b <= a for a, b in zip(sides, sides[1:], strict=False)):
+        raise InputError(f"patch_nums {list(scales)}: expected growing side lengths from 1 up")
+    return sides
+
+
+class VARTokenizer(ModelMixin, ConfigMixin):
+    """Autoencoder whose features are coded scale by scale with one codebook.
+
+    Args:
+        patch_nums: side lengths of the scales; the last one is that of the feature map.
+        ch: base width.
+        ch_mult: width multiplier of each level; every level but the last halves the side.
+        num_res_blocks: residual blocks of an encoder level (a decoder level has one more).
+        z_channels: width of features and codes.
+        codebook_size: number of codes V.
+        num_shared: convolutions behind the upsampled codes, shared by the scales; 1 for a single
+            one, 0 for one per scale.
+
+    Raises:
+        InputError: scales that do not grow, or a width that has no 32 groups.
+
+    Paper: Tian et al., "Visual Autoregressive Modeling", 2024, section 3.2 and appendix.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        ch: int = 160,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        z_channels: int = 32,
+        codebook_size: int = 4096,
+        num_shared: int = 4,
+    ) -> None:
+        super().__init__()
+        if ch % 32:
+            raise InputError(f"ch {ch}: expected a multiple of 32 (group normalisation)")
+        scales = check_scales(patch_nums)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.quantize = MultiScaleQuantizer(codebook_size, z_channels, scales, num_shared)
+        self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
+
+    @classmethod
+    def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> VARTokenizer:
+        """Load the authors' checkpoint, such as `vae_ch160v4096z32.pth`.
+
+        Args:
+            source: path or state dict.
+            **sizes: `patch_nums` where they are not those of the 256-pixel models; others are
+                checked against the tensors.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        tensors = read_state_dict(source, TOKENIZER_WRAPPERS)
+        found = tokenizer_sizes(tensors, name, sizes)
+        return load_strictly(cls, found, without_records(tensors), name)
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Side lengths of the scales."""
+        return self.quantize.scales
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, over all scales."""
+        return sum(side * side for side in self.scales)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per feature along one side."""
+        return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    def pre_quant(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, H] in [-1, 1] to features [B, D, P, P] before quantisation.
+
+        Raises:
+            InputError: another shape than the finest scale asks for.
+        """
+        side = self.scales[-1] * self.downsample_factor
+        if pixels.shape[1:] != (3, side, side):
+            raise InputError(f"pixels {tuple(pixels.shape)}: expected [B, 3, {side}, {side}]")
+        return self.quant_conv(self.encoder(pixels.to(self.dtype)))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, H] in [-1, 1] to code indices [B, L] int64, scales coarse to fine."""
+        return self.quantize.encode(self.pre_quant(pixels))
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Codes [B, L, D] of code indices [B, L].
+
+        Raises:
+            InputError: another number of indices than the scales have, or one out of range.
+        """
+        if indices.dim() != 2 or indices.shape[1] != self.num_tokens:
+            raise InputError(
+                f"indices {tuple(indices.shape)}: expected [B, {self.num_tokens}], all tokens of the "
+                f"scales {', '.join(map(str, self.scales))}"
+            )
+        size = self.config["codebook_size"]
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+            raise InputError(f"code indices must lie in 0..{size - 1}")
+        return self.quantize.codes()[indices]
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Code indices [B, L], or vectors [B, L, D] in their place, to pixels [B, 3, H, H].
+
+        Pixels are clamped to [-1, 1].
+
+        Raises:
+            InputError: shapes or indices that do not fit.
+        """
+        codes = indices if indices.is_floating_point() else self.look_up(indices)
+        if codes.shape[1:] != (self.num_tokens, self.config["z_channels"]):
+            raise InputError(
+                f"vectors {tuple(codes.shape)}: expected [B, {self.num_tokens}, "
+                f"{self.config['z_channels']}]"
+            )
+        canvas, _ = self.quantize.canvas(codes.to(self.quantize.codes().dtype))
+        return self.decode_features(canvas)
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """Quantised features [B, D, P, P] to pixels [B, 3, H, H] in [-1, 1]."""
+        return self.paint(features).clamp(-1, 1)
+
+    def paint(self, features: Tensor) -> Tensor:
+        """Features [B, D, P, P] to pixels that are not clamped, for training."""
+        return self.decoder(self.post_quant_conv(features.to(self.dtype)))
+
+    @torch.no_grad()
+    def views(self, indices: Tensor) -> Tensor:
+        """What a transformer is fed for code indices [B, L]: [B, L - 1, D], without scale 0."""
+        return self.quantize.canvas(self.look_up(indices))[1]

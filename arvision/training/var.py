@@ -1,0 +1,181 @@
+"""Training objectives of VAR: its multi-scale tokenizer, and its transformer on a data set."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..models.var.tokenizer import VARTokenizer
+from ..models.var.transformer import VARTransformer
+from .data import to_pixels
+from .loop import Objective
+
+
+class VARTokenizerObjective(Objective):
+    """Reconstruction through residual codes of every scale, with a codebook that follows them.
+
+    The first `unquantised_steps` train a plain autoencoder; then the codebook is set to features seen
+    at all scales and follows what it is asked to code by exponential averages. Codes that hardly any
+    position uses restart on residuals of the current batch. The smoothing convolutions are trained by
+    the distance between canvas and features after each scale, as in the paper.
+
+    Args:
+        tokenizer: the model to train; its codebook gets no gradient.
+        images: [M, H, W] uint8.
+        unquantised_steps: steps before the codebook is switched on.
+        decay: of the exponential averages.
+        commitment: weight of the features' distance to the canvas.
+        restart_below: expected uses per batch under which a code restarts.
+
+    Paper: Tian et al., "Visual Autoregressive Modeling", 2024, algorithm 1 and equation 5; van den
+    Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (averages).
+    """
+
+    def __init__(
+        self,
+        tokenizer: VARTokenizer,
+        images: Tensor,
+        *,
+        unquantised_steps: int = 150,
+        decay: float = 0.99,
+        commitment: float = 0.25,
+        restart_below: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.uses: Tensor
+        self.sums: Tensor
+        self.steps_done: Tensor
+        self.tokenizer, self.images = tokenizer, images
+        self.num_items = len(images)
+        self.unquantised_steps, self.decay = unquantised_steps, decay
+        self.commitment, self.restart_below = commitment, restart_below
+        codebook = tokenizer.quantize.embedding.weight
+        codebook.requires_grad_(False)
+        self.register_buffer("uses", torch.ones(len(codebook)))
+        self.register_buffer("sums", torch.zeros_like(codebook))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss, PSNR in dB and code usage of the images `indices`."""
+        pixels = to_pixels(self.images[indices])
+        features = self.tokenizer.pre_quant(pixels).float()
+        step = int(self.steps_done)
+        if step == self.unquantised_steps:
+            self._initialise(features.detach(), generator)
+        distance = features.new_zeros(())
+        fed = features
+        if step >= self.unquantised_steps:
+            with torch.autocast(features.device.type, enabled=False):
+                canvas, distance = self._quantise(features)
+            fed = features + (canvas - features).detach()
+        out = self.tokenizer.paint(fed)
+        error = F.mse_loss(out.float(), pixels)
+        loss = error + 0.2 * F.l1_loss(out.float(), pixels) + distance
+        return {
+            "loss": loss,
+            "psnr": 10 * torch.log10(4.0 / error.detach()),
+            "codes_used": (self.uses > 0.5).sum(),
+        }
+
+    def _quantise(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The canvas [B, D, P, P], and the mean over scales of its distance to the features."""
+        quantize = self.tokenizer.quantize
+        still = features.detach()
+        canvas = quantize.blank(len(features), features)
+        distance = features.new_zeros(())
+        asked, given = [], []
+        for scale in range(len(quantize.scales)):
+            rest = quantize.view(still - canvas.detach(), scale)
+            chosen = quantize.nearest(rest)
+            canvas = quantize.paint(canvas, quantize.codes()[chosen], scale)
+            distance = distance + F.mse_loss(canvas, still)
+            distance = distance + self.commitment * F.mse_loss(canvas.detach(), features)
+            asked.append(rest.flatten(0, 1))
+            given.append(chosen.flatten())
+        self._last = torch.cat(asked), torch.cat(given)
+        return canvas, distance / len(quantize.scales)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the codebook after the residuals of the step."""
+        self.steps_done += 1
+        if self._last is None:
+            return
+        asked, chosen = self._last
+        one_hot = F.one_hot(chosen, len(self.uses)).to(asked.dtype)
+        self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
+        self.sums.lerp_(one_hot.T @ asked, 1 - self.decay)
+        dead = (self.uses < self.restart_below).nonzero().squeeze(1)
+        if len(dead):
+            generator = torch.Generator().manual_seed(step)
+            picks = torch.randint(len(asked), (len(dead),), generator=generator)
+            self.sums[dead], self.uses[dead] = asked[picks.to(asked.device)], 1.0
+        self.tokenizer.quantize.embedding.weight.copy_(self.sums / self.uses[:, None])
+        self._last = None
+
+    @torch.no_grad()
+    def _initialise(self, features: Tensor, generator: torch.Generator) -> None:
+        """Set the codes to random features of random scales, shrunk towards zero at random.
+
+        Residuals are smaller than features, hence the shrinking.
+        """
+        quantize = self.tokenizer.quantize
+        seen = torch.cat(
+            [quantize.view(features, k).flatten(0, 1) for k in range(len(quantize.scales))]
+        )
+        size = len(self.uses)
+        picks = torch.randint(len(seen), (size,), generator=generator)
+        shrink = torch.rand(size, 1, generator=generator)
+        self.uses.fill_(1.0)
+        self.sums.copy_(seen[picks] * shrink)
+        quantize.embedding.weight.copy_(self.sums)
+
+
+class VARClassObjective(Objective):
+    """Cross-entropy of every token given its class and all coarser scales.
+
+    Args:
+        transformer: a class-conditional model.
+        tokenizer: gives the views of the canvas; it is not trained.
+        tokens: [M, L] codes of the training images.
+        labels: [M] classes.
+        condition_dropout: share of samples trained with the null class, for guidance.
+    """
+
+    def __init__(
+        self,
+        transformer: VARTransformer,
+        tokenizer: VARTokenizer,
+        tokens: Tensor,
+        labels: Tensor,
+        condition_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.tokens, self.labels = transformer, tokens, labels
+        self.num_items = len(tokens)
+        self.condition_dropout = condition_dropout
+        self._tokenizer = [tokenizer.eval()]  # not a part: it is not trained, nor saved again
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean loss in nats per token of the samples `indices`, and that of the finest scale."""
+        tokens, labels = self.tokens[indices], self.labels[indices]
+        null = torch.rand(len(labels), generator=generator) < self.condition_dropout
+        labels = labels.masked_fill(null, self.transformer.config["num_classes"])
+        with torch.autocast(tokens.device.type, enabled=False):
+            views = self._tokenizer[0].views(tokens)
+        # The plain form trains faster on a CPU than the fused one, whose backward pass is slow.
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = self.transformer.teacher_forced(labels, views)
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        finest = losses[:, -(self.transformer.scales[-1] ** 2) :]
+        return {"loss": losses.mean(), "finest": finest.mean()}
+
+
+@torch.no_grad()
+def encode_images(tokenizer: VARTokenizer, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Code indices [M, L] of grey images [M, H, W] uint8."""
+    tokenizer.eval()
+    return torch.cat([tokenizer.encode(to_pixels(part)) for part in images.split(batch_size)])
