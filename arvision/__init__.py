@@ -10,6 +10,7 @@ from .errors import (
     MissingDependencyError,
     StateError,
 )
+from .generate import TextOutput, generate, list_drafters
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import get_sampler
 
@@ -26,7 +27,10 @@ __all__ = [
     "MissingDependencyError",
     "SampleOutput",
     "StateError",
+    "TextOutput",
+    "generate",
     "get_sampler",
+    "list_drafters",
     "list_models",
     "list_samplers",
     "load",

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers"} | GROUND,
     "testing": {"models"} | GROUND,
+    "generate": {"models", "decoding"} | GROUND,
     "compare": {"api", "pipeline", "samplers", "sheet"} | GROUND,
     "publish": {"api", "pipeline", "eval", "training"} | GROUND,
 }

