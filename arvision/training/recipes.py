@@ -18,7 +18,7 @@ from .data import CLASS_NAMES, load_fashion
 from .loop import FitConfig, fit
 from .text import build_text_encoder, build_text_tokenizer
 from .tokenizer import TokenizerObjective, encode_all
-from .transformer import CaptionObjective, ClassObjective
+from .transformer import CaptionObjective, ClassObjective, ConsistencyObjective
 
 Components = dict[str, Any]
 """Trained parts by their name in the pipeline."""
@@ -38,6 +38,7 @@ class LlamaGenRecipe:
         context_noise: mean share of such tokens.
         caption_fit: settings of the text-conditional stage, which starts from the weights of the
             class-conditional one; None for a class-conditional model.
+        consistency_fit: settings of the very last stage, see `ConsistencyObjective`; None for none.
         num_images: training images used.
         card: "kind", "conditions" and "summary" of the model.
         settings: recommended settings, arguments of the pipeline.
@@ -84,6 +85,7 @@ class LlamaGenRecipe:
     polish_fit: FitConfig | None = None
     context_noise: float = 0.2
     caption_fit: FitConfig | None = None
+    consistency_fit: FitConfig | None = None
     num_images: int = 60_000
 
     def shortened(self, steps: int, num_images: int) -> LlamaGenRecipe:
@@ -100,6 +102,7 @@ class LlamaGenRecipe:
             transformer_fit=cut(self.transformer_fit),
             polish_fit=cut(self.polish_fit),
             caption_fit=cut(self.caption_fit),
+            consistency_fit=cut(self.consistency_fit),
             num_images=num_images,
         )
 
@@ -109,15 +112,21 @@ class LlamaGenRecipe:
         tokenizer = self._tokenizer(images, folder, progress)
         tokens = encode_all(tokenizer, images)
         transformer = self._transformer(tokens, labels, folder, progress)
+        objective = ClassObjective(transformer, tokens, labels, context_noise=self.context_noise)
         if self.polish_fit is not None:
-            objective = ClassObjective(
-                transformer, tokens, labels, context_noise=self.context_noise
-            )
             fit(objective, self.polish_fit, folder / "polish", progress=progress)
-            transformer.eval()
         parts: Components = {"transformer": transformer, "tokenizer": tokenizer}
         if self.caption_fit is not None:
-            parts |= self._caption_model(transformer, tokens, images, labels, folder, progress)
+            objective = self._caption_model(transformer, tokens, images, labels, folder, progress)
+            parts |= {
+                "transformer": objective.transformer,
+                "text_encoder": objective.text_encoder.eval(),
+                "text_tokenizer": objective.text_tokenizer,
+            }
+        if self.consistency_fit is not None:
+            last = ConsistencyObjective(objective, self.settings["guidance_scale"])
+            fit(last, self.consistency_fit, folder / "consistency", progress=progress)
+        parts["transformer"].eval()
         return parts
 
     def _tokenizer(self, images: Tensor, folder: Path, progress: bool) -> LlamaGenTokenizer:
@@ -148,7 +157,7 @@ class LlamaGenRecipe:
         labels: Tensor,
         folder: Path,
         progress: bool,
-    ) -> Components:
+    ) -> CaptionObjective:
         assert self.caption_fit is not None
         torch.manual_seed(self.caption_fit.seed)
         transformer = LlamaGenTransformer(
@@ -166,11 +175,7 @@ class LlamaGenRecipe:
             text_tokenizer,
         )
         fit(objective, self.caption_fit, folder / "caption", progress=progress)
-        return {
-            "transformer": transformer.eval(),
-            "text_encoder": text_encoder.eval(),
-            "text_tokenizer": text_tokenizer,
-        }
+        return objective
 
 
 RECIPES: dict[str, LlamaGenRecipe] = {
@@ -190,6 +195,15 @@ RECIPES: dict[str, LlamaGenRecipe] = {
             steps=500,
             batch_size=64,
             learning_rate=4e-4,
+            warmup=20,
+            mixed_precision="bf16",
+            log_every=50,
+            seed=1,
+        ),
+        consistency_fit=FitConfig(
+            steps=600,
+            batch_size=32,
+            learning_rate=6e-4,
             warmup=20,
             mixed_precision="bf16",
             log_every=50,
@@ -216,8 +230,15 @@ RECIPES: dict[str, LlamaGenRecipe] = {
 
 def stage_seconds(folder: Path, recipe: LlamaGenRecipe) -> dict[str, float]:
     """Wall time of each stage of a finished recipe, from its log."""
-    stages = {"tokenizer": True, "transformer": True}
-    stages |= {"polish": recipe.polish_fit is not None, "caption": recipe.caption_fit is not None}
+    stages = {
+        "tokenizer": True,
+        "transformer": True,
+        "polish": recipe.polish_fit is not None,
+        "caption": recipe.caption_fit is not None,
+        "consistency": recipe.consistency_fit is not None and recipe.caption_fit is None,
+        "caption-consistency": recipe.consistency_fit is not None
+        and recipe.caption_fit is not None,
+    }
     seconds = {}
     for stage in (name for name, is_part in stages.items() if is_part):
         lines = (folder / stage / "log.jsonl").read_text().splitlines()

@@ -1,7 +1,8 @@
-"""Training objective of a LlamaGen transformer on the codes of a data set."""
+"""Training objectives of a LlamaGen transformer on the codes of a data set."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..decoding.logits import shape_logits
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .loop import Objective
 
@@ -39,14 +41,26 @@ class ClassObjective(Objective):
         self.num_items = len(tokens)
         self.condition_dropout, self.context_noise = condition_dropout, context_noise
 
+    def describe(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """What a transformer embeds as conditions, and the mask of rows that count (or None).
+
+        Classes [B] here; a subclass may give features [B, P, C'] and a mask [B, P].
+        """
+        return self.labels[indices], None
+
+    @staticmethod
+    def rows(transformer: LlamaGenTransformer, described: Tensor, null: Tensor) -> Tensor:
+        """Conditioning rows [B, P, C] of a transformer, the null ones where `null` [B] is true."""
+        num_classes = transformer.config["num_classes"]
+        return transformer.cls_embedding(described.masked_fill(null, num_classes))
+
     def conditions(
         self, indices: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Conditioning rows [B, P, C] and the mask of the ones that count [B, P] (or None)."""
-        labels = self.labels[indices]
-        null = torch.rand(len(labels), generator=generator) < self.condition_dropout
-        num_classes = self.transformer.config["num_classes"]
-        return self.transformer.cls_embedding(labels.masked_fill(null, num_classes)), None
+        described, valid = self.describe(indices, generator)
+        null = torch.rand(len(indices), generator=generator) < self.condition_dropout
+        return self.rows(self.transformer, described, null), valid
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Mean loss in nats per token of the samples `indices`."""
@@ -54,20 +68,28 @@ class ClassObjective(Objective):
         rows, valid = self.conditions(indices, generator)
         context = tokens
         if self.context_noise > 0:
-            context = self._with_own_draws(tokens, rows, valid, generator)
+            with torch.no_grad():
+                logits = self.transformer.teacher_forced(rows, tokens, valid)
+            context = with_draws(tokens, logits, self.context_noise, generator)
         logits = self.transformer.teacher_forced(rows, context, valid)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
 
-    @torch.no_grad()
-    def _with_own_draws(
-        self, tokens: Tensor, rows: Tensor, valid: Tensor | None, generator: torch.Generator
-    ) -> Tensor:
-        """Tokens [B, N] of which a share, another one for each sample, is drawn by the model."""
-        laws = self.transformer.teacher_forced(rows, tokens, valid).softmax(-1)
-        draws = torch.multinomial(laws.flatten(0, 1), 1, generator=generator).view_as(tokens)
-        share = 2 * self.context_noise * torch.rand(len(tokens), 1, generator=generator)
-        replaced = torch.rand(tokens.shape, generator=generator) < share
-        return torch.where(replaced, draws, tokens)
+
+def with_draws(
+    tokens: Tensor, logits: Tensor, context_noise: float, generator: torch.Generator
+) -> Tensor:
+    """Tokens [B, N] of which a share, another one for each sample, is drawn from `logits`.
+
+    Args:
+        tokens: [B, N].
+        logits: [B, N, V].
+        context_noise: mean share, at most 0.5.
+        generator: of the draws.
+    """
+    draws = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+    share = 2 * context_noise * torch.rand(len(tokens), 1, generator=generator)
+    replaced = torch.rand(tokens.shape, generator=generator) < share
+    return torch.where(replaced, draws.view_as(tokens), tokens)
 
 
 class CaptionObjective(ClassObjective):
@@ -95,21 +117,79 @@ class CaptionObjective(ClassObjective):
         self.write_caption = write_caption
         self.text_encoder, self.text_tokenizer = text_encoder, text_tokenizer
 
-    def conditions(
-        self, indices: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        """Conditioning rows of freshly written captions, padded on the left."""
+    def describe(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Features [B, P, C'] of freshly written captions, padded on the left, and their mask."""
         captions = [self.write_caption(index, generator) for index in indices.tolist()]
-        features, valid = encode_captions(
+        return encode_captions(
             captions,
             self.text_encoder,
             self.text_tokenizer,
             self.transformer.config["caption_length"],
         )
-        null = torch.rand(len(captions), generator=generator) < self.condition_dropout
-        uncond = self.transformer.cls_embedding.uncond_embedding.expand_as(features)
-        features = torch.where(null[:, None, None], uncond.to(features.dtype), features)
-        return self.transformer.cls_embedding(features), valid
+
+    @staticmethod
+    def rows(transformer: LlamaGenTransformer, described: Tensor, null: Tensor) -> Tensor:
+        """Conditioning rows [B, P, C] of a transformer, the null ones where `null` [B] is true."""
+        uncond = transformer.cls_embedding.uncond_embedding.expand_as(described)
+        features = torch.where(null[:, None, None], uncond.to(described.dtype), described)
+        return transformer.cls_embedding(features)
+
+
+class ConsistencyObjective(Objective):
+    """Keep a model's guided law, and give the same law when some context tokens are wrong.
+
+    KL(teacher given the true tokens || model given the true tokens), plus the same with a share of
+    the context drawn from the teacher. The teacher is the model as it was when the stage began, and
+    both laws are the guided ones that samplers draw from. A speculative sampler judges each guess
+    by a law whose context contains guesses, so the less a law depends on a single token of its
+    context, the more guesses stay.
+
+    Args:
+        base: data and conditions; its transformer is trained, a text encoder is not.
+        guidance_scale: of both laws.
+        context_noise: mean share of context tokens that the teacher draws.
+    """
+
+    def __init__(
+        self, base: ClassObjective, guidance_scale: float, context_noise: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.base, self.num_items = base, base.num_items
+        self.guidance_scale, self.context_noise = guidance_scale, context_noise
+        self.teacher = copy.deepcopy(base.transformer).requires_grad_(False)
+        for name, part in base.named_children():
+            part.requires_grad_(name == "transformer")
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean divergences in nats per token of the samples `indices`, and their total variation.
+
+        "variation" is that between the model's laws with and without wrong tokens: one minus it is
+        the chance that a guess stays under maximal coupling.
+        """
+        tokens = self.base.tokens[indices]
+        with torch.no_grad():
+            described, valid = self.base.describe(indices, generator)
+            goal = self._law(self.teacher, described, valid, tokens)
+            noisy = with_draws(tokens, goal, self.context_noise, generator)
+        clean_law = self._law(self.base.transformer, described, valid, tokens)
+        noisy_law = self._law(self.base.transformer, described, valid, noisy)
+        clean, wrong = (
+            (goal.exp() * (goal - law)).sum(-1).mean() for law in (clean_law, noisy_law)
+        )
+        variation = 0.5 * (clean_law.exp() - noisy_law.exp()).abs().sum(-1).mean()
+        return {"loss": clean + wrong, "clean": clean, "noisy": wrong, "variation": variation}
+
+    def _law(
+        self, network: LlamaGenTransformer, described: Tensor, valid: Tensor | None, tokens: Tensor
+    ) -> Tensor:
+        """Guided log-probabilities [B, N, V] of the tokens, teacher forced."""
+        twice = torch.cat([described, described])
+        is_null = torch.arange(len(twice)) >= len(described)
+        mask = None if valid is None else torch.cat([valid, valid])
+        rows = self.base.rows(network, twice, is_null)
+        logits = network.teacher_forced(rows, torch.cat([tokens, tokens]), mask)
+        conditional, null = logits.chunk(2)
+        return shape_logits(conditional, null_logits=null, guidance_scale=self.guidance_scale)
 
 
 def encode_captions(
