@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from ..errors import ArvisionError
-from . import compare, models, sample, train
+from . import compare, generate, models, sample, train
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 sample.add_to(app)
+generate.add_to(app)
 compare.add_to(app)
 models.add_to(app)
 train.add_to(app)

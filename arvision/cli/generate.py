@@ -1,0 +1,99 @@
+"""`arvision generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """Examples:
+
+arvision generate --model ./SmolLM2-135M-Instruct --prompt "What is a llama?" --chat --drafter token_recycling --stats
+
+arvision generate --model model.gguf --prompt "def add(a, b):" --drafter prompt_lookup+token_recycling --stop "\\n\\n"
+
+arvision generate --model ./target --prompt "Once upon a time" --draft ./draft --temperature 0.7 --json
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("generate", epilog=EPILOG)(generate)
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Folder, GGUF file or hub id of a causal LM.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    drafter: Annotated[str | None, typer.Option(help="A drafter, or two joined by +.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model, or heads of train-draft.")] = None,
+    rule: Annotated[str, typer.Option(help="lossless, or a rule such as block.")] = "lossless",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Tokens kept, 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Mass kept, 1 for all.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends a text; repeatable.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    num_draft: Annotated[str | None, typer.Option(help="Candidates per pass, or auto.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Drafter option name=value.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print figures on stderr.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print texts and figures.")] = False,
+) -> None:
+    """Continue a text, several tokens per pass."""
+    import torch
+
+    from ..compare import parse_value
+    from ..errors import InputError
+    from ..generate import generate as run
+    from .sample import parse_options
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(kinds)}")
+    options: dict[str, Any] = parse_options(option or [])
+    if draft is not None:
+        options["draft"] = draft
+        drafter = drafter or "draft_model"
+    streams = len(prompt) == 1 and not as_json
+
+    def show(_: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    out = run(
+        model,
+        prompt,
+        drafter=drafter,
+        rule=rule,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=[text.encode().decode("unicode_escape") for text in stop or []],
+        chat=chat,
+        num_draft=None if num_draft is None else parse_value(num_draft),
+        drafter_options=options,
+        stream=show if streams else None,
+        device=device,
+        dtype=None if dtype is None else kinds[dtype],
+    )
+    figures = {name: value for name, value in out.stats.items() if name != "windows"}
+    if as_json:
+        typer.echo(json.dumps({"texts": out.texts, "tokens": out.tokens, "stats": figures}))
+        return
+    if streams:
+        typer.echo()
+    for text in [] if streams else out.texts or []:
+        typer.echo(text)
+    if stats:
+        typer.echo(
+            f"{out.stats.tokens} tokens, {out.stats.forward_passes} passes, "
+            f"{out.stats.tokens_per_pass:.2f} tokens per pass, {out.stats.seconds:.2f} s, rule "
+            f"{out.stats.rule} ({'lossless' if out.stats.lossless else 'lossy'})",
+            err=True,
+        )
