@@ -111,7 +111,12 @@ def generate(
         or max_new_tokens < 1
     ):
         raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer >= 1")
-    proposer = make_drafter(drafter, **(drafter_options or {}))
+    options = dict(drafter_options or {})
+    if "draft" in options:
+        options["draft"] = as_draft(options["draft"], max_new_tokens, device, dtype)
+    proposer = make_drafter(drafter, **options)
+    if hasattr(proposer, "shaping"):
+        proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
     draws = getattr(proposer, "draws", "chosen")
     chosen = choose_rule(rule, draws, temperature, **(rule_options or {}))
     if isinstance(model, str | Path):
@@ -166,6 +171,17 @@ def generate(
         lossless=chosen.lossless,
     )
     return TextOutput(tokens, texts, stats)
+
+
+def as_draft(
+    draft: Any, num_tokens: int, device: Any = None, dtype: torch.dtype | None = None
+) -> Any:
+    """A draft model as a token model: what was given, or a model of transformers, or its name."""
+    if isinstance(draft, str | Path):
+        draft = _load(str(draft), str(device or "cpu"), dtype)[0]
+    if isinstance(draft, HFCausalLM) or hasattr(draft, "get_output_embeddings"):
+        return as_text_model(draft, num_tokens)
+    return draft
 
 
 def list_drafters() -> dict[str, str]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..kernels.compaction import compact_
 
 LARGEST_TABLE = 2048
 """Positions up to which a cache keeps a table of what each may look at; it grows with the square."""
@@ -133,7 +134,9 @@ class KVCache:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
         if self._causal is not None:
             if len(slots) == 1 and self.is_uniform:
-                return self._causal[None, None, self._first : self._first + slots.shape[1], :visible]
+                return self._causal[
+                    None, None, self._first : self._first + slots.shape[1], :visible
+                ]
             return self._causal[slots, :visible][:, None]
         mask = torch.zeros(*slots.shape, visible, device=slots.device, dtype=self.keys.dtype)
         return mask.masked_fill_(self._order[:visible] > slots[..., None], float("-inf"))[:, None]
@@ -192,18 +195,10 @@ class KVCache:
         order = self._order[: kept.shape[1]]
         used = order < counts[:, None]
         if not bool(((kept == order) | ~used).all()):
-            self._move(kept, used)
+            compact_(self.keys, self.values, self.lengths, kept, counts)
         self.lengths = self.lengths + counts
         self._host_lengths = self.lengths.tolist()
         self._num = 0
-
-    def _move(self, kept: Tensor, used: Tensor) -> None:
-        """Gather the kept candidates to the front of the candidates' area."""
-        rows, places = used.nonzero(as_tuple=True)
-        source = self.lengths[rows] + kept[rows, places]
-        goal = self.lengths[rows] + places
-        self.keys[:, rows, :, goal] = self.keys[:, rows, :, source]
-        self.values[:, rows, :, goal] = self.values[:, rows, :, source]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows [R'] and drop the others."""

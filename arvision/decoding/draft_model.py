@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contracts import Conditions, TokenModel
 from ..errors import InputError, unknown_name
+from .draft_state import FollowingState
 from .logits import Shaping
 from .noise import Noise, draw
 from .tree import TokenTree
@@ -119,10 +119,7 @@ class DraftFigures:
 class DraftModelDrafter:
     """A chain drawn from a draft model, each row as long as its drafts look acceptable.
 
-    The draft's state follows the target's: what became final is committed at the start of the next
-    round, in the same call that gives the law of the first draft, so k drafts cost k calls. Drafts
-    stay candidates, and the chain so far is fed again with each new draft: any token model will do,
-    and nothing has to be taken back after a rejection.
+    The draft's state follows the target's, and k drafts cost k calls; see `FollowingState`.
 
     A row stops when the predicted probability that at least one of its drafts is rejected exceeds
     `stop_threshold`. The batch goes on until its last row has stopped. With Gumbel coupling a row
@@ -165,10 +162,11 @@ class DraftModelDrafter:
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Prefill the draft's state."""
+        self._passes = self.figures.passes
         self._noise, self._num_tokens = noise, num_tokens
-        self._state: Any
-        self._state, _ = self._draft.start(self._conditions, self._scale)
-        self._rows = torch.arange(len(noise), device=self._state.lengths.device)
+        self._state = FollowingState(
+            self._draft, self._conditions, self._scale, self._shape, num_tokens
+        )
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """Chains [B, k] with k <= num, padded with -1, and their laws [B, k, V].
@@ -180,8 +178,8 @@ class DraftModelDrafter:
         if num == 0 or not bool(is_going.any()):
             return TokenTree(tokens[:, :0], self._no_laws(tokens))
         root = tokens.gather(1, lengths[:, None] - 1)
-        law = self._follow(tokens, lengths)
-        num = min(num, self._most())
+        law = self._state.follow(tokens, lengths)
+        num = min(num, self._state.most())
         drafts, laws = root[:, :0], []
         acceptance = torch.ones_like(lengths, dtype=law.dtype)
         while True:
@@ -196,7 +194,7 @@ class DraftModelDrafter:
             is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
             if place + 1 == num or not bool(is_going.any()):
                 break
-            law = self._extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
+            law = self._state.extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
         logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)
         return TokenTree(drafts, logq)
 
@@ -214,53 +212,13 @@ class DraftModelDrafter:
         uniforms = self._noise.uniform(where, "draft", tries)[:, 0]
         return draw(law.exp(), uniforms), law
 
-    def _follow(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Commit all known tokens but the last, and give the law [B, V] after that one.
-
-        The last known token stays a candidate, so that a state can always be asked again.
-        """
-        while True:
-            own = self._state.lengths[self._rows]
-            pending = lengths - own
-            num = min(int(pending.max()), self._most())
-            index = own[:, None] + torch.arange(num, device=own.device)
-            fed = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
-            law = self._extend(fed)
-            is_done = bool((pending <= num).all())
-            self._commit((pending - 1).clamp(max=num), num)
-            if is_done:
-                last = (pending - 1)[:, None, None].expand(-1, 1, law.shape[-1])
-                return law.gather(1, last)[:, 0]
-
-    def _most(self) -> int:
-        """Candidates that the state takes in one call, at least one."""
-        if getattr(self._state, "allows_overrun", False):
-            return self._num_tokens
-        return self._num_tokens - 1 - int(self._state.lengths.max())
-
-    def _extend(self, fed: Tensor) -> Tensor:
-        """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
-        self.figures.passes += 1
-        spread = fed.new_zeros(len(self._state.lengths), fed.shape[1])
-        spread[self._rows] = fed
-        return self._shape(self._state.extend(spread)[self._rows])
-
-    def _commit(self, counts: Tensor, num: int) -> None:
-        spread = counts.new_zeros(len(self._state.lengths))
-        spread[self._rows] = counts
-        order = torch.arange(num, device=counts.device)
-        self._state.commit(order.expand(len(spread), num), spread)
-
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Count what was accepted."""
+        self.figures.passes = self._passes + self._state.passes
         self.figures.drafted += int((chain.drafts >= 0).sum())
         self.figures.accepted += int((verdict.counts - 1).sum())
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._noise = self._noise.select(rows)
-        if hasattr(self._state, "select"):
-            self._state.select(rows)
-            self._rows = torch.arange(len(rows), device=rows.device)
-        else:
-            self._rows = self._rows[rows]
+        self._state.select(rows)

@@ -14,9 +14,21 @@ from torch import Tensor
 
 from ..contracts import Seeds
 from ..errors import InputError
+from ..kernels.inversion import draw
 from ..kernels.philox import philox4x32
 
-PURPOSES = {"token": 0, "accept": 1, "recover": 2, "init": 3, "draft": 4, "latent": 5, "order": 6}
+__all__ = ["MEMO_ELEMENTS", "PURPOSES", "Noise", "draw", "parse_seeds"]
+
+PURPOSES = {
+    "token": 0,
+    "accept": 1,
+    "recover": 2,
+    "init": 3,
+    "draft": 4,
+    "latent": 5,
+    "order": 6,
+    "residual": 7,
+}
 """What a number is used for; streams of different purposes are independent."""
 
 MEMO_ELEMENTS = 1 << 23
@@ -59,6 +71,11 @@ class Noise:
 
     def __len__(self) -> int:
         return len(self._words)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are made."""
+        return self._words.device
 
     def select(self, rows: Tensor) -> Noise:
         """The noise of some of the images, rows [B']."""
@@ -128,19 +145,3 @@ class Noise:
 
     def _gumbel(self, positions: Tensor, num: int) -> Tensor:
         return -(-self.uniform(positions, "token", num=num).log()).log()
-
-
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw by inversion: the first index whose cumulative mass exceeds its uniform share.
-
-    Args:
-        probs: [..., V] non-negative, not necessarily normalised, not all zero.
-        uniforms: [...] in (0, 1).
-
-    Returns:
-        [...] int64; an index of zero mass is never drawn.
-    """
-    mass = probs.double().cumsum(dim=-1)
-    share = uniforms.double() * mass[..., -1]
-    share = torch.minimum(share, torch.nextafter(mass[..., -1], torch.zeros_like(share)))
-    return torch.searchsorted(mass, share[..., None], right=True)[..., 0]

@@ -161,7 +161,7 @@ def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device)
         tokens, parents = rows[0]
         common, places = parents, [list(range(len(parents)))]
     else:
-        common, places = _common_places([parents for _, parents in rows])
+        common, places = common_places([parents for _, parents in rows])
     drafts = np.full((len(rows), len(common)), -1, dtype=np.int64)
     for row, (tokens, _) in enumerate(rows):
         drafts[row, places[row]] = tokens
@@ -172,7 +172,7 @@ def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device)
     )
 
 
-def _common_places(all_parents: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+def common_places(all_parents: list[list[int]]) -> tuple[list[int], list[list[int]]]:
     """Parents of the smallest tree that holds all of these, and where each row's nodes are."""
     common: list[int] = []
     index: dict[tuple[int, int], int] = {}

@@ -8,6 +8,10 @@ from ...errors import InputError
 from .base import DRAFTERS, TextDrafter, Trie
 
 
+FIRST_SHARE = 0.6
+"""Part of the candidates that the best match gets before other matches get theirs."""
+
+
 class _Index:
     """Where each n-gram of a text ends, latest last."""
 
@@ -73,17 +77,20 @@ class PromptLookup(TextDrafter):
         """Continuations of the longest n-grams found."""
         text, index = self.histories[row], self._indices[row]
         index.update(text)
-        trie, branches = Trie(num), 0
+        paths: list[list[int]] = []
         for size in range(min(self.max_ngram, len(text)), self.min_ngram - 1, -1):
             for end in reversed(index.ends(text[-size:])):
-                if end == len(text):
-                    continue
-                trie.add(_copy(text, end, num))
-                branches += 1
-                if trie.is_full or branches >= self.max_branches:
-                    return trie.tree
-            if branches and size <= 2:
+                if end < len(text) and len(paths) < self.max_branches:
+                    paths.append(_copy(text, end, num))
+            if len(paths) == self.max_branches:
                 break
+        trie = Trie(num)
+        if paths:
+            # The best match goes furthest, and takes up what the others leave.
+            trie.add(paths[0][: max(1, round(FIRST_SHARE * num))])
+            for path in paths[1:]:
+                trie.add(path[: max(1, num // 4)])
+            trie.add(paths[0])
         return trie.tree
 
 

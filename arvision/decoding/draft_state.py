@@ -1,0 +1,89 @@
+"""The state of a draft model that follows its target's final tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions, TokenModel
+
+
+class FollowingState:
+    """A draft model's state, kept where the target's final tokens are.
+
+    What became final is committed at the start of the next round, in the same call that gives the
+    law after it. Drafts stay candidates and are fed again with each new one: any token model will
+    do, and nothing has to be taken back after a rejection.
+
+    Args:
+        draft: the draft model.
+        conditions: one per row.
+        guidance_scale: of the draft.
+        shape: guided logits to log-probabilities.
+        num_tokens: of a row.
+    """
+
+    def __init__(
+        self,
+        draft: TokenModel,
+        conditions: Conditions,
+        guidance_scale: float,
+        shape: Callable[[Tensor], Tensor],
+        num_tokens: int,
+    ) -> None:
+        self.state: Any
+        self.state, self.first_logits = draft.start(conditions, guidance_scale)
+        self._shape, self._num_tokens = shape, num_tokens
+        self.rows = torch.arange(len(conditions), device=self.state.lengths.device)
+        self.passes = 0
+
+    def follow(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Commit all known tokens but the last, and give the law [B, V] after that one.
+
+        The last known token stays a candidate, so that a state can always be asked again.
+        """
+        while True:
+            own = self.state.lengths[self.rows]
+            pending = lengths - own
+            num = min(int(pending.max()), self.most())
+            index = own[:, None] + torch.arange(num, device=own.device)
+            fed = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+            law = self.extend(fed)
+            is_done = bool((pending <= num).all())
+            self._commit((pending - 1).clamp(max=num), num)
+            if is_done:
+                last = (pending - 1)[:, None, None].expand(-1, 1, law.shape[-1])
+                return law.gather(1, last)[:, 0]
+
+    def most(self) -> int:
+        """Candidates that the state takes in one call, at least one."""
+        if getattr(self.state, "allows_overrun", False):
+            return self._num_tokens
+        return self._num_tokens - 1 - int(self.state.lengths.max())
+
+    def extend(self, fed: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
+        self.passes += 1
+        spread = fed.new_zeros(len(self.state.lengths), fed.shape[1])
+        spread[self.rows] = fed
+        logits = (
+            self.state.extend(spread) if parents is None else self.state.extend(spread, parents)
+        )
+        return self._shape(logits[self.rows])
+
+    def _commit(self, counts: Tensor, num: int) -> None:
+        spread = counts.new_zeros(len(self.state.lengths))
+        spread[self.rows] = counts
+        order = torch.arange(num, device=counts.device)
+        self.state.commit(order.expand(len(spread), num), spread)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        if hasattr(self.state, "select"):
+            self.state.select(rows)
+            self.rows = torch.arange(len(rows), device=rows.device)
+        else:
+            self.rows = self.rows[rows]

@@ -1,0 +1,184 @@
+"""Drafters: what each proposes, and that the target's law or text stays what it was."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import arvision
+from arvision import InputError
+from arvision.decoding.drafters import DraftTree, InputCopy, PromptLookup
+from arvision.decoding.drafters.base import Trie, union
+from arvision.decoding.drafters.draft_tree import EXPANSIONS
+from arvision.decoding.logits import Shaping
+from arvision.decoding.loop import FixedWindow, decode_tokens
+from arvision.decoding.noise import Noise
+from arvision.decoding.rules import choose_rule
+from arvision.decoding.tree import TokenTree, best_tree, join_rows, topology, without_padding
+from arvision.testing import DroppingTableModel, law_p_value
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from text_models import greedy_reference, random_prompts, tiny_llama
+
+ALPHA = 1e-4
+
+
+def proposed(drafter, prompt, num, new=()):
+    """Tokens and parents that a drafter proposes after a prompt and some final tokens."""
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    tokens[0, : len(new)] = torch.tensor(new)
+    drafter.start(Noise([0]), 64, 64)
+    drafter.attach(None, [prompt])
+    tree = drafter.propose(tokens, torch.tensor([len(new)]), num, 1)
+    parents = tree.parents
+    return tree.tokens[0].tolist(), None if parents is None else parents.tolist()
+
+
+def test_lookup_copies_what_followed_the_longest_match():
+    drafter = PromptLookup(max_branches=1)
+    assert proposed(drafter, [1, 2, 3, 4, 9, 2, 5, 1, 2], 3, [3]) == ([4, 9, 2], None)
+    # A text that repeats itself goes on doing so.
+    assert proposed(drafter, [7, 8, 7], 5, [8]) == ([7, 8, 7, 8, 7], None)
+    assert proposed(drafter, [1, 2], 3, [3]) == ([], None)
+
+
+def test_lookup_branches_where_matches_differ():
+    drafter = PromptLookup(max_ngram=2)
+    tokens, parents = proposed(drafter, [1, 2, 3, 4, 1, 2, 5, 6, 1], 8, [2])
+    assert parents is not None
+    assert [t for t, p in zip(tokens, parents, strict=True) if p < 0] == [5, 3]
+    assert tokens[:5] == [5, 6, 1, 2, 5]
+    assert len(tokens) == 8
+
+
+def test_input_copy_follows_the_input_past_a_correction():
+    drafter = InputCopy()
+    prompt = list(range(20, 40))
+    assert proposed(drafter, prompt, 4, [20, 21, 22])[0] == [23, 24, 25, 26]
+    # A token that is not in the input leaves the pointer; agreement moves it on.
+    assert proposed(drafter, prompt, 3, [20, 21, 50, 24, 25])[0] == [26, 27, 28]
+
+
+def test_a_union_keeps_both_trees_and_merges_their_common_paths():
+    first = TokenTree(torch.tensor([[1, 2], [4, -1]]))
+    second = TokenTree(torch.tensor([[1, 3, 5], [4, 6, -1]]), parents=torch.tensor([-1, 0, -1]))
+    tree = union(first, second, 10)
+
+    def paths(row):
+        tokens, parents = tree.tokens[row].tolist(), tree.parents
+        assert parents is not None
+        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
+        return {
+            tuple(tokens[a] for a in shape.ancestors[node].nonzero()[:, 0].tolist())
+            for node in range(len(tokens))
+            if tokens[node] >= 0
+        }
+
+    assert paths(0) == {(1,), (1, 2), (1, 3), (5,)}
+    assert paths(1) == {(4,), (4, 6)}
+    assert union(first, second, 3).tokens.shape[1] <= 4
+
+
+def test_rows_are_joined_in_one_topology_and_padding_leaves():
+    tree = join_rows([([1, 2], [-1, -1]), ([3, 4], [-1, 0])], torch.device("cpu"))
+    assert tree.parents is not None
+    assert tree.parents.tolist() == [-1, -1, 0]
+    assert tree.tokens.tolist() == [[1, 2, -1], [3, -1, 4]]
+    left = without_padding(TokenTree(torch.tensor([[1, -1, 2]]), parents=torch.tensor([-1, -1, 0])))
+    assert left.tokens.tolist() == [[1, 2]]
+    assert left.parents is not None
+    assert left.parents.tolist() == [-1, 0]
+    with pytest.raises(InputError, match="candidate 0 has parent 1"):
+        TokenTree(torch.tensor([[1, 2]]), parents=torch.tensor([1, -1]))
+
+
+def test_the_best_tree_holds_the_largest_products():
+    acceptance = (0.6, 0.3, 0.05)
+    parents = best_tree(acceptance, 6, 3).tolist()
+    value: dict[int, float] = {-1: 1.0}
+    counts: dict[int, int] = {}
+    for node, parent in enumerate(parents):
+        value[node] = value[parent] * acceptance[counts.get(parent, 0)]
+        counts[parent] = counts.get(parent, 0) + 1
+    every = sorted(
+        (a * b * c for a in acceptance for b in (1.0, *acceptance) for c in (1.0,)), reverse=True
+    )
+    assert sum(value.values()) - 1.0 >= sum(every[:4])
+    assert sorted(value.values(), reverse=True)[1:] == pytest.approx(
+        [0.6, 0.36, 0.3, 0.216, 0.18, 0.18]
+    )
+
+
+def test_a_trie_takes_no_more_than_its_room():
+    trie = Trie(3)
+    trie.add([1, 2])
+    trie.add([1, 3, 4])
+    assert trie.tree == ([1, 2, 3], [-1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("expansion", "branching", "rule"),
+    [
+        ("independent", (2, 2), "multi_round"),
+        ("independent", (3, 1), "k_sequential"),
+        ("distinct", (2, 2), "without_replacement"),
+        ("beam", (2, 2, 2), "without_replacement"),
+        ("dyspec", (1,), "gumbel"),
+    ],
+)
+def test_draft_trees_keep_the_law(expansion, branching, rule):
+    num = 100_000 if expansion != "dyspec" else 3_000
+    target = DroppingTableModel(seed=3)
+    draft = DroppingTableModel(seed=4, sharpness=1.0)
+    drafter = DraftTree(draft, expansion, num_draft=5, branching=branching)
+    chosen = choose_rule(rule, drafter.draws, 1.0)
+    out = decode_tokens(
+        target,
+        [[0]] * num,
+        drafter=drafter,
+        rule=chosen.rule,
+        shape=Shaping(),
+        policy=FixedWindow(drafter.num_draft + 1),
+        seeds=[(3, row) for row in range(num)],
+    )
+    assert law_p_value(target.number(out.tokens), target.joint(Shaping())) > ALPHA
+    assert out.stats.tokens_per_pass > 1.4
+
+
+@pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
+def test_a_draft_that_is_the_target_is_always_right(expansion):
+    network = tiny_llama()
+    prompts = random_prompts([9, 6])
+    expected = [greedy_reference(network, ids, 30) for ids in prompts]
+    for temperature in (0.0, 0.9):
+        options: dict[str, Any] = {"max_new_tokens": 30, "temperature": temperature}
+        plain = arvision.generate(network, prompts, **options)
+        out = arvision.generate(
+            network,
+            prompts,
+            drafter="draft_model",
+            drafter_options={"draft": network, "expansion": expansion, "num_draft": 6},
+            **options,
+        )
+        if temperature == 0:
+            assert plain.tokens == expected
+        if temperature == 0 or out.stats.rule == "gumbel":
+            assert out.tokens == plain.tokens
+        least = {"independent": 2.0, "distinct": 2.0, "beam": 2.0, "dyspec": 2.0}
+        assert out.stats.tokens_per_pass > least.get(expansion, 2.5)
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    with pytest.raises(InputError, match="a vocabulary of 32 tokens: expected 64"):
+        arvision.generate(
+            tiny_llama(),
+            random_prompts([3]),
+            drafter="draft_model",
+            drafter_options={"draft": tiny_llama(vocab_size=32)},
+        )
+    with pytest.raises(InputError, match="unknown expansion"):
+        DraftTree(DroppingTableModel(), "bush")
