@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
-    "models": {"decoding"} | GROUND,
+    "models": {"decoding", "kernels"} | GROUND,
     "samplers": {"decoding"} | GROUND,
     "eval": GROUND,
     "training": {"models", "decoding", "eval"} | GROUND,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
+from ...kernels.nearest_code import nearest_code
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
 
 
@@ -197,7 +198,7 @@ class Quantizer(nn.Module):
 
         On the unit sphere the nearest code is the one with the largest inner product.
         """
-        return (F.normalize(z, dim=-1) @ self.codes().T).argmax(dim=-1)
+        return nearest_code(F.normalize(z, dim=-1), self.codes())
 
 
 class LlamaGenTokenizer(ModelMixin, ConfigMixin):

@@ -1,0 +1,143 @@
+"""Which implementation of an operation runs, and why.
+
+`backend` is `"auto"` (Triton where the tensors lie on a device that it compiles for, else the plain
+PyTorch reference), `"reference"` or `"triton"`. What cannot run is refused, not replaced: only
+`"auto"` ever chooses, and `last_run` tells what it chose and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MissingDependencyError, unknown_name
+
+BACKENDS = ("auto", "reference", "triton")
+
+OPS = {
+    "tree_attention": "few queries with an ancestor mask against a long key/value cache",
+    "sampling": "guidance, temperature, top-k, top-p and a draw, without sorting",
+    "verify": "acceptance and residual sampling over a window of drafts",
+    "compaction": "accepted keys and values to the front of their area",
+    "philox": "Philox4x32-10, counter-based random bits",
+    "nearest_code": "index of the nearest codebook row",
+}
+"""Every operation that has a reference and a Triton implementation."""
+
+_logger = logging.getLogger(__name__)
+_LAST: dict[str, Choice] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs.
+
+    Attributes:
+        implementation: "reference" or "triton".
+        reason: why, in a few words.
+    """
+
+    implementation: str
+    reason: str
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether the Triton implementation runs."""
+        return self.implementation == "triton"
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The installed version of Triton; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.metadata.version("triton")
+
+
+def is_interpreted() -> bool:
+    """Whether Triton programs run in its interpreter (TRITON_INTERPRET=1 before its import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device; None where it can."""
+    if triton_version() is None:
+        return "Triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and is_interpreted()):
+        return None
+    return f"Triton does not compile for {device.type} tensors"
+
+
+def explain(device: torch.device | str, backend: str = "auto", limit: str | None = None) -> Choice:
+    """What would run on a device.
+
+    Args:
+        device: where the tensors are.
+        backend: a name in `BACKENDS`.
+        limit: why the Triton implementation does not take these arguments; None where it does.
+
+    Raises:
+        InputError: no such backend, or Triton was asked for and cannot run.
+        MissingDependencyError: Triton was asked for and is not installed.
+    """
+    device = torch.device(device)
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if backend == "reference":
+        return Choice("reference", "asked for")
+    obstacle = _obstacle(device) or limit
+    if backend == "triton":
+        if triton_version() is None:
+            raise MissingDependencyError(
+                "backend 'triton': Triton is not installed (pip install triton)"
+            )
+        if obstacle is not None:
+            raise InputError(f"backend 'triton': {obstacle}; 'reference' takes these arguments")
+        return Choice("triton", "asked for")
+    if device.type == "cpu":
+        # The interpreter is for tests, and never chosen by itself.
+        return Choice("reference", "Triton does not compile for cpu tensors")
+    if obstacle is not None:
+        return Choice("reference", obstacle)
+    return Choice("triton", f"Triton {triton_version()} compiles for {device.type}")
+
+
+def choose(name: str, tensor: Tensor, backend: str = "auto", limit: str | None = None) -> Choice:
+    """What runs for an operation on `tensor`'s device; kept for `last_run`.
+
+    A reference that stands in on an accelerator is logged as a warning, once per reason.
+
+    Args:
+        name: a key of `OPS`.
+        tensor: any of the operation's tensors.
+        backend: see `explain`.
+        limit: see `explain`.
+    """
+    choice = explain(tensor.device, backend, limit)
+    if backend == "auto" and tensor.device.type == "cuda" and not choice.is_triton:
+        _warn_once(f"{name} runs its reference on {tensor.device.type}: {choice.reason}")
+    _LAST[name] = choice
+    return choice
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def last_run(name: str) -> Choice | None:
+    """What the last call of an operation ran in this process; None before the first.
+
+    Raises:
+        InputError: no such operation.
+    """
+    if name not in OPS:
+        raise unknown_name("operation", name, OPS)
+    return _LAST.get(name)

@@ -1,0 +1,190 @@
+"""Guidance, temperature, top-k, top-p and a draw in few passes over the logits, without sorting.
+
+The k-th largest logit and the logit that crosses the mass are found by narrowing an interval of
+floating-point numbers, eight pivots a pass, at most eleven passes each: counts are exact, so top-k
+is, ties included. Mass is summed in float64, where the reference sums a float32 softmax: the two
+may keep a token more or less where the mass lies within about 1e-6 of `top_p`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..dispatch import choose
+from . import reference
+
+__all__ = ["sample_gumbel", "sample_inverse", "shape"]
+
+MAX_SIZE = 1 << 30
+
+
+def shape(
+    logits: Tensor,
+    *,
+    null_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The law that the logits stand for, as `arvision.decoding.logits.shape_logits` makes it.
+
+    Args:
+        logits: [R, V]; conditional ones where `null_logits` is given, else already guided.
+        null_logits: [R, V] of the null condition, same dtype.
+        guidance_scale: weight of the conditional logits.
+        temperature: divides the logits; 0 leaves the first of the most likely tokens only.
+        top_k: tokens kept, ties with the last of them included; 0 for all.
+        top_p: mass kept; of equal tokens at the threshold the first ones stay.
+        check: refuse NaN, and rows without a finite logit; on an accelerator it waits for a result.
+        backend: see `arvision.kernels.dispatch`; Triton takes no float64 and no gradients.
+
+    Returns:
+        Log-probabilities [R, V], -inf where a token was cut; float32, float64 for float64 logits.
+
+    Raises:
+        InputError: shapes that differ, or what `check` refuses, naming the row.
+    """
+    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    if choose("sampling", logits, backend, _limit(logits)).is_triton:
+        from . import triton
+
+        return triton.shape(**law)
+    return reference.shape(**law)
+
+
+def sample_gumbel(
+    logits: Tensor,
+    identity: Tensor,
+    *,
+    use: int = 0,
+    null_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """argmax(log p + g) of each row's law; the Gumbel numbers are made where they are used.
+
+    They are those of `arvision.decoding.noise.Noise.gumbel`: word v % 4 of Philox4x32-10 at the
+    counter (image, position, v // 4, use).
+
+    Args:
+        logits: [R, V].
+        identity: [R, 4] int64: seed's low and high word, image, position.
+        use: the counter's last word.
+        null_logits: see `shape`, and so the others.
+
+    Returns:
+        [R] int64.
+    """
+    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    if identity.shape != (len(logits), 4) or identity.dtype != torch.int64:
+        raise InputError(
+            f"identity {tuple(identity.shape)} {identity.dtype}: expected [{len(logits)}, 4] int64"
+        )
+    if choose("sampling", logits, backend, _limit(logits)).is_triton:
+        from . import triton
+
+        return triton.sample_gumbel(identity, use, **law)
+    return reference.sample_gumbel(identity, use, **law)
+
+
+def sample_inverse(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    null_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """A draw from each row's law by inversion, see `arvision.kernels.inversion.draw`.
+
+    Args:
+        logits: [R, V].
+        uniforms: [R] float64 in (0, 1).
+        null_logits: see `shape`, and so the others.
+
+    Returns:
+        [R] int64.
+    """
+    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    if uniforms.shape != (len(logits),) or uniforms.dtype != torch.float64:
+        raise InputError(
+            f"uniforms {tuple(uniforms.shape)} {uniforms.dtype}: expected [{len(logits)}] float64"
+        )
+    if choose("sampling", logits, backend, _limit(logits)).is_triton:
+        from . import triton
+
+        return triton.sample_inverse(uniforms, **law)
+    return reference.sample_inverse(uniforms, **law)
+
+
+def _law(
+    logits: Tensor,
+    null_logits: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    check: bool,
+) -> dict[str, Any]:
+    if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
+        raise InputError(f"logits {tuple(logits.shape)} {logits.dtype}: expected floats [R, V > 0]")
+    given = logits if null_logits is None else null_logits
+    if given.shape != logits.shape or given.dtype != logits.dtype:
+        raise InputError(
+            f"null_logits {tuple(given.shape)} {given.dtype}: expected {tuple(logits.shape)} "
+            f"{logits.dtype}"
+        )
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise InputError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0, and "
+            f"0 < top_p <= 1"
+        )
+    if check:
+        for name, tensor in (("logits", logits), ("null_logits", null_logits)):
+            if tensor is not None:
+                _refuse_unusable(name, tensor)
+    return {
+        "logits": logits,
+        "null_logits": null_logits,
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+
+
+def _refuse_unusable(name: str, logits: Tensor) -> None:
+    # A row's maximum is NaN where any of its logits is.
+    top = logits.amax(dim=1)
+    wrong = (~top.isfinite()).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"{name} row {row}: its largest logit is {float(top[row])}; expected no NaN, no +inf "
+            f"and at least one finite logit"
+        )
+
+
+def _limit(logits: Tensor) -> str | None:
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"sampling takes no {logits.dtype}"
+    if logits.requires_grad and torch.is_grad_enabled():
+        return "sampling gives no gradients"
+    if logits.shape[1] > MAX_SIZE:
+        return f"sampling takes at most {MAX_SIZE} logits a row, not {logits.shape[1]}"
+    return None

@@ -1,0 +1,52 @@
+"""Verification of a window in plain PyTorch, from numbers that are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..inversion import draw
+
+
+def verify(
+    drafts: Tensor,
+    draft_logp: Tensor,
+    target_logp: Tensor,
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+    fresh_uniforms: Tensor,
+    coupling: str,
+) -> tuple[Tensor, Tensor]:
+    """See `arvision.kernels.verify.verify`."""
+    window = drafts.shape[1]
+    fresh = draw(target_logp.exp(), fresh_uniforms)
+    if window == 0:
+        return fresh, torch.ones_like(fresh[:, 0])
+    index = drafts.clamp(min=0)[..., None]
+    ratio = (target_logp[:, :-1].gather(-1, index) - draft_logp.gather(-1, index))[..., 0]
+    accepted = (accept_uniforms.log() < ratio) & (drafts >= 0)
+    target = target_logp[:, :-1].exp()
+    residual = (target - draft_logp.exp()).clamp(min=0)
+    empty = residual.sum(-1, keepdim=True) <= 0
+    recovered = draw(torch.where(empty, target, residual), recover_uniforms)
+    if coupling == "maximal":
+        tokens = torch.where(accepted, drafts, recovered)
+        tokens = torch.cat([tokens, fresh[:, -1:]], dim=1)
+        return tokens, count_final(drafts, tokens)
+    accepted = accepted.long().cumprod(dim=1)
+    counts = accepted.sum(dim=1) + 1
+    is_first = torch.arange(window, device=counts.device) == counts[:, None] - 1
+    tokens = torch.where(is_first & (drafts >= 0), recovered, fresh[:, :-1])
+    tokens = torch.where(accepted.bool(), drafts, tokens)
+    return torch.cat([tokens, fresh[:, -1:]], dim=1), counts
+
+
+def verify_gumbel(drafts: Tensor, target_logp: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor]:
+    """See `arvision.kernels.verify.verify_gumbel`."""
+    tokens = (target_logp + gumbel).argmax(-1)
+    return tokens, count_final(drafts, tokens)
+
+
+def count_final(drafts: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens [B, m + 1] through the first that differs from its draft [B, m], as [B]."""
+    return (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1) + 1

@@ -1,0 +1,159 @@
+"""Verification of a window in Triton: one program decides one position and draws its token."""
+
+# Type checkers see neither a launch nor what becomes of a constexpr.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..inversion.triton import inversion_step
+
+BLOCK = 2048
+
+
+@triton.jit
+def _settle(
+    drafts, draft_logp, target_logp, accept_u, recover_u, fresh_u, tokens, counts,
+    window, size,
+    MAXIMAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1).to(tl.int64)
+    # All tests of the row are made here again: m gathers cost less than a second launch.
+    draft_at = tl.arange(0, BLOCK_M).to(tl.int64)
+    is_draft = draft_at < window
+    draft = tl.load(drafts + row * window + draft_at, mask=is_draft, other=-1)
+    has = draft >= 0
+    target_row = target_logp + row * (window + 1) * size
+    draft_row = draft_logp + row * window * size
+    log_p = tl.load(target_row + draft_at * size + draft, mask=has, other=float("-inf"))
+    log_q = tl.load(draft_row + draft_at * size + draft, mask=has, other=0.0)
+    u = tl.load(accept_u + row * window + draft_at, mask=is_draft, other=0.5)
+    accepted = (tl.log(u) < (log_p - log_q).to(tl.float64)) & has
+    rejected_at = tl.where(accepted, BLOCK_M, draft_at)
+    first = tl.minimum(tl.min(rejected_at, 0), window)
+    mine = draft_at == place
+    own = tl.max(tl.where(mine, draft, -1), 0)
+    if MAXIMAL:
+        keeps = tl.max((mine & accepted).to(tl.int32), 0) > 0
+        recovers = place < window
+    else:
+        keeps = place < first
+        recovers = (place == first) & (own >= 0)
+        tl.store(counts + row, first + 1, mask=place == 0)
+
+    result = own
+    if not keeps:
+        uniform = tl.load(fresh_u + row * (window + 1) + place)
+        if recovers:
+            uniform = tl.load(recover_u + row * window + place)
+        total = tl.zeros([], tl.float64)
+        residual = tl.zeros([], tl.float64)
+        for start in range(0, size, BLOCK):
+            token = start + tl.arange(0, BLOCK).to(tl.int64)
+            inside = token < size
+            p = tl.exp(tl.load(target_row + place * size + token, mask=inside, other=float("-inf")))
+            q = tl.load(
+                draft_row + place * size + token, mask=inside & recovers, other=float("-inf")
+            )
+            total += tl.sum(p.to(tl.float64), 0)
+            residual += tl.sum(tl.maximum(p - tl.exp(q), 0.0).to(tl.float64), 0)
+        # An empty residual is never wanted except by rounding; then the target stands in.
+        is_empty = residual <= 0
+        share = uniform * tl.where(is_empty, total, residual)
+        carry = tl.zeros([], tl.float64)
+        found = tl.full([], 1 << 40, tl.int64)
+        last = tl.zeros([], tl.int64)
+        for start in range(0, size, BLOCK):
+            token = start + tl.arange(0, BLOCK).to(tl.int64)
+            inside = token < size
+            p = tl.exp(tl.load(target_row + place * size + token, mask=inside, other=float("-inf")))
+            q = tl.load(
+                draft_row + place * size + token, mask=inside & recovers, other=float("-inf")
+            )
+            mass = tl.where(is_empty, p, tl.maximum(p - tl.exp(q), 0.0)).to(tl.float64)
+            carry, found, last = inversion_step(mass, token, carry, share, found, last)
+        result = tl.where(found < size, found, last)
+    tl.store(tokens + row * (window + 1) + place, result)
+
+
+@triton.jit
+def _argmax(logp, gumbel, tokens, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    law = tl.program_id(0).to(tl.int64)
+    best = tl.full([], float("-inf"), DTYPE)
+    index = tl.zeros([], tl.int64)
+    for start in range(0, size, BLOCK):
+        token = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = token < size
+        score = tl.load(logp + law * size + token, mask=inside, other=float("-inf"))
+        score += tl.load(gumbel + law * size + token, mask=inside, other=0.0)
+        top = tl.max(score, 0)
+        first = tl.min(tl.where(score == top, token, 1 << 40), 0)
+        index = tl.where(top > best, first, index)
+        best = tl.maximum(top, best)
+    tl.store(tokens + law, index)
+
+
+@triton.jit
+def _count(drafts, tokens, counts, window, BLOCK_M: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK_M).to(tl.int64)
+    draft = tl.load(drafts + row * window + at, mask=at < window, other=-1)
+    token = tl.load(tokens + row * (window + 1) + at, mask=at < window, other=-2)
+    changed_at = tl.where(draft == token, BLOCK_M, at)
+    tl.store(counts + row, tl.minimum(tl.min(changed_at, 0), window) + 1)
+
+
+def verify(
+    drafts: Tensor,
+    draft_logp: Tensor,
+    target_logp: Tensor,
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+    fresh_uniforms: Tensor,
+    coupling: str,
+) -> tuple[Tensor, Tensor]:
+    """See `arvision.kernels.verify.verify`."""
+    tokens, counts = _results(drafts)
+    batch, window = drafts.shape
+    block_m = triton.next_power_of_2(window + 1)
+    if batch:
+        given = (drafts, draft_logp, target_logp, accept_uniforms, recover_uniforms, fresh_uniforms)
+        _settle[(batch, window + 1)](
+            *(tensor.contiguous() for tensor in given), tokens, counts,
+            window, target_logp.shape[2],
+            MAXIMAL=coupling == "maximal", BLOCK_M=block_m, BLOCK=_block(target_logp),
+        )  # fmt: skip
+        if coupling == "maximal":
+            _count[(batch,)](drafts.contiguous(), tokens, counts, window, BLOCK_M=block_m)
+    return tokens, counts
+
+
+def verify_gumbel(drafts: Tensor, target_logp: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor]:
+    """See `arvision.kernels.verify.verify_gumbel`."""
+    tokens, counts = _results(drafts)
+    batch, window = drafts.shape
+    if batch:
+        dtype = tl.float64 if target_logp.dtype == torch.float64 else tl.float32
+        _argmax[(batch * (window + 1),)](
+            target_logp.contiguous(), gumbel.contiguous(), tokens, target_logp.shape[2],
+            DTYPE=dtype, BLOCK=_block(target_logp),
+        )  # fmt: skip
+        block_m = triton.next_power_of_2(window + 1)
+        _count[(batch,)](drafts.contiguous(), tokens, counts, window, BLOCK_M=block_m)
+    return tokens, counts
+
+
+def _block(logp: Tensor) -> int:
+    return min(BLOCK, triton.next_power_of_2(logp.shape[2]))
+
+
+def _results(drafts: Tensor) -> tuple[Tensor, Tensor]:
+    batch, window = drafts.shape
+    tokens = torch.empty(batch, window + 1, dtype=torch.int64, device=drafts.device)
+    return tokens, torch.empty(batch, dtype=torch.int64, device=drafts.device)

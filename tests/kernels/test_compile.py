@@ -1,0 +1,126 @@
+"""Every Triton kernel compiles for an NVIDIA GPU, whether or not there is one.
+
+The interpreter takes programs that the compiler refuses; this needs no device. What it cannot show
+is how fast they are.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from arvision.kernels.dispatch import is_interpreted, triton_version
+
+if triton_version() is None or is_interpreted():
+    pytest.skip("Triton's compiler is not at hand", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from arvision.kernels.compaction import triton as compaction
+from arvision.kernels.nearest_code import triton as nearest_code
+from arvision.kernels.philox import triton as philox
+from arvision.kernels.sampling import triton as sampling
+from arvision.kernels.tree_attention import triton as tree_attention
+from arvision.kernels.verify import triton as verify
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 232448
+LAW = {"GUIDED": True, "TEMPERED": True, "BLOCK": 2048}
+
+CASES = {
+    "philox": (philox._philox, "i64* i64* i64* i64* i64* i64* i64* i32", {"BLOCK": 1024}, {}),
+    "nearest_code": (
+        nearest_code._nearest,
+        "f32* f32* i64* i32 i32 i32",
+        {"EUCLIDEAN": True, "BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_D": 16},
+        {},
+    ),
+    "compaction": (
+        compaction._compact,
+        "bf16* bf16* i64* i64* i64* i32 i32 i32 i64 i64 i64 i32 i32",
+        {"BLOCK_K": 32, "BLOCK_D": 128},
+        {},
+    ),
+    "verify": (
+        verify._settle,
+        "i64* f32* f32* f64* f64* f64* i64* i64* i32 i32",
+        {"MAXIMAL": False, "BLOCK_M": 64, "BLOCK": 2048},
+        {},
+    ),
+    "verify maximal float64": (
+        verify._settle,
+        "i64* f64* f64* f64* f64* f64* i64* i64* i32 i32",
+        {"MAXIMAL": True, "BLOCK_M": 64, "BLOCK": 2048},
+        {},
+    ),
+    "verify gumbel": (
+        verify._argmax,
+        "f32* f32* i64* i32",
+        {"DTYPE": triton.language.float32, "BLOCK": 2048},
+        {},
+    ),
+    "verify count": (verify._count, "i64* i64* i64* i32", {"BLOCK_M": 64}, {}),
+    "sampling cut": (
+        sampling._cut,
+        "bf16* bf16* f32* f32* i64* f32* i32 f32 f32 i32 f32",
+        {"GREEDY": False, "TOP_K": True, "TOP_P": True, **LAW},
+        {"enable_fp_fusion": False},
+    ),
+    "sampling write": (
+        sampling._write,
+        "bf16* bf16* f32* f32* i64* f32* f32* i32 f32 f32",
+        LAW,
+        {"enable_fp_fusion": False},
+    ),
+    "sampling gumbel": (
+        sampling._gumbel,
+        "f32* f32* f32* f32* i64* f32* i64* i64 f32* i64* i32 f32 f32 i32",
+        {"SPLIT": 8192, **LAW},
+        {"enable_fp_fusion": False},
+    ),
+    "sampling inverse": (
+        sampling._inverse,
+        "f32* f32* f32* f32* i64* f32* f64* i64* i32 f32 f32",
+        LAW,
+        {"enable_fp_fusion": False},
+    ),
+    "tree_attention merge": (
+        tree_attention._merge,
+        "f32* f32* bf16* i32 i32 i32",
+        {"BLOCK_M": 16, "BLOCK_D": 256},
+        {},
+    ),
+}
+for dtype, block_n, block_d in (("bf16", 64, 128), ("fp16", 32, 256), ("f32", 32, 256)):
+    CASES[f"tree_attention {dtype} {block_d}"] = (
+        tree_attention._attend,
+        f"{dtype}* {dtype}* {dtype}* i64* i64* i8* f32* f32* i32 i32 i32 i32 i32 i32 i32 f32 "
+        + " ".join(["i64"] * 12),
+        {"PADDED": True, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_D": block_d},
+        {"num_stages": 2},
+    )
+
+
+# Wide heads take the compiler long.
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(" 256")) for n in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_for_hopper(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, types, constants, options = CASES[name]
+    runtime = [parameter for parameter in kernel.arg_names if parameter not in constants]
+    kinds = {"f32": "fp32", "f64": "fp64"}
+    given = types.split()
+    assert len(given) == len(runtime), runtime
+    signature = dict.fromkeys(constants, "constexpr")
+    for parameter, kind in zip(runtime, given, strict=True):
+        base = kind.rstrip("*")
+        star = "*" if kind.endswith("*") else ""
+        signature[parameter] = f"{star}{kinds.get(base, base)}"
+    ordered = {parameter: signature[parameter] for parameter in kernel.arg_names}
+    source = ASTSource(kernel, signature=ordered, constexprs=constants)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY

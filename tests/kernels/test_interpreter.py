@@ -1,0 +1,26 @@
+"""The `test_triton_*` files pass through Triton's interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_triton_equals_the_references():
+    files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
+    assert len(files) == 6
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
