@@ -200,6 +200,24 @@ class KVCache:
         self._host_lengths = self.lengths.tolist()
         self._num = 0
 
+    def rewind(self, num: int) -> tuple[Tensor, Tensor]:
+        """Step back by `num` positions in every row; what stood there, for `restore`."""
+        slots = self.lengths[:, None] - num + self._order[:num]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        kept = (self.keys[:, rows, :, slots].clone(), self.values[:, rows, :, slots].clone())
+        self.lengths = self.lengths - num
+        self._host_lengths = self.lengths.tolist()
+        return kept
+
+    def restore(self, kept: tuple[Tensor, Tensor], lengths: Tensor) -> None:
+        """Undo a `rewind`: the rows stand at `lengths` [R] again, as if nothing had been written."""
+        num = kept[0].shape[1]
+        slots = lengths[:, None] - num + self._order[:num]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        self.keys[:, rows, :, slots], self.values[:, rows, :, slots] = kept
+        self.lengths, self._num = lengths, 0
+        self._host_lengths = lengths.tolist()
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows [R'] and drop the others."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]

@@ -6,14 +6,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import arvision
 from arvision import InputError
-from arvision.decoding.drafters import DraftTree, InputCopy, PromptLookup
+from arvision.decoding.drafters import (
+    DraftTree,
+    InputCopy,
+    LayerSkip,
+    NestedExit,
+    PromptLookup,
+    RetrievedContext,
+    TrigramDrafter,
+)
 from arvision.decoding.drafters.base import Trie, union
 from arvision.decoding.drafters.draft_tree import EXPANSIONS
+from arvision.decoding.drafters.self_draft import expected_improvement
 from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.noise import Noise
@@ -182,3 +192,83 @@ def test_a_draft_of_another_vocabulary_is_refused():
         )
     with pytest.raises(InputError, match="unknown expansion"):
         DraftTree(DroppingTableModel(), "bush")
+
+
+def test_layer_skip_tries_sets_of_layers_and_leaves_the_cache_as_it_was():
+    network = tiny_llama(num_hidden_layers=6)
+    prompts = random_prompts([9, 6])
+    expected = [greedy_reference(network, ids, 60) for ids in prompts]
+    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5)
+    out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=60)
+    assert out.tokens == expected
+    assert len(drafter._found) == 5
+    assert len({runs for runs, _ in drafter._found}) > 1
+    assert all(sum(runs) == 3 and runs[0] and runs[-1] for runs, _ in drafter._found)
+    whole = LayerSkip(layers=range(6), confidence=0.0)
+    out = arvision.generate(network, prompts, drafter=whole, max_new_tokens=60)
+    assert out.tokens == expected
+    assert out.stats.tokens_per_pass > 4.5
+
+
+def test_expected_improvement_prefers_what_is_near_the_best_or_unknown():
+    tried = np.array([[1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 1, 1]], dtype=float)
+    gains = expected_improvement(
+        tried, np.array([0.9, 0.1]), np.vstack([tried, 1 - tried[:1]]), 0.9
+    )
+    near = expected_improvement(
+        tried, np.array([0.9, 0.1]), np.array([[1, 1, 0, 0, 1, 0, 1, 0.0]]), 0.9
+    )
+    assert near[0] > gains[1]
+
+
+def test_nested_exits_stop_at_the_first_sure_one():
+    network = tiny_llama()
+    ids = random_prompts([9])
+    for confidence in (0.0, 0.9):
+        drafter = NestedExit((0.5, 1.0), confidence=confidence)
+        out = arvision.generate(network, ids, drafter=drafter, max_new_tokens=40)
+        assert out.tokens == [greedy_reference(network, ids[0], 40)]
+    sure = arvision.generate(
+        network, ids, drafter=NestedExit((1.0,), confidence=0.0), max_new_tokens=41
+    )
+    assert sure.stats.tokens_per_pass == 5.0
+    with pytest.raises(InputError, match="ascending"):
+        NestedExit((0.8, 0.2))
+
+
+def test_a_retrieved_context_holds_what_is_asked_for():
+    prompt = [*range(100, 164), *[5] * 640, *range(200, 264), *[5] * 640, *range(210, 230), 7]
+    short = RetrievedContext(256, 64, 20)([prompt])[0]
+    assert len(short) <= 256
+    assert set(range(200, 264)) <= set(short)
+    assert short[:64] == prompt[:64]
+    assert short[-5:] == prompt[-5:]
+    assert RetrievedContext(256)([[1, 2, 3]]) == [[1, 2, 3]]
+    network = tiny_llama()
+    ids = random_prompts([150])
+    out = arvision.generate(
+        network,
+        ids,
+        drafter="draft_model",
+        drafter_options={"draft": network, "context": RetrievedContext(64, 16, 16)},
+        max_new_tokens=30,
+    )
+    assert out.tokens == [greedy_reference(network, ids[0], 30)]
+
+
+def test_trigrams_learn_from_the_corpus_and_the_text():
+    text = [1, 2, 3, 4, 5] * 3
+    drafter = TrigramDrafter(corpus=[text])
+    tokens, _ = proposed(drafter, [9, 1], 4, [2])
+    assert tokens == [3, 4, 5, 1]
+    tokens, parents = proposed(TrigramDrafter(), [1, 2, 3, 1, 2, 4, 1], 4, [2])
+    assert parents is not None
+    assert {t for t, p in zip(tokens, parents, strict=True) if p < 0} == {3, 4}
+
+
+def test_a_jacobi_window_comes_back_with_its_guesses():
+    network = tiny_llama()
+    ids = random_prompts([9])
+    out = arvision.generate(network, ids, drafter="jacobi", max_new_tokens=60)
+    assert out.tokens == [greedy_reference(network, ids[0], 60)]
+    assert out.stats.tokens_per_pass > 1.0

@@ -7,7 +7,6 @@ from torch import Tensor
 from ...errors import InputError
 from .base import DRAFTERS, TextDrafter, Trie
 
-
 FIRST_SHARE = 0.6
 """Part of the candidates that the best match gets before other matches get theirs."""
 

@@ -176,6 +176,28 @@ class HFState:
             self.hidden = hidden
         return logits
 
+    @torch.no_grad()
+    def replay(self, tokens: Tensor, num: int, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What some of the layers would have said along the last committed tokens.
+
+        Args:
+            tokens: [B, N], the rows' tokens from the first new one on.
+            num: tokens that are read again, at most as many as every row has committed.
+            layers: the layers to run.
+
+        Returns:
+            The most likely tokens [B, num - 1], and the ones that came.
+        """
+        cache, lengths = self.cache, self.cache.lengths
+        places = self.lengths[:, None] - num + torch.arange(num, device=lengths.device)
+        read = tokens.gather(1, places)
+        kept = cache.rewind(num)
+        try:
+            said = self.draft(read, layers=layers).argmax(-1)
+        finally:
+            cache.restore(kept, lengths)
+        return said[:, :-1], read[:, 1:]
+
     @contextmanager
     def _only(self, layers: Sequence[int] | None) -> Iterator[None]:
         if layers is None:
