@@ -238,7 +238,8 @@ def sample(
         pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for name, value in given.items():
-        if value is None and isinstance(sampler, str) and name not in sampler_options:
+        is_open = value is None and isinstance(sampler, str) and name not in sampler_options
+        if is_open and name in chosen.config:
             given[name] = pipe.config[name]
     kept = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=not progress)

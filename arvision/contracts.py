@@ -41,10 +41,13 @@ class Samples:
     Attributes:
         tokens: [B, N] int64 (token and scale models) or [B, N, D] float (continuous models).
         stats: see `arvision.pipeline.SampleOutput`.
+        embeddings: [B, N, D] vectors that are decoded in the place of the tokens' codes, where a
+            sampler leaves the codebook; None where the tokens say it all.
     """
 
     tokens: Tensor
     stats: Stats = field(default_factory=Stats)
+    embeddings: Tensor | None = None
 
 
 class TokenState(Protocol):
@@ -101,6 +104,101 @@ class TokenModel(Protocol):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N] to pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class ScaleState(Protocol):
+    """Decode state of a scale model: all images of a batch stand at the same scale.
+
+    A state may offer more, which samplers use where it exists:
+
+    - `catch_up(tokens [B, n])` takes the tokens of the first scales, drawn elsewhere, all at once.
+    - `next_pruned(share)` is `next` with a share of the tokens interpolated instead of computed.
+    - `computed_tokens` counts the tokens of an image that went through the network.
+    """
+
+    def next(self) -> Tensor:
+        """Guided logits [B, n, V] of the tokens of the next scale, raster order."""
+        ...
+
+    def feed(self, tokens: Tensor) -> None:
+        """Tokens [B, n] of that scale, or vectors [B, n, D] in the place of their codes."""
+        ...
+
+
+@runtime_checkable
+class ScaleModel(Protocol):
+    """A model that draws all tokens of one resolution at a time.
+
+    `codebook` [V, D] are the vectors behind the tokens.
+    """
+
+    vocab_size: int
+    num_tokens: int
+    scales: tuple[int, ...]
+    """Side lengths, growing; scale k has `scales[k] ** 2` tokens."""
+
+    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> ScaleState:
+        """A state in which nothing is drawn.
+
+        Guidance grows linearly from 1 at the first scale to `guidance_scale` at the last.
+        """
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N] of all scales, or vectors [B, N, D], to pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
+class LatentState(Protocol):
+    """Decode state of a continuous model: which latents of each image are known."""
+
+    lengths: Tensor
+    """[B] int64, latents fed of each row."""
+
+    def condition(self, count: int) -> Tensor:
+        """Conditions z [B, count, Dz] of the head for the next `count` positions of the order.
+
+        All positions not fed yet count as masked. Dz is the width, or twice the width where
+        guidance needs the unconditional z beside the conditional one.
+        """
+        ...
+
+    def feed(self, latents: Tensor) -> None:
+        """Latents [B, count, D] of the next positions become known."""
+        ...
+
+    def contexts(self, latents: Tensor, known: Tensor, images: Tensor) -> Tensor:
+        """Conditions z [R, N, Dz] of every position in R hypothetical contexts, in one pass.
+
+        Args:
+            latents: [R, N, D], by position; what stands at unknown positions does not matter.
+            known: [R, N] bool; rows may know different numbers of latents.
+            images: [R] int64, which image of the batch a context belongs to.
+        """
+        ...
+
+
+@runtime_checkable
+class ContinuousModel(Protocol):
+    """A model whose tokens are vectors, drawn by a head from p(latent | z).
+
+    `head.law(z [M, Dz], guidance_scale)` is a law of latents, see
+    `arvision.decoding.latent_chain`; `head.num_steps` and `head.latent_dim` are its sizes.
+    """
+
+    num_tokens: int
+    head: Any
+    grid: tuple[int, int] | None
+
+    def start(
+        self, conditions: Conditions, guidance_scale: float = 1.0, order: Tensor | None = None
+    ) -> LatentState:
+        """A state in which nothing is known; `order` [B, N] are positions as they will be drawn."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, D] to pixels [B, 3, H, W] in [-1, 1]."""
         ...
 
 

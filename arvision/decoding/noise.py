@@ -28,6 +28,7 @@ PURPOSES = {
     "latent": 5,
     "order": 6,
     "residual": 7,
+    "flow": 8,
 }
 """What a number is used for; streams of different purposes are independent."""
 

@@ -2,6 +2,7 @@
 
 from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
+from .cspd import CSpDSampler
 from .draft import DraftSampler
 from .gsd import GSDSampler
 from .lantern import LanternSampler
@@ -13,6 +14,7 @@ __all__ = [
     "SAMPLERS",
     "ARSampler",
     "BaseSampler",
+    "CSpDSampler",
     "DraftSampler",
     "GSDSampler",
     "LanternSampler",

@@ -66,7 +66,7 @@ class MARRecipe:
         log_every=100,
     )
     transformer_fit: FitConfig = FitConfig(
-        steps=5000,
+        steps=2400,
         batch_size=64,
         learning_rate=1e-3,
         weight_decay=0.02,

@@ -82,6 +82,14 @@ class MAR:
         """Floating-point type of the transformer."""
         return self.transformer.dtype
 
+    @property
+    def latent_space(self) -> str | None:
+        """Names the autoencoder that the latents belong to; None without one."""
+        if self.tokenizer is None:
+            return None
+        sizes = {k: v for k, v in self.tokenizer.config.items() if not k.startswith("_")}
+        return str(sorted(sizes.items()))
+
     def to(self, *args: Any, **kwargs: Any) -> MAR:
         """Move or cast all networks, as `nn.Module.to` does; returns the model itself."""
         self.transformer.to(*args, **kwargs)

@@ -1,0 +1,202 @@
+"""Continuous speculative decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers.configuration_utils import register_to_config
+
+from ..contracts import Conditions, ContinuousModel, Samples, Seeds, StepCallback
+from ..decoding.latent_loop import LatentPlan
+from ..decoding.latent_speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
+from ..decoding.latent_verify import CRITERIA
+from ..decoding.logits import check_guidance_scale
+from ..errors import InputError, unknown_name
+from .base import BaseSampler, register
+
+
+@register("cspd", exact=False, drives="continuous")
+class CSpDSampler(BaseSampler):
+    """A smaller continuous model drafts latents, one pass of the target verifies them.
+
+    Draft and target see the same noise in every denoising step, so that their chains stay close.
+    Guidance and temperature are those of either law; a linear guidance schedule gives each drafted
+    iteration its own scale. After a rejection everything drafted behind it is forgotten.
+
+    Criteria:
+
+    - "published": densities of the last step, either law along its own chain, with the deviations
+      widened by `inner_temperature`. Approximate: two different chains are compared.
+    - "trajectory": the joint law of the whole chain, a finite sum of Gaussian log ratios.
+
+    Contexts:
+
+    - "verified": the target sees what was known before the round; one row per image. Approximate,
+      since drafted latents do not see one another in the target.
+    - "batched": the target sees every prefix of the drafts, as rows of one pass.
+
+    Law: "trajectory" with "batched" is exact: the law of `ar` with `last_noise=True` and the same
+    schedule, whatever the draft; all other combinations are lossy. Cost: iterations per round
+    times the draft's cost, and one pass of the target. Models: continuous models, the draft one with
+    the same latents, grid and number of denoising steps.
+
+    Args:
+        draft: the draft: name of a registered model or a folder (a pipeline loads it), a loaded
+            pipeline, or a continuous model. None for the one that the pipeline recommends.
+        criterion: see above.
+        context: see above.
+        max_draft: iterations drafted per round at most.
+        drafting: "sequential": each drafted iteration sees the ones before, one draft pass each;
+            "parallel": one draft pass for all.
+        prefill: share of the iterations that the target draws alone at first.
+        inner_temperature: factor on the last deviations in the published criterion; 1 accepts next
+            to nothing, the released code has 42.
+        max_tries: proposals for a rejected latent; then the target's last draw stays, counted as
+            `exhausted` in the statistics.
+        num_iter: iterations, 1 to the number of latents; None for one latent at a time.
+        order: "random" or "raster".
+        guidance_schedule: "linear" or "constant".
+        temperature: multiplies the noise of both chains. At 0 chains have no density: refused.
+        draft_guidance_scale: guidance scale of the draft; None for the target's.
+
+    Raises:
+        InputError: an unknown name, or a value out of range.
+
+    Paper: Wang et al., "Continuous Speculative Decoding for Autoregressive Image Generation", 2024.
+    The exact pair is ours: the published ratio compares two chains, and the released code verifies
+    in one context, keeps what was drafted behind a rejection, accepts by a distance alone, inverts
+    the product of deviations, and leaves zeros after 100 failed tries.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        draft: Any = None,
+        criterion: str = "published",
+        context: str = "verified",
+        max_draft: int = 8,
+        drafting: str = "sequential",
+        prefill: float = 0.05,
+        inner_temperature: float = 42.0,
+        max_tries: int = 1000,
+        num_iter: int | None = None,
+        order: str = "random",
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+        draft_guidance_scale: float | None = None,
+    ) -> None:
+        for name, value in {"max_draft": max_draft, "max_tries": max_tries}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} {value!r}: expected an integer >= 1")
+        for name, value, known in (
+            ("criterion", criterion, CRITERIA),
+            ("context", context, CONTEXTS),
+            ("drafting", drafting, DRAFTINGS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if not 0 <= prefill <= 1:
+            raise InputError(f"prefill {prefill}: expected a share of the iterations, 0 to 1")
+        if not 0 < inner_temperature < float("inf"):
+            raise InputError(f"inner_temperature {inner_temperature}: expected a number > 0")
+        if temperature == 0:
+            raise InputError(
+                "temperature 0: a chain without noise has no density to compare; expected a number "
+                "> 0, or the sampler 'ar'"
+            )
+        if draft_guidance_scale is not None:
+            check_guidance_scale(draft_guidance_scale)
+        self._plan = LatentPlan(
+            num_iter=num_iter,
+            order=order,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            last_noise=True,
+        )
+        self._how = Speculation(
+            max_draft=max_draft,
+            criterion=criterion,
+            context=context,
+            drafting=drafting,
+            widening=inner_temperature,
+            prefill=prefill,
+            max_tries=max_tries,
+        )
+        self._draft: ContinuousModel | None = None
+        if isinstance(draft, Path):
+            self.register_to_config(draft=str(draft))
+        elif draft is not None and not isinstance(draft, str):
+            # A model is no configuration: what is saved is a sampler whose draft is still to come.
+            self.register_to_config(draft=None)
+            self.bind_draft(draft)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this configuration draws from the target's own law."""
+        return self._how.criterion == "trajectory" and self._how.context == "batched"
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a draft is still to be given by `bind_draft`."""
+        return self._draft is None
+
+    def bind_draft(self, draft: Any) -> None:
+        """Give the sampler its draft: a continuous model, or a loaded pipeline around one.
+
+        Raises:
+            InputError: neither.
+        """
+        model = draft if isinstance(draft, ContinuousModel) else getattr(draft, "model", None)
+        if not isinstance(model, ContinuousModel):
+            raise InputError(
+                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
+                "a continuous model, or a continuous model"
+            )
+        self._draft = model
+
+    def with_options(self, **options: Any) -> CSpDSampler:
+        """The same sampler with some options changed; it keeps its draft unless that is one."""
+        changed = cast("CSpDSampler", super().with_options(**options))
+        if "draft" not in options:
+            changed._draft = self._draft
+        return changed
+
+    def __call__(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one image per condition.
+
+        Returns:
+            Latents [B, N, D], the statistics of `speculate_latents`, and `lossless`.
+
+        Raises:
+            InputError: no draft, one with other latents, or an argument out of range.
+        """
+        check_guidance_scale(guidance_scale)
+        if self._draft is None:
+            name = self.config["draft"]
+            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
+            raise InputError(
+                f"{given}: expected a continuous model, a pipeline, or a name and a pipeline to "
+                "load it"
+            )
+        samples = speculate_latents(
+            model,
+            self._draft,
+            conditions,
+            plan=self._plan,
+            how=self._how,
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            draft_guidance_scale=self.config["draft_guidance_scale"],
+            on_step=on_step,
+        )
+        samples.stats["lossless"] = self.is_exact
+        return samples
