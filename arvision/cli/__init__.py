@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from ..errors import ArvisionError
-from . import compare, generate, models, sample, train
+from . import compare, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ generate.add_to(app)
 compare.add_to(app)
 models.add_to(app)
 train.add_to(app)
+train_draft.add_to(app)
+doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 
 

@@ -97,7 +97,7 @@ def shape_logits(
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(dim=-1)
         beyond = probs.cumsum(dim=-1) - probs >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))

@@ -102,6 +102,22 @@ for dtype, block_n, block_d in (("bf16", 64, 128), ("fp16", 32, 256), ("f32", 32
     )
 
 
+# Triton compiles anew for arguments that are 1, as constants.
+ONES = {
+    "philox": "num",
+    "nearest_code": "num size width",
+    "compaction": "num_rows width num_kept stride_d",
+    "verify": "window size",
+    "verify gumbel": "size",
+    "verify count": "window",
+    "sampling cut": "size top_k",
+    "sampling write": "size",
+    "sampling gumbel": "size num_splits use",
+    "sampling inverse": "size",
+    "tree_attention merge": "num_members width num_splits",
+    "tree_attention bf16 128": "num group width num_heads num_open num_splits q_d k_d v_d",
+}
+
 # Wide heads take the compiler long.
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(" 256")) for n in CASES]
 
@@ -109,18 +125,31 @@ NAMES = [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(" 256")) for n in
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_for_hopper(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_for_hopper(name, ())
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONES)
+def test_compiles_with_sizes_of_one(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compile_for_hopper(name, ONES[name].split()).asm["cubin"]
+
+
+def compile_for_hopper(name, ones):
     kernel, types, constants, options = CASES[name]
     runtime = [parameter for parameter in kernel.arg_names if parameter not in constants]
     kinds = {"f32": "fp32", "f64": "fp64"}
     given = types.split()
     assert len(given) == len(runtime), runtime
-    signature = dict.fromkeys(constants, "constexpr")
+    assert set(ones) <= set(runtime)
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
     for parameter, kind in zip(runtime, given, strict=True):
-        base = kind.rstrip("*")
-        star = "*" if kind.endswith("*") else ""
-        signature[parameter] = f"{star}{kinds.get(base, base)}"
-    ordered = {parameter: signature[parameter] for parameter in kernel.arg_names}
-    source = ASTSource(kernel, signature=ordered, constexprs=constants)
-    compiled = triton.compile(source, target=HOPPER, options=options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= SHARED_MEMORY
+        if parameter not in ones:
+            base = kind.rstrip("*")
+            star = "*" if kind.endswith("*") else ""
+            signature[parameter] = f"{star}{kinds.get(base, base)}"
+    constants = {**constants, **dict.fromkeys(ones, 1)}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=HOPPER, options=options)

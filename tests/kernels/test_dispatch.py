@@ -72,6 +72,15 @@ def test_shape_is_shape_logits(options, dtype):
     assert shape(logits, **given).equal(shape_logits(logits, **given))
 
 
+def test_of_equal_logits_both_keep_the_first():
+    logits = torch.randint(-2, 3, (20, 64)).float()
+    law = shape_logits(logits, top_p=0.6)
+    assert shape(logits, top_p=0.6).equal(law)
+    for row, kept in zip(logits, law.isfinite(), strict=True):
+        ties = kept[row == row[kept].min()].long()
+        assert ties.equal(ties.sort(descending=True).values)
+
+
 def test_gumbel_numbers_are_those_of_the_noise():
     seeds = [(5, 1), (1 << 40, 2)]
     positions = torch.tensor([[3, 9]]).expand(2, 2)
@@ -155,9 +164,13 @@ def test_tree_attention_sees_what_the_tree_says():
     queries, keys, values = torch.randn(2, 4, 3, 8), *torch.randn(2, 2, 2, 6, 8)
     ours = tree_attention(queries, keys, values, torch.tensor([0, 2]), ancestors)
     mask = visible(torch.tensor([0, 2]), ancestors, 6, None)[:, None]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, enable_gqa=True
-    )
-    torch.testing.assert_close(ours, expected)
+    scores = queries @ keys.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    torch.testing.assert_close(ours, weights @ values.repeat_interleave(2, 1))
+    hidden = torch.tensor([3, 5])
+    for row, end in enumerate(hidden):
+        keys[row, :, end:] = values[row, :, end:] = float("nan")
+    again = tree_attention(queries, keys, values, torch.tensor([0, 2]), ancestors)
+    torch.testing.assert_close(again, ours)
     with pytest.raises(InputError, match=r"ancestors .*: expected \[3, 3\] or \[2, 3, 3\] bool"):
         tree_attention(queries, keys, values, torch.tensor([0, 2]), ancestors.long())

@@ -1,8 +1,9 @@
-"""Tree attention in plain PyTorch, with the whole mask and all scores in memory."""
+"""Tree attention in plain PyTorch: `scaled_dot_product_attention` under the whole mask."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,17 +17,17 @@ def tree_attention(
     scale: float,
 ) -> Tensor:
     """See `arvision.kernels.tree_attention.tree_attention`."""
-    num_heads = queries.shape[1]
     sees = visible(lengths, ancestors, keys.shape[2], open_columns)
-    # Half precision is attended to in float32, as fused kernels accumulate.
-    dtype = torch.promote_types(queries.dtype, torch.float32)
+    # A weight of zero does not remove a NaN.
     used = sees.any(1)[:, None, :, None]
-    keys = torch.where(used, keys, 0).to(dtype)
-    values = torch.where(used, values, 0).to(dtype)
-    grouped = queries.to(dtype).unflatten(1, (keys.shape[1], num_heads // keys.shape[1]))
-    scores = grouped @ keys[:, :, None].transpose(-1, -2) * scale
-    scores = scores.masked_fill(~sees[:, None, None], float("-inf"))
-    return (scores.softmax(-1) @ values[:, :, None]).flatten(1, 2).to(queries.dtype)
+    return F.scaled_dot_product_attention(
+        queries,
+        torch.where(used, keys, 0),
+        torch.where(used, values, 0),
+        attn_mask=sees[:, None],
+        scale=scale,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
 
 
 def visible(

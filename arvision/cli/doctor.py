@@ -1,0 +1,94 @@
+"""`arvision doctor`: versions, devices, and which implementation of each operation runs here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from typing import Annotated, Any
+
+import torch
+import typer
+
+EPILOG = "Examples: arvision doctor; arvision doctor --device cuda --json"
+PACKAGES = ("arvision", "torch", "triton", "transformers", "diffusers")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor", epilog=EPILOG)(doctor)
+
+
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Where tensors would lie; the best device by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tell versions, devices, and which implementation of each operation runs, and why."""
+    found = examine(device)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, version in found["versions"].items():
+        typer.echo(f"{name:16} {version or 'not installed'}")
+    for entry in found["devices"]:
+        typer.echo(f"{entry['device']:16} {entry['name']}")
+    typer.echo(f"\noperations on {found['device']}:")
+    for name, entry in found["operations"].items():
+        typer.echo(f"{name:16} {entry['implementation']:10} {entry['reason']}")
+        typer.echo(f"{'':27} {entry['summary']}")
+
+
+def examine(device: str | None = None) -> dict[str, Any]:
+    """What `doctor` prints.
+
+    Args:
+        device: a torch device; None for the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        InputError: not the name of a device, or one that is not here.
+    """
+    from ..errors import InputError
+    from ..kernels.dispatch import OPS, explain
+
+    devices = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
+    for index in range(torch.cuda.device_count()):
+        devices.append({"device": f"cuda:{index}", "name": torch.cuda.get_device_name(index)})
+    wanted = device or ("cuda" if len(devices) > 1 else "cpu")
+    here = {entry["device"] for entry in devices} | {e["device"].split(":")[0] for e in devices}
+    if wanted not in here:
+        raise InputError(f"device {wanted!r}: expected one of {', '.join(sorted(here))}")
+    operations = {}
+    for name, summary in OPS.items():
+        choice = explain(wanted)
+        operations[name] = {
+            "implementation": choice.implementation,
+            "reason": choice.reason,
+            "summary": summary,
+        }
+    has_packed = wanted == "cpu" and torch.backends.mkldnn.is_available()
+    operations["linear"] = {
+        "implementation": "onednn" if has_packed else "torch",
+        "reason": (
+            "at inference in float32 on a CPU, from 4 rows"
+            if has_packed
+            else "oneDNN's packed product is for CPUs that have it"
+        ),
+        "summary": "linear layers of the models",
+    }
+    return {
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "devices": devices,
+        "device": wanted,
+        "operations": operations,
+    }
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # names the accelerator that it was built for
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
