@@ -119,6 +119,12 @@ def generate(
         proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
     draws = getattr(proposer, "draws", "chosen")
     chosen = choose_rule(rule, draws, temperature, **(rule_options or {}))
+    fitting = getattr(proposer, "rules", None)
+    if fitting is not None and chosen.name not in fitting:
+        raise InputError(
+            f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
+            f"{', '.join(fitting)}"
+        )
     if isinstance(model, str | Path):
         model, own = _load(str(model), str(device or "cpu"), dtype)
         tokenizer = tokenizer or own
@@ -182,6 +188,17 @@ def as_draft(
     if isinstance(draft, HFCausalLM) or hasattr(draft, "get_output_embeddings"):
         return as_text_model(draft, num_tokens)
     return draft
+
+
+def drafter_of(folder: str | Path) -> tuple[str, str]:
+    """Which drafter a folder of `arvision train-draft` is for, and the option that takes it."""
+    for file, found in (
+        ("heads.json", ("heads", "heads")),
+        ("pseudo.json", ("pseudo", "module")),
+    ):
+        if (Path(folder) / file).exists():
+            return found
+    return "draft_model", "draft"
 
 
 def list_drafters() -> dict[str, str]:

@@ -20,7 +20,7 @@ from text_models import (
     tiny_llama,
 )
 
-NEEDS_A_MODEL = {"draft_model"}
+NEEDS_A_MODEL = {"draft_model", "heads", "pseudo"}
 ALONE = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)
 NAMES = [None, *ALONE, "prompt_lookup+token_recycling"]
 

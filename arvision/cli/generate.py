@@ -23,6 +23,18 @@ def add_to(app: typer.Typer) -> None:
     app.command("generate", epilog=EPILOG)(generate)
 
 
+def dtype_of(name: str | None) -> Any:
+    """The torch dtype of that name, None for None."""
+    import torch
+
+    from ..errors import unknown_name
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in kinds:
+        raise unknown_name("dtype", name, kinds)
+    return None if name is None else kinds[name]
+
+
 def generate(
     model: Annotated[str, typer.Option(help="Folder, GGUF file or hub id of a causal LM.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
@@ -44,20 +56,16 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print texts and figures.")] = False,
 ) -> None:
     """Continue a text, several tokens per pass."""
-    import torch
-
     from ..compare import parse_value
-    from ..errors import InputError
+    from ..generate import drafter_of
     from ..generate import generate as run
     from .sample import parse_options
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(kinds)}")
     options: dict[str, Any] = parse_options(option or [])
     if draft is not None:
-        options["draft"] = draft
-        drafter = drafter or "draft_model"
+        found, argument = drafter_of(draft)
+        options[argument] = draft
+        drafter = drafter or found
     streams = len(prompt) == 1 and not as_json
 
     def show(_: int, text: str) -> None:
@@ -80,7 +88,7 @@ def generate(
         drafter_options=options,
         stream=show if streams else None,
         device=device,
-        dtype=None if dtype is None else kinds[dtype],
+        dtype=dtype_of(dtype),
     )
     figures = {name: value for name, value in out.stats.items() if name != "windows"}
     if as_json:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .checkpoint import load_strictly, read_state_dict
+from .checkpoint import load_strictly, read_state_dict, shape_of
 from .verify import Round, Rule, Verdict, deepest, gumbel_draw
 
 
@@ -76,10 +76,9 @@ class JudgeHead(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> JudgeHead:
         """A head saved by `arvision train-draft --kind judge`."""
-        weights = read_state_dict(path)
-        head = cls(weights["score.weight"].shape[1])
-        load_strictly(head, weights, "judge head")
-        return head.eval()
+        weights = read_state_dict(path, ())
+        sizes = {"hidden_size": shape_of(weights, "score.weight", 2, str(path))[1]}
+        return load_strictly(cls, sizes, weights, str(path))
 
 
 def judge(head: JudgeHead, threshold: float = 0.5, *, is_greedy: bool = False) -> Rule:

@@ -2,7 +2,9 @@
 
 from .base import DRAFTERS, Combined, TextDrafter, combine
 from .draft_tree import DraftTree
+from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
+from .pseudo import PseudoDrafter
 from .recycling import TokenRecycling
 from .self_draft import LayerSkip, NestedExit, RetrievedContext
 from .trigram import JacobiWindow, TrigramDrafter
@@ -11,11 +13,13 @@ __all__ = [
     "DRAFTERS",
     "Combined",
     "DraftTree",
+    "HeadDrafter",
     "InputCopy",
     "JacobiWindow",
     "LayerSkip",
     "NestedExit",
     "PromptLookup",
+    "PseudoDrafter",
     "RetrievedContext",
     "TextDrafter",
     "TokenRecycling",

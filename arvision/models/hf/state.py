@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,8 @@ class HFState:
             prefill: [B, 1, C], at the prompts' ends).
         pseudo: [K, C] embeddings of the tokens V, V + 1, ... V + K - 1, which some drafters feed
             besides those of the vocabulary; None for none.
+        edit: a layer and a function of what it sees, [B, T, C], to what it shall see instead (None
+            to leave it); for the next call of `extend`. None for none.
     """
 
     allows_overrun = True
@@ -106,6 +108,7 @@ class HFState:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
+        self.edit: tuple[int, Callable[[Tensor], Tensor | None]] | None = None
         self._parents: Tensor | None = None
         self._is_draft = False
 
@@ -146,7 +149,11 @@ class HFState:
         if parents is not None:
             check_parents(parents, tokens.shape[1])
         self._parents, self._is_draft = parents, False
-        return self._run(tokens, parents)
+        if self.edit is None:
+            return self._run(tokens, parents)
+        (layer, function), self.edit = self.edit, None
+        with edited(self._network, layer, function):
+            return self._run(tokens, parents)
 
     @torch.no_grad()
     def draft(
@@ -312,3 +319,29 @@ def find_layers(network: Any) -> tuple[nn.Module, str]:
         f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
         "all of them, to skip some or to edit what they see"
     )
+
+
+@contextmanager
+def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within this block, layer number `layer` sees what `function` makes of its input [B, T, C].
+
+    Raises:
+        InputError: a network without a list of layers.
+    """
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        by_name = not arguments
+        hidden = options["hidden_states"] if by_name else arguments[0]
+        changed = function(hidden)
+        if changed is None:
+            return None
+        if by_name:
+            return arguments, {**options, "hidden_states": changed}
+        return (changed, *arguments[1:]), options
+
+    owner, name = find_layers(network)
+    handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

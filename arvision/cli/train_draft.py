@@ -1,0 +1,67 @@
+"""`arvision train-draft`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """Examples:
+
+arvision train-draft --model ./SmolLM2-135M-Instruct --prompts prompts.txt --kind hydra --out runs/hydra
+
+arvision train-draft --model ./target --prompts prompts.txt --kind ppd --steps 200 --out runs/ppd
+
+arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draft runs/hydra --stats
+
+PROMPTS holds one prompt per line, wrapped in the model's chat template where it has one. The target
+stays frozen and answers them itself; what is fitted learns from these answers. Run a command again
+to resume it.
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("train-draft", epilog=EPILOG)(train_draft)
+
+
+def train_draft(
+    model: Annotated[str, typer.Option(help="Target: folder, GGUF file or hub id.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished draft.")],
+    kind: Annotated[
+        str, typer.Option(help="medusa, hydra, clover, chimera, ppd, hidden_transfer or model.")
+    ] = "hydra",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    num_heads: Annotated[int, typer.Option(help="Longest draft of heads or pseudo tokens.")] = 3,
+    divergence: Annotated[
+        str, typer.Option(help="forward_kl, reverse_kl, jensen_shannon, total_variation.")
+    ] = "forward_kl",
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 96,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Fit draft heads, pseudo tokens or a small draft model on a frozen target."""
+    from ..training.heads_recipes import fit_draft
+    from .generate import dtype_of
+
+    figures: dict[str, Any] = fit_draft(
+        model,
+        prompts,
+        out,
+        kind,
+        steps=steps,
+        batch_size=batch_size,
+        num_heads=num_heads,
+        divergence=divergence,
+        answer_tokens=answer_tokens,
+        dtype=dtype_of(dtype),
+        device=device,
+        progress=not quiet,
+    )
+    typer.echo(json.dumps(figures) if as_json else f"{kind} -> {out}: {figures}")
