@@ -65,7 +65,7 @@ CASES = {
         sampling._cut,
         "bf16* bf16* f32* f32* i64* f32* i32 f32 f32 i32 f32",
         {"GREEDY": False, "TOP_K": True, "TOP_P": True, **LAW},
-        {"enable_fp_fusion": False},
+        {"enable_fp_fusion": False, "num_warps": 16},
     ),
     "sampling write": (
         sampling._write,

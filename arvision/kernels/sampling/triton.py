@@ -251,6 +251,11 @@ def _inverse(
     tl.store(tokens + row, tl.where(found < size, found, last))
 
 
+def _warps(block: int) -> int:
+    """Of a program that has a row for itself: as many as keep all its numbers in registers."""
+    return max(4, min(16, block // 128))
+
+
 class _Cut:
     """The rows' cuts, and the arguments that every kernel after `_cut` begins and ends with."""
 
@@ -284,7 +289,7 @@ class _Cut:
             _cut[(num,)](
                 *self.pointers, self.size, *self.scalars, top_k, float(top_p),
                 GREEDY=is_greedy, TOP_K=not is_greedy and 0 < top_k < self.size,
-                TOP_P=not is_greedy and top_p < 1, **self.options,
+                TOP_P=not is_greedy and top_p < 1, num_warps=_warps(self.block), **self.options,
             )  # fmt: skip
 
 
@@ -319,6 +324,7 @@ def sample_inverse(uniforms: Tensor, **law: Any) -> Tensor:
     tokens = torch.empty(cut.rows, device=uniforms.device, dtype=torch.int64)
     if cut.rows:
         _inverse[(cut.rows,)](
-            *cut.pointers, uniforms.contiguous(), tokens, cut.size, *cut.scalars, **cut.options
-        )
+            *cut.pointers, uniforms.contiguous(), tokens, cut.size, *cut.scalars,
+            num_warps=_warps(cut.block), **cut.options,
+        )  # fmt: skip
     return tokens

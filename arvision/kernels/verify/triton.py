@@ -128,6 +128,7 @@ def verify(
             *(tensor.contiguous() for tensor in given), tokens, counts,
             window, target_logp.shape[2],
             MAXIMAL=coupling == "maximal", BLOCK_M=block_m, BLOCK=_block(target_logp),
+            num_warps=8,
         )  # fmt: skip
         if coupling == "maximal":
             _count[(batch,)](drafts.contiguous(), tokens, counts, window, BLOCK_M=block_m)
