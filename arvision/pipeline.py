@@ -114,12 +114,10 @@ class ARPipeline(DiffusionPipeline):
     def model(self) -> Any:
         """The family object that satisfies the model contract, around the current networks."""
         family = FAMILIES[type(self.transformer).__name__]
+        text_parts = {"text_encoder": self.text_encoder, "text_tokenizer": self.text_tokenizer}
+        given = {name: part for name, part in text_parts.items() if part is not None}
         return family(
-            self.transformer,
-            self.tokenizer,
-            text_encoder=self.text_encoder,
-            text_tokenizer=self.text_tokenizer,
-            class_names=self.config["class_names"],
+            self.transformer, self.tokenizer, class_names=self.config["class_names"], **given
         )
 
     @property
@@ -226,7 +224,9 @@ class ARPipeline(DiffusionPipeline):
                 return self._interrupt
 
             samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
-            images = self._images(model, samples.tokens, output_type)
+            decoded = samples.tokens if samples.embeddings is None else samples.embeddings
+            wanted = samples.tokens if output_type == "latent" else decoded
+            images = self._images(model, wanted, output_type)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds

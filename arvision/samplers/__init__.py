@@ -2,6 +2,7 @@
 
 from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
+from .code import CoDeSampler
 from .cspd import CSpDSampler
 from .draft import DraftSampler
 from .gsd import GSDSampler
@@ -14,6 +15,7 @@ __all__ = [
     "SAMPLERS",
     "ARSampler",
     "BaseSampler",
+    "CoDeSampler",
     "CSpDSampler",
     "DraftSampler",
     "GSDSampler",

@@ -2,35 +2,101 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import TokenModel
+from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, TokenModel
+from ..decoding.latent_loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
+from ..decoding.scale_loop import ScalePlan, decode_scales
 from ..decoding.verify import Rule, gumbel_coupling
+from ..errors import InputError
 from .base import TokenSampler, register
 
+OPTION_KINDS = {
+    "top_k": ("token", "scale"),
+    "top_p": ("token", "scale"),
+    "prune": ("scale",),
+    "prune_scales": ("scale",),
+    "more_smooth": ("scale",),
+    "num_iter": ("continuous",),
+    "order": ("continuous",),
+    "guidance_schedule": ("continuous",),
+    "last_noise": ("continuous",),
+}
+"""Options that not every kind of model has, and the kinds that do."""
 
-@register("ar", exact=True, drives="token")
+
+@register("ar", exact=True, drives="token, scale, continuous")
 class ARSampler(TokenSampler):
-    """One token per pass.
+    """One unit of generation per pass: a token, a scale, or a set of latents.
 
-    Each token is argmax(log p + g) with Gumbel noise g that is a function of (seed, image,
-    position): an exact draw from p, and the same one that every Gumbel-coupled sampler makes.
+    Token models: each token is argmax(log p + g) with Gumbel noise g that is a function of (seed,
+    image, position): an exact draw from p, and the same one that every Gumbel-coupled sampler makes.
 
-    Law: exact. Cost: N - 1 passes after the prefill. Models: token models.
+    Scale models: the same draw for all tokens of a scale at once; positions count over all scales.
+
+    Continuous models: `num_iter` sets of latents, few at first and more later (cosine schedule),
+    each drawn by the model's head with noise that is a function of (seed, image, position, diffusion
+    step).
+
+    Law: exact; for continuous models, of the model with that schedule; lossy with `prune` or
+    `more_smooth`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
+    Models: all.
 
     Args:
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits, or multiplies the noise of a chain; 0 is greedy: the most
+            likely token, or the mean of each step.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
+        prune: scale models: share of the tokens of the last scales that is not computed but
+            interpolated from the coarser scale, which is lossy; 0 for none.
+        prune_scales: scale models: number of last scales that are pruned.
+        more_smooth: scale models: mix likely codes into smoother pictures, for display; lossy.
+        num_iter: continuous models: iterations, 1 to the number of latents; None for one latent at
+            a time.
+        order: continuous models: "random", another order for each image, or "raster".
+        guidance_schedule: continuous models: "linear" grows the scale from 1 as latents become
+            known, "constant" does not.
+        last_noise: continuous models: also add noise in the last denoising step, as samplers that
+            compare densities must (see `cspd`); official samplers do not.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, or an option that the model's kind does not know.
     """
 
     @register_to_config
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prune: float = 0.0,
+        prune_scales: int = 2,
+        more_smooth: bool = False,
+        num_iter: int | None = None,
+        order: str = "random",
+        guidance_schedule: str = "linear",
+        last_noise: bool = False,
+    ) -> None:
         self.shaping()
+        self._scale_plan = ScalePlan(
+            prune=prune, prune_scales=prune_scales, more_smooth=more_smooth
+        )
+        self._plan = LatentPlan(
+            num_iter=num_iter,
+            order=order,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            last_noise=last_noise,
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every token is drawn from the model's own law."""
+        return self._scale_plan.is_plain
 
     def drafter(self, model: TokenModel) -> Drafter:
         """Nothing is drafted."""
@@ -39,3 +105,29 @@ class ARSampler(TokenSampler):
     def rule(self, model: TokenModel) -> Rule:
         """A draw with fixed noise."""
         return gumbel_coupling
+
+    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+        """Run the loop of the model's kind; `run` holds `seeds`, `guidance_scale` and `on_step`.
+
+        Raises:
+            InputError: an option that the model's kind does not know.
+        """
+        if isinstance(model, ContinuousModel):
+            self._refuse_others("continuous")
+            return decode_latents(model, conditions, plan=self._plan, **run)
+        if isinstance(model, ScaleModel):
+            self._refuse_others("scale")
+            shape, plan = self.shaping(), self._scale_plan
+            return decode_scales(model, conditions, shape=shape, plan=plan, **run)
+        self._refuse_others("token")
+        return super().decode(model, conditions, **run)
+
+    def _refuse_others(self, kind: str) -> None:
+        """Refuse a changed option that models of this kind do not have."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        for name, kinds in OPTION_KINDS.items():
+            value, default = self.config[name], defaults[name].default
+            if kind not in kinds and value != default:
+                raise InputError(
+                    f"{name} {value!r}: a {kind} model has no such option, expected {default!r}"
+                )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,37 @@ from .loop import FitConfig, fit
 from .text import build_text_encoder, build_text_tokenizer
 from .tokenizer import TokenizerObjective, encode_all
 from .transformer import CaptionObjective, ClassObjective, ConsistencyObjective
+from .var_recipe import VAR_RECIPES
 
 Components = dict[str, Any]
 """Trained parts by their name in the pipeline."""
+
+
+class Recipe(Protocol):
+    """Stages that make a model, each resumable; `publish` turns the outcome into a model folder."""
+
+    @property
+    def card(self) -> dict[str, str]:
+        """ "kind", "conditions" and "summary" of the model."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Recommended settings, arguments of the pipeline."""
+        ...
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, which are their folders."""
+        ...
+
+    def shortened(self, steps: int, num_images: int) -> Recipe:
+        """The same recipe with at most `steps` steps per stage on `num_images` images."""
+        ...
+
+    def run(self, folder: Path, *, progress: bool = True) -> Components:
+        """Train (or resume) every stage under `folder` and return the trained parts."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +115,18 @@ class LlamaGenRecipe:
     caption_fit: FitConfig | None = None
     consistency_fit: FitConfig | None = None
     num_images: int = 60_000
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, which are their folders."""
+        last = "consistency" if self.caption_fit is None else "caption-consistency"
+        optional = {
+            "polish": self.polish_fit,
+            "caption": self.caption_fit,
+            last: self.consistency_fit,
+        }
+        named = [name for name, config in optional.items() if config is not None]
+        return ("tokenizer", "transformer", *named)
 
     def shortened(self, steps: int, num_images: int) -> LlamaGenRecipe:
         """The same recipe with at most `steps` steps per stage on `num_images` images."""
@@ -178,7 +218,7 @@ class LlamaGenRecipe:
         return objective
 
 
-RECIPES: dict[str, LlamaGenRecipe] = {
+RECIPES: dict[str, Recipe] = {
     "llamagen-fashion": LlamaGenRecipe(
         card={
             "kind": "token",
@@ -226,21 +266,13 @@ RECIPES: dict[str, LlamaGenRecipe] = {
         ),
     ),
 }
+RECIPES |= VAR_RECIPES
 
 
-def stage_seconds(folder: Path, recipe: LlamaGenRecipe) -> dict[str, float]:
+def stage_seconds(folder: Path, recipe: Recipe) -> dict[str, float]:
     """Wall time of each stage of a finished recipe, from its log."""
-    stages = {
-        "tokenizer": True,
-        "transformer": True,
-        "polish": recipe.polish_fit is not None,
-        "caption": recipe.caption_fit is not None,
-        "consistency": recipe.consistency_fit is not None and recipe.caption_fit is None,
-        "caption-consistency": recipe.consistency_fit is not None
-        and recipe.caption_fit is not None,
-    }
     seconds = {}
-    for stage in (name for name, is_part in stages.items() if is_part):
+    for stage in recipe.stages:
         lines = (folder / stage / "log.jsonl").read_text().splitlines()
         seconds[stage] = json.loads(lines[-1])["seconds"]
     return seconds

@@ -65,7 +65,7 @@ class VARRecipe:
         log_every=100,
     )
     transformer_fit: FitConfig = FitConfig(
-        steps=5400,
+        steps=3400,
         batch_size=32,
         learning_rate=1.2e-3,
         mixed_precision="bf16",

@@ -7,7 +7,7 @@ Prediction", 2024, section 3.3 and appendix, and the authors' published checkpoi
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _projection(width: int, num: int) -> nn.Sequential:
+def _projection(width: int, num: int) -> Any:
     """SiLU, then a linear layer from the condition [R, C] to `num` vectors."""
     return nn.Sequential(nn.SiLU(), Linear(width, num * width))
 
@@ -121,6 +121,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.is_shared = shared_aln
         self.attn = Attention(width, num_heads, l2_norm)
         self.ffn = FeedForward(width, 4 * width)
         if shared_aln:
@@ -128,13 +129,20 @@ class Block(nn.Module):
         else:
             self.ada_lin = _projection(width, 6)
 
+    def shrink_gates(self) -> None:
+        """For training from scratch: gates start almost closed, scales and shifts small."""
+        width = self.attn.mat_qkv.in_features
+        table = self.ada_gss[0, 0] if self.is_shared else self.ada_lin[1].weight.view(6, width, -1)
+        table[:2].mul_(1e-5)
+        table[2:].mul_(0.5)
+
     def modulation(self, condition: Tensor) -> Tensor:
         """Gates, scales and shifts [R, 1, 6, C] of the condition.
 
         Args:
             condition: [R, C], or the shared projection [R, 1, 6, C] of a shared-AdaLN model.
         """
-        if hasattr(self, "ada_gss"):
+        if self.is_shared:
             return self.ada_gss + condition
         return self.ada_lin(condition).view(len(condition), 1, 6, -1)
 

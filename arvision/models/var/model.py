@@ -44,7 +44,9 @@ class VAR:
         class_names: Sequence[str] | None = None,
     ) -> None:
         if tokenizer is None:
-            raise InputError("VAR needs its image tokenizer: each scale is fed what the last painted")
+            raise InputError(
+                "VAR needs its image tokenizer: each scale is fed what the last painted"
+            )
         for name in ("codebook_size", "z_channels"):
             if tokenizer.config[name] != transformer.config[name]:
                 raise InputError(

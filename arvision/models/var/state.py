@@ -99,35 +99,47 @@ class VARState:
             self.feed(tokens[:, first:last])
 
     @torch.no_grad()
-    def next(self, prune: float = 0.0) -> Tensor:
+    def next(self) -> Tensor:
         """Guided logits [B, n, V] of the next scale.
-
-        Args:
-            prune: share of the tokens that are not computed: those whose inputs differ least from
-                the scale's mean take their features from the coarser scale's, interpolated, and
-                leave no keys and values behind. Lossy.
 
         Raises:
             StateError: the last scale was not fed, or there are no more scales.
-            InputError: `prune` at the first scale, or out of range.
         """
+        self._check_next()
+        inputs = self._inputs()
+        return self._logits(self._read(inputs) if self._unread else self._run(inputs))
+
+    @torch.no_grad()
+    def next_pruned(self, share: float) -> Tensor:
+        """As `next`, without computing a share of the tokens. Lossy.
+
+        Those whose inputs differ least from the scale's mean take their features from the coarser
+        scale's, interpolated, and leave no keys and values behind.
+
+        Args:
+            share: of the scale's tokens, 0 < share < 1.
+
+        Raises:
+            StateError: as `next`, or there is no coarser scale to interpolate from.
+
+        Paper: Guo et al., "FastVAR: Linear Visual Autoregressive Modeling via Cached Token Pruning",
+        2025, section 3. There each layer prunes and restores; here the network does, once per scale.
+        """
+        self._check_next()
+        if self._features is None:
+            raise StateError("next_pruned at the first scale that the network reads")
+        return self._logits(self._pruned(self._inputs(), share))
+
+    def _check_next(self) -> None:
         if self._is_waiting:
             raise StateError("next before feed: the last scale waits for its tokens")
         if self.scale == len(self._transformer.scales):
             raise StateError(f"all {self.scale} scales are drawn")
-        if not 0 <= prune < 1:
-            raise InputError(f"prune {prune}: expected a share, 0 <= prune < 1")
-        if prune > 0 and self._features is None:
-            raise InputError("prune at the first scale: there is nothing to interpolate")
-        inputs = self._inputs()
-        if prune > 0:
-            self._features = self._pruned(inputs, prune)
-        elif self._unread:
-            self._features = self._read(inputs)
-        else:
-            self._features = self._run(inputs)
-        self._is_waiting = True
-        return self._guided(self._transformer.logits(self._features, self._modulations))
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Guided logits [B, n, V] of the features [R, n, C] of a scale."""
+        self._features, self._is_waiting = features, True
+        return self._guided(self._transformer.logits(features, self._modulations))
 
     def _inputs(self) -> Tensor:
         """Embedded inputs [R, n, C] of the next scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
         InputError: none, or a list that does not grow.
     """
     sides = tuple(int(side) for side in scales)
-    if not sides or sides[0] < 1 or any(b <= a for a, b in zip(sides, sides[1:], strict=False)):
+    if not sides or sides[0] < 1 or any(b <= a for a, b in pairwise(sides)):
         raise InputError(f"patch_nums {list(scales)}: expected growing side lengths from 1 up")
     return sides
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -99,17 +99,14 @@ class VARTransformer(ModelMixin, ConfigMixin):
                 nn.init.trunc_normal_(parameter, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[-1].weight.mul_(0.5)
-            for block in self.blocks:
+            self.head_nm.ada_lin[1].weight.mul_(0.5)
+            for block in self._each_block():
                 block.attn.proj.weight.div_((2 * num_layers) ** 0.5)
                 block.ffn.fc2.weight.div_((2 * num_layers) ** 0.5)
-                if hasattr(block, "ada_gss"):
-                    block.ada_gss[:, :, 2:].mul_(0.5)
-                    block.ada_gss[:, :, :2].mul_(1e-5)
-                else:
-                    width = self.config["hidden_size"]
-                    block.ada_lin[-1].weight[2 * width :].mul_(0.5)
-                    block.ada_lin[-1].weight[: 2 * width].mul_(1e-5)
+                block.shrink_gates()
+
+    def _each_block(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> VARTransformer:
@@ -148,7 +145,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
     def modulations(self, conditions: Tensor) -> Modulations:
         """What the conditions [R, C] (rows of `class_emb`) set in all layers."""
         shared = self.shared_ada_lin(conditions)
-        blocks = [block.modulation(shared) for block in self.blocks]
+        blocks = [block.modulation(shared) for block in self._each_block()]
         return Modulations(blocks, self.head_nm.modulation(conditions))
 
     def places(self, first: int, last: int) -> Tensor:
