@@ -181,7 +181,7 @@ ARPipeline.find = staticmethod(_find_draft)
 def sample(
     model: str | Path | ARPipeline,
     prompt: Any,
-    sampler: str | BaseSampler = "sjd",
+    sampler: str | BaseSampler | None = None,
     *,
     num_images: int = 1,
     seed: Any = 0,
@@ -200,7 +200,8 @@ def sample(
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
         prompt: a class id, class name or caption, or a list of them.
-        sampler: a name (see `list_samplers`) or a sampler object.
+        sampler: a name (see `list_samplers`) or a sampler object; None for the model's own kind of
+            sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
         guidance_scale: weight of the condition; None for the model's recommendation, as below.
@@ -222,13 +223,6 @@ def sample(
         >>> out.images[0].size
         (32, 32)
     """
-    chosen = (
-        get_sampler(sampler, **sampler_options)
-        if isinstance(sampler, str)
-        else sampler.with_options(**sampler_options)
-        if sampler_options
-        else sampler
-    )
     if isinstance(model, ARPipeline):
         pipe = model
         if device is not None or dtype is not None:
@@ -236,6 +230,16 @@ def sample(
     else:
         place = _device(device)
         pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
+    if sampler is None:
+        own = pipe.sampler.name
+        sampler = "sjd" if own == "ar" and pipe.kind == "token" else own
+    chosen = (
+        get_sampler(sampler, **sampler_options)
+        if isinstance(sampler, str)
+        else sampler.with_options(**sampler_options)
+        if sampler_options
+        else sampler
+    )
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for name, value in given.items():
         is_open = value is None and isinstance(sampler, str) and name not in sampler_options

@@ -49,7 +49,7 @@ class ARPipeline(DiffusionPipeline):
     Args:
         transformer: network of a registered model family.
         tokenizer: its image tokenizer.
-        sampler: default sampler; plain autoregressive sampling if None.
+        sampler: default sampler; plain autoregressive sampling at the recommended settings if None.
         text_encoder: of a text-conditional model.
         text_tokenizer: of the text encoder.
         class_names: names of the classes, in the order of their ids.
@@ -88,10 +88,11 @@ class ARPipeline(DiffusionPipeline):
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
+        plain = get_sampler("ar", temperature=temperature, top_k=top_k, top_p=top_p)
         self.register_modules(
             transformer=transformer,
             tokenizer=tokenizer,
-            sampler=sampler if sampler is not None else get_sampler("ar"),
+            sampler=sampler if sampler is not None else plain,
             text_encoder=text_encoder,
             text_tokenizer=text_tokenizer,
         )

@@ -192,11 +192,11 @@ def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], nu
         "licence), padded to 32x32.",
         "- **Licence of the weights**: Apache-2.0.",
         f"- **Recipe**: `arvision train --recipe {recipe} --out runs/{recipe}` (settings in "
-        "`arvision/training/recipes.py`).",
+        "`arvision/training`).",
         f"- **Wall time**: {stages} (shared two-core CPU, one or two threads).",
         f"- **Size**: {size / 1e6:.1f} MB, half precision.",
         f"- **Measured** on {figures['samples']} plain samples at the recommended settings "
-        f"(guidance {load(folder).config['guidance_scale']:g}):",
+        f"({_settings(load(folder))}):",
     ]
     names = {
         "class_consistency": "samples that the project's classifier sorts into the class asked for",
@@ -215,6 +215,18 @@ def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], nu
     ]
     (folder / "README.md").write_text("\n".join(lines))
     return figures
+
+
+def _settings(pipe: ARPipeline) -> str:
+    """Recommended settings that differ from plain sampling, in words."""
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    words = [f"guidance {pipe.config['guidance_scale']:g}"]
+    words += [
+        f"{name.replace('_', '-')} {pipe.config[name]:g}"
+        for name, value in plain.items()
+        if pipe.config[name] != value
+    ]
+    return ", ".join(words)
 
 
 def publish_draft(

@@ -1,7 +1,7 @@
 """Tools for testing samplers and models, ours and those of plug-in authors.
 
-`TableModel` is a token model whose joint law can be enumerated; `law_p_value` says how well drawn
-samples fit an enumerated law; `tiny_llamagen` is a real network small enough for tests.
+`TableModel` is a token model whose joint law can be enumerated, `ScaleTable` a scale model of that
+kind; `law_p_value` says how well drawn samples fit an enumerated law; `tiny_llamagen` is a real network small enough for tests.
 """
 
 from __future__ import annotations
@@ -153,6 +153,79 @@ class _DroppingState(TableState):
         self.lengths, self._prefixes = self.lengths[rows], self._prefixes[rows]
 
 
+class ScaleTable:
+    """A scale model given by tables: the laws of a scale's tokens after all coarser tokens.
+
+    Args:
+        vocab_size: V.
+        scales: side lengths.
+        seed: of the random tables.
+        sharpness: scale of the logits; larger is more peaked.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 3,
+        scales: tuple[int, ...] = (1, 2),
+        seed: int = 0,
+        sharpness: float = 1.5,
+    ) -> None:
+        self.vocab_size, self.scales = vocab_size, scales
+        self.num_tokens = sum(side * side for side in scales)
+        generator = torch.Generator().manual_seed(seed)
+        self.tables, done = [], 0
+        for side in scales:
+            shape = (vocab_size**done, side * side, vocab_size)
+            logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.tables.append(sharpness * logits)
+            done += side * side
+
+    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> _ScaleTableState:
+        """Conditions are ignored, apart from their number."""
+        return _ScaleTableState(self, len(conditions))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """A grey picture [B, 3, 1, N] of the tokens."""
+        grey = tokens.float() / max(1, self.vocab_size - 1) * 2 - 1
+        return grey[:, None, None, :].expand(-1, 3, -1, -1)
+
+    def joint(self, shape: Any) -> Tensor:
+        """The enumerated joint law [V^N] float64 under `shape`; see `TableModel.joint`."""
+        joint = torch.ones(1, dtype=torch.float64)
+        for table in self.tables:
+            laws = shape(table).exp()  # [prefixes, n, V], independent within a scale
+            for place in range(laws.shape[1]):
+                repeats = len(joint) // len(laws)
+                law = laws[:, place].repeat_interleave(repeats, dim=0)
+                joint = (joint[:, None] * law).flatten()
+        return joint
+
+    def number(self, tokens: Tensor) -> Tensor:
+        """Sequences [B, N] as numbers in base V, the order of `joint`."""
+        return _in_base(tokens, self.vocab_size)
+
+
+class _ScaleTableState:
+    def __init__(self, model: ScaleTable, batch: int) -> None:
+        self._model, self._scale = model, 0
+        self._prefixes = torch.zeros(batch, dtype=torch.int64)
+
+    def next(self) -> Tensor:
+        return self._model.tables[self._scale][self._prefixes]
+
+    def feed(self, tokens: Tensor) -> None:
+        base = self._model.vocab_size
+        self._prefixes = self._prefixes * base ** tokens.shape[1] + _in_base(tokens, base)
+        self._scale += 1
+
+    def catch_up(self, tokens: Tensor) -> None:
+        done = 0
+        while done < tokens.shape[1]:
+            num = self._model.scales[self._scale] ** 2
+            self.feed(tokens[:, done : done + num])
+            done += num
+
+
 def law_p_value(samples: Tensor, law: Tensor) -> float:
     """p-value of Pearson's chi-square test that samples follow a law.
 
@@ -181,7 +254,7 @@ def law_p_value(samples: Tensor, law: Tensor) -> float:
     return float(chi2.sf(statistic, len(cells) - 1))
 
 
-def draw_joint(sampler: Any, model: TableModel, num: int, seed: int) -> Tensor:
+def draw_joint(sampler: Any, model: TableModel | ScaleTable, num: int, seed: int) -> Tensor:
     """Numbers [num] of sequences that `sampler` draws from `model` in one batch."""
     seeds = [(seed, image) for image in range(num)]
     samples = sampler(model, [None] * num, seeds=seeds, guidance_scale=1.0)

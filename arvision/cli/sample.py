@@ -51,7 +51,9 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 def sample(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
     prompt: Annotated[list[str], typer.Option(help="Class id, class name or caption; repeatable.")],
-    sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "sjd",
+    sampler: Annotated[
+        str | None, typer.Option(help="See `arvision samplers`; by default what suits the model.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     seed: Annotated[str, typer.Option(help="Seed, or seed:image for one image of a run.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,

@@ -12,7 +12,15 @@ FAMILIES.register("LlamaGenTransformer", kind="token")(LlamaGen)
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
 
-__all__ = ["FAMILIES", "LlamaGen", "LlamaGenTokenizer", "LlamaGenTransformer",
+__all__ = [
+    "FAMILIES",
+    "LlamaGen",
+    "LlamaGenTokenizer",
+    "LlamaGenTransformer",
     "MAR",
     "MARAutoencoder",
-    "MARTransformer"]
+    "MARTransformer",
+    "VAR",
+    "VARTokenizer",
+    "VARTransformer",
+]

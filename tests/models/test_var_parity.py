@@ -20,6 +20,7 @@ OFFICIAL = [  # (depth, hidden size, shared_aln, parameters)
     (30, 1920, False, 2_010_020_356),
     (36, 2304, True, 2_353_893_904),
 ]
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
@@ -115,10 +116,13 @@ def test_tokenizer(case):
 
 @pytest.mark.parametrize(("depth", "width", "shared", "count"), OFFICIAL)
 def test_official_sizes(depth, width, shared, count):
-    scales = {"patch_nums": SCALES_512} if shared else {}
     with torch.device("meta"):
         network = VARTransformer(
-            hidden_size=width, num_layers=depth, num_heads=depth, shared_aln=shared, **scales
+            patch_nums=SCALES_512 if shared else SCALES_256,
+            hidden_size=width,
+            num_layers=depth,
+            num_heads=depth,
+            shared_aln=shared,
         )
     assert sum(p.numel() for p in network.parameters()) == count
 
@@ -127,5 +131,6 @@ def test_official_tokenizer_sizes_and_smoothers():
     with torch.device("meta"):
         tokenizer = VARTokenizer()
     assert tokenizer.num_tokens == 680
-    assert tokenizer.encoder.down[4].block[0].conv1.weight.shape == (640, 320, 3, 3)
+    shapes = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
+    assert shapes["encoder.down.4.block.0.conv1.weight"] == (640, 320, 3, 3)
     assert smoother_indices(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
