@@ -82,12 +82,14 @@ class HeadObjective(Objective):
 
     def laws(self, head: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The target's and a head's log-probabilities [B, W] of examples."""
-        hidden = self._examples.hidden[indices].to(self._output.dtype)
-        path = self._embedding[self._examples.tokens[indices, : head + 1]]
+        # The heads are trained in float32 (under autocast), whatever the target's dtype.
+        hidden = self._examples.hidden[indices].float()
+        path = self._embedding[self._examples.tokens[indices, : head + 1]].float()
         guess = self.heads(head, hidden[:, 0], path)
         logq = (guess.to(self._output.dtype) @ self._output.T).float().log_softmax(-1)
         with torch.no_grad():
-            logp = (hidden[:, head + 1] @ self._output.T).float().log_softmax(-1)
+            teacher = hidden[:, head + 1].to(self._output.dtype)
+            logp = (teacher @ self._output.T).float().log_softmax(-1)
         return logp, logq
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
