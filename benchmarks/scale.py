@@ -6,8 +6,7 @@ Every sampler draws the same classes on `var-fashion` at its recommended setting
 `var-fashion-small`). Distances from `ar` are taken against an independent `ar` run (other seeds); the
 row "ar, other seeds" shows what chance alone gives. The distances are those of `benchmarks.lossy`,
 without the likelihood. Time per image is without the decoder, at batch 1 and 16, medians of
-interleaved rounds; `computed` counts the tokens that go through the networks. After each row's
-correctness (tokens in range, stated passes) comes its speed.
+interleaved rounds on one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ SAMPLERS = (
     "ar:prune=0.5",
     "ar:prune=0.75",
     "ar:prune=0.5:prune_scales=1",
-    "ar:more_smooth=true",
     "code:draft_scales=2",
     "code:draft_scales=3",
     "code:draft_scales=4",
