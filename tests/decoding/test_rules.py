@@ -113,7 +113,7 @@ CASES = [
 
 def test_every_lossless_rule_is_tested():
     assert {name for name, entry in RULES.items() if entry.lossless} - {"greedy"} == {
-        case[0] if isinstance(case, tuple) else case.values[0] for case in CASES
+        getattr(case, "values", case)[0] for case in CASES
     }
 
 
