@@ -8,6 +8,7 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, TokenModel
+from ..decoding.flow import FlowMap, flow_pick, flow_rule
 from ..decoding.latent_loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
 from ..decoding.scale_loop import ScalePlan, decode_scales
@@ -18,6 +19,7 @@ from .base import TokenSampler, register
 OPTION_KINDS = {
     "top_k": ("token", "scale"),
     "top_p": ("token", "scale"),
+    "noise": ("token", "scale"),
     "prune": ("scale",),
     "prune_scales": ("scale",),
     "more_smooth": ("scale",),
@@ -42,6 +44,10 @@ class ARSampler(TokenSampler):
     each drawn by the model's head with noise that is a function of (seed, image, position, diffusion
     step).
 
+    With noise "flow" a token is instead the code that Gaussian noise, a function of (seed, image,
+    position), flows to: as exact (to the accuracy of the flow's 100 steps), and the picture is a
+    smooth function of its noise, which students of Distilled Decoding learn (see `dd`).
+
     Law: exact; for continuous models, of the model with that schedule; lossy with `prune` or
     `more_smooth`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
     Models: all.
@@ -51,6 +57,7 @@ class ARSampler(TokenSampler):
             likely token, or the mean of each step.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
+        noise: "gumbel" or, for models with a codebook, "flow".
         prune: scale models: share of the tokens of the last scales that is not computed but
             interpolated from the coarser scale, which is lossy; 0 for none.
         prune_scales: scale models: number of last scales that are pruned.
@@ -73,6 +80,7 @@ class ARSampler(TokenSampler):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        noise: str = "gumbel",
         prune: float = 0.0,
         prune_scales: int = 2,
         more_smooth: bool = False,
@@ -82,6 +90,8 @@ class ARSampler(TokenSampler):
         last_noise: bool = False,
     ) -> None:
         self.shaping()
+        if noise not in ("gumbel", "flow"):
+            raise InputError(f"noise {noise!r}: expected 'gumbel' or 'flow'")
         self._scale_plan = ScalePlan(
             prune=prune, prune_scales=prune_scales, more_smooth=more_smooth
         )
@@ -104,7 +114,18 @@ class ARSampler(TokenSampler):
 
     def rule(self, model: TokenModel) -> Rule:
         """A draw with fixed noise."""
-        return gumbel_coupling
+        return flow_rule(self._flow_map(model)) if self._flows else gumbel_coupling
+
+    @property
+    def _flows(self) -> bool:
+        return self.config["noise"] == "flow"
+
+    @staticmethod
+    def _flow_map(model: Any) -> FlowMap:
+        codebook = getattr(model, "codebook", None)
+        if codebook is None:
+            raise InputError("noise 'flow': this model has no codebook to flow to")
+        return FlowMap(codebook)
 
     def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
         """Run the loop of the model's kind; `run` holds `seeds`, `guidance_scale` and `on_step`.
@@ -118,6 +139,8 @@ class ARSampler(TokenSampler):
         if isinstance(model, ScaleModel):
             self._refuse_others("scale")
             shape, plan = self.shaping(), self._scale_plan
+            if self._flows:
+                run["pick"] = flow_pick(self._flow_map(model))
             return decode_scales(model, conditions, shape=shape, plan=plan, **run)
         self._refuse_others("token")
         return super().decode(model, conditions, **run)
