@@ -14,6 +14,7 @@ Matching", 2024, section 3.2. There x_t is followed with DPM-Solver; the coordin
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -165,7 +166,7 @@ class FlowMap:
     def _follow(self, values: Tensor, codes: Tensor, z: Tensor, clock: list[float]) -> Tensor:
         """Integrate z [P, D] over the times `clock`."""
         previous, before = None, 0.0
-        for now, then in zip(clock, clock[1:], strict=False):
+        for now, then in pairwise(clock):
             level = self._level(now)
             step = self._level(then) - level
             weights = self._exponents(values, codes, z, level).softmax(-1)
