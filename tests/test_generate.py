@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_greedy_decoding_is_that_of_transformers(network, drafter):
 @pytest.mark.parametrize("drafter", NAMES)
 def test_draws_are_those_of_plain_sampling_with_the_same_seed(network, drafter):
     prompts = random_prompts([9, 4])
-    options = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 20, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 20, "seed": 5}
     plain = arvision.generate(network, prompts, **options)
     out = arvision.generate(network, prompts, drafter=drafter, rule="gumbel", **options)
     assert out.tokens == plain.tokens
@@ -149,7 +150,7 @@ def test_stop_strings_and_streams(network):
 
 def test_bad_input_has_one_clear_message(network):
     ids = random_prompts([4])
-    for options, message in (
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"drafter": "token_recyclin"}, "did you mean 'token_recycling'"),
         ({"drafter": "prompt_lookup", "drafter_options": {"grams": 1}}, "grams"),
         ({"rule": "blok"}, "unknown rule 'blok': did you mean 'block'"),
@@ -159,7 +160,8 @@ def test_bad_input_has_one_clear_message(network):
         ({"temperature": -1}, "temperature -1"),
         ({"stop": "x"}, "pass tokenizer"),
         ({"num_draft": "many", "drafter": "prompt_lookup"}, "num_draft 'many'"),
-    ):
+    ]
+    for options, message in bad:
         with pytest.raises(InputError, match=message):
             arvision.generate(network, ids, **options)
     with pytest.raises(InputError, match="pass tokenizer"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ def tiny_llama(seed: int = 0, sharpness: float = 4.0, **sizes):
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        defaults = {
+        defaults: dict[str, Any] = {
             "vocab_size": 64,
             "hidden_size": 32,
             "intermediate_size": 64,

@@ -39,7 +39,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def observe(self, chain: Round, verdict: Verdict) -> None:
+    def observe(self, batch: Round, verdict: Verdict, /) -> None:
         """Learn from a round."""
         ...
 

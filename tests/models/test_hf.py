@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ def other_network(kind):
     import transformers as t
 
     torch.manual_seed(0)
-    common = {"vocab_size": 64, "eos_token_id": None, "bos_token_id": None}
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common: dict[str, Any] = {"vocab_size": 64, "eos_token_id": None, "bos_token_id": None}
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     made = {
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **common)
@@ -95,11 +96,15 @@ def test_what_a_network_lacks_is_named():
 
     with pytest.raises(InputError, match="expected a causal language model"):
         HFCausalLM(torch.nn.Linear(2, 2))
-    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
     mamba = t.MambaForCausalLM(t.MambaConfig(**sizes, state_size=2))
     with pytest.raises(InputError, match=r"MambaForCausalLM .* position ids"):
         HFCausalLM(mamba)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 16}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+    }
     window = t.MistralForCausalLM(t.MistralConfig(**sizes, **heads, sliding_window=8))
     with pytest.raises(InputError, match="full attention in every layer"):
         HFCausalLM(window)

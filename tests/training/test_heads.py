@@ -88,7 +88,7 @@ def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(network, answer
     fit = loop.fit
 
     def stops(objective, config, folder, **options):
-        return fit(objective, config, folder, **options | {"stop_after": 15})
+        return fit(objective, config, folder, progress=options["progress"], stop_after=15)
 
     import arvision.training.heads as module
 

@@ -21,6 +21,11 @@ DRAWS = ("chosen", "independent", "distinct")
 it one after another without replacement. Rules ask."""
 
 
+def register(name: str, *, summary: str) -> Any:
+    """Class decorator: file a drafter under `name`, with a line on it."""
+    return DRAFTERS.register(name, summary=summary)
+
+
 class TextDrafter:
     """A drafter that knows what each row's text is so far.
 
@@ -109,11 +114,12 @@ class Trie:
 
     def add(self, path: list[int]) -> None:
         """Add a path from the root, as far as there is room."""
-        node: int | None = -1
+        above = -1
         for token in path:
-            node = self.child(node, token)
+            node = self.child(above, token)
             if node is None:
                 return
+            above = node
 
     @property
     def tree(self) -> tuple[list[int], list[int]]:
@@ -140,8 +146,8 @@ def union(first: TokenTree, second: TokenTree, num: int) -> TokenTree:
             place: list[int | None] = []
             for token, parent in zip(tokens[row], parents, strict=True):
                 above = -1 if parent < 0 else place[parent]
-                is_draft = token >= 0 and above is not None
-                place.append(trie.child(above, token) if is_draft else None)
+                node = None if token < 0 or above is None else trie.child(above, token)
+                place.append(node)
         rows.append(trie.tree)
     return join_rows(rows, first.tokens.device)
 

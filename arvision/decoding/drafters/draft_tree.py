@@ -21,7 +21,7 @@ from ..tree import (
     topology,
     without_padding,
 )
-from .base import DRAFTERS, TextDrafter
+from .base import TextDrafter, register
 from .recycling import RANKS
 
 EXPANSIONS = {
@@ -46,7 +46,7 @@ def parents_of(branching: Sequence[int]) -> Tensor:
     return torch.tensor(parents, dtype=torch.int64)
 
 
-@DRAFTERS.register("draft_model", summary="a smaller model of the same vocabulary (option draft)")
+@register("draft_model", summary="a smaller model of the same vocabulary (option draft)")
 class DraftTree(TextDrafter):
     """A tree from a draft model, one pass of it per level.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..tree import TokenTree, best_tree, topology
 from ..verify import Round, Verdict
-from .base import DRAFTERS, TextDrafter
+from .base import TextDrafter, register
 from .heads import DraftHeads, load_heads
 
 RANKS = (0.5, 0.15, 0.08, 0.05, 0.03)
@@ -21,9 +21,7 @@ RANKS = (0.5, 0.15, 0.08, 0.05, 0.03)
 SHAPES = ("tree", "unit")
 
 
-@DRAFTERS.register(
-    "heads", summary="heads of `arvision train-draft`: Medusa, Hydra, Clover, Chimera"
-)
+@register("heads", summary="heads of `arvision train-draft`: Medusa, Hydra, Clover, Chimera")
 class HeadDrafter(TextDrafter):
     """Guesses from the hidden state at the last accepted token.
 

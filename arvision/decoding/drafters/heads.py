@@ -66,8 +66,9 @@ class MedusaHeads(DraftHeads):
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__(hidden_size, num_heads)
-        self.blocks = nn.ModuleList([nn.Linear(hidden_size, hidden_size) for _ in range(num_heads)])
-        for block in self.blocks:
+        blocks = [nn.Linear(hidden_size, hidden_size) for _ in range(num_heads)]
+        self.blocks = nn.ModuleList(blocks)
+        for block in blocks:
             nn.init.zeros_(block.weight)
             nn.init.zeros_(block.bias)
 

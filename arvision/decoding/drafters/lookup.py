@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import InputError
-from .base import DRAFTERS, TextDrafter, Trie
+from .base import TextDrafter, Trie, register
 
 FIRST_SHARE = 0.6
 """Part of the candidates that the best match gets before other matches get theirs."""
@@ -32,7 +32,7 @@ class _Index:
         return self._ends.get(tuple(gram), [])
 
 
-@DRAFTERS.register("prompt_lookup", summary="what followed the last n-gram earlier in the text")
+@register("prompt_lookup", summary="what followed the last n-gram earlier in the text")
 class PromptLookup(TextDrafter):
     """What followed the last n tokens where they stood before, in the prompt or the output.
 
@@ -99,7 +99,7 @@ def _copy(text: list[int], start: int, num: int) -> list[int]:
     return [part[place % len(part)] for place in range(num)]
 
 
-@DRAFTERS.register("input_copy", summary="the input copied on from where the output agrees with it")
+@register("input_copy", summary="the input copied on from where the output agrees with it")
 class InputCopy(TextDrafter):
     """The input from the last agreement on: for answers that mostly repeat their input.
 

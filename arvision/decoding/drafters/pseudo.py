@@ -24,7 +24,7 @@ from ...files import replacing
 from ..checkpoint import load_strictly, read_state_dict
 from ..tree import TokenTree
 from ..verify import Round, Verdict
-from .base import DRAFTERS, TextDrafter
+from .base import TextDrafter, register
 
 
 class PromptTokens(nn.Module):
@@ -77,22 +77,23 @@ class HiddenTransfer(nn.Module):
     def __init__(self, hidden_size: int, num_guesses: int, layer: int) -> None:
         super().__init__()
         self.hidden_size, self.num_guesses, self.layer = hidden_size, num_guesses, layer
-        self.maps = nn.ModuleList([nn.Linear(hidden_size, hidden_size) for _ in range(num_guesses)])
-        for linear in self.maps:
+        maps = [nn.Linear(hidden_size, hidden_size) for _ in range(num_guesses)]
+        self.maps = nn.ModuleList(maps)
+        for linear in maps:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def vectors(self) -> Tensor:
         """What is fed at pseudo tokens, [K, C]; the layers below `layer` make nothing of it."""
-        weight = self.maps[0].weight
-        return torch.zeros(self.num_guesses, self.hidden_size, device=weight.device)
+        device = next(self.parameters()).device
+        return torch.zeros(self.num_guesses, self.hidden_size, device=device)
 
     def edit(self, hidden: Tensor, owners: Tensor, numbers: Tensor) -> Tensor | None:
         """See `PromptTokens`."""
-        source = hidden[:, owners]
+        source, dtype = hidden[:, owners], next(self.parameters()).dtype
         out = hidden
         for number, linear in enumerate(self.maps):
-            moved = linear(source.to(linear.weight.dtype)).to(hidden.dtype)
+            moved = linear(source.to(dtype)).to(hidden.dtype)
             out = torch.where((numbers == number)[:, None], moved, out)
         return out
 
@@ -164,9 +165,7 @@ def pseudo_layout(num_chain: int, num_guesses: int) -> tuple[list[int], list[int
     return parents, owners, numbers
 
 
-@DRAFTERS.register(
-    "pseudo", summary="pseudo tokens of `arvision train-draft`: PPD, hidden transfer"
-)
+@register("pseudo", summary="pseudo tokens of `arvision train-draft`: PPD, hidden transfer")
 class PseudoDrafter(TextDrafter):
     """A chain of the guesses that the last pass made at its pseudo tokens.
 

@@ -12,13 +12,13 @@ from ...errors import InputError
 from ..noise import Noise
 from ..tree import TokenTree, best_tree, topology, without_padding
 from ..verify import Round, Verdict
-from .base import DRAFTERS, TextDrafter
+from .base import TextDrafter, register
 
 RANKS = (0.42, 0.13, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02)
 """How often the successor of a rank is right, measured on SmolLM2-135M (chat prompts)."""
 
 
-@DRAFTERS.register("token_recycling", summary="the target's own top candidates, seen after a token")
+@register("token_recycling", summary="the target's own top candidates, seen after a token")
 class TokenRecycling(TextDrafter):
     """A matrix holds, for every token, the k most likely ones last seen after it.
 

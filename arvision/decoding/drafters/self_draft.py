@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..logits import Shaping
 from ..tree import TokenTree
-from .base import DRAFTERS, TextDrafter
+from .base import TextDrafter, register
 
 
 class _ShortTarget(TextDrafter):
@@ -69,7 +69,7 @@ class _ShortTarget(TextDrafter):
         return (self.shaping if self.shaping.temperature else Shaping())(logits)
 
 
-@DRAFTERS.register("layer_skip", summary="the target without some of its middle layers (SWIFT)")
+@register("layer_skip", summary="the target without some of its middle layers (SWIFT)")
 class LayerSkip(_ShortTarget):
     """The target with some middle layers skipped drafts for itself.
 
@@ -214,7 +214,7 @@ def expected_improvement(
     return (expected - best) * normal + deviation * density
 
 
-@DRAFTERS.register("nested_exit", summary="the target's first layers, as many as are needed (S2D)")
+@register("nested_exit", summary="the target's first layers, as many as are needed (S2D)")
 class NestedExit(_ShortTarget):
     """Nested sub-models of the target, the smallest first: each draft comes from the first sure one.
 

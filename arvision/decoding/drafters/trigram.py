@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..verify import Round, Verdict
-from .base import DRAFTERS, TextDrafter, Trie
+from .base import TextDrafter, Trie, register
 
 BACKOFF = 0.3
 """Weight of what follows the last token alone against what follows the last two."""
@@ -47,7 +47,7 @@ class Trigrams:
         return heapq.nlargest(num, mixed.items(), key=lambda item: item[1])
 
 
-@DRAFTERS.register("trigram", summary="counts of three tokens in a row, explored as a tree (ADED)")
+@register("trigram", summary="counts of three tokens in a row, explored as a tree (ADED)")
 class TrigramDrafter(TextDrafter):
     """A tree over an adaptive trigram law, balanced between likely and little tried branches.
 
@@ -141,7 +141,7 @@ class TrigramDrafter(TextDrafter):
         return trie.tree
 
 
-@DRAFTERS.register("jacobi", summary="the last pass's guesses for what follows (Jacobi window)")
+@register("jacobi", summary="the last pass's guesses for what follows (Jacobi window)")
 class JacobiWindow(TextDrafter):
     """What the target said behind its final tokens is drafted again: no model, no table.
 

@@ -63,7 +63,7 @@ class HFCausalLM:
         InputError: an unsupported architecture; the message names what is missing.
     """
 
-    grid = None
+    grid: tuple[int, int] | None = None
 
     def __init__(
         self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128
