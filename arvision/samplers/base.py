@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -13,7 +14,7 @@ from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
 from ..decoding.logits import Shaping, check_guidance_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
-from ..errors import unknown_name
+from ..errors import InputError, unknown_name
 from ..registry import Registry
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
@@ -163,3 +164,73 @@ class TokenSampler(BaseSampler):
             policy=self.policy(model),
             **run,
         )
+
+
+class DraftHolder(BaseSampler):
+    """A sampler with an option `draft`: a name or folder to be loaded later, or a model.
+
+    Subclasses call `take_draft` in their constructor, and `needed_draft` when they draw.
+    """
+
+    draft_contract: ClassVar[type]
+    """What a draft must satisfy."""
+
+    draft_noun: ClassVar[str]
+    """What to call such a model in messages, with its article."""
+
+    _draft: Any = None
+
+    def take_draft(self, draft: Any) -> None:
+        """Keep the option `draft` of the constructor: a name, a path, a pipeline, a model or None.
+
+        Raises:
+            InputError: anything else.
+        """
+        if isinstance(draft, Path):
+            self.register_to_config(draft=str(draft))
+        elif draft is not None and not isinstance(draft, str):
+            # A model is no configuration: what is saved is a sampler whose draft is still to come.
+            self.register_to_config(draft=None)
+            self.bind_draft(draft)
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a draft is still to be given by `bind_draft`."""
+        return self._draft is None
+
+    def bind_draft(self, draft: Any) -> None:
+        """Give the sampler its draft, a model of the right kind or a loaded pipeline around one.
+
+        Raises:
+            InputError: neither.
+        """
+        contract = self.draft_contract
+        model = draft if isinstance(draft, contract) else getattr(draft, "model", None)
+        if not isinstance(model, contract):
+            raise InputError(
+                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
+                f"{self.draft_noun}, or {self.draft_noun}"
+            )
+        self._draft = model
+
+    def needed_draft(self) -> Any:
+        """The draft.
+
+        Raises:
+            InputError: none was given yet.
+        """
+        if self._draft is None:
+            name = self.config["draft"]
+            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
+            raise InputError(
+                f"{given}: expected {self.draft_noun}, a pipeline, or a name and a pipeline to "
+                "load it"
+            )
+        return self._draft
+
+    def with_options(self, **options: Any) -> DraftHolder:
+        """The same sampler with some options changed; it keeps its draft unless that is one."""
+        changed = cast("DraftHolder", super().with_options(**options))
+        if "draft" not in options:
+            changed._draft = self._draft
+        return changed

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
@@ -13,11 +12,11 @@ from ..decoding.latent_speculation import CONTEXTS, DRAFTINGS, Speculation, spec
 from ..decoding.latent_verify import CRITERIA
 from ..decoding.logits import check_guidance_scale
 from ..errors import InputError, unknown_name
-from .base import BaseSampler, register
+from .base import DraftHolder, register
 
 
 @register("cspd", exact=False, drives="continuous")
-class CSpDSampler(BaseSampler):
+class CSpDSampler(DraftHolder):
     """A smaller continuous model drafts latents, one pass of the target verifies them.
 
     Draft and target see the same noise in every denoising step, so that their chains stay close.
@@ -68,6 +67,8 @@ class CSpDSampler(BaseSampler):
     in one context, keeps what was drafted behind a rejection, accepts by a distance alone, inverts
     the product of deviations, and leaves zeros after 100 failed tries.
     """
+
+    draft_contract, draft_noun = ContinuousModel, "a continuous model"
 
     @register_to_config
     def __init__(
@@ -123,44 +124,12 @@ class CSpDSampler(BaseSampler):
             prefill=prefill,
             max_tries=max_tries,
         )
-        self._draft: ContinuousModel | None = None
-        if isinstance(draft, Path):
-            self.register_to_config(draft=str(draft))
-        elif draft is not None and not isinstance(draft, str):
-            # A model is no configuration: what is saved is a sampler whose draft is still to come.
-            self.register_to_config(draft=None)
-            self.bind_draft(draft)
+        self.take_draft(draft)
 
     @property
     def is_exact(self) -> bool:
         """Whether this configuration draws from the target's own law."""
         return self._how.criterion == "trajectory" and self._how.context == "batched"
-
-    @property
-    def wants_draft(self) -> bool:
-        """Whether a draft is still to be given by `bind_draft`."""
-        return self._draft is None
-
-    def bind_draft(self, draft: Any) -> None:
-        """Give the sampler its draft: a continuous model, or a loaded pipeline around one.
-
-        Raises:
-            InputError: neither.
-        """
-        model = draft if isinstance(draft, ContinuousModel) else getattr(draft, "model", None)
-        if not isinstance(model, ContinuousModel):
-            raise InputError(
-                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
-                "a continuous model, or a continuous model"
-            )
-        self._draft = model
-
-    def with_options(self, **options: Any) -> CSpDSampler:
-        """The same sampler with some options changed; it keeps its draft unless that is one."""
-        changed = cast("CSpDSampler", super().with_options(**options))
-        if "draft" not in options:
-            changed._draft = self._draft
-        return changed
 
     def __call__(
         self,
@@ -180,16 +149,9 @@ class CSpDSampler(BaseSampler):
             InputError: no draft, one with other latents, or an argument out of range.
         """
         check_guidance_scale(guidance_scale)
-        if self._draft is None:
-            name = self.config["draft"]
-            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
-            raise InputError(
-                f"{given}: expected a continuous model, a pipeline, or a name and a pipeline to "
-                "load it"
-            )
         samples = speculate_latents(
             model,
-            self._draft,
+            self.needed_draft(),
             conditions,
             plan=self._plan,
             how=self._how,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 from diffusers.configuration_utils import register_to_config
@@ -19,11 +18,11 @@ from ..decoding.logits import check_guidance_scale
 from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
 from ..errors import InputError
-from .base import TokenSampler, register
+from .base import DraftHolder, TokenSampler, register
 
 
 @register("draft", exact=True, drives="token")
-class DraftSampler(TokenSampler):
+class DraftSampler(DraftHolder, TokenSampler):
     """A smaller model drafts a chain, one pass of the target verifies it.
 
     Couplings:
@@ -64,6 +63,8 @@ class DraftSampler(TokenSampler):
     Speculative Sampling", 2023; Huang, Guo and Wang, "SpecDec++", 2024, for the length.
     """
 
+    draft_contract, draft_noun = TokenModel, "a token model"
+
     @register_to_config
     def __init__(
         self,
@@ -84,19 +85,8 @@ class DraftSampler(TokenSampler):
             check_guidance_scale(draft_guidance_scale)
         get_draft_coupling(coupling)
         self.shaping()
-        self._draft: TokenModel | None = None
         self._calibration = UNCALIBRATED
-        if isinstance(draft, Path):
-            self.register_to_config(draft=str(draft))
-        elif draft is not None and not isinstance(draft, str):
-            # A model is no configuration: what is saved is a sampler whose draft is still to come.
-            self.register_to_config(draft=None)
-            self.bind_draft(draft)
-
-    @property
-    def wants_draft(self) -> bool:
-        """Whether a draft is still to be given by `bind_draft`."""
-        return self._draft is None
+        self.take_draft(draft)
 
     def bind_draft(self, draft: Any) -> None:
         """Give the sampler its draft.
@@ -107,21 +97,15 @@ class DraftSampler(TokenSampler):
         Raises:
             InputError: neither.
         """
-        model = draft if isinstance(draft, TokenModel) else getattr(draft, "model", None)
-        if not isinstance(model, TokenModel):
-            raise InputError(
-                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
-                "a token model, or a token model"
-            )
-        weights = getattr(draft, "calibration", None) or getattr(model, "calibration", None)
-        self._draft = model
+        super().bind_draft(draft)
+        weights = getattr(draft, "calibration", None) or getattr(self._draft, "calibration", None)
         self._calibration = Calibration(weights) if weights else UNCALIBRATED
 
     def with_options(self, **options: Any) -> DraftSampler:
         """The same sampler with some options changed; it keeps its draft unless that is one."""
         changed = cast("DraftSampler", super().with_options(**options))
         if "draft" not in options:
-            changed._draft, changed._calibration = self._draft, self._calibration
+            changed._calibration = self._calibration
         return changed
 
     def rule(self, model: TokenModel) -> Rule:
@@ -142,16 +126,11 @@ class DraftSampler(TokenSampler):
         Raises:
             InputError: no draft, or one of another vocabulary or grid; see also `TokenSampler`.
         """
-        if self._draft is None:
-            name = self.config["draft"]
-            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
-            raise InputError(
-                f"{given}: expected a token model, a pipeline, or a name and a pipeline to load it"
-            )
-        check_draft(self._draft, model)
+        draft = self.needed_draft()
+        check_draft(draft, model)
         own_scale = self.config["draft_guidance_scale"]
         drafter = DraftModelDrafter(
-            self._draft,
+            draft,
             conditions,
             run["guidance_scale"] if own_scale is None else own_scale,
             self.shaping(),
