@@ -22,7 +22,7 @@ from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
 from ..errors import InputError, unknown_name
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
-from .loop import FitConfig, Objective, fit
+from .loop import FitConfig, Objective, fit, shortened
 from .target_samples import Drawn, draw_from_target, together
 
 DIVERGENCES = {
@@ -332,17 +332,11 @@ class DraftRecipe:
     def shortened(self, steps: int, num_samples: int) -> DraftRecipe:
         """The same recipe with at most `steps` steps per stage on `num_samples` of each scale."""
         old = self.training
-
-        def cut(config: FitConfig) -> FitConfig:
-            return replace(config, steps=min(steps, config.steps))
-
-        training = replace(
+        training = shortened(
             old,
+            steps,
             samples={scale: min(num_samples, num) for scale, num in old.samples.items()},
             held_out=min(old.held_out, num_samples // 4),
-            start_fit=cut(old.start_fit),
-            pilot_fit=cut(old.pilot_fit),
-            final_fit=cut(old.final_fit),
         )
         return replace(self, training=training)
 

@@ -10,9 +10,9 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -88,6 +88,25 @@ class WeightAverage:
         """Replace the trained weights by their average."""
         for name, parameter in self.trained.items():
             parameter.copy_(self.weights[name])
+
+
+Staged = TypeVar("Staged")
+
+
+def shortened(recipe: Staged, steps: int, **changes: Any) -> Staged:
+    """A recipe with at most `steps` steps in each of its stages.
+
+    Args:
+        recipe: a dataclass; its fields that hold a `FitConfig` are stages.
+        steps: of a stage.
+        **changes: further fields to replace.
+    """
+    old = cast(Any, recipe)
+    for name in (entry.name for entry in fields(old)):
+        config = getattr(old, name)
+        if isinstance(config, FitConfig):
+            changes[name] = replace(config, steps=min(steps, config.steps))
+    return replace(old, **changes)
 
 
 class Objective(nn.Module):

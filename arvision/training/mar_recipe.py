@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
 from .data import load_fashion
-from .loop import FitConfig, fit
+from .loop import FitConfig, fit, shortened
 from .mar import AutoencoderObjective, MARObjective, encode_moments, initialise
 
 
@@ -79,16 +78,7 @@ class MARRecipe:
 
     def shortened(self, steps: int, num_images: int) -> MARRecipe:
         """The same recipe with at most `steps` steps per stage on `num_images` images."""
-
-        def cut(config: FitConfig) -> FitConfig:
-            return dataclasses.replace(config, steps=min(steps, config.steps))
-
-        return dataclasses.replace(
-            self,
-            autoencoder_fit=cut(self.autoencoder_fit),
-            transformer_fit=cut(self.transformer_fit),
-            num_images=num_images,
-        )
+        return shortened(self, steps, num_images=num_images)
 
     def run(self, folder: Path, *, progress: bool = True) -> dict[str, Any]:
         """Train (or resume) both stages under `folder` and return the trained parts."""

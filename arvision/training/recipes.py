@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .captions import CaptionWriter, measure
 from .data import CLASS_NAMES, load_fashion
-from .loop import FitConfig, fit
+from .loop import FitConfig, fit, shortened
 from .text import build_text_encoder, build_text_tokenizer
 from .tokenizer import TokenizerObjective, encode_all
 from .transformer import CaptionObjective, ClassObjective, ConsistencyObjective
@@ -119,32 +118,17 @@ class LlamaGenRecipe:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages, which are their folders."""
-        last = "consistency" if self.caption_fit is None else "caption-consistency"
         optional = {
             "polish": self.polish_fit,
             "caption": self.caption_fit,
-            last: self.consistency_fit,
+            "consistency": self.consistency_fit,
         }
         named = [name for name, config in optional.items() if config is not None]
         return ("tokenizer", "transformer", *named)
 
     def shortened(self, steps: int, num_images: int) -> LlamaGenRecipe:
         """The same recipe with at most `steps` steps per stage on `num_images` images."""
-
-        def cut(config: FitConfig | None) -> FitConfig | None:
-            if config is None:
-                return None
-            return dataclasses.replace(config, steps=min(steps, config.steps))
-
-        return dataclasses.replace(
-            self,
-            tokenizer_fit=cut(self.tokenizer_fit),
-            transformer_fit=cut(self.transformer_fit),
-            polish_fit=cut(self.polish_fit),
-            caption_fit=cut(self.caption_fit),
-            consistency_fit=cut(self.consistency_fit),
-            num_images=num_images,
-        )
+        return shortened(self, steps, num_images=num_images)
 
     def run(self, folder: Path, *, progress: bool = True) -> Components:
         """Train (or resume) every stage under `folder` and return the trained parts."""

@@ -1,39 +1,37 @@
-"""Training objective of a VQ tokenizer with an EMA codebook on the unit sphere."""
+"""Training objectives of a VQ tokenizer: a codebook that follows its codes, on the unit sphere."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from .data import to_pixels
 from .loop import Objective
 
 
-class TokenizerObjective(Objective):
-    """Reconstruction through an L2-normalised codebook that follows its codes.
+class CodebookObjective(Objective):
+    """A codebook that follows, by exponential averages, what it is asked to code.
 
-    The first `unquantised_steps` train a plain autoencoder on the unit sphere; then the codebook is
-    set by k-means on encoder outputs and follows them by exponential averages; codes that hardly
-    any position uses restart on positions of the current batch.
+    A subclass puts `_last`, what was asked [M, D] and the codes given [M], in its forward pass. Codes
+    that hardly any position uses restart on what the current batch asked for.
 
     Args:
-        tokenizer: the model to train; its codebook gets no gradient.
+        tokenizer: the model to train, with `quantize.embedding`; its codebook gets no gradient.
         images: [M, H, W] uint8.
         unquantised_steps: steps before the codebook is switched on.
         decay: of the exponential averages.
         commitment: weight of the distance between an encoder output and its code.
         restart_below: expected uses per batch under which a code restarts.
 
-    Paper: van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (EMA
-    codebook); Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022, section 3.2
-    (normalised codes).
+    Paper: van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1.
     """
 
     def __init__(
         self,
-        tokenizer: LlamaGenTokenizer,
+        tokenizer: Any,
         images: Tensor,
         *,
         unquantised_steps: int = 150,
@@ -45,8 +43,7 @@ class TokenizerObjective(Objective):
         self.uses: Tensor
         self.sums: Tensor
         self.steps_done: Tensor
-        self.tokenizer = tokenizer
-        self.images = images
+        self.tokenizer, self.images = tokenizer, images
         self.num_items = len(images)
         self.unquantised_steps, self.decay = unquantised_steps, decay
         self.commitment, self.restart_below = commitment, restart_below
@@ -56,6 +53,45 @@ class TokenizerObjective(Objective):
         self.register_buffer("sums", torch.zeros_like(codebook))
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self._last: tuple[Tensor, Tensor] | None = None
+
+    def codes(self) -> Tensor:
+        """The codebook [V, D] that the averages stand for: the mean of what each code was given."""
+        return self.sums / self.uses[:, None]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the codebook after what the step asked for."""
+        self.steps_done += 1
+        if self._last is None:
+            return
+        asked, chosen = self._last
+        one_hot = F.one_hot(chosen, len(self.uses)).to(asked.dtype)
+        self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
+        self.sums.lerp_(one_hot.T @ asked, 1 - self.decay)
+        dead = (self.uses < self.restart_below).nonzero().squeeze(1)
+        if len(dead):
+            generator = torch.Generator().manual_seed(step)
+            picks = torch.randint(len(asked), (len(dead),), generator=generator)
+            self.sums[dead], self.uses[dead] = asked[picks.to(asked.device)], 1.0
+        self.tokenizer.quantize.embedding.weight.copy_(self.codes())
+        self._last = None
+
+
+class TokenizerObjective(CodebookObjective):
+    """Reconstruction through an L2-normalised codebook that follows its codes.
+
+    Arguments as `CodebookObjective`, of a `LlamaGenTokenizer`. The first `unquantised_steps` train a
+    plain autoencoder on the unit sphere; then the codebook is set by k-means on encoder outputs and
+    follows them.
+
+    Paper: van den Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (EMA
+    codebook); Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022, section 3.2
+    (normalised codes).
+    """
+
+    def codes(self) -> Tensor:
+        """The codebook [V, D] that the averages stand for: directions."""
+        return F.normalize(self.sums, dim=-1)
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss, PSNR in dB and code usage of the images `indices`."""
@@ -83,25 +119,6 @@ class TokenizerObjective(Objective):
         }
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Move the codebook after the encoder outputs of the step."""
-        self.steps_done += 1
-        if self._last is None:
-            return
-        flat, chosen = self._last
-        one_hot = F.one_hot(chosen, len(self.uses)).to(flat.dtype)
-        self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
-        self.sums.lerp_(one_hot.T @ flat, 1 - self.decay)
-        dead = (self.uses < self.restart_below).nonzero().squeeze(1)
-        if len(dead):
-            picks = torch.randint(
-                len(flat), (len(dead),), generator=torch.Generator().manual_seed(step)
-            )
-            self.sums[dead], self.uses[dead] = flat[picks], 1.0
-        self.tokenizer.quantize.embedding.weight.copy_(F.normalize(self.sums, dim=-1))
-        self._last = None
-
-    @torch.no_grad()
     def _initialise(self, flat: Tensor, generator: torch.Generator) -> None:
         """Ten rounds of spherical k-means on the outputs of one batch."""
         size = len(self.uses)
@@ -117,7 +134,7 @@ class TokenizerObjective(Objective):
 
 
 @torch.no_grad()
-def encode_all(tokenizer: LlamaGenTokenizer, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Code indices [M, N] of grey images [M, H, W] uint8."""
+def encode_all(tokenizer: Any, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Code indices [M, N] that a discrete tokenizer gives for grey images [M, H, W] uint8."""
     tokenizer.eval()
     return torch.cat([tokenizer.encode(to_pixels(part)) for part in images.split(batch_size)])

@@ -11,52 +11,21 @@ from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
 from .data import to_pixels
 from .loop import Objective
+from .tokenizer import CodebookObjective
 
 
-class VARTokenizerObjective(Objective):
+class VARTokenizerObjective(CodebookObjective):
     """Reconstruction through residual codes of every scale, with a codebook that follows them.
 
-    The first `unquantised_steps` train a plain autoencoder; then the codebook is set to features seen
-    at all scales and follows what it is asked to code by exponential averages. Codes that hardly any
-    position uses restart on residuals of the current batch. The smoothing convolutions are trained by
-    the distance between canvas and features after each scale, as in the paper.
-
-    Args:
-        tokenizer: the model to train; its codebook gets no gradient.
-        images: [M, H, W] uint8.
-        unquantised_steps: steps before the codebook is switched on.
-        decay: of the exponential averages.
-        commitment: weight of the features' distance to the canvas.
-        restart_below: expected uses per batch under which a code restarts.
+    Arguments as `CodebookObjective`, of a `VARTokenizer`; `commitment` weighs the features' distance
+    to the canvas. The first `unquantised_steps` train a plain autoencoder; then the codebook is set
+    to features seen at all scales and follows the residuals it is asked to code. The smoothing
+    convolutions are trained by the distance between canvas and features after each scale, as in the
+    paper.
 
     Paper: Tian et al., "Visual Autoregressive Modeling", 2024, algorithm 1 and equation 5; van den
     Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (averages).
     """
-
-    def __init__(
-        self,
-        tokenizer: VARTokenizer,
-        images: Tensor,
-        *,
-        unquantised_steps: int = 150,
-        decay: float = 0.99,
-        commitment: float = 0.25,
-        restart_below: float = 0.1,
-    ) -> None:
-        super().__init__()
-        self.uses: Tensor
-        self.sums: Tensor
-        self.steps_done: Tensor
-        self.tokenizer, self.images = tokenizer, images
-        self.num_items = len(images)
-        self.unquantised_steps, self.decay = unquantised_steps, decay
-        self.commitment, self.restart_below = commitment, restart_below
-        codebook = tokenizer.quantize.embedding.weight
-        codebook.requires_grad_(False)
-        self.register_buffer("uses", torch.ones(len(codebook)))
-        self.register_buffer("sums", torch.zeros_like(codebook))
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
-        self._last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Loss, PSNR in dB and code usage of the images `indices`."""
@@ -97,24 +66,6 @@ class VARTokenizerObjective(Objective):
             given.append(chosen.flatten())
         self._last = torch.cat(asked), torch.cat(given)
         return canvas, distance / len(quantize.scales)
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Move the codebook after the residuals of the step."""
-        self.steps_done += 1
-        if self._last is None:
-            return
-        asked, chosen = self._last
-        one_hot = F.one_hot(chosen, len(self.uses)).to(asked.dtype)
-        self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
-        self.sums.lerp_(one_hot.T @ asked, 1 - self.decay)
-        dead = (self.uses < self.restart_below).nonzero().squeeze(1)
-        if len(dead):
-            generator = torch.Generator().manual_seed(step)
-            picks = torch.randint(len(asked), (len(dead),), generator=generator)
-            self.sums[dead], self.uses[dead] = asked[picks.to(asked.device)], 1.0
-        self.tokenizer.quantize.embedding.weight.copy_(self.sums / self.uses[:, None])
-        self._last = None
 
     @torch.no_grad()
     def _initialise(self, features: Tensor, generator: torch.Generator) -> None:
@@ -172,10 +123,3 @@ class VARClassObjective(Objective):
         losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         finest = losses[:, -(self.transformer.scales[-1] ** 2) :]
         return {"loss": losses.mean(), "finest": finest.mean()}
-
-
-@torch.no_grad()
-def encode_images(tokenizer: VARTokenizer, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Code indices [M, L] of grey images [M, H, W] uint8."""
-    tokenizer.eval()
-    return torch.cat([tokenizer.encode(to_pixels(part)) for part in images.split(batch_size)])

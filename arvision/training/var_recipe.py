@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
 from .data import CLASS_NAMES, load_fashion
-from .loop import FitConfig, fit
-from .var import VARClassObjective, VARTokenizerObjective, encode_images
+from .loop import FitConfig, fit, shortened
+from .tokenizer import encode_all
+from .var import VARClassObjective, VARTokenizerObjective
 
 SCALES = (1, 2, 3, 4, 6, 8)
 
@@ -82,18 +82,13 @@ class VARRecipe:
 
     def shortened(self, steps: int, num_images: int) -> VARRecipe:
         """The same recipe with at most `steps` steps per stage on `num_images` images."""
-        cut = {
-            name: dataclasses.replace(fit_config, steps=min(steps, fit_config.steps))
-            for name in ("tokenizer_fit", "transformer_fit")
-            for fit_config in [getattr(self, name)]
-        }
-        return dataclasses.replace(self, num_images=num_images, **cut)
+        return shortened(self, steps, num_images=num_images)
 
     def run(self, folder: Path, *, progress: bool = True) -> dict[str, Any]:
         """Train (or resume) both stages under `folder` and return the trained parts."""
         images, labels = (part[: self.num_images] for part in load_fashion("train"))
         tokenizer = self._tokenizer(images, folder, progress)
-        tokens = encode_images(tokenizer, images)
+        tokens = encode_all(tokenizer, images)
         torch.manual_seed(self.transformer_fit.seed)
         transformer = VARTransformer(num_classes=len(CLASS_NAMES), **self.transformer_sizes)
         objective = VARClassObjective(transformer, tokenizer, tokens, labels)

@@ -10,7 +10,8 @@ import torch
 from arvision.models import VARTokenizer, VARTransformer
 from arvision.training.data import to_pixels
 from arvision.training.loop import FitConfig, fit
-from arvision.training.var import VARClassObjective, VARTokenizerObjective, encode_images
+from arvision.training.tokenizer import encode_all
+from arvision.training.var import VARClassObjective, VARTokenizerObjective
 from arvision.training.var_recipe import VAR_RECIPES, VARRecipe
 
 SCALES = (1, 2, 4)
@@ -50,7 +51,7 @@ def make(kind, pictures):
         num_classes=10,
         shared_aln=kind == "shared",
     )
-    return VARClassObjective(transformer, tokenizer, encode_images(tokenizer, images), labels)
+    return VARClassObjective(transformer, tokenizer, encode_all(tokenizer, images), labels)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "class", "shared"])
@@ -71,7 +72,7 @@ def test_the_tokenizer_learns_codes_and_restarts_dead_ones(tmp_path, pictures):
     config = FitConfig(steps=45, batch_size=8, learning_rate=3e-3, warmup=3, log_every=5)
     log = fit(objective, config, tmp_path, progress=False)
     assert log[-1]["psnr"] > log[0]["psnr"] + 2
-    tokens = encode_images(objective.tokenizer, images)
+    tokens = encode_all(objective.tokenizer, images)
     assert tokens.shape == (96, 21)
     assert len(tokens.unique()) > 10
     with torch.no_grad():
