@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels.sampling import reference
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -84,21 +84,4 @@ def shape_logits(
         Log-probabilities [..., V], -inf where a token was cut; float32, or float64 for
         float64 logits.
     """
-    if null_logits is not None:
-        logits = guide(logits, null_logits, guidance_scale)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if temperature == 0:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, float("-inf")).scatter_(-1, best, 0.0)
-    if temperature != 1.0:
-        logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs >= top_p
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-    return logits.log_softmax(dim=-1)
+    return reference.shape(logits, null_logits, guidance_scale, temperature, top_k, top_p)

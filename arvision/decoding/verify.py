@@ -189,7 +189,8 @@ def fresh(chain: Round) -> Tensor:
 
 def coupled(chain: Round) -> Tensor:
     """At every position the draft with probability min(1, p / q), else recovered, [B, m + 1]."""
-    bonus = fresh(chain)[:, -1:]
+    uniforms = chain.noise.uniform(chain.positions[:, -1:], "token", chain.tries)
+    bonus = draw(chain.target_logp[:, -1:].exp(), uniforms)
     if chain.drafts.shape[1] == 0:
         return bonus
     kept = torch.where(accept(chain), chain.drafts, recover(chain))
