@@ -42,7 +42,7 @@ class GaussianLaw:
 
     def path_moments(self, states):
         pairs = [self.moments(x, self.num_steps - 1 - row) for row, x in enumerate(states)]
-        means, logs = zip(*pairs, strict=True)
+        means, _ = zip(*pairs, strict=True)
         return torch.stack(means), torch.stack([v.expand_as(m) for m, v in pairs])
 
 

@@ -47,7 +47,9 @@ def load_text_model(
         raise InputError(f"model {str(name)!r}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", **options
+        )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"model {str(name)!r} cannot be loaded: {first}") from error
