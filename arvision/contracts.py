@@ -202,6 +202,38 @@ class ContinuousModel(Protocol):
         ...
 
 
+@runtime_checkable
+class StudentModel(Protocol):
+    """A model that predicts all tokens of an image at once, from codes of the first and noise.
+
+    A unit is what its teacher draws in one pass: a token, or a scale.
+    """
+
+    vocab_size: int
+    num_tokens: int
+    codebook: Tensor
+    """[V, D]."""
+    timesteps: tuple[int, ...]
+    """Numbers of known units that it was trained for, 0 first."""
+    unit_ends: tuple[int, ...]
+    """Tokens up to the end of each unit."""
+    split: int
+    """From this unit on its vectors are decoded as they are, not the codes of its tokens."""
+
+    def predict(
+        self, conditions: Conditions, vectors: Tensor, known: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, V] and vectors [B, N, D] of all positions.
+
+        `vectors` [B, N, D] are the codes of the first `known` units, then noise.
+        """
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N], or vectors [B, N, D], to pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+
 class Sampler(Protocol):
     """A loop around a model; it knows the contract and never the network."""
 

@@ -135,9 +135,18 @@ class ARPipeline(DiffusionPipeline):
         if name is not None and find is not None:
             sampler.bind_draft(find(name, self.device, self.dtype))
 
+    def _bind_teacher(self, sampler: Any, model: Any) -> None:
+        """Load the teacher of a student for a sampler that draws some tokens with it."""
+        if not hasattr(sampler, "wants_teacher") or not sampler.wants_teacher(model):
+            return
+        name = sampler.config["teacher"] or getattr(model, "teacher_name", None)
+        find = type(self).find
+        if name is not None and find is not None:
+            sampler.bind_teacher(find(name, self.device, self.dtype))
+
     @property
     def kind(self) -> str:
-        """Kind of model: "token", "scale" or "continuous"."""
+        """Kind of model: "token", "scale", "continuous" or "student"."""
         return FAMILIES.entry(type(self.transformer).__name__).facts["kind"]
 
     @property
@@ -214,6 +223,7 @@ class ARPipeline(DiffusionPipeline):
         self._bind_draft(chosen)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         model = self.model
+        self._bind_teacher(chosen, model)
         self._interrupt = False
         started = time.perf_counter()
         with self._threads(), self._bar(len(conditions) * model.num_tokens) as bar:

@@ -4,6 +4,7 @@ from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
 from .code import CoDeSampler
 from .cspd import CSpDSampler
+from .dd import DDSampler
 from .draft import DraftSampler
 from .gsd import GSDSampler
 from .lantern import LanternSampler
@@ -17,6 +18,7 @@ __all__ = [
     "BaseSampler",
     "CoDeSampler",
     "CSpDSampler",
+    "DDSampler",
     "DraftSampler",
     "GSDSampler",
     "LanternSampler",

@@ -26,7 +26,7 @@ def register(name: str, *, exact: bool, drives: str) -> Any:
     Args:
         name: what users write.
         exact: whether its default configuration draws from the model's own law.
-        drives: kind of model, "token", "scale" or "continuous".
+        drives: kind of model, "token", "scale", "continuous" or "student".
     """
     file = SAMPLERS.register(name, exact=exact, drives=drives)
 

@@ -1,0 +1,199 @@
+"""Pairs to distil from: the noise of an image, and the tokens that the teacher makes of it.
+
+With `arvision.decoding.flow` a teacher is a function from (class, Gaussian noise) to tokens. The noise
+is itself a function of (seed, image), so a pair is a class and tokens; whoever knows the seed can
+compute the noise again. Pairs lie in shards, each complete in itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..contracts import ScaleModel
+from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, flow_noise, flow_pick, flow_rule
+from ..decoding.logits import Shaping
+from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.noise import Noise
+from ..decoding.scale_loop import decode_scales
+from ..errors import CheckpointError, InputError
+from ..files import replacing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """What the tokens of a pair depend on, besides the teacher's weights.
+
+    Attributes:
+        guidance_scale: of the teacher.
+        temperature: of the teacher.
+        top_k: of the teacher.
+        top_p: of the teacher.
+        num_evaluations: of the flow-matching map.
+        seed: image k has the identity (seed, k).
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_evaluations: int = DEFAULT_EVALUATIONS
+    seed: int = 0
+
+    def shaping(self) -> Shaping:
+        """From guided logits to the law that is distilled."""
+        return Shaping(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Classes [M] int64 and the teacher's tokens [M, N] int64; pair k is image k of the seed."""
+
+    labels: Tensor
+    tokens: Tensor
+
+
+def teacher_hash(model: Any) -> str:
+    """SHA-256 of the teacher's weights and codebook, as float32, in hexadecimal."""
+    digest = hashlib.sha256()
+    parts = {**model.transformer.state_dict(), "codebook": model.codebook}
+    for name in sorted(parts):
+        tensor = parts[name].detach().cpu().float().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def teacher_tokens(
+    model: Any, labels: list[int], seeds: list[tuple[int, int]], settings: PairSettings
+) -> Tensor:
+    """What the teacher makes of the noise of the images `seeds`, [B, N] int64.
+
+    Raises:
+        InputError: a model without a codebook.
+    """
+    codebook = getattr(model, "codebook", None)
+    if codebook is None:
+        raise InputError("the teacher has no codebook, so noise cannot flow to its codes")
+    flow_map = FlowMap(codebook, settings.num_evaluations)
+    run: dict[str, Any] = {
+        "shape": settings.shaping(),
+        "seeds": seeds,
+        "guidance_scale": settings.guidance_scale,
+    }
+    if isinstance(model, ScaleModel):
+        return decode_scales(model, labels, pick=flow_pick(flow_map), **run).tokens
+    plain: dict[str, Any] = {"drafter": NoDrafter(), "policy": FixedWindow(1)}
+    return decode_tokens(model, labels, rule=flow_rule(flow_map), **plain, **run).tokens
+
+
+def pair_noise(seed: int, images: Tensor, num_tokens: int, width: int) -> Tensor:
+    """Noise [B, N, D] float32 of the images [B] of a seed, as the teacher saw it."""
+    noise = Noise([(seed, image) for image in images.tolist()])
+    positions = torch.arange(num_tokens).expand(len(images), num_tokens)
+    return flow_noise(noise, positions, width).float()
+
+
+@torch.no_grad()
+def generate_pairs(
+    model: Any,
+    num_classes: int,
+    settings: PairSettings,
+    folder: Path,
+    num: int,
+    *,
+    shard_size: int = 256,
+    process: tuple[int, int] = (0, 1),
+    progress: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write `num` pairs into `folder`, shard by shard; shards that lie there are not made again.
+
+    Args:
+        model: teacher, a token or scale model with a codebook.
+        num_classes: classes take turns.
+        settings: see `PairSettings`.
+        folder: of the shards `pairs-<first>-<size>.safetensors`.
+        num: pairs wanted; classes take turns.
+        shard_size: pairs of a shard, which are also one batch of the teacher.
+        process: (rank, world size): processes take turns at the shards.
+        progress: show a bar on stderr.
+        should_stop: asked before each shard.
+
+    Raises:
+        CheckpointError: a shard of another teacher, other settings, or a damaged one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    header = _header(model, settings)
+    starts = range(0, num, shard_size)[process[0] :: process[1]]
+    for first in tqdm(starts, disable=not progress, desc="pairs", unit="shard"):
+        size = min(shard_size, num - first)
+        path = folder / f"pairs-{first:07d}-{size}.safetensors"
+        if path.exists():
+            _read_shard(path, header)
+            continue
+        if should_stop():
+            return
+        images = torch.arange(first, first + size)
+        labels = images % num_classes
+        seeds = [(settings.seed, image) for image in images.tolist()]
+        tokens = teacher_tokens(model, labels.tolist(), seeds, settings)
+        content = {"labels": labels.int(), "tokens": tokens.cpu().int()}
+        with replacing(path) as temporary:
+            save_file(content, temporary, metadata=header)
+
+
+def read_pairs(model: Any, settings: PairSettings, folder: Path) -> Pairs:
+    """All pairs of a folder, in the order of their images.
+
+    Raises:
+        CheckpointError: no shards, a gap between them, a damaged shard, or one of another teacher
+            or other settings.
+    """
+    paths = sorted(folder.glob("pairs-*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder}: no pair shards (pairs-*.safetensors)")
+    header = _header(model, settings)
+    labels, tokens, known = [], [], 0
+    for path in paths:
+        first = int(path.stem.split("-")[1])
+        if first != known:
+            raise CheckpointError(f"{folder}: pairs {known}..{first - 1} are missing")
+        content = _read_shard(path, header)
+        labels.append(content["labels"].long())
+        tokens.append(content["tokens"].long())
+        known += len(labels[-1])
+    return Pairs(torch.cat(labels), torch.cat(tokens))
+
+
+def _header(model: Any, settings: PairSettings) -> dict[str, str]:
+    return {"teacher": teacher_hash(model), "settings": json.dumps(asdict(settings))}
+
+
+def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as shard:
+            found = shard.metadata() or {}
+            content = {name: shard.get_tensor(name) for name in ("labels", "tokens")}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); is it complete? Delete it to make it again"
+        ) from error
+    for name, value in header.items():
+        if found.get(name) != value:
+            raise CheckpointError(
+                f"{path}: a pair shard with {name} {found.get(name)}, expected {value}"
+            )
+    if path.stem.split("-")[2] != str(len(content["tokens"])):
+        raise CheckpointError(f"{path}: holds {len(content['tokens'])} pairs, not what its name says")
+    return content
