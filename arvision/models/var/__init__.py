@@ -1,7 +1,8 @@
 """The VAR family."""
 
 from .model import VAR
+from .student import VARStudent, VARStudentTransformer
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
 
-__all__ = ["VAR", "VARTokenizer", "VARTransformer"]
+__all__ = ["VAR", "VARStudent", "VARStudentTransformer", "VARTokenizer", "VARTransformer"]
