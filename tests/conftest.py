@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
 GOLDENS = Path(__file__).parent / "goldens"
@@ -14,6 +15,14 @@ GOLDENS = Path(__file__).parent / "goldens"
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _free_precision():
+    """Accelerate keeps the precision of its first use; a test shall not inherit another's."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

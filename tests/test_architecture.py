@@ -29,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "generate": {"models", "decoding"} | GROUND,
     "compare": {"api", "pipeline", "samplers", "sheet"} | GROUND,
     "publish": {"api", "pipeline", "eval", "training"} | GROUND,
+    "distill": {"api", "pipeline", "samplers", "models", "eval", "training", "publish", "sheet"}
+    | GROUND,
 }
 SEES_ALL = {"cli", "__init__"}
 

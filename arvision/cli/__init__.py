@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from ..errors import ArvisionError
-from . import compare, doctor, generate, models, sample, train, train_draft
+from . import compare, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ compare.add_to(app)
 models.add_to(app)
 train.add_to(app)
 train_draft.add_to(app)
+distill.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 

@@ -14,6 +14,8 @@ arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
 
 arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --num-images 4 --out boots.png
 
+arvision sample --model llamagen-fashion-dd --prompt boot --steps 1 --out boot.png
+
 arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
 
@@ -63,6 +65,7 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="Mass kept, 1 for all.")] = None,
     window: Annotated[str | None, typer.Option(help="Tokens per pass, or auto (sjd).")] = None,
     coupling: Annotated[str | None, typer.Option(help="gumbel, maximal, independent.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Passes of a student (dd).")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Sampler option name=value.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
@@ -80,6 +83,8 @@ def sample(
         options["window"] = parse_value(window)
     if coupling is not None:
         options["coupling"] = coupling
+    if steps is not None:
+        options["steps"] = steps
     result = api.sample(
         model,
         prompt if len(prompt) > 1 else prompt[0],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +114,10 @@ def generate_pairs(
     shard_size: int = 256,
     process: tuple[int, int] = (0, 1),
     progress: bool = True,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write `num` pairs into `folder`, shard by shard; shards that lie there are not made again.
+    """Write at least `num` pairs into `folder`, shard by shard; what lies there is not made again.
+
+    Every shard is full, so that more pairs can be asked for later.
 
     Args:
         model: teacher, a token or scale model with a codebook.
@@ -128,7 +128,6 @@ def generate_pairs(
         shard_size: pairs of a shard, which are also one batch of the teacher.
         process: (rank, world size): processes take turns at the shards.
         progress: show a bar on stderr.
-        should_stop: asked before each shard.
 
     Raises:
         CheckpointError: a shard of another teacher, other settings, or a damaged one.
@@ -137,14 +136,11 @@ def generate_pairs(
     header = _header(model, settings)
     starts = range(0, num, shard_size)[process[0] :: process[1]]
     for first in tqdm(starts, disable=not progress, desc="pairs", unit="shard"):
-        size = min(shard_size, num - first)
-        path = folder / f"pairs-{first:07d}-{size}.safetensors"
+        path = folder / f"pairs-{first:07d}-{shard_size}.safetensors"
         if path.exists():
             _read_shard(path, header)
             continue
-        if should_stop():
-            return
-        images = torch.arange(first, first + size)
+        images = torch.arange(first, first + shard_size)
         labels = images % num_classes
         seeds = [(settings.seed, image) for image in images.tolist()]
         tokens = teacher_tokens(model, labels.tolist(), seeds, settings)
@@ -153,12 +149,12 @@ def generate_pairs(
             save_file(content, temporary, metadata=header)
 
 
-def read_pairs(model: Any, settings: PairSettings, folder: Path) -> Pairs:
-    """All pairs of a folder, in the order of their images.
+def read_pairs(model: Any, settings: PairSettings, folder: Path, num: int) -> Pairs:
+    """The first `num` pairs of a folder, in the order of their images.
 
     Raises:
-        CheckpointError: no shards, a gap between them, a damaged shard, or one of another teacher
-            or other settings.
+        CheckpointError: no shards, too few, a gap between them, a damaged shard, or one of another
+            teacher or other settings.
     """
     paths = sorted(folder.glob("pairs-*.safetensors"))
     if not paths:
@@ -173,7 +169,9 @@ def read_pairs(model: Any, settings: PairSettings, folder: Path) -> Pairs:
         labels.append(content["labels"].long())
         tokens.append(content["tokens"].long())
         known += len(labels[-1])
-    return Pairs(torch.cat(labels), torch.cat(tokens))
+        if known >= num:
+            return Pairs(torch.cat(labels)[:num], torch.cat(tokens)[:num])
+    raise CheckpointError(f"{folder}: {known} pairs, expected {num}")
 
 
 def _header(model: Any, settings: PairSettings) -> dict[str, str]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ...contracts import Conditions
 from ...decoding.checkpoint import load_strictly, read_state_dict, shape_of
-from ...decoding.student import check_codebook
+from ...decoding.student import check_codebook, codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
 from ..conditions import resolve_class
 from .convert import STRAY_KEYS, transformer_sizes
 from .layers import Block, ClassEmbedding, RMSNorm, rotary_table
+from .model import LlamaGen
 from .tokenizer import LlamaGenTokenizer
 from .transformer import LlamaGenTransformer
 
@@ -266,6 +267,34 @@ class LlamaGenStudent:
         check_codebook(self.codebook, config["codebook_mark"])
 
     @classmethod
+    def from_teacher(
+        cls, teacher: LlamaGen, timesteps: Sequence[int] | None = None, **settings: Any
+    ) -> LlamaGenStudent:
+        """A student in float32 with its teacher's weights, to be trained.
+
+        Args:
+            teacher: class-conditional, with its image tokenizer.
+            timesteps: numbers of known tokens to train for; None for 0 and 5/16 of all, as the
+                published students have.
+            **settings: `split`, `teacher_name`.
+
+        Raises:
+            InputError: a teacher without an image tokenizer, or not class-conditional.
+        """
+        if teacher.tokenizer is None:
+            raise InputError("the teacher has no image tokenizer: expected one, for its codes")
+        codes = teacher.tokenizer.quantize.codes().detach().float().cpu()
+        steps = (0, teacher.num_tokens * 5 // 16) if timesteps is None else tuple(timesteps)
+        network = LlamaGenStudentTransformer.from_teacher(
+            teacher.transformer,
+            codes,
+            timesteps=steps,
+            codebook_mark=codebook_mark(codes),
+            **settings,
+        )
+        return cls(network, teacher.tokenizer, teacher.class_names)
+
+    @classmethod
     def from_official(
         cls,
         transformer: str | Path | Mapping[str, Any],
@@ -328,6 +357,10 @@ class LlamaGenStudent:
             InputError: tokens of another shape or range.
         """
         if tokens.is_floating_point():
-            codes = tokens.to(self.tokenizer.dtype).transpose(1, 2).unflatten(2, self.grid)
-            return self.tokenizer.decode_codes(codes).float().clamp(-1, 1)
+            return self.decode_vectors(tokens).clamp(-1, 1)
         return self.tokenizer.decode(tokens, self.grid).float().clamp(-1, 1)
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
+        codes = vectors.to(self.tokenizer.dtype).transpose(1, 2).unflatten(2, self.grid)
+        return self.tokenizer.decode_codes(codes).float()

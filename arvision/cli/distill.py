@@ -1,0 +1,82 @@
+"""`arvision distill`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """Examples:
+
+arvision distill --teacher llamagen-fashion --out runs/llamagen-fashion-dd
+
+arvision distill --teacher var-fashion --out runs/var-fashion-dd --num-pairs 40000 --timesteps 0,3
+
+arvision sample --model runs/llamagen-fashion-dd/llamagen-fashion-dd --prompt boot --steps 2 --out boot.png
+
+The teacher first writes pairs of noise and tokens, then the student learns them. Run a command again
+to resume it; `accelerate launch -m arvision.cli distill ...` shares the work among processes. The
+finished student lies in OUT/TEACHER-dd.
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("distill", epilog=EPILOG)(distill)
+
+
+def distill(
+    teacher: Annotated[str, typer.Option(help="Embedded name or folder of the model to distil.")],
+    out: Annotated[Path, typer.Option(help="Folder for pairs, checkpoints and the student.")],
+    method: Annotated[str, typer.Option(help="dd1: from pairs of the teacher.")] = "dd1",
+    num_pairs: Annotated[int | None, typer.Option(help="Pairs to learn from.")] = None,
+    num_held_out: Annotated[int | None, typer.Option(help="Pairs for the figures.")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Pairs per file and batch.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Known tokens (scales) to train for, such as 0,20.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
+    vector_weight: Annotated[float | None, typer.Option(help="Of the regression term.")] = None,
+    picture_weight: Annotated[float | None, typer.Option(help="Of the decoder's term.")] = None,
+    card_samples: Annotated[int | None, typer.Option(help="Samples to measure on.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Distil a model into a student that draws an image in one or two passes."""
+    import torch
+
+    from ..compare import parse_value
+    from ..distill import DistillSettings
+    from ..distill import distill as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    fit: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
+    given: dict[str, Any] = {
+        "num_pairs": num_pairs,
+        "num_held_out": num_held_out,
+        "shard_size": shard_size,
+        "vector_weight": vector_weight,
+        "picture_weight": picture_weight,
+        "num_card": card_samples,
+        "timesteps": None if timesteps is None else parse_value(f"[{timesteps}]"),
+    }
+    settings = DistillSettings(**{k: v for k, v in given.items() if v is not None})
+    changed = dataclasses.replace(settings.fit, **{k: v for k, v in fit.items() if v is not None})
+    settings = dataclasses.replace(settings, fit=changed)
+    figures = run(teacher, out, settings, method=method, progress=not quiet)
+    if not figures:
+        return
+    student = out / f"{Path(teacher).name}-dd"
+    agreed = ", ".join(f"{share:.3f} behind {k}" for k, share in figures["agreement"].items())
+    typer.echo(json.dumps(figures) if as_json else f"{student}: agreement {agreed}")
