@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from arvision import get_sampler
 from arvision.contracts import ScaleModel, StudentModel
 from arvision.decoding.flow import FlowMap
-from arvision.decoding.student import codebook_mark, nearest_code
+from arvision.decoding.student import nearest_code
 from arvision.errors import CheckpointError, InputError
 from arvision.models import VAR, VARStudent, VARStudentTransformer, VARTokenizer
 
@@ -31,8 +31,9 @@ def teacher(goldens):
 
 @pytest.fixture
 def student(teacher):
-    network = VARStudentTransformer.from_teacher(teacher.transformer, timesteps=(0, 3), split=None)
-    return VARStudent(network.eval(), teacher.tokenizer)
+    model = VARStudent.from_teacher(teacher, timesteps=(0, 3))
+    model.transformer.eval()
+    return model
 
 
 def close(ours: torch.Tensor, official: torch.Tensor) -> bool:
@@ -185,16 +186,22 @@ def test_a_real_student_draws_images_one_by_one_as_in_a_batch(teacher, student, 
     assert out.stats.teacher_passes == max(0, steps - 2)
 
 
-def test_what_does_not_fit(teacher, student, goldens):
+def test_vectors_are_painted_with_gradients(teacher, student):
+    vectors = teacher.codebook[torch.randint(64, (2, 30))].requires_grad_()
+    pixels = student.decode_vectors(vectors)
+    assert torch.equal(pixels.clamp(-1, 1), student.decode(vectors))
+    pixels.sum().backward()
+    assert vectors.grad is not None
+    assert vectors.grad.abs().sum((0, 2)).all()
+    assert VARStudent.from_teacher(teacher).timesteps == (0, 2)
+
+
+def test_what_does_not_fit(teacher, student):
     network = student.transformer
     other = VARTokenizer(patch_nums=(1, 2, 3, 4), ch=32, z_channels=8, codebook_size=64)
-    mark = codebook_mark(teacher.codebook)
-    marked = VARStudentTransformer.from_teacher(
-        teacher.transformer, codebook_mark=mark, timesteps=(0,)
-    )
-    VARStudent(marked, teacher.tokenizer)
+    VARStudent(network, teacher.tokenizer)
     with pytest.raises(InputError, match="another codebook than the one that the student"):
-        VARStudent(marked, other)
+        VARStudent(network, other)
     small = VARTokenizer(patch_nums=(1, 2, 4), ch=32, z_channels=8, codebook_size=64)
     with pytest.raises(
         InputError, match=r"scales \[1, 2, 4\]: expected \[1, 2, 3, 4\], those of the"

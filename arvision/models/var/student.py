@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ...contracts import Conditions
 from ...decoding.checkpoint import StateDict, load_strictly, read_state_dict, shape_of
-from ...decoding.student import check_codebook
+from ...decoding.student import check_codebook, codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
 from ..conditions import resolve_class
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
 from .layers import Block, HeadNorm, ScaleCache, SharedProjection, modulated_norm
+from .model import VAR
 from .tokenizer import VARTokenizer, check_scales
 from .transformer import VARTransformer
 
@@ -312,6 +313,26 @@ class VARStudent:
         check_codebook(self.codebook, config["codebook_mark"])
 
     @classmethod
+    def from_teacher(
+        cls, teacher: VAR, timesteps: Sequence[int] | None = None, **settings: Any
+    ) -> VARStudent:
+        """A student in float32 with its teacher's weights, to be trained.
+
+        Args:
+            teacher: with its image tokenizer.
+            timesteps: numbers of known scales to train for; None for 0 and half of all, as the
+                published student of 16 layers has.
+            **settings: `split`, `teacher_name`.
+        """
+        half = len(teacher.scales) // 2
+        steps = ((0, half) if half else (0,)) if timesteps is None else tuple(timesteps)
+        mark = codebook_mark(teacher.codebook)
+        network = VARStudentTransformer.from_teacher(
+            teacher.transformer, timesteps=steps, codebook_mark=mark, **settings
+        )
+        return cls(network, teacher.tokenizer, teacher.class_names)
+
+    @classmethod
     def from_official(
         cls,
         transformer: str | Path | Mapping[str, Any],
@@ -374,3 +395,8 @@ class VARStudent:
             InputError: tokens of another shape or range.
         """
         return self.tokenizer.decode(tokens).float()
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
+        canvas, _ = self.tokenizer.quantize.canvas(vectors.to(self.codebook.dtype))
+        return self.tokenizer.paint(canvas).float()
