@@ -15,12 +15,12 @@ FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
 
 FAMILIES.register("LlamaGenTransformer", kind="token")(LlamaGen)
-FAMILIES.register(
-    "LlamaGenStudentTransformer", kind="student", teacher="LlamaGenTransformer"
-)(LlamaGenStudent)
+FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGenTransformer")(
+    LlamaGenStudent
+)
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
-FAMILIES.register("VARStudentTransformer", kind="student")(VARStudent)
+FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransformer")(VARStudent)
 
 __all__ = [
     "FAMILIES",
