@@ -291,6 +291,10 @@ def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int)
         f"{share:.3f} {'from noise alone' if known == '0' else f'behind {known} known units'}"
         for known, share in figures["agreement"].items()
     )
+    is_fashion = "class_consistency" in figures
+    origin = (
+        " (trained on Fashion-MNIST; Xiao, Rasul, Vollgraf 2017; MIT licence)" if is_fashion else ""
+    )
     lines = [
         "---",
         "license: apache-2.0",
@@ -303,7 +307,8 @@ def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int)
         "teacher's law.",
         "",
         f"- **Data**: {figures['pairs']:,} pairs of noise and tokens drawn by the teacher "
-        f"`{figures['teacher']}` at its recommended settings through the flow-matching map.",
+        f"`{figures['teacher']}` at its recommended settings through the flow-matching map"
+        f"{origin}.",
         "- **Licence of the weights**: Apache-2.0.",
         f"- **Recipe**: `arvision distill --teacher {figures['teacher']} --out runs/{folder.name}`.",
         f"- **Wall time** of the training, without the pairs: {figures['seconds'] / 60:.0f} min (one "
@@ -313,7 +318,7 @@ def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int)
         f"- **Agreement** with the teacher's tokens for the same noise, on held-out pairs: {agreed}; "
         f"chance (other noise, same class): {figures['chance']:.3f}.",
     ]
-    if "class_consistency" in figures:
+    if is_fashion:
         shares = ", ".join(f"{v:.3f} at steps={k}" for k, v in figures["class_consistency"].items())
         lines.append(
             f"- **Class consistency** of {num} samples (the project's classifier): {shares}."

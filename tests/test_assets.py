@@ -30,7 +30,7 @@ def test_cards_and_precision(name):
         assert words in card
     facts = set(json.loads((folder / "card.json").read_text()))
     assert {"kind", "conditions", "summary"} <= facts
-    assert facts <= {"kind", "conditions", "summary", "shared", "draft_for"}
+    assert facts <= {"kind", "conditions", "summary", "shared", "draft_for", "student_of"}
     for weights in folder.rglob("*.safetensors"):
         with safe_open(weights, "pt") as file:
             kinds = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
