@@ -19,6 +19,7 @@ from .training.captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .training.classifier import train_classifier
 from .training.data import CLASS_NAMES, load_fashion, to_pixels
 from .training.draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
+from .training.mar_draft import MAR_DRAFT_RECIPES, MARDraftRecipe
 from .training.recipes import RECIPES, stage_seconds
 
 
@@ -81,8 +82,14 @@ def run_recipe(
         target = load(draft.target, device="cpu")
         result = train_draft(target.model, out / "draft", draft.training, progress=progress)
         return publish_draft(result, out / name, draft, draft.target, min(100, card_samples))
+    if name in MAR_DRAFT_RECIPES:
+        small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
+        network = small.run(load(small.target, device="cpu").model, out, progress=progress)
+        seconds = stage_seconds(out, small)
+        return publish_mar_draft(network, out / name, small, seconds, min(100, card_samples))
     if name not in RECIPES:
-        raise unknown_name("recipe", name, [*RECIPES, *DRAFT_RECIPES, "fashion-classifier"])
+        known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
+        raise unknown_name("recipe", name, known)
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)
@@ -325,3 +332,70 @@ def _draft_card(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
         for name in ("gumbel", "speculative")
     ]
     return "\n".join([*lines, ""])
+
+
+def publish_mar_draft(
+    network: torch.nn.Module,
+    folder: Path,
+    recipe: MARDraftRecipe,
+    seconds: dict[str, float],
+    num: int = 100,
+) -> dict[str, Any]:
+    """Write a draft for `cspd` as a pipeline folder with its card; returns the measured figures.
+
+    Args:
+        network: the trained transformer.
+        folder: to write; its name is that of the recipe.
+        recipe: what was trained.
+        seconds: wall time of each stage.
+        num: images to measure the acceptance on, one by one.
+    """
+    pipe = load(recipe.target, device="cpu")
+    names = ("class_names", "guidance_scale", "temperature", "num_threads")
+    publish({"transformer": network}, folder, recipe.card, {n: pipe.config[n] for n in names})
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (network, pipe.transformer)]
+    figures: dict[str, Any] = {"parameters": sizes[0]}
+    draft = load(folder, device="cpu")
+    for name, options in {
+        "published, verified": {},
+        "trajectory, batched": {"criterion": "trajectory", "context": "batched", "max_draft": 2},
+    }.items():
+        totals = {"accepted": 0, "rejected": 0, "forward_passes": 0}
+        for k in range(num):
+            out = sample(
+                pipe, k % 10, "cspd", draft=draft, seed=[(0, k)], progress=False, **options
+            )
+            totals = {key: value + out.stats[key] for key, value in totals.items()}
+        judged = totals["accepted"] + totals["rejected"]
+        figures[name] = (totals["accepted"] / judged, totals["forward_passes"] / num)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    stages = ", ".join(f"{name} {s / 60:.1f} min" for name, s in seconds.items())
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: arvision",
+        "tags: [speculative-decoding, draft-model, autoregressive, fashion-mnist]",
+        "---",
+        f"# {folder.name}",
+        "",
+        f"{recipe.card['summary']}. **A small demonstration model**: it exists so that "
+        f'`sampler="cspd"` can be tried and tested in seconds on a CPU. It drafts for '
+        f"`{recipe.target}`; it has no autoencoder and no merit of its own.",
+        "",
+        "- **Data**: the training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence) "
+        f"in {recipe.target}'s latents, with the outputs of its diffusion head as goals.",
+        "- **Licence of the weights**: Apache-2.0.",
+        f"- **Recipe**: `arvision train --recipe {folder.name} --out runs/{folder.name}` (settings "
+        "in `arvision/training/mar_draft.py`).",
+        f"- **Wall time**: {stages} (one thread of a shared two-core CPU).",
+        f"- **Size**: {sizes[0]:,} parameters, 1/{sizes[1] / sizes[0]:.1f} of the target's; "
+        f"{size / 1e6:.1f} MB, half precision.",
+        f"- **Measured** on {num} images, one by one, at the recommended settings:",
+    ]
+    lines += [
+        f"  - {name}: {100 * figures[name][0]:.1f} % of judged drafts accepted, "
+        f"{figures[name][1]:.1f} passes of the target"
+        for name in ("published, verified", "trajectory, batched")
+    ]
+    (folder / "README.md").write_text("\n".join([*lines, ""]))
+    return figures

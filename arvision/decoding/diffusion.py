@@ -37,6 +37,8 @@ class Schedule:
     Args:
         num_steps: steps K of a chain; the trained number for training.
         num_train_steps: steps that the network knows.
+        noisiest: trained step that a chain starts with. The very last trained steps hardly differ
+            from pure noise and multiply errors of the network by thousands.
 
     Attributes:
         timesteps: [K] int64, what the network is told at each step.
@@ -47,13 +49,19 @@ class Schedule:
         InputError: fewer than 2 steps, or more than were trained.
     """
 
-    def __init__(self, num_steps: int, num_train_steps: int = NUM_TRAIN_STEPS) -> None:
-        if not 2 <= num_steps <= num_train_steps:
+    def __init__(
+        self,
+        num_steps: int,
+        num_train_steps: int = NUM_TRAIN_STEPS,
+        noisiest: int = NUM_TRAIN_STEPS - 1,
+    ) -> None:
+        if not 2 <= num_steps <= noisiest + 1 <= num_train_steps:
             raise InputError(
-                f"num_sampling_steps {num_steps}: expected 2 to {num_train_steps} steps"
+                f"num_sampling_steps {num_steps}, noisiest {noisiest}: expected 2 to noisiest + 1 steps "
+                f"of {num_train_steps}"
             )
         self.num_steps = num_steps
-        stride = (num_train_steps - 1) / (num_steps - 1)
+        stride = noisiest / (num_steps - 1)
         steps = torch.arange(num_steps, dtype=torch.float64) * stride
         self.timesteps = steps.round().long()
         levels = torch.cumprod(1 - cosine_betas(num_train_steps), 0)[self.timesteps]

@@ -40,7 +40,7 @@ class LatentPlan:
 
     num_iter: int | None = None
     order: str = "random"
-    guidance_schedule: str = "linear"
+    guidance_schedule: str = "constant"
     temperature: float = 1.0
     last_noise: bool = False
 

@@ -86,7 +86,7 @@ class ARSampler(TokenSampler):
         more_smooth: bool = False,
         num_iter: int | None = None,
         order: str = "random",
-        guidance_schedule: str = "linear",
+        guidance_schedule: str = "constant",
         last_noise: bool = False,
     ) -> None:
         self.shaping()

@@ -83,7 +83,7 @@ class CSpDSampler(DraftHolder):
         max_tries: int = 1000,
         num_iter: int | None = None,
         order: str = "random",
-        guidance_schedule: str = "linear",
+        guidance_schedule: str = "constant",
         temperature: float = 1.0,
         draft_guidance_scale: float | None = None,
     ) -> None:

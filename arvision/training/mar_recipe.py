@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
-from .data import load_fashion
+from .data import CLASS_NAMES, load_fashion
 from .loop import FitConfig, fit, shortened
 from .mar import AutoencoderObjective, MARObjective, encode_moments, initialise
 
@@ -53,6 +53,7 @@ class MARRecipe:
             "num_classes": 10,
             "num_buffer": 4,
             "num_sampling_steps": 50,
+            "noisiest": 980,
         }
     )
     autoencoder_fit: FitConfig = FitConfig(
@@ -75,6 +76,11 @@ class MARRecipe:
         average_decay=0.999,
     )
     num_images: int = 60_000
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, which are their folders."""
+        return ("autoencoder", "transformer")
 
     def shortened(self, steps: int, num_images: int) -> MARRecipe:
         """The same recipe with at most `steps` steps per stage on `num_images` images."""
@@ -102,3 +108,21 @@ class MARRecipe:
         spread = (mean.var() + deviation.square().mean()).sqrt()
         autoencoder.register_to_config(scaling_factor=float(1 / spread))
         return autoencoder
+
+
+MAR_RECIPES: dict[str, MARRecipe] = {
+    "mar-fashion": MARRecipe(
+        card={
+            "kind": "continuous",
+            "conditions": "class",
+            "summary": "Class-conditional MAR on Fashion-MNIST, 32x32 pixels in 8x8 latents of 4 numbers",
+        },
+        settings={
+            "class_names": list(CLASS_NAMES),
+            "guidance_scale": 3.0,
+            "temperature": 0.95,
+            "num_threads": 1,
+            "draft": "mar-fashion-draft",
+        },
+    )
+}

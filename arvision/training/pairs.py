@@ -193,5 +193,7 @@ def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
                 f"{path}: a pair shard with {name} {found.get(name)}, expected {value}"
             )
     if path.stem.split("-")[2] != str(len(content["tokens"])):
-        raise CheckpointError(f"{path}: holds {len(content['tokens'])} pairs, not what its name says")
+        raise CheckpointError(
+            f"{path}: holds {len(content['tokens'])} pairs, not what its name says"
+        )
     return content

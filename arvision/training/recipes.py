@@ -15,6 +15,7 @@ from ..models.llamagen.transformer import LlamaGenTransformer
 from .captions import CaptionWriter, measure
 from .data import CLASS_NAMES, load_fashion
 from .loop import FitConfig, fit, shortened
+from .mar_recipe import MAR_RECIPES
 from .text import build_text_encoder, build_text_tokenizer
 from .tokenizer import TokenizerObjective, encode_all
 from .transformer import CaptionObjective, ClassObjective, ConsistencyObjective
@@ -250,7 +251,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
 }
-RECIPES |= VAR_RECIPES
+RECIPES |= VAR_RECIPES | MAR_RECIPES
 
 
 def stage_seconds(folder: Path, recipe: Recipe) -> dict[str, float]:

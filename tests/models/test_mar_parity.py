@@ -29,6 +29,12 @@ def case(request):
     return (request.param, *load(request.param))
 
 
+NOISIEST = 5e-4
+"""The first step of a chain multiplies rounding by thousands: there the recorded float32 means are
+themselves 7e-5 (without guidance) from those of a float64 run, and how near float32 comes depends on
+the processor."""
+
+
 def assert_close(ours, theirs, tolerance=1e-5):
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
@@ -89,7 +95,7 @@ def test_reverse_loop(case, which):
     noise = torch.cat([start, outputs[f"sample_noise_cfg_{guidance}"]])
     path = draw_chain(law, noise, temperature)
     for ours, theirs in zip(path.states[1:], outputs[f"sample_trace_cfg_{guidance}"], strict=True):
-        assert_close(ours, theirs, 1e-4)
+        assert_close(ours, theirs, NOISIEST)
 
 
 @torch.no_grad()
@@ -105,7 +111,8 @@ def test_single_steps(at_once, guidance, temperature):
         pairs = [law.moments(states[row], num - 1 - row) for row in range(num)]
         means, log_variances = (torch.stack(part) for part in zip(*pairs, strict=True))
     for row in range(num):
-        assert_close(means[row], outputs[f"step_mean_cfg_{guidance}"][row])
+        tolerance = 1e-5 if row else NOISIEST
+        assert_close(means[row], outputs[f"step_mean_cfg_{guidance}"][row], tolerance)
         assert_close(log_variances[row], outputs[f"step_log_variance_cfg_{guidance}"][row])
 
 
@@ -177,3 +184,15 @@ def test_parameter_count_of_the_autoencoder():
     with torch.device("meta"):
         vae = MARAutoencoder()
     assert sum(p.numel() for p in vae.parameters()) / 1e6 == pytest.approx(66.46, abs=0.005)
+
+
+@torch.no_grad()
+def test_autoencoder_as_diffusers_knows_it():
+    from arvision.models.mar.diffusers_vae import to_diffusers
+
+    outputs = load_file(GOLDENS / "mar.io.safetensors")
+    theirs = to_diffusers(MARAutoencoder.from_official(GOLDENS / "mar_kl16.ckpt"))
+    posterior = theirs.encode(outputs["vae_pixels"]).latent_dist
+    assert_close(posterior.mean, outputs["vae_mean"])
+    assert_close(posterior.logvar, outputs["vae_logvar"])
+    assert_close(theirs.decode(outputs["vae_latents"]).sample, outputs["vae_decoded"])

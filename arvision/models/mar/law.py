@@ -93,12 +93,12 @@ class MARHead:
 
     Args:
         net: the network.
-        num_steps: steps of a chain.
+        schedule: of its chains.
     """
 
-    def __init__(self, net: HeadNetwork, num_steps: int) -> None:
-        self.net, self.schedule = net, Schedule(num_steps)
-        self.num_steps, self.latent_dim = num_steps, net.input_proj.in_features
+    def __init__(self, net: HeadNetwork, schedule: Schedule) -> None:
+        self.net, self.schedule = net, schedule
+        self.num_steps, self.latent_dim = schedule.num_steps, net.input_proj.in_features
 
     def law(self, z: Tensor, guidance_scale: Guidance = 1.0) -> MARLaw:
         """Law of M latents given conditions [M, W] or [M, 2W], see `MARLaw`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Conditions
+from ...decoding.diffusion import Schedule
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ..conditions import resolve_class
@@ -44,7 +45,9 @@ class MAR:
         self.num_tokens = transformer.num_tokens
         self.latent_dim: int = transformer.config["latent_dim"]
         self.grid: tuple[int, int] = tuple(transformer.config["grid"])
-        self.head = MARHead(transformer.diffloss.net, transformer.config["num_sampling_steps"])
+        config = transformer.config
+        schedule = Schedule(config["num_sampling_steps"], noisiest=config["noisiest"])
+        self.head = MARHead(transformer.diffloss.net, schedule)
         if tokenizer is not None and tokenizer.config["latent_dim"] != self.latent_dim:
             raise InputError(
                 f"the autoencoder has latents of width {tokenizer.config['latent_dim']}: expected "

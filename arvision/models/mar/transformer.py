@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...decoding.checkpoint import load_strictly, read_state_dict
+from ...decoding.diffusion import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
@@ -34,6 +35,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
         num_classes: classes; the unconditional embedding is a row of its own.
         num_buffer: copies of the condition that stand before the latents.
         num_sampling_steps: steps of a denoising chain.
+        noisiest: trained step that a chain starts with, see `Schedule`.
 
     Raises:
         InputError: heads that do not divide the width.
@@ -55,6 +57,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         num_buffer: int = 64,
         num_sampling_steps: int = 100,
+        noisiest: int = NUM_TRAIN_STEPS - 1,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:

@@ -1,0 +1,140 @@
+"""How a draft for `cspd` is made: a smaller MAR fitted to the head outputs of its target."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..decoding.diffusion import Schedule
+from ..errors import InputError
+from ..models.mar.model import MAR
+from ..models.mar.transformer import MARTransformer
+from .data import load_fashion
+from .loop import FitConfig, Objective, fit
+from .mar import MARObjective, encode_moments, initialise
+
+
+class MARDraftObjective(Objective):
+    """Distance of a draft's noise estimates and variances from its target's.
+
+    Draft and target see the same latents, masks, classes and noisy inputs, at the steps that
+    sampling uses. Chains with shared noise stay close if their means do.
+
+    Args:
+        draft: the model to train.
+        target: the model to follow, frozen.
+        data: latents and masks; its transformer is not used.
+        draws: (step, noise) pairs per masked latent.
+    """
+
+    def __init__(
+        self, draft: MARTransformer, target: MARTransformer, data: MARObjective, draws: int = 3
+    ) -> None:
+        super().__init__()
+        self.draft, self.num_items, self.draws = draft, data.num_items, draws
+        # In a list, so that the frozen parts are neither parameters nor in the checkpoint.
+        self._frozen = [target.eval().requires_grad_(False), data]
+        config = target.config
+        self.schedule = Schedule(config["num_sampling_steps"], noisiest=config["noisiest"])
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean loss of the masked latents of the samples `indices`."""
+        target, data = self._frozen
+        latents, known, labels, dropped = data.batch(indices, generator)
+        start = latents[~known].repeat(self.draws, 1)
+        steps = torch.randint(self.schedule.num_steps, (len(start),), generator=generator)
+        x = self.schedule.add_noise(start, torch.randn(start.shape, generator=generator), steps)
+        outputs = []
+        for model in (target, self.draft):
+            with torch.set_grad_enabled(model is self.draft):
+                condition = model.embed_classes(labels, dropped)
+                z = model(latents, known, condition)[~known].repeat(self.draws, 1)
+                outputs.append(model.diffloss.net(x, self.schedule.timesteps[steps], z).float())
+        (goal, goal_share), (noise, share) = (out.chunk(2, dim=-1) for out in outputs)
+        error = F.mse_loss(noise, goal)
+        return {"loss": error + 0.1 * F.mse_loss(share, goal_share), "error": error.detach()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MARDraftRecipe:
+    """A draft for a MAR target, on the images that the target was trained on.
+
+    Attributes:
+        target: name of the embedded target.
+        sizes: arguments of `MARTransformer` that differ from the target's.
+        fit: settings of the one stage.
+        num_images: training images used.
+        card: "kind", "conditions", "summary" and "draft_for".
+    """
+
+    target: str
+    card: dict[str, str]
+    sizes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "encoder_depth": 1,
+            "decoder_depth": 2,
+            "head_width": 128,
+            "head_depth": 1,
+        }
+    )
+    fit: FitConfig = FitConfig(
+        steps=1500,
+        batch_size=32,
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        clip_norm=3.0,
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.995,
+    )
+    num_images: int = 60_000
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, which are their folders."""
+        return ("transformer",)
+
+    def shortened(self, steps: int, num_images: int) -> MARDraftRecipe:
+        """The same recipe with at most `steps` steps on `num_images` images."""
+        cut = dataclasses.replace(self.fit, steps=min(steps, self.fit.steps))
+        return dataclasses.replace(self, fit=cut, num_images=num_images)
+
+    def run(self, target: MAR, folder: Path, *, progress: bool = True) -> MARTransformer:
+        """Train (or resume) the draft under `folder`.
+
+        Raises:
+            InputError: a target without an autoencoder.
+        """
+        if target.tokenizer is None:
+            raise InputError("the target has no autoencoder: expected one to encode the images")
+        images, labels = (part[: self.num_images] for part in load_fashion("train"))
+        scale = target.tokenizer.config["scaling_factor"]
+        moments = (scale * part for part in encode_moments(target.tokenizer, images))
+        given = {k: v for k, v in target.transformer.config.items() if not k.startswith("_")}
+        torch.manual_seed(self.fit.seed)
+        draft = MARTransformer(**given | self.sizes)
+        initialise(draft)
+        data = MARObjective(target.transformer, *moments, labels)
+        objective = MARDraftObjective(draft, target.transformer, data)
+        fit(objective, self.fit, folder / "transformer", progress=progress)
+        return draft.eval()
+
+
+MAR_DRAFT_RECIPES: dict[str, MARDraftRecipe] = {
+    "mar-fashion-draft": MARDraftRecipe(
+        target="mar-fashion",
+        card={
+            "kind": "continuous",
+            "conditions": "class",
+            "summary": "Small MAR that drafts latents for mar-fashion",
+            "draft_for": "mar-fashion",
+        },
+    )
+}
