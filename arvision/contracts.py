@@ -220,9 +220,7 @@ class StudentModel(Protocol):
     split: int
     """From this unit on its vectors are decoded as they are, not the codes of its tokens."""
 
-    def predict(
-        self, conditions: Conditions, vectors: Tensor, known: int
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, conditions: Conditions, vectors: Tensor, known: int) -> tuple[Tensor, Tensor]:
         """Logits [B, N, V] and vectors [B, N, D] of all positions.
 
         `vectors` [B, N, D] are the codes of the first `known` units, then noise.
