@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of docs/samplers.md from `benchmarks/results`.
+"""Write the measured tables of the README and of docs/ from `benchmarks/results`.
 
 python -m benchmarks.tables
 """
@@ -118,6 +118,76 @@ def lossy_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['images']} images each. {machine(record)}"
 
 
+def dd_tables(record: dict[str, Any]) -> str:
+    """Quality and time of students beside their teachers, a table of each for every teacher."""
+    parts = []
+    for teacher, row in record.items():
+        if teacher == "environment":
+            continue
+        lines = [
+            f"`{teacher}`, {row['images']} images:",
+            "",
+            "| | passes | agreement with the teacher | distance to test images | distance to the teacher | "
+            "class consistency | precision | recall |",
+            "|" + " --- |" * 8,
+        ]
+        for found in row["quality"]:
+            shares = " | ".join(
+                f"{found[k]:.3f}" for k in ("class_consistency", "precision", "recall")
+            )
+            lines.append(
+                f"| {found['sampler']} | {found['passes']} | {found['agreement']:.3f} | "
+                f"{found['distance_to_test_images']:.2f} | {found['distance_to_teacher']:.2f} | {shares} |"
+            )
+        lines += ["", "| threads | " + " | ".join(next(iter(row["seconds"].values()))) + " |"]
+        lines.append("|" + " --- |" * (1 + len(next(iter(row["seconds"].values())))))
+        for threads, times in row["seconds"].items():
+            cells = [f"{1e3 * t['median']:.1f} ms ({t['speed_up']:.1f}x)" for t in times.values()]
+            lines.append(f"| {threads} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, machine(record)])
+
+
+def cspd_tables(record: dict[str, Any]) -> str:
+    """Continuous speculative decoding beside plain sampling."""
+    times = record["seconds"]
+    lines = [
+        "| sampler | law | passes | acceptance | feature distance | class consistency | "
+        + " | ".join(f"ms per image, batch {b}" for b in times)
+        + " |",
+        "|" + " --- |" * (6 + len(times)),
+    ]
+    for row in record["quality"]:
+        share = "" if row["acceptance"] is None else f"{row['acceptance']:.2f}"
+        cells = [
+            f"{1e3 * t[row['sampler']]['median']:.0f} ({t[row['sampler']]['speed_up']:.2f}x)"
+            if row["sampler"] in t
+            else ""
+            for t in times.values()
+        ]
+        lines.append(
+            f"| `{row['sampler']}` | {'exact' if row['lossless'] else 'lossy'} | {row['passes']:.1f} | "
+            f"{share} | {row['distance']:.2f} | {row['class_consistency']:.3f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    head = ", ".join(f"{1e3 * t['median']:.0f} ms for {n}" for n, t in record["head"].items())
+    return "\n".join(lines) + f"\n\nThe head's reverse loop: {head} latents. {machine(record)}"
+
+
+def text_table(record: dict[str, Any]) -> str:
+    """Tokens per pass and time per token by kind of prompt."""
+    kinds = record["kinds"]
+    lines = ["| | " + " | ".join(kinds) + " | equal to greedy |", "|" + " --- |" * (len(kinds) + 2)]
+    for name in next(iter(kinds.values())):
+        rows = [kinds[kind][name] for kind in kinds]
+        cells = [f"{r['tokens_per_pass']:.2f} ({r['milliseconds_per_token']:.0f} ms)" for r in rows]
+        equal = [r["equal"].split(" of ") for r in rows]
+        same = f"{sum(int(e[0]) for e in equal)} of {sum(int(e[1]) for e in equal)}"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {same} |")
+    return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
+
+
 def machine(record: dict[str, Any]) -> str:
     """One line about where the figures come from."""
     where = record["environment"]
@@ -137,7 +207,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Update the README in place."""
+    """Update the README and the pages in place."""
     record = load("samplers")
     text = README.read_text()
     text = fill(text, "passes", passes_table(record) + "\n\n" + machine(record))
@@ -148,7 +218,16 @@ def main() -> None:
     page = fill(page, "grid", grid_table(record))
     page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
-    print(f"updated {README} and {SAMPLERS_PAGE}")
+    pages = {
+        "distillation": ("dd", dd_tables),
+        "mar": ("cspd", cspd_tables),
+        "text": ("text", text_table),
+    }
+    for name, (marker, table) in pages.items():
+        path = SAMPLERS_PAGE.with_name(f"{name}.md")
+        if load(marker):
+            path.write_text(fill(path.read_text(), marker, table(load(marker))))
+    print(f"updated {README} and docs")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ arvision train --recipe llamagen-fashion-t2i --out runs/llamagen-fashion
 
 arvision train --recipe llamagen-fashion-draft --out runs/llamagen-fashion
 
+arvision train --recipe var-fashion --out runs/var-fashion
+
+arvision train --recipe mar-fashion --out runs/mar-fashion
+
 arvision train --recipe fashion-classifier --out runs
 
 The text model continues in the folder of the first: it shares the tokenizer and starts from its

@@ -46,8 +46,8 @@ class CSpDSampler(DraftHolder):
         criterion: see above.
         context: see above.
         max_draft: iterations drafted per round at most.
-        drafting: "sequential": each drafted iteration sees the ones before, one draft pass each;
-            "parallel": one draft pass for all.
+        drafting: "parallel": one draft pass for all iterations of a round; "sequential": each drafted
+            iteration sees the ones before, one draft pass each.
         prefill: share of the iterations that the target draws alone at first.
         inner_temperature: factor on the last deviations in the published criterion; 1 accepts next
             to nothing, the released code has 42.
@@ -77,7 +77,7 @@ class CSpDSampler(DraftHolder):
         criterion: str = "published",
         context: str = "verified",
         max_draft: int = 8,
-        drafting: str = "sequential",
+        drafting: str = "parallel",
         prefill: float = 0.05,
         inner_temperature: float = 42.0,
         max_tries: int = 1000,
