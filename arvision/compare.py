@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .api import sample
+from .api import load, sample
 from .errors import InputError
 from .files import replacing
 from .pipeline import ARPipeline, expand_prompts
@@ -221,7 +221,8 @@ def compare(
     Args:
         pipe: the model.
         prompt: a prompt or a list of them.
-        samplers: specifications, see `parse_sampler`.
+        samplers: specifications, see `parse_sampler`; "dd:steps=2@llamagen-fashion-dd" draws with
+            another model than `pipe`.
         num_images: images of each prompt.
         seed: image k has identity (seed, k) under every sampler.
         batch_size: images drawn together; 1 measures latency.
@@ -236,25 +237,30 @@ def compare(
         raise InputError("no samplers: expected at least one, such as 'ar'")
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1")
-    made = [parse_sampler(spec) for spec in samplers]
-    for one in made:
-        pipe.check_sampler(one)
+    parts = [spec.strip().partition("@") for spec in samplers]
+    made = [parse_sampler(spec) for spec, _, _ in parts]
+    pipes = [load(name, device=str(pipe.device)) if name else pipe for _, _, name in parts]
+    for one, own in zip(made, pipes, strict=True):
+        own.check_sampler(one)
     conditions = expand_prompts(prompt, num_images)
     rows = [Row(spec.strip(), one.is_exact) for spec, one in zip(samplers, made, strict=True)]
 
-    def run(one: BaseSampler, first: int) -> Any:
+    def run(one: BaseSampler, own: ARPipeline, first: int) -> Any:
         batch = list(conditions[first : first + batch_size])
+        given = dict(options)
         for name in ("temperature", "top_k", "top_p"):
-            if options.get(name) is None and one.config[name] == _default(name):
-                options[name] = pipe.config[name]
+            if name not in one.config:
+                given.pop(name, None)
+            elif given.get(name) is None and one.config[name] == _default(name):
+                given[name] = own.config[name]
         seeds = [(seed, first + k) for k in range(len(batch))]
-        return sample(pipe, batch, one, seed=seeds, progress=False, **options)
+        return sample(own, batch, one, seed=seeds, progress=False, **given)
 
-    for one in made:
-        run(one, 0)
+    for one, own in zip(made, pipes, strict=True):
+        run(one, own, 0)
     for first in range(0, len(conditions), batch_size):
-        for row, one in zip(rows, made, strict=True):
-            out = run(one, first)
+        for row, one, own in zip(rows, made, pipes, strict=True):
+            out = run(one, own, first)
             row.images += out.images
             row.tokens += list(out.tokens)
             row.passes += out.stats["passes_per_image"]
@@ -263,7 +269,11 @@ def compare(
             if on_batch is not None:
                 on_batch(row.sampler)
     return Comparison(
-        model_name, [str(c) for c in conditions], pipe.model.num_tokens, pipe.model.grid, rows
+        model_name,
+        [str(c) for c in conditions],
+        pipe.model.num_tokens,
+        getattr(pipe.model, "grid", None),
+        rows,
     )
 
 

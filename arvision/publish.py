@@ -391,7 +391,7 @@ def publish_mar_draft(
         f"- **Wall time**: {stages} (one thread of a shared two-core CPU).",
         f"- **Size**: {sizes[0]:,} parameters, 1/{sizes[1] / sizes[0]:.1f} of the target's; "
         f"{size / 1e6:.1f} MB, half precision.",
-        f"- **Measured** on {num} images, one by one, with drafting=\"sequential\":",
+        f'- **Measured** on {num} images, one by one, with drafting="sequential":',
     ]
     lines += [
         f"  - {name}: {100 * figures[name][0]:.1f} % of judged drafts accepted, "

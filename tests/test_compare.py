@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import arvision
 from arvision import InputError
 from arvision.compare import compare, parse_sampler
 
@@ -62,3 +63,21 @@ def test_bad_specifications(spec, message):
     with pytest.raises(InputError, match=message):
         parse_sampler(spec)
     assert parse_sampler("sjd:window=3:top_p=0.5:coupling=maximal").config["window"] == 3
+
+
+def test_a_student_stands_beside_its_teacher(fashion):
+    specs = ["ar:noise=flow", "dd@llamagen-fashion-dd", "dd:steps=2@llamagen-fashion-dd"]
+    result = compare(fashion, ["sneaker"], specs, num_images=1)
+    records = result.records()
+    assert [record["passes"] for record in records] == [63, 1, 2]
+    assert [record["lossless"] for record in records] == [True, False, False]
+    with pytest.raises(InputError, match="'dd' drives student models"):
+        compare(fashion, ["sneaker"], ["dd"])
+
+
+def test_continuous_models_are_compared(tmp_path):
+    pipe = arvision.load("mar-fashion", device="cpu")
+    result = compare(pipe, ["bag"], ["ar:num_iter=4", "cspd:num_iter=4"], num_images=1, top_k=0)
+    assert [record["lossless"] for record in result.records()] == [True, False]
+    result.write(tmp_path)
+    assert (tmp_path / "sheet.png").exists()

@@ -11,6 +11,8 @@ EPILOG = """Examples:
 
 arvision compare --model llamagen-fashion-t2i --prompt "a dark ankle boot" --samplers ar,sjd:coupling=gumbel,sjd:coupling=maximal
 
+arvision compare --model llamagen-fashion --samplers ar:noise=flow,dd@llamagen-fashion-dd,dd:steps=2@llamagen-fashion-dd
+
 arvision compare --model llamagen-fashion --prompt bag --prompt dress --samplers ar,sjd:window=32 --num-images 4 --out out/bags --json
 """
 
@@ -45,9 +47,13 @@ def _bar(total: int, label: str, quiet: bool) -> Any:
 
 def compare(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="Repeatable.")],
-    samplers: Annotated[str, typer.Option(help="name:option=value,name,...")] = "ar,sjd",
-    num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 4,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; none for one image of each class.")
+    ] = None,
+    samplers: Annotated[
+        str, typer.Option(help="name:option=value,name@other-model,...")
+    ] = "ar,sjd",
+    num_images: Annotated[int | None, typer.Option(help="Images of each prompt (4).")] = None,
     seed: Annotated[int, typer.Option(help="Image k has identity (seed, k).")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for sheet, tables and plot.")] = Path(
@@ -63,9 +69,14 @@ def compare(
     """Draw the same seeds with several samplers; write a sheet, tables and a plot."""
     from ..api import load
     from ..compare import compare as run
+    from ..errors import InputError
 
     specs = [spec for spec in samplers.split(",") if spec.strip()]
     pipe = load(model)
+    num_images = num_images or (4 if prompt else 1)
+    prompt = prompt or list(pipe.config["class_names"] or [])
+    if not prompt:
+        raise InputError(f"model {model!r} has no classes: expected at least one --prompt")
     total = -(-len(prompt) * num_images // max(1, batch_size)) * len(specs)
     with _bar(total, "compare", quiet) as bar:
         result = run(
