@@ -33,13 +33,13 @@ EXACT = "cspd:criterion=trajectory:context=batched"
 SAMPLERS = (
     "ar",
     "ar:num_iter=32",
+    "cspd:drafting=sequential",
     "cspd",
-    "cspd:drafting=parallel",
-    "cspd:drafting=parallel:max_draft=4",
-    "cspd:criterion=trajectory:context=verified:drafting=parallel:max_draft=4",
-    "cspd:context=batched:drafting=parallel:max_draft=4",
+    "cspd:max_draft=4",
+    "cspd:criterion=trajectory:context=verified:max_draft=4",
+    "cspd:context=batched:max_draft=4",
     f"{EXACT}:max_draft=2",
-    f"{EXACT}:max_draft=4:drafting=parallel",
+    f"{EXACT}:max_draft=4",
 )
 
 
