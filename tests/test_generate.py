@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import arvision
-from arvision import InputError
-from arvision.decoding.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
-
-sys.path.insert(0, str(Path(__file__).parent))
 from text_models import (
     greedy_reference,
     random_prompts,
     smollm2_folder,
     tiny_llama,
 )
+
+import arvision
+from arvision import InputError
+from arvision.decoding.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
 
 NEEDS_A_MODEL = {"draft_model", "heads", "pseudo"}
 ALONE = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)

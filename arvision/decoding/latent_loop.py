@@ -33,6 +33,8 @@ class LatentPlan:
         guidance_schedule: "linear" or "constant", see `guidance_scales`.
         temperature: multiplies the noise of the chains; 0 leaves their means.
         last_noise: also add noise in the last step of a chain.
+        refresh: passes until everything is computed anew; in between the model reuses features.
+        reuse_guidance: in between also reuse the distance of the unconditional condition.
 
     Raises:
         InputError: a value out of range.
@@ -43,11 +45,15 @@ class LatentPlan:
     guidance_schedule: str = "constant"
     temperature: float = 1.0
     last_noise: bool = False
+    refresh: int = 1
+    reuse_guidance: bool = False
 
     def __post_init__(self) -> None:
         is_count = isinstance(self.num_iter, int) and not isinstance(self.num_iter, bool)
         if self.num_iter is not None and not (is_count and self.num_iter >= 1):
             raise InputError(f"num_iter {self.num_iter!r}: expected an integer >= 1")
+        if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
+            raise InputError(f"refresh {self.refresh!r}: expected an integer >= 1")
         if self.order not in ORDERS:
             raise unknown_name("order", self.order, ORDERS)
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
@@ -122,6 +128,10 @@ def decode_latents(
     noise = Noise(seeds, getattr(model, "device", "cpu"))
     order = plan.orders(noise, model.num_tokens)
     state = model.start(conditions, guidance_scale, order)
+    if plan.refresh > 1:
+        if not hasattr(state, "keep_features"):
+            raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
+        state.keep_features(plan.refresh, plan.reuse_guidance)
     tokens = torch.zeros(*order.shape, model.head.latent_dim, device=order.device)
     commit_pass = torch.zeros_like(order)
     passes = 0

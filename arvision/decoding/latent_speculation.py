@@ -13,6 +13,7 @@ from ..contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, Step
 from ..errors import InputError
 from .latent_chain import Trajectory
 from .latent_loop import LatentPlan, check_seeds
+from .latent_run import LatentRun
 from .latent_verify import Slots, Verifier
 from .noise import Noise
 
@@ -61,7 +62,7 @@ def check_pair(draft: ContinuousModel, target: ContinuousModel) -> None:
 @torch.no_grad()
 def speculate_latents(
     model: ContinuousModel,
-    draft: ContinuousModel,
+    draft: ContinuousModel | None,
     conditions: Conditions,
     *,
     plan: LatentPlan,
@@ -80,7 +81,8 @@ def speculate_latents(
 
     Args:
         model: the target.
-        draft: with the target's latents, grid and denoising steps.
+        draft: with the target's latents, grid and denoising steps. None: the target drafts for
+            itself, from the conditions that its last pass gave for the places to come.
         conditions: one per image.
         plan: order, iterations, guidance and temperature.
         how: drafting and verification.
@@ -101,7 +103,8 @@ def speculate_latents(
             another number of seeds than of conditions.
     """
     check_seeds(seeds, conditions)
-    check_pair(draft, model)
+    if draft is not None:
+        check_pair(draft, model)
     ends = plan.ends(model.num_tokens)
     if how.max_draft > model.num_tokens:
         raise InputError(
@@ -112,7 +115,7 @@ def speculate_latents(
     own_scale = guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(
         target=model.head,
-        draft=draft.head,
+        draft=(draft or model).head,
         criterion=how.criterion,
         temperature=plan.temperature,
         widening=how.widening,
@@ -121,21 +124,17 @@ def speculate_latents(
     )
     run = _Run(
         model.start(conditions, guidance_scale, order),
-        draft.start(conditions, own_scale, order),
+        None if draft is None else draft.start(conditions, own_scale, order),
         order,
         ends,
         (plan.scales(ends, guidance_scale), plan.scales(ends, own_scale)),
         verifier,
         how,
     )
-    while run.is_going:
-        run.round()
-        if on_step is not None and on_step(run.passes, run.progress()):
-            break
-    return Samples(run.latents, run.stats())
+    return run.finish(on_step)
 
 
-class _Run:
+class _Run(LatentRun):
     """Where each image stands, and one round after another."""
 
     def __init__(
@@ -148,43 +147,14 @@ class _Run:
         verifier: Verifier,
         how: Speculation,
     ) -> None:
-        self._target, self._draft, self._order, self._how = target, draft, order, how
-        self._verifier, device = verifier, order.device
-        self._bounds = torch.tensor([0, *ends], device=device)
-        self._scales, self._draft_scales = (torch.tensor(s, device=device) for s in scales)
-        self._rank = order.argsort(1)
-        self._num_iter = len(ends)
+        super().__init__(order, ends, verifier.target.latent_dim)
+        self._target, self._draft, self._how, self._verifier = target, draft, how, verifier
+        self._scales, self._draft_scales = (torch.tensor(s, device=order.device) for s in scales)
         self._prefill = -int(-how.prefill * len(ends) // 1)
-        self.latents = torch.zeros(*order.shape, verifier.target.latent_dim, device=device)
-        self._done = torch.zeros(len(order), dtype=torch.int64, device=device)
-        self._commit_pass = torch.zeros_like(order)
-        self._passes = torch.zeros_like(self._done)
-        self.passes = self._draft_passes = self._rows = 0
-
-    @property
-    def is_going(self) -> bool:
-        """Whether an image still lacks latents."""
-        return bool((self._done < self._num_iter).any())
-
-    def _slots(self, rows: Tensor, images: Tensor, places: Tensor, scales: Tensor) -> tuple:
-        """One entry per latent of the iterations `places` after the known ones of `images`.
-
-        Returns:
-            Numbers [M] of the entries of `rows` that the latents belong to, and their slots without
-            conditions.
-        """
-        iterations = self._done[images] + places
-        starts = self._bounds[iterations]
-        counts = self._bounds[iterations + 1] - starts
-        each = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
-        offsets = torch.arange(len(each), device=rows.device) - (counts.cumsum(0) - counts)[each]
-        positions = self._order[images[each], starts[each] + offsets]
-        slots = Slots(images[each], positions, places[each], positions, scales[iterations][each])
-        return rows[each], slots
-
-    def _known(self, images: Tensor, places: Tensor) -> Tensor:
-        """[R, N]: what is known to an image after some more iterations."""
-        return self._rank[images] < self._bounds[self._done[images] + places][:, None]
+        self._draft_passes = 0
+        if draft is None:
+            self._prefill = max(1, self._prefill)
+            self._guessed = torch.empty(0)
 
     def round(self) -> None:
         """Draft, verify, write down."""
@@ -200,6 +170,8 @@ class _Run:
         extra.z = z[context[rows] + self._at(extra.places), extra.positions]
         self.passes += 1
         self._passes[images] += 1
+        if self._draft is None:
+            self._keep(images, z, context)
         if paths is None:
             self._write(extra, self._verifier.draw(self._verifier.target, extra).latents)
             self._done[images] += 1
@@ -217,6 +189,15 @@ class _Run:
         most = int(lengths.max())
         if most == 0:
             return None, None
+        if self._draft is None:
+            rows, places = (lengths[:, None] > torch.arange(most, device=images.device)).nonzero(
+                as_tuple=True
+            )
+            _, slots = self._slots(rows, images[rows], places, self._scales)
+            slots.z = self._guessed[slots.images, slots.positions]
+            path = self._verifier.draw(self._verifier.draft, slots)
+            work[slots.images, slots.positions] = path.latents.to(work)
+            return slots, path
         is_parallel = self._how.drafting == "parallel"
         groups = [torch.arange(most)] if is_parallel else [torch.tensor([j]) for j in range(most)]
         parts: list[Slots] = []
@@ -261,6 +242,19 @@ class _Run:
         self._rows += len(rows)
         return self._target.contexts(work[rows], self._known(rows, places), rows), first, has_extra
 
+    def _keep(self, images: Tensor, z: Tensor, first: Tensor) -> None:
+        """Keep conditions of all places: each from the context that knows most of what is before it.
+
+        They do not depend on the noise of their own places, so what is drawn from them is a draft
+        like any other.
+        """
+        rows = torch.diff(first, append=first.new_tensor([len(z)]))
+        place = torch.minimum(self._places(images).clamp(min=0), rows[:, None] - 1)
+        if not len(self._guessed):
+            self._guessed = z.new_zeros(*self._order.shape, z.shape[-1])
+        every = torch.arange(z.shape[1], device=z.device)
+        self._guessed[images] = z[first[:, None] + place, every]
+
     def _judge(
         self,
         images: Tensor,
@@ -304,39 +298,18 @@ class _Run:
                 self._write(extra, extra_latents[wanted])
         self._done[images] = (self._done[images] + stop + 1).clamp(max=self._num_iter)
 
-    def _write(self, slots: Slots, latents: Tensor) -> None:
-        self.latents = self.latents.to(latents.dtype)
-        self.latents[slots.images, slots.positions] = latents
-        self._commit_pass[slots.images, slots.positions] = self.passes
-
-    def progress(self) -> dict[str, Any]:
-        """Figures for progress bars."""
-        drawn = self._bounds[self._done]
-        return {
-            "finished": int(drawn.sum()),
-            "total": self._order.numel(),
-            "accepted": drawn.tolist(),
-        }
-
     def stats(self) -> Stats:
         """See `speculate_latents`."""
-        counts, num = self._verifier.counts, self._order.shape[1]
-        judged = counts.accepted + counts.rejected
+        counts = self._verifier.counts
         return Stats(
-            forward_passes=self.passes,
-            tokens=num,
-            tokens_per_pass=num / max(1e-9, float(self._passes.double().mean())),
-            passes_per_image=self._passes.tolist(),
-            commit_pass=self._commit_pass.tolist(),
+            self._figures(),
             head_steps=counts.head_calls,
-            iterations=self._num_iter,
             draft_passes=self._draft_passes,
             drafted=counts.drafted,
             accepted=counts.accepted,
             rejected=counts.rejected,
-            acceptance_rate=counts.accepted / max(1, judged),
+            acceptance_rate=counts.accepted / max(1, counts.accepted + counts.rejected),
             proposals=counts.proposals,
             exhausted=counts.exhausted,
             nonfinite=counts.nonfinite,
-            context_rows=self._rows,
         )

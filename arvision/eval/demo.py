@@ -80,6 +80,7 @@ class Judge:
             goal = load_reference(reference, network, need_rows=True, progress=progress)
             assert goal is not None, "one process"
             self.goals.append(goal)
+        _ = self.goals[0].radii  # before threads ask for it
 
     def score(self, source: Source) -> tuple[dict[str, Score], FeatureSet]:
         """All scores of a labelled source, and its features under the first extractor.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .scores import (
     check_score_order,
     inception_score,
     kernel_distance,
+    neighbour_radii,
     precision_recall,
     refuse_sorted,
 )
@@ -53,7 +55,11 @@ class Reference:
     sha256: str | None
     from_statistics: bool
     count: int | None = None
-    _kept: Any = None
+
+    @cached_property
+    def radii(self) -> torch.Tensor:
+        """Squared distances of the rows to their third neighbours, computed once."""
+        return neighbour_radii(torch.as_tensor(self.features).float())
 
 
 def load_reference(
@@ -115,7 +121,6 @@ def load_reference(
         digest,
         False,
         found.count,
-        found,
     )
 
 
@@ -135,7 +140,7 @@ def _from_statistics(
         shapes = f"mu {list(members['mu'].shape)}, sigma {list(members['sigma'].shape)}"
         wanted = f"[{width}] and [{width}, {width}] for {extractor.facts.name}"
         raise InputError(f"{path} holds {shapes}: expected {wanted}")
-    features, kept = None, None
+    features = None
     if need_rows and "arr_0" in members:
         images = ArraySource(members["arr_0"], None, f"{path}[arr_0]")
         kept = extract(images, extractor, **options)
@@ -145,9 +150,7 @@ def _from_statistics(
     spatial = None
     if "mu_s" in members and "sigma_s" in members:
         spatial = members["mu_s"].reshape(-1), members["sigma_s"]
-    return Reference(
-        str(path), mean, members["sigma"], spatial, features, file_sha256(path), True, None, kept
-    )
+    return Reference(str(path), mean, members["sigma"], spatial, features, file_sha256(path), True)
 
 
 def default_metrics(extractor: Extractor) -> tuple[str, ...]:
@@ -252,7 +255,7 @@ def score_features(
         if goal.features is None or found.features is None:
             raise InputError(f"{goal.name} has no images: expected arr_0 for {(*rows, 'kid')[0]}")
         if rows:
-            shares = precision_recall(found.features, goal.features)
+            shares = precision_recall(found.features, goal.features, reference_radii=goal.radii)
             scores |= {name: shares[name] for name in rows}
         if "kid" in wanted:
             scores["kid"] = kernel_distance(found.features, goal.features)

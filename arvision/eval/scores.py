@@ -116,8 +116,8 @@ def _square_distances(rows: Tensor, columns: Tensor) -> Tensor:
     return (norms - 2 * product).clamp_min_(0)
 
 
-def _radii(rows: Tensor, k: int) -> Tensor:
-    """Squared distance [N] to the k-th neighbour, not counting the row itself."""
+def neighbour_radii(rows: Tensor, k: int = 3) -> Tensor:
+    """Squared distance [N] of each row [N, D] to its k-th neighbour, not counting itself."""
     parts = []
     for start in range(0, len(rows), TILE):
         tile = _square_distances(rows[start : start + TILE], rows)
@@ -128,7 +128,12 @@ def _radii(rows: Tensor, k: int) -> Tensor:
 
 
 def precision_recall(
-    samples: Any, reference: Any, k: int = 3, *, dtype: torch.dtype = torch.float32
+    samples: Any,
+    reference: Any,
+    k: int = 3,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reference_radii: Tensor | None = None,
 ) -> dict[str, Score]:
     """Precision, recall, density and coverage of samples against reference features.
 
@@ -142,6 +147,7 @@ def precision_recall(
         reference: [M, D].
         k: neighbours.
         dtype: of the distances.
+        reference_radii: `neighbour_radii(reference, k)` where they are known.
 
     Returns:
         `precision`, `recall` (k neighbours), `density`, `coverage`.
@@ -157,7 +163,8 @@ def precision_recall(
         raise InputError(f"features have {rows.shape[1]} and {goal.shape[1]} dimensions")
     if k < 1 or min(len(rows), len(goal)) <= k:
         raise InputError(f"k is {k} with {len(rows)} and {len(goal)} rows: expected 1 <= k < rows")
-    sample_radii, goal_radii = _radii(rows, k), _radii(goal, k)
+    sample_radii = neighbour_radii(rows, k)
+    goal_radii = neighbour_radii(goal, k) if reference_radii is None else reference_radii
     inside_goal = torch.zeros(len(rows))
     reached, covered = torch.zeros(len(goal), dtype=torch.bool), torch.zeros(len(goal)).bool()
     for start in range(0, len(rows), TILE):

@@ -3,6 +3,7 @@
 from .ar import ARSampler
 from .base import SAMPLERS, BaseSampler, TokenSampler, get_sampler, register
 from .code import CoDeSampler
+from .csjd import CSJDSampler
 from .cspd import CSpDSampler
 from .dd import DDSampler
 from .draft import DraftSampler
@@ -17,6 +18,7 @@ __all__ = [
     "ARSampler",
     "BaseSampler",
     "CoDeSampler",
+    "CSJDSampler",
     "CSpDSampler",
     "DDSampler",
     "DraftSampler",

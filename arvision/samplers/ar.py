@@ -27,6 +27,8 @@ OPTION_KINDS = {
     "order": ("continuous",),
     "guidance_schedule": ("continuous",),
     "last_noise": ("continuous",),
+    "refresh": ("continuous",),
+    "reuse_guidance": ("continuous",),
 }
 """Options that not every kind of model has, and the kinds that do."""
 
@@ -48,8 +50,8 @@ class ARSampler(TokenSampler):
     position), flows to: as exact (to the accuracy of the flow's 100 steps), and the picture is a
     smooth function of its noise, which students of Distilled Decoding learn (see `dd`).
 
-    Law: exact; for continuous models, of the model with that schedule; lossy with `prune` or
-    `more_smooth`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
+    Law: exact; for continuous models, of the model with that schedule; lossy with `prune`,
+    `more_smooth` or `refresh`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
     Models: all.
 
     Args:
@@ -69,6 +71,10 @@ class ARSampler(TokenSampler):
             known, "constant" does not.
         last_noise: continuous models: also add noise in the last denoising step, as samplers that
             compare densities must (see `cspd`); official samplers do not.
+        refresh: continuous models: compute all features anew every so many iterations; in between
+            only those of the newest and the next latents (LazyMAR's token cache). Lossy above 1.
+        reuse_guidance: continuous models, with `refresh`: in between also leave out the
+            unconditional rows and reuse their distance from the conditional ones. Lossy.
 
     Raises:
         InputError: a value out of range, or an option that the model's kind does not know.
@@ -88,6 +94,8 @@ class ARSampler(TokenSampler):
         order: str = "random",
         guidance_schedule: str = "constant",
         last_noise: bool = False,
+        refresh: int = 1,
+        reuse_guidance: bool = False,
     ) -> None:
         self.shaping()
         if noise not in ("gumbel", "flow"):
@@ -101,12 +109,14 @@ class ARSampler(TokenSampler):
             guidance_schedule=guidance_schedule,
             temperature=temperature,
             last_noise=last_noise,
+            refresh=refresh,
+            reuse_guidance=reuse_guidance,
         )
 
     @property
     def is_exact(self) -> bool:
         """Whether every token is drawn from the model's own law."""
-        return self._scale_plan.is_plain
+        return self._scale_plan.is_plain and self._plan.refresh == 1
 
     def drafter(self, model: TokenModel) -> Drafter:
         """Nothing is drafted."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from text_models import greedy_reference, random_prompts, tiny_llama
 
 import arvision
 from arvision import InputError
@@ -30,9 +29,6 @@ from arvision.decoding.noise import Noise
 from arvision.decoding.rules import choose_rule
 from arvision.decoding.tree import TokenTree, best_tree, join_rows, topology, without_padding
 from arvision.testing import DroppingTableModel, law_p_value
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from text_models import greedy_reference, random_prompts, tiny_llama
 
 ALPHA = 1e-4
 

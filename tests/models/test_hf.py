@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from text_models import random_prompts, tiny_llama
 
 from arvision import InputError, StateError
 from arvision.contracts import TokenModel
 from arvision.decoding.goodput import CostTable
 from arvision.models.hf import HFCausalLM, load_text_model
 from arvision.models.hf.costs import pass_costs
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from text_models import random_prompts, tiny_llama
 
 
 def other_network(kind):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from text_models import greedy_reference, random_prompts, tiny_llama
 
 import arvision
 from arvision import CheckpointError, InputError
@@ -18,9 +16,6 @@ from arvision.training.heads_data import answer, frequent_tokens, head_examples,
 from arvision.training.heads_model import train_small_model
 from arvision.training.heads_pseudo import PseudoTraining, train_pseudo
 from arvision.training.loop import FitConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from text_models import greedy_reference, random_prompts, tiny_llama
 
 FIT = FitConfig(steps=40, batch_size=64, learning_rate=1e-2, warmup=5, log_every=10)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import StateError
-from .transformer import MARTransformer
+from .transformer import KeptFeatures, MARTransformer
 
 
 class MARState:
@@ -25,6 +25,20 @@ class MARState:
         self.lengths = torch.zeros(len(order), dtype=torch.int64, device=order.device)
         self._latents = condition.new_zeros(len(order), num, dim)
         self._known = torch.zeros_like(order, dtype=torch.bool)
+        self._refresh, self._keeps_guidance = 1, False
+        self._asked = 0
+
+    def keep_features(self, refresh: int, guidance: bool = False) -> None:
+        """Reuse features between the calls of `condition`; an approximation.
+
+        Args:
+            refresh: calls until everything is computed anew.
+            guidance: also keep, in between, how far the unconditional z is from the conditional one.
+
+        Source: Yan et al., "LazyMAR: Accelerating Masked Autoregressive Models via Feature
+        Caching", 2025, section 3 (token cache and condition cache).
+        """
+        self._refresh, self._keeps_guidance = refresh, guidance
 
     def _next(self, count: int) -> Tensor:
         left = self._order.shape[1] - int(self.lengths.max())
@@ -36,9 +50,44 @@ class MARState:
     def condition(self, count: int) -> Tensor:
         """Conditions z [B, count, Dz] of the next positions of the order."""
         positions = self._next(count)
+        if self._refresh > 1:
+            return self._lazily(positions)
         images = torch.arange(len(positions), device=positions.device)
         z = self.contexts(self._latents, self._known, images)
         return z.gather(1, positions[..., None].expand(-1, -1, z.shape[-1]))
+
+    def _lazily(self, positions: Tensor) -> Tensor:
+        """Conditions z [B, count, Dz], from kept features as far as `keep_features` allows."""
+        halves, num = self._condition.shape[:2]
+        if self._asked % self._refresh == 0:
+            self._kept = KeptFeatures(self._transformer)
+            z = self._transformer(
+                self._latents.repeat(halves, 1, 1),
+                self._known.repeat(halves, 1),
+                self._condition.flatten(0, 1),
+                self._kept,
+            ).unflatten(0, (halves, num))
+            self._apart = z[-1] - z[0]
+            z = z.gather(2, positions[None, ..., None].expand(halves, -1, -1, z.shape[-1]))
+        else:
+            rows = 1 if self._keeps_guidance else halves
+            fed = self._order[:, self._computed : int(self.lengths.max())]
+            latents = self._latents.gather(
+                1, fed[..., None].expand(-1, -1, self._latents.shape[-1])
+            )
+            z = self._transformer.update(
+                latents.repeat(rows, 1, 1),
+                fed.repeat(rows, 1),
+                self._known.repeat(rows, 1),
+                positions.repeat(rows, 1),
+                self._kept,
+            ).unflatten(0, (rows, num))
+            if rows < halves:
+                at = positions[..., None].expand(-1, -1, z.shape[-1])
+                z = torch.stack([z[0], z[0] + self._apart.gather(1, at)])
+        self._asked += 1
+        self._computed = int(self.lengths.max())
+        return torch.cat(list(z), dim=-1)
 
     def feed(self, latents: Tensor) -> None:
         """Latents [B, count, D] of the next positions become known."""

@@ -17,7 +17,20 @@ from ...errors import InputError
 from ...kernels.linear import Linear
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
 from .head import DiffusionHead
-from .layers import NORM_EPS, Block
+from .layers import NORM_EPS, Block, KeptKeys
+
+
+class KeptFeatures:
+    """Keys and values of all blocks at all places, see `MARTransformer.update`.
+
+    Args:
+        transformer: whose.
+    """
+
+    def __init__(self, transformer: MARTransformer) -> None:
+        slots = transformer.num_buffer + transformer.num_tokens
+        self.encoder = [KeptKeys(slots) for _ in transformer.encoder_blocks]
+        self.decoder = [KeptKeys(slots) for _ in transformer.decoder_blocks]
 
 
 class MARTransformer(ModelMixin, ConfigMixin):
@@ -99,15 +112,22 @@ class MARTransformer(ModelMixin, ConfigMixin):
         """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
         return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
 
-    def forward(self, latents: Tensor, known: Tensor, condition: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        known: Tensor,
+        condition: Tensor,
+        kept: KeptFeatures | None = None,
+    ) -> Tensor:
         """Conditions z [R, N, W] of the head, at every position.
 
         Args:
             latents: [R, N, D]; what stands at unknown positions does not matter.
             known: [R, N] bool. Rows may know different numbers of latents.
             condition: [R, W], see `embed_classes`.
+            kept: takes the features of all places, for `update`.
         """
-        encoded, order, valid = self._encode(latents, known, condition)
+        encoded, order, valid = self._encode(latents, known, condition, kept)
         x = self.decoder_embed(encoded)
         buffer, x = x[:, : self.num_buffer], x[:, self.num_buffer :]
         # One more row takes what pads the shorter rows, and is cut off again.
@@ -115,12 +135,63 @@ class MARTransformer(ModelMixin, ConfigMixin):
         place = torch.where(valid, order, self.num_tokens)
         spread = spread.scatter(1, place[..., None].expand_as(x), x)[:, : self.num_tokens]
         x = torch.cat([buffer, spread], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
-            x = block(x)
+        slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        x = self._run(self.decoder_blocks, x, None, kept and kept.decoder, slots)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
+    def update(
+        self,
+        latents: Tensor,
+        places: Tensor,
+        known: Tensor,
+        queries: Tensor,
+        kept: KeptFeatures,
+    ) -> Tensor:
+        """Conditions z [R, Q, W] at `queries`, all features but those of a few places kept.
+
+        Computed are the latents that became known and the queries; they see what other places were
+        in the pass before. An approximation: other places do not see what became known.
+
+        Args:
+            latents: [R, M, D] that became known since the last pass.
+            places: [R, M] int64, where.
+            known: [R, N] bool, these included.
+            queries: [R, Q] int64, unknown places.
+            kept: from `forward`; updated. It may hold more rows, of which the first are taken.
+
+        Source: Yan et al., "LazyMAR: Accelerating Masked Autoregressive Models via Feature
+        Caching", 2025, section 3.2 (the token cache).
+        """
+        slots = self.num_buffer + places
+        x = self.z_proj(latents) + self.encoder_pos_embed_learned[0][slots]
+        mask = self._places_mask(known)
+        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, kept.encoder, slots)
+        x = self.decoder_embed(self.encoder_norm(x))
+        unknown = self.mask_token.to(x.dtype).expand(*queries.shape, -1)
+        slots = torch.cat([slots, self.num_buffer + queries], dim=1)
+        x = torch.cat([x, unknown], dim=1) + self.decoder_pos_embed_learned[0][slots]
+        x = self._run(self.decoder_blocks, x, None, kept.decoder, slots)[:, places.shape[1] :]
+        return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][queries]
+
+    @staticmethod
+    def _run(
+        blocks: nn.ModuleList,
+        x: Tensor,
+        mask: Tensor | None,
+        kept: list[KeptKeys] | None,
+        slots: Tensor,
+    ) -> Tensor:
+        """[R, T, W] through blocks, with what each keeps."""
+        for number, block in enumerate(blocks):
+            x = block(x, mask, None if kept is None else (kept[number], slots))
+        return x
+
+    def _places_mask(self, known: Tensor) -> Tensor:
+        """[R, 1, 1, P + N]: the buffer and the known places."""
+        return torch.cat([known.new_ones(len(known), self.num_buffer), known], dim=1)[:, None, None]
+
     def _encode(
-        self, latents: Tensor, known: Tensor, condition: Tensor
+        self, latents: Tensor, known: Tensor, condition: Tensor, kept: KeptFeatures | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Buffer and known latents [R, P + M, W], positions [R, M] of the latents, which count."""
         counts = known.sum(1)
@@ -134,11 +205,16 @@ class MARTransformer(ModelMixin, ConfigMixin):
         x = torch.cat(
             [buffer + position[:, : self.num_buffer], self.z_proj(chosen) + places], dim=1
         )
+        first = torch.arange(self.num_buffer, device=x.device).expand(len(x), -1)
+        slots = torch.cat([first, self.num_buffer + order], dim=1)
         mask = None
-        if least < most:
-            kept = torch.cat([valid.new_ones(len(valid), self.num_buffer), valid], dim=1)
-            mask = kept[:, None, None]
-        x = self.z_proj_ln(x)
-        for block in self.encoder_blocks:
-            x = block(x, mask)
+        if kept is not None:
+            mask = self._places_mask(known)
+            trash = self.num_buffer + self.num_tokens
+            counted = torch.cat([torch.ones_like(first, dtype=torch.bool), valid], dim=1)
+            slots = torch.where(counted, slots, trash)
+        elif least < most:
+            mask = torch.cat([valid.new_ones(len(valid), self.num_buffer), valid], dim=1)
+            mask = mask[:, None, None]
+        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, kept and kept.encoder, slots)
         return self.encoder_norm(x), order, valid

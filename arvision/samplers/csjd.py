@@ -1,0 +1,134 @@
+"""Speculative Jacobi decoding of continuous latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.configuration_utils import register_to_config
+
+from ..contracts import Conditions, Samples, Seeds, StepCallback
+from ..decoding.latent_jacobi import iterate_latents
+from ..decoding.latent_loop import LatentPlan
+from ..decoding.latent_speculation import Speculation, speculate_latents
+from ..decoding.logits import check_guidance_scale
+from ..errors import InputError, unknown_name
+from .base import BaseSampler, register
+
+CRITERIA = ("trajectory", "tolerance")
+
+
+@register("csjd", exact=True, drives="continuous")
+class CSJDSampler(BaseSampler):
+    """A continuous model guesses its own next latents and checks all guesses in one pass.
+
+    A place has its noise from the start, whatever is known, so its latent settles as the latents
+    before it do. No draft model is needed.
+
+    - "trajectory": a guess is a draft: it was drawn from the law that an earlier, poorer context
+      gave, and stays with the ratio of the laws of its whole chain, as in `cspd`. Exact.
+    - "tolerance": a guess stays if drawing it anew in the better context, with the same noise, moves
+      it by `tolerance` at most. Lossy by the tolerance; at 0 it gives the very picture of `ar` (up
+      to rounding) and hardly saves a pass.
+
+    Law: "trajectory" draws the law of `ar` with `last_noise=True` and the same schedule; "tolerance"
+    is lossy. Cost: a pass has a row for each iteration of the window. Models: continuous models.
+
+    Args:
+        criterion: see above.
+        window: iterations that a pass looks at.
+        tolerance: largest difference of an entry of a latent that counts as none.
+        max_tries: proposals for a rejected latent ("trajectory"), see `cspd`.
+        num_iter: iterations, 1 to the number of latents; None for one latent at a time.
+        order: "random" or "raster".
+        guidance_schedule: "linear" or "constant".
+        temperature: multiplies the noise of the chains; 0 only with "tolerance".
+
+    Raises:
+        InputError: an unknown name, or a value out of range.
+
+    Ours, after Teng et al., "Accelerating Auto-regressive Text-to-Image Generation with
+    Training-free Speculative Jacobi Decoding", 2024 (discrete tokens), and Wang et al., "Continuous
+    Speculative Decoding for Autoregressive Image Generation", 2024, section 3 (shared noise).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        criterion: str = "trajectory",
+        window: int = 4,
+        tolerance: float = 0.1,
+        max_tries: int = 1000,
+        num_iter: int | None = None,
+        order: str = "random",
+        guidance_schedule: str = "constant",
+        temperature: float = 1.0,
+    ) -> None:
+        for name, value in {"window": window, "max_tries": max_tries}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} {value!r}: expected an integer >= 1")
+        if criterion not in CRITERIA:
+            raise unknown_name("criterion", criterion, CRITERIA)
+        if not 0 <= tolerance < float("inf"):
+            raise InputError(f"tolerance {tolerance}: expected a number >= 0")
+        if temperature == 0 and criterion == "trajectory":
+            raise InputError(
+                "temperature 0: a chain without noise has no density to compare; expected a number "
+                "> 0, or criterion 'tolerance'"
+            )
+        self._plan = LatentPlan(
+            num_iter=num_iter,
+            order=order,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            last_noise=criterion == "trajectory",
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this configuration draws from the model's own law."""
+        return self.config["criterion"] == "trajectory"
+
+    def __call__(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        seeds: Seeds,
+        guidance_scale: float = 1.0,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Draw one image per condition.
+
+        Returns:
+            Latents [B, N, D], the statistics of `speculate_latents` or `iterate_latents`, and
+            `lossless`.
+
+        Raises:
+            InputError: an argument out of range, or a window above the number of latents.
+        """
+        check_guidance_scale(guidance_scale)
+        window = self.config["window"]
+        if window > model.num_tokens:
+            raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
+        run: dict[str, Any] = {
+            "plan": self._plan,
+            "seeds": seeds,
+            "guidance_scale": guidance_scale,
+            "on_step": on_step,
+        }
+        if self.is_exact:
+            how = Speculation(
+                max_draft=window,
+                criterion="trajectory",
+                context="batched",
+                drafting="parallel",
+                widening=1.0,
+                prefill=0.0,
+                max_tries=self.config["max_tries"],
+            )
+            samples = speculate_latents(model, None, conditions, how=how, **run)
+        else:
+            tolerance = self.config["tolerance"]
+            samples = iterate_latents(model, conditions, window=window, tolerance=tolerance, **run)
+        samples.stats["lossless"] = self.is_exact
+        return samples
