@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import list_models, list_samplers, load, sample
+from .custom_generate import custom_generate
 from .errors import (
     ArvisionError,
     CheckpointError,
@@ -28,6 +29,7 @@ __all__ = [
     "SampleOutput",
     "StateError",
     "TextOutput",
+    "custom_generate",
     "generate",
     "get_sampler",
     "list_drafters",

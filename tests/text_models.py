@@ -57,3 +57,17 @@ def smollm2_folder() -> Path | None:
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         return None
     return Path(spec.origin).parent
+
+
+def text_folder(path: Path) -> Path:
+    """A folder with a tiny language model and a tokenizer of letters, as transformers saves them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(48, 112)]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="0"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="0").save_pretrained(path)
+    tiny_llama().float().save_pretrained(path)
+    return path

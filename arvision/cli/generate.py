@@ -15,6 +15,8 @@ arvision generate --model ./SmolLM2-135M-Instruct --prompt "What is a llama?" --
 arvision generate --model model.gguf --prompt "def add(a, b):" --drafter prompt_lookup+token_recycling --stop "\\n\\n"
 
 arvision generate --model ./target --prompt "Once upon a time" --draft ./draft --temperature 0.7 --json
+
+arvision generate --model ./target --prompt "Hello" --draft ./draft --rule judge --rule-option head=runs/judge
 """
 
 
@@ -50,6 +52,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     num_draft: Annotated[str | None, typer.Option(help="Candidates per pass, or auto.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Drafter option name=value.")] = None,
+    rule_option: Annotated[list[str] | None, typer.Option(help="Rule option name=value.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print figures on stderr.")] = False,
@@ -86,6 +89,7 @@ def generate(
         chat=chat,
         num_draft=None if num_draft is None else parse_value(num_draft),
         drafter_options=options,
+        rule_options=parse_options(rule_option or []),
         stream=show if streams else None,
         device=device,
         dtype=dtype_of(dtype),

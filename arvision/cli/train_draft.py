@@ -16,9 +16,12 @@ arvision train-draft --model ./target --prompts prompts.txt --kind ppd --steps 2
 
 arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draft runs/hydra --stats
 
+arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
+
 PROMPTS holds one prompt per line, wrapped in the model's chat template where it has one. The target
 stays frozen and answers them itself; what is fitted learns from these answers. Run a command again
-to resume it.
+to resume it. For a judge (`--rule judge`) it holds marked answers, a JSON object per line:
+{"prompt": "2 + 2?", "answer": "It is 5.", "wrong": "5"}, without "wrong" where all is fine.
 """
 
 
@@ -32,7 +35,8 @@ def train_draft(
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished draft.")],
     kind: Annotated[
-        str, typer.Option(help="medusa, hydra, clover, chimera, ppd, hidden_transfer or model.")
+        str,
+        typer.Option(help="medusa, hydra, clover, chimera, ppd, hidden_transfer, model or judge."),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,

@@ -11,6 +11,9 @@ from ..errors import InputError
 from .checkpoint import load_strictly, read_state_dict, shape_of
 from .verify import Round, Rule, Verdict, deepest, gumbel_draw
 
+JUDGE_FILE = "judge.safetensors"
+"""What `arvision train-draft --kind judge` writes into its folder."""
+
 
 def _after_parent(batch: Round, values: Tensor) -> Tensor:
     """Values [B, m + 1, ...] of the laws that judge the drafts, [B, m, ...]."""
@@ -75,19 +78,24 @@ class JudgeHead(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> JudgeHead:
-        """A head saved by `arvision train-draft --kind judge`."""
+        """A head saved by `arvision train-draft --kind judge`: its folder or its file.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit.
+        """
+        path = Path(path) / JUDGE_FILE if Path(path).is_dir() else Path(path)
         weights = read_state_dict(path, ())
         sizes = {"hidden_size": shape_of(weights, "score.weight", 2, str(path))[1]}
         return load_strictly(cls, sizes, weights, str(path))
 
 
-def judge(head: JudgeHead, threshold: float = 0.5, *, is_greedy: bool = False) -> Rule:
+def judge(head: JudgeHead | str | Path, threshold: float = 0.5, *, is_greedy: bool = False) -> Rule:
     """Accept a draft that the target would choose itself, or that the judge calls fine.
 
     Lossy. The token behind the path is an exact draw.
 
     Args:
-        head: trained on answers that were labelled as right or wrong.
+        head: trained on answers that were marked as right or wrong; or where it was saved.
         threshold: probability above which a draft is fine.
         is_greedy: put the most likely token behind the path instead of a draw.
 
@@ -96,13 +104,14 @@ def judge(head: JudgeHead, threshold: float = 0.5, *, is_greedy: bool = False) -
     """
     if not 0 < threshold < 1:
         raise InputError(f"threshold {threshold}: expected 0 < threshold < 1")
+    judging = head if isinstance(head, JudgeHead) else JudgeHead.load(head)
     least = torch.tensor(threshold).logit()
 
     def rule(batch: Round) -> Verdict:
         if batch.hidden is None:
             raise InputError("the judge looks at hidden states, and this model tells none")
         choice = _choose(batch, batch.target_logp.log_softmax(-1), is_greedy)
-        fine = head(batch.hidden[:, 1:]) > least.to(batch.hidden.device)
+        fine = judging(batch.hidden[:, 1:]) > least.to(batch.hidden.device)
         same = batch.drafts == _after_parent(batch, choice)
         return deepest(batch, same | fine, choice)
 

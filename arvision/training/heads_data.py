@@ -31,6 +31,15 @@ class Answers:
     starts: list[int]
 
 
+def question_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a user's question, in the tokenizer's chat template where it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer(text)["input_ids"]
+    messages = [{"role": "user", "content": text}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
 def answer(
     network: Any,
     prompts: Sequence[Sequence[int]],

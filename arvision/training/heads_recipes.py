@@ -14,11 +14,12 @@ from ..errors import InputError, unknown_name
 from ..files import replacing
 from ..models.hf import load_text_model
 from .heads import HeadTraining, train_heads
-from .heads_data import Answers, answer
+from .heads_data import Answers, answer, question_ids
 from .heads_model import SMALL_FIT, train_small_model
 from .heads_pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
+from .judge import JUDGE_FIT, read_marked, train_judge
 
-ALL_KINDS = (*KINDS, "ppd", "hidden_transfer", "model")
+ALL_KINDS = (*KINDS, "ppd", "hidden_transfer", "model", "judge")
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
@@ -33,19 +34,8 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
         raise InputError(f"prompts {path}: {error.strerror}") from error
     if not lines:
         raise InputError(f"prompts {path}: expected one prompt per line")
-    ids = []
-    for line in lines:
-        # Lines may hold line breaks in escaped form.
-        text = line.replace("\\n", "\n")
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        else:
-            ids.append(tokenizer(text)["input_ids"])
-    return ids
+    # Lines may hold line breaks in escaped form.
+    return [question_ids(line.replace("\\n", "\n"), tokenizer) for line in lines]
 
 
 def answers_of(
@@ -101,8 +91,12 @@ def fit_draft(
         num_guesses=num_heads,
         fit=replace(PSEUDO_FIT, **changed),
     )
+    marked = read_marked(prompts) if kind == "judge" else []
     network, tokenizer = load_text_model(model, device=device, dtype=dtype)
     network.requires_grad_(False)
+    if kind == "judge":
+        config = replace(JUDGE_FIT, **changed)
+        return train_judge(network, tokenizer, marked, out, config=config, progress=progress)
     answers = answers_of(network, read_prompts(prompts, tokenizer), out, answer_tokens, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)

@@ -18,6 +18,7 @@ from arvision.decoding.drafters import (
     NestedExit,
     PromptLookup,
     RetrievedContext,
+    Superposed,
     TrigramDrafter,
 )
 from arvision.decoding.drafters.base import Trie, union
@@ -215,6 +216,30 @@ def test_expected_improvement_prefers_what_is_near_the_best_or_unknown():
         tried, np.array([0.9, 0.1]), np.array([[1, 1, 0, 0, 1, 0, 1, 0.0]]), 0.9
     )
     assert near[0] > gains[1]
+
+
+def test_superposed_paths_are_the_beam_where_one_path_is_fed():
+    """One path with the whole target is greedy decoding; several are worth no less per pass."""
+    network, ids = tiny_llama(), random_prompts([8, 5])
+    one = arvision.generate(
+        network,
+        ids,
+        drafter=Superposed(num_paths=1, depth=4, skip=0.0, bigram_weight=0.0),
+        max_new_tokens=41,
+    )
+    assert one.stats.tokens_per_pass == pytest.approx(5, abs=0.01)
+    passes = [
+        arvision.generate(
+            network,
+            ids,
+            drafter=Superposed(num_paths=k, depth=4, bigram_weight=0.4),
+            max_new_tokens=41,
+        ).stats.forward_passes
+        for k in (1, 4)
+    ]
+    assert passes[1] <= passes[0]
+    with pytest.raises(InputError, match="bigram_weight 2"):
+        Superposed(bigram_weight=2)
 
 
 def test_nested_exits_stop_at_the_first_sure_one():

@@ -40,7 +40,7 @@ def judge() -> Judge:
 def test_plan_names_every_sampler_once():
     entries = plan(["ar", "gsd", "sjd", "zipar"])
     assert [e.name for e in entries] == [
-        *("ar", "sjd gumbel", "sjd maximal", "sjd independent", "gsd", "zipar")
+        *("ar", "sjd gumbel", "sjd maximal", "sjd independent", "gsd window 8", "zipar")
     ]
     assert len({e.folder for e in entries}) == len(entries)
     # Only the coupling that promises ar's own pictures shares its seed: other tests need

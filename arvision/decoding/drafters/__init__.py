@@ -7,6 +7,7 @@ from .lookup import InputCopy, PromptLookup
 from .pseudo import PseudoDrafter
 from .recycling import TokenRecycling
 from .self_draft import LayerSkip, NestedExit, RetrievedContext
+from .superposed import Superposed
 from .trigram import JacobiWindow, TrigramDrafter
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PromptLookup",
     "PseudoDrafter",
     "RetrievedContext",
+    "Superposed",
     "TextDrafter",
     "TokenRecycling",
     "TrigramDrafter",

@@ -18,7 +18,7 @@ from ..tree import TokenTree
 from .base import TextDrafter, register
 
 
-class _ShortTarget(TextDrafter):
+class ShortTarget(TextDrafter):
     """A chain from passes of some of the target's layers; nothing is committed in between."""
 
     max_draft: int
@@ -70,7 +70,7 @@ class _ShortTarget(TextDrafter):
 
 
 @register("layer_skip", summary="the target without some of its middle layers (SWIFT)")
-class LayerSkip(_ShortTarget):
+class LayerSkip(ShortTarget):
     """The target with some middle layers skipped drafts for itself.
 
     Which layers: sets are tried on recent context (the last `context` tokens are read again, and
@@ -140,7 +140,7 @@ class LayerSkip(_ShortTarget):
         return [layer for layer, runs in enumerate(best) if runs]
 
     def law(self, tokens: Tensor) -> Tensor:
-        """See `_ShortTarget`."""
+        """See `ShortTarget`."""
         return self.shaped(self.state.draft(tokens, layers=self.layers)[:, -1])
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
@@ -215,7 +215,7 @@ def expected_improvement(
 
 
 @register("nested_exit", summary="the target's first layers, as many as are needed (S2D)")
-class NestedExit(_ShortTarget):
+class NestedExit(ShortTarget):
     """Nested sub-models of the target, the smallest first: each draft comes from the first sure one.
 
     Made for models whose first layers were trained to be models of their own (sorted fine-tuning);
@@ -245,7 +245,7 @@ class NestedExit(_ShortTarget):
         self.exits, self.num_draft, self.confidence = tuple(exits), num_draft, confidence
 
     def law(self, tokens: Tensor) -> Tensor:
-        """See `_ShortTarget`."""
+        """See `ShortTarget`."""
         num = self.state.model.sizes.num_layers
         law = None
         for share in self.exits:
