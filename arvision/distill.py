@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 
-from .api import load, sample
+from .api import load
 from .errors import InputError, unknown_name
-from .eval.classifier import FashionClassifier, class_consistency, load_classifier
-from .files import replacing
+from .eval.classifier import FashionClassifier, load_classifier
 from .models import FAMILIES
 from .pipeline import ARPipeline
-from .publish import publish, to_bytes
 from .samplers import get_sampler
-from .sheet import labelled_rows
-from .training.data import CLASS_NAMES
+from .students import draw_sheet, publish_student
 from .training.distill import DistillObjective, PictureLoss, agreement
-from .training.loop import FitConfig, fit
-from .training.pairs import Pairs, PairSettings, generate_pairs, read_pairs
+from .training.loop import FitConfig, Objective, fit
+from .training.pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
+from .training.score_distill import ScoreObjective, ScoreSettings, TeacherScores
 
+METHODS = ("dd1", "dd2")
 SHEET_IMAGES = 10
+HELD_OUT_SEED = 2
+"""Of the noise on which score distillation is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,9 @@ class DistillSettings:
             family's own choice.
         fit: of the training.
         vector_weight: of the squared error of the predicted vectors, see `DistillObjective`.
+        init: method "dd2": a trained student to start from; None to make one by "dd1" first.
+        score: method "dd2": see `ScoreSettings`.
+        score_fit: method "dd2": of that training.
         picture_weight: of a loss on decoded pictures, pixels and, where the pictures are 32x32,
             features of the Fashion-MNIST classifier; 0 for none.
         sheet_every: steps between two sheets of samples.
@@ -63,6 +65,19 @@ class DistillSettings:
     )
     vector_weight: float = 0.1
     picture_weight: float = 0.0
+    init: str | Path | None = None
+    score: ScoreSettings = ScoreSettings()
+    score_fit: FitConfig = FitConfig(
+        steps=3000,
+        batch_size=64,
+        learning_rate=5e-4,
+        warmup=50,
+        weight_decay=0.0,
+        betas=(0.0, 0.95),
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.99,
+    )
     sheet_every: int = 500
     num_card: int = 1000
 
@@ -88,88 +103,205 @@ def distill(
     """Distil a teacher into a student that draws an image in one or two passes (`sampler="dd"`).
 
     Pairs of noise and tokens lie in `out/pairs`, checkpoints and the log of the training in
-    `out/dd1`, a sheet of teacher and student in `out/samples.png`, the finished student in
-    `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share both
-    the pairs and the training.
+    `out/dd1` (and `out/dd2`), a sheet of teacher and student in `out/samples.png`, the finished
+    student in `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share
+    both the pairs and the training of "dd1".
 
     Args:
         teacher: embedded name or folder of a class-conditional token or scale model.
         out: folder, see above.
         settings: see `DistillSettings`.
-        method: "dd1", from pairs.
+        method: "dd1", from pairs; "dd2", from the teacher's scores, which turns a student of "dd1"
+            into one that draws vectors of its own in one pass.
         progress: show bars.
 
     Returns:
-        Figures on held-out pairs: "agreement" with the teacher's tokens by number of known tokens
-        (scales), "agreement_by_position" from noise alone, "chance" (how often the teacher agrees
-        with itself on other noise of the same class), and "class_consistency" of one-step samples
-        where the classes are those of Fashion-MNIST.
+        Figures. "dd1", on held-out pairs: "agreement" with the teacher's tokens by number of known
+        tokens (scales), "agreement_by_position" from noise alone, "chance" (how often the teacher
+        agrees with itself on other noise of the same class). "dd2": "log_likelihood" of a token
+        under the teacher, "before" and "after", and of the teacher's own. Both: "class_consistency"
+        of samples where the classes are those of Fashion-MNIST.
 
     Raises:
-        InputError: an unknown method, or a teacher of another kind.
+        InputError: an unknown method, a teacher of another kind, a student of another teacher, or
+            several processes for "dd2".
         CheckpointError: pairs or checkpoints of another teacher or other settings.
 
-    Paper: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
-    Flow Matching", 2024, section 3.
+    Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
+    Flow Matching", 2024, section 3; Liu et al., "Distilled Decoding 2", 2025.
     """
-    if method != "dd1":
-        raise unknown_name("method", method, ["dd1"])
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
     settings = settings or DistillSettings()
     processes, out = PartialState(), Path(out)
+    if method == "dd2" and processes.num_processes > 1:
+        raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
     pipe = load(teacher, device="cpu").to(processes.device)
     family = student_family(pipe)
     config = pipe.config
     laws = {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-    pair_settings = PairSettings(**laws)
-    total = settings.num_pairs + settings.num_held_out
-    generate_pairs(
-        pipe.model,
-        pipe.transformer.config["num_classes"],
-        pair_settings,
-        out / "pairs",
-        total,
-        shard_size=settings.shard_size,
-        process=(processes.process_index, processes.num_processes),
-        progress=progress and processes.is_main_process,
-    )
-    processes.wait_for_everyone()
-    pairs = read_pairs(pipe.model, pair_settings, out / "pairs", total)
-    torch.manual_seed(settings.fit.seed)
+    run = _Run(pipe, PairSettings(**laws), settings, out, progress)
     name = str(teacher) if (Path(teacher).name == str(teacher)) else str(Path(teacher).resolve())
-    student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
-    student.tokenizer.requires_grad_(False)
-    known = Pairs(pairs.labels[: settings.num_pairs], pairs.tokens[: settings.num_pairs])
-    objective = DistillObjective(
-        student, known, pair_settings.seed, settings.vector_weight, *_picture(student, settings)
-    )
-    held = torch.arange(settings.num_pairs, total)
-
-    def on_log(line: dict[str, Any]) -> None:
-        due = line["step"] % settings.sheet_every == 0 or line["step"] == settings.fit.steps
-        if due and processes.is_main_process:
-            was_training = student.transformer.training
-            student.transformer.eval()
-            draw_sheet(student, pairs, held[:SHEET_IMAGES], pair_settings.seed, out / "samples.png")
-            student.transformer.train(was_training)
-
-    log = fit(objective, settings.fit, out / "dd1", progress=progress, on_log=on_log)
+    figures: dict[str, Any] = {"teacher": name, "method": method}
+    if method == "dd2" and settings.init is not None:
+        student = _given_student(settings.init, family, pipe)
+    else:
+        student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
+        figures |= run.from_pairs(student)
+    if method == "dd2":
+        student, found = run.from_scores(student)
+        figures |= found
     if not processes.is_main_process:
         return {}
-    figures: dict[str, Any] = {
-        "teacher": name,
-        "pairs": settings.num_pairs,
-        "seconds": log[-1]["seconds"],
-        "agreement": {},
-        "chance": _chance(pairs, held),
-    }
-    for step in student.timesteps:
-        found = agreement(student, pairs, held, pair_settings.seed, step)
-        begin = (0, *student.unit_ends)[step]
-        figures["agreement"][str(step)] = float(found[begin:].mean())
-        if step == 0:
-            figures["agreement_by_position"] = [round(share, 4) for share in found.tolist()]
     folder = out / f"{Path(teacher).name}-dd"
     return publish_student(student, pipe, folder, figures, settings.num_card)
+
+
+def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
+    """A trained student of this teacher.
+
+    Raises:
+        InputError: another kind of model, or another codebook or grid.
+    """
+    student = load(path, device="cpu").to(teacher.device).model
+    if not isinstance(student, family):
+        raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
+    ours, theirs = student.codebook, cast(Any, teacher.model).codebook
+    same = ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), atol=0.02)
+    if not same or student.num_tokens != teacher.model.num_tokens:
+        raise InputError(f"init {path}: a student of another teacher (codebook or grid differ)")
+    student.transformer.float()
+    return student
+
+
+class _Run:
+    """What the stages of a run share."""
+
+    def __init__(
+        self,
+        pipe: ARPipeline,
+        laws: PairSettings,
+        settings: DistillSettings,
+        out: Path,
+        progress: bool,
+    ) -> None:
+        self.pipe, self.laws, self.settings, self.out = pipe, laws, settings, out
+        self.progress, self.processes = progress, PartialState()
+        self.teacher: Any = pipe.model
+        self.num_classes: int = pipe.transformer.config["num_classes"]
+
+    def from_pairs(self, student: Any) -> dict[str, Any]:
+        """Train a student on the teacher's pairs; its figures."""
+        settings, processes = self.settings, self.processes
+        total = settings.num_pairs + settings.num_held_out
+        generate_pairs(
+            self.teacher,
+            self.num_classes,
+            self.laws,
+            self.out / "pairs",
+            total,
+            shard_size=settings.shard_size,
+            process=(processes.process_index, processes.num_processes),
+            progress=self.progress and processes.is_main_process,
+        )
+        processes.wait_for_everyone()
+        pairs = read_pairs(self.teacher, self.laws, self.out / "pairs", total)
+        torch.manual_seed(settings.fit.seed)
+        student.tokenizer.requires_grad_(False)
+        known = Pairs(pairs.labels[: settings.num_pairs], pairs.tokens[: settings.num_pairs])
+        objective = DistillObjective(
+            student, known, self.laws.seed, settings.vector_weight, *_picture(student, settings)
+        )
+        held = torch.arange(settings.num_pairs, total)
+        log = self._fit(objective, settings.fit, "dd1", student, (self.laws.seed, held))
+        figures = {
+            "pairs": settings.num_pairs,
+            "seconds": log[-1]["seconds"],
+            "agreement": {},
+            "chance": _chance(pairs, held),
+        }
+        for step in student.timesteps:
+            found = agreement(student, pairs, held, self.laws.seed, step)
+            begin = (0, *student.unit_ends)[step]
+            figures["agreement"][str(step)] = float(found[begin:].mean())
+            if step == 0:
+                figures["agreement_by_position"] = [round(share, 4) for share in found.tolist()]
+        return figures
+
+    def from_scores(self, student: Any) -> tuple[Any, dict[str, Any]]:
+        """Train a student on the teacher's scores; the one-step student, and its figures."""
+        settings = self.settings
+        torch.manual_seed(settings.score_fit.seed)
+        scores = TeacherScores(self.teacher, self.laws.shaping(), self.laws.guidance_scale)
+        sizes = (student.num_tokens, scores.num_classes, scores.feature_dim)
+        objective = ScoreObjective(
+            student.transformer, scores, student.codebook.detach(), sizes, settings.score
+        )
+        # From now on all positions are decoded from the vectors, in one pass.
+        student.transformer.register_to_config(split=0, timesteps=[0])
+        student = type(student)(student.transformer, student.tokenizer, student.class_names)
+        images = torch.arange(settings.num_held_out)
+        own = self._own_tokens(images)
+        judged = {
+            "before": self._likelihood(student, scores, images),
+            "teacher": _mean_likelihood(scores, images % self.num_classes, own),
+        }
+        log = self._fit(objective, settings.score_fit, "dd2", student, (HELD_OUT_SEED, images))
+        judged["after"] = self._likelihood(student, scores, images)
+        return student, {"log_likelihood": judged, "seconds": log[-1]["seconds"]}
+
+    def _own_tokens(self, images: Tensor) -> Tensor:
+        """The teacher's for the held-out noise of score distillation."""
+        parts = [
+            teacher_tokens(
+                self.teacher,
+                (part % self.num_classes).tolist(),
+                [(HELD_OUT_SEED, image) for image in part.tolist()],
+                self.laws,
+            )
+            for part in images.split(100)
+        ]
+        return torch.cat(parts)
+
+    def _likelihood(self, student: Any, scores: TeacherScores, images: Tensor) -> float:
+        labels = images % self.num_classes
+        drawn = get_sampler("dd", steps=1)(
+            student, labels.tolist(), seeds=[(HELD_OUT_SEED, image) for image in images.tolist()]
+        )
+        return _mean_likelihood(scores, labels, drawn.tokens)
+
+    def _fit(
+        self,
+        objective: Objective,
+        config: FitConfig,
+        name: str,
+        student: Any,
+        noise: tuple[int, Tensor],
+    ) -> list[dict[str, Any]]:
+        """Run the loop, and draw a sheet now and then."""
+        seed, images = noise[0], noise[1][:SHEET_IMAGES]
+        labels = (images % self.num_classes).tolist()
+        seeds = [(seed, image) for image in images.tolist()]
+
+        def on_log(line: dict[str, Any]) -> None:
+            due = line["step"] % self.settings.sheet_every == 0 or line["step"] == config.steps
+            if due and self.processes.is_main_process:
+                was_training = student.transformer.training
+                student.transformer.eval()
+                own = teacher_tokens(self.teacher, labels, seeds, self.laws)
+                draw_sheet(student, own, labels, seeds, self.out / "samples.png")
+                student.transformer.train(was_training)
+
+        return fit(objective, config, self.out / name, progress=self.progress, on_log=on_log)
+
+
+def _mean_likelihood(scores: TeacherScores, labels: Tensor, tokens: Tensor) -> float:
+    """Of a token under the teacher, behind the tokens before it; at least -20 each."""
+    total = 0.0
+    for some, part in zip(labels.split(100), tokens.split(100), strict=True):
+        logp = scores(some, part)[0].gather(-1, part[..., None].to(tokens.device))
+        total += float(logp.clamp_min(-20).double().sum())
+    return round(total / tokens.numel(), 4)
 
 
 def student_family(pipe: ARPipeline) -> Any:
@@ -212,115 +344,3 @@ def _chance(pairs: Pairs, held: Tensor) -> float:
     if len(first) == 0:
         return float("nan")
     return float((pairs.tokens[first] == pairs.tokens[second]).double().mean())
-
-
-def draw_sheet(student: Any, pairs: Pairs, images: Tensor, seed: int, path: Path) -> None:
-    """Write a picture: the teacher's images, and the student's for the same noise, a row per steps."""
-    labels = pairs.labels[images].tolist()
-    rows = [("teacher", student.decode(pairs.tokens[images]))]
-    for steps in range(1, len(student.timesteps) + 1):
-        drawn = get_sampler("dd", steps=steps)(
-            student, labels, seeds=[(seed, image) for image in images.tolist()]
-        )
-        found = drawn.tokens if drawn.embeddings is None else drawn.embeddings
-        rows.append((f"student, steps={steps}", student.decode(found)))
-    sheet = labelled_rows([(label, _pictures(pixels)) for label, pixels in rows])
-    with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def _pictures(pixels: Tensor) -> list[Image.Image]:
-    levels = to_bytes(pixels.cpu() / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image) for image in levels]
-
-
-def publish_student(
-    student: Any, teacher: ARPipeline, folder: Path, figures: dict[str, Any], num: int
-) -> dict[str, Any]:
-    """Write a student as a pipeline folder with its card; returns the figures.
-
-    Args:
-        student: trained.
-        teacher: its pipeline.
-        folder: to write.
-        figures: see `distill`.
-        num: one-step samples to measure on.
-    """
-    config = teacher.config
-    names = ("class_names", "guidance_scale", "temperature", "top_k", "top_p", "num_threads")
-    kind = type(teacher.transformer).__name__.removesuffix("Transformer")
-    card = {
-        "kind": "student",
-        "conditions": "class",
-        "summary": f"{kind} student of {Path(figures['teacher']).name}: an image in one or two passes",
-        "student_of": figures["teacher"],
-    }
-    parts = {
-        "transformer": student.transformer.cpu(),
-        "tokenizer": student.tokenizer.cpu(),
-        "sampler": get_sampler("dd"),
-    }
-    publish(parts, folder, card, {name: config[name] for name in names})
-    if list(config["class_names"] or []) == list(CLASS_NAMES):
-        pipe, labels = load(folder, device="cpu"), torch.arange(num) % len(CLASS_NAMES)
-        figures["class_consistency"] = {
-            str(steps): float(class_consistency(_draw(pipe, labels, steps), labels))
-            for steps in range(1, len(student.timesteps) + 1)
-        }
-    figures["parameters"] = sum(p.numel() for p in student.transformer.parameters())
-    with replacing(folder / "README.md") as path:
-        path.write_text(_card(folder, card, figures, num))
-    with replacing(folder.parent / "figures.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
-
-
-def _draw(pipe: ARPipeline, labels: Tensor, steps: int, batch_size: int = 125) -> Tensor:
-    images = []
-    for part in torch.arange(len(labels)).split(batch_size):
-        seeds = [(1, image) for image in part.tolist()]
-        run: dict[str, Any] = {"seed": seeds, "steps": steps, "progress": False}
-        out = sample(pipe, labels[part].tolist(), "dd", output_type="pt", **run)
-        images.append(to_bytes(out.images))
-    return torch.cat(images)
-
-
-def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    agreed = ", ".join(
-        f"{share:.3f} {'from noise alone' if known == '0' else f'behind {known} known units'}"
-        for known, share in figures["agreement"].items()
-    )
-    is_fashion = "class_consistency" in figures
-    origin = (
-        " (trained on Fashion-MNIST; Xiao, Rasul, Vollgraf 2017; MIT licence)" if is_fashion else ""
-    )
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: arvision",
-        "tags: [text-to-image, autoregressive, distillation, fashion-mnist]",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"{card['summary']}. **A small demonstration model**, and a lossy one: it approximates its "
-        "teacher's law.",
-        "",
-        f"- **Data**: {figures['pairs']:,} pairs of noise and tokens drawn by the teacher "
-        f"`{figures['teacher']}` at its recommended settings through the flow-matching map"
-        f"{origin}.",
-        "- **Licence of the weights**: Apache-2.0.",
-        f"- **Recipe**: `arvision distill --teacher {figures['teacher']} --out runs/{folder.name}`.",
-        f"- **Wall time** of the training, without the pairs: {figures['seconds'] / 60:.0f} min (one "
-        "thread of a shared two-core CPU).",
-        f"- **Size**: {figures['parameters']:,} parameters; with the image tokenizer {size / 1e6:.1f} "
-        "MB, half precision.",
-        f"- **Agreement** with the teacher's tokens for the same noise, on held-out pairs: {agreed}; "
-        f"chance (other noise, same class): {figures['chance']:.3f}.",
-    ]
-    if is_fashion:
-        shares = ", ".join(f"{v:.3f} at steps={k}" for k, v in figures["class_consistency"].items())
-        lines.append(
-            f"- **Class consistency** of {num} samples (the project's classifier): {shares}."
-        )
-    return "\n".join([*lines, ""])

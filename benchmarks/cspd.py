@@ -1,9 +1,9 @@
-"""What does continuous speculative decoding give on `mar-fashion`? Passes, acceptance, time, distance.
+"""What do the faster ways of drawing latents give on `mar-fashion`? Passes, acceptance, time, distance.
 
 python -m benchmarks.cspd [--images 100] [--rounds 5] [--part all|quality|time|head]
 
-Every sampler draws the same classes at the recommended settings, one latent per iteration; the draft is
-`mar-fashion-draft`. Quality: passes of the target per image, share of judged drafts accepted, Frechet
+Every sampler draws the same classes at the recommended settings, one latent per iteration; the draft of
+`cspd` is `mar-fashion-draft`. Quality: passes of the target per image, share of judged drafts accepted, Frechet
 distance of the project's classifier features (not FID) from an independent run of `ar`, beside that of
 a second independent run of `ar`, and class consistency. Time: wall time per image without the decoder,
 batch 1 and 8, medians of alternating rounds in one process on one thread. Head: the reverse loop of the
@@ -40,6 +40,12 @@ SAMPLERS = (
     "cspd:context=batched:max_draft=4",
     f"{EXACT}:max_draft=2",
     f"{EXACT}:max_draft=4",
+    "csjd",
+    "csjd:criterion=tolerance",
+    "csjd:criterion=tolerance:tolerance=0.3",
+    "ar:refresh=2",
+    "ar:refresh=4",
+    "ar:refresh=4:reuse_guidance=true",
 )
 
 
@@ -75,7 +81,7 @@ class Study:
     def draw(self, spec: str, seed: int, batch_size: int = 50) -> tuple[Tensor, dict[str, Any]]:
         """Classifier features of all classes, and passes, acceptance and class consistency."""
         sampler, images = self.sampler(spec), []
-        totals = {"passes": 0, "accepted": 0, "rejected": 0, "exhausted": 0, "non_finite": 0}
+        totals = {"passes": 0, "accepted": 0, "rejected": 0, "exhausted": 0, "nonfinite": 0}
         for first in range(0, len(self.classes), batch_size):
             out = self.run(sampler, first, min(batch_size, len(self.classes) - first), seed)
             images.append(to_bytes(self.pipe.model.decode(out.tokens) / 2 + 0.5))
@@ -92,6 +98,7 @@ class Study:
             "passes": totals["passes"] / len(self.classes),
             "acceptance": totals["accepted"] / judged if judged else None,
             "exhausted": totals["exhausted"],
+            "nonfinite": totals["nonfinite"],
             "class_consistency": float(class_consistency(pixels, self.classes)),
         }
 
@@ -147,6 +154,7 @@ def main() -> None:
     if options.part in ("all", "quality"):
         record |= {"images": options.images, "quality": study.quality()}
     if options.part in ("all", "time"):
+        record["rounds"] = options.rounds
         record["seconds"] = {str(b): study.time(b, options.rounds) for b in (1, 8)}
     if options.part in ("all", "head"):
         record["head"] = head_times(study.pipe.model, 15)

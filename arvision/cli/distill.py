@@ -15,6 +15,8 @@ arvision distill --teacher llamagen-fashion --out runs/llamagen-fashion-dd
 
 arvision distill --teacher var-fashion --out runs/var-fashion-dd --num-pairs 40000 --timesteps 0,3
 
+arvision distill --teacher llamagen-fashion --method dd2 --init llamagen-fashion-dd --out runs/dd2
+
 arvision sample --model runs/llamagen-fashion-dd/llamagen-fashion-dd --prompt boot --steps 2 --out boot.png
 
 The teacher first writes pairs of noise and tokens, then the student learns them. Run a command again
@@ -31,7 +33,9 @@ def add_to(app: typer.Typer) -> None:
 def distill(
     teacher: Annotated[str, typer.Option(help="Embedded name or folder of the model to distil.")],
     out: Annotated[Path, typer.Option(help="Folder for pairs, checkpoints and the student.")],
-    method: Annotated[str, typer.Option(help="dd1: from pairs of the teacher.")] = "dd1",
+    method: Annotated[
+        str, typer.Option(help="dd1: from pairs; dd2: from the teacher's scores.")
+    ] = "dd1",
     num_pairs: Annotated[int | None, typer.Option(help="Pairs to learn from.")] = None,
     num_held_out: Annotated[int | None, typer.Option(help="Pairs for the figures.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Pairs per file and batch.")] = None,
@@ -43,6 +47,11 @@ def distill(
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
     vector_weight: Annotated[float | None, typer.Option(help="Of the regression term.")] = None,
     picture_weight: Annotated[float | None, typer.Option(help="Of the decoder's term.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="dd2: a trained student to start from; dd1 makes one if left."),
+    ] = None,
+    score_steps: Annotated[int | None, typer.Option(help="dd2: optimiser steps.")] = None,
     card_samples: Annotated[int | None, typer.Option(help="Samples to measure on.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
@@ -68,15 +77,24 @@ def distill(
         "shard_size": shard_size,
         "vector_weight": vector_weight,
         "picture_weight": picture_weight,
+        "init": init,
         "num_card": card_samples,
         "timesteps": None if timesteps is None else parse_value(f"[{timesteps}]"),
     }
     settings = DistillSettings(**{k: v for k, v in given.items() if v is not None})
     changed = dataclasses.replace(settings.fit, **{k: v for k, v in fit.items() if v is not None})
-    settings = dataclasses.replace(settings, fit=changed)
+    given_steps = {} if score_steps is None else {"steps": score_steps}
+    if batch_size is not None:
+        given_steps["batch_size"] = batch_size
+    scored = dataclasses.replace(settings.score_fit, **given_steps)
+    settings = dataclasses.replace(settings, fit=changed, score_fit=scored)
     figures = run(teacher, out, settings, method=method, progress=not quiet)
     if not figures:
         return
     student = out / f"{Path(teacher).name}-dd"
-    agreed = ", ".join(f"{share:.3f} behind {k}" for k, share in figures["agreement"].items())
-    typer.echo(json.dumps(figures) if as_json else f"{student}: agreement {agreed}")
+    agreed = [
+        f"agreement {share:.3f} behind {k}" for k, share in figures.get("agreement", {}).items()
+    ]
+    likelihood = figures.get("log_likelihood", {})
+    agreed += [f"log-likelihood {name} {value:.2f}" for name, value in likelihood.items()]
+    typer.echo(json.dumps(figures) if as_json else f"{student}: {', '.join(agreed)}")

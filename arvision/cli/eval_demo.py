@@ -58,8 +58,10 @@ def plan(samplers: list[str]) -> list[Entry]:
     # On a CPU a window of 8 is as fast as these samplers' 16, and cheaper in a batch.
     windowed = [name for name in ("gsd", "lantern") if name in samplers]
     known += [Entry(f"{name} window 8", name, {"window": 8}) for name in windowed]
+    known += [Entry("draft", "draft", draw={"max_draft": 2}), Entry("pjd", "pjd", draw=small)]
     done = {entry.sampler for entry in known}
-    return known + [Entry(str(name), str(name)) for name in samplers if name not in done]
+    others = [Entry(name, name) for name in samplers if name not in done]
+    return [entry for entry in known if entry.sampler in samplers] + others
 
 
 def demo(
@@ -70,6 +72,10 @@ def demo(
         "llamagen-fashion"
     ),
     num: Annotated[int, typer.Option(help="Samples of each sampler.")] = 2000,
+    samplers: Annotated[
+        str | None, typer.Option(help="Some of the samplers, with commas; all if left.")
+    ] = None,
+    num_real: Annotated[int, typer.Option(help="Test images to compare with.")] = 10_000,
     size: Annotated[int, typer.Option(help="Input side of lite0.")] = 64,
     timed: Annotated[int, typer.Option(help="Images drawn one at a time for passes, time.")] = 10,
     workers: Annotated[int | None, typer.Option(help="Processes; the cores if left.")] = None,
@@ -80,6 +86,7 @@ def demo(
     import torch
 
     from .. import api
+    from ..errors import unknown_name
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
     from ..eval.sources import ShardSource, TensorSource
@@ -88,9 +95,15 @@ def demo(
     started = time.perf_counter()
     listed = api.list_samplers(model)
     lossless = {str(name): bool(name.facts["lossless"]) for name in listed}
-    entries, left_out = _draw(plan([str(n) for n in listed]), model, out, num, workers, not quiet)
+    names = [str(name) for name in listed]
+    wanted = names if samplers is None else ["ar", *samplers.split(",")]
+    for name in wanted:
+        if name not in names:
+            raise unknown_name("sampler", name, names)
+    entries, left_out = _draw(plan(wanted), model, out, num, workers, not quiet)
     drawn = time.perf_counter() - started
     images, labels = load_fashion("test")
+    images, labels = images[:num_real], labels[:num_real]
     real = TensorSource(images.unsqueeze(1), labels.tolist(), "the Fashion-MNIST test images")
     networks = [get_extractor("lite0", size=size), get_extractor("fashion-classifier")]
     torch.set_num_threads(workers or os.cpu_count() or 1)
@@ -145,10 +158,14 @@ def _judge(judge: Any, sources: list[Any], workers: int | None, progress: bool) 
     """Scores and features of all sources, a thread for each core."""
     from tqdm import tqdm
 
+    # Samples of a sampler that draws ar's very pictures are judged with ar's.
+    marks = [source.read(0, len(source)).numpy().tobytes() for source in sources]
+    kinds = list(dict.fromkeys(marks))
     with ThreadPoolExecutor(workers or os.cpu_count(), initializer=_one_thread) as pool:
-        found = pool.map(judge.score, sources)
-        bar = tqdm(found, "scoring", len(sources), file=sys.stderr, disable=not progress)
-        return list(bar)
+        found = pool.map(judge.score, [sources[marks.index(mark)] for mark in kinds])
+        bar = tqdm(found, "scoring", len(kinds), file=sys.stderr, disable=not progress)
+        scored = dict(zip(kinds, bar, strict=True))
+    return [scored[mark] for mark in marks]
 
 
 def _draw(
@@ -208,9 +225,13 @@ def _generate(entry: Entry, model: str, out: Path, num: int) -> None:
         num=num,
         seed=entry.seed,
         options=options,
-        batch_size=25,
+        batch_size=100,
         progress=False,
     )
+
+
+LIKELIHOOD_IMAGES = 1000
+"""Images whose tokens are read again for the test of log-likelihoods; the first ones."""
 
 
 def _likelihoods(model: str, baseline: Path) -> Callable[[Any], Any]:
@@ -223,7 +244,8 @@ def _likelihoods(model: str, baseline: Path) -> Callable[[Any], Any]:
 
     def of(shards: Any) -> Any:
         if shards.folder not in known:
-            tokens, classes = shards.read_tokens(0, shards.num), shards.config["num_classes"]
+            num = min(shards.num, LIKELIHOOD_IMAGES)
+            tokens, classes = shards.read_tokens(0, num), shards.config["num_classes"]
             pieces = []
             for start in range(0, len(tokens), 20):  # as many as a core's cache holds
                 part = tokens[start : start + 20]

@@ -118,6 +118,10 @@ class Objective(nn.Module):
         """Scalar "loss" (and figures worth logging) of the samples `indices` [B]."""
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
+    def rate_share(self, name: str) -> float:
+        """Learning rate of the parameter `name`, as a share of the run's; 1 by default."""
+        return 1.0
+
     def after_step(self, step: int) -> None:
         """Called after each optimiser step; does nothing by default."""
 
@@ -194,7 +198,7 @@ def fit(
         mine = indices[accelerator.process_index :: accelerator.num_processes]
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         with accelerator.autocast():
             figures = model(mine, _generator(config.seed, step, "noise"))
         optimizer.zero_grad()
@@ -228,12 +232,16 @@ def fit(
     return log
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors, which do not; for each share of the learning rate."""
+    trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    groups = []
+    for share in sorted({objective.rate_share(name) for name, _ in trained}):
+        mine = [p for name, p in trained if objective.rate_share(name) == share]
+        for decay, is_matrix in ((weight_decay, True), (0.0, False)):
+            chosen = [p for p in mine if (p.dim() >= 2) == is_matrix]
+            groups.append({"params": chosen, "weight_decay": decay, "share": share})
+    return groups
 
 
 def _save(

@@ -123,6 +123,7 @@ def test_the_whole_demo(tmp_path: Path):
     from arvision.cli.eval import app
 
     arguments = ["demo", "--out", str(tmp_path), "--num", "20", "--size", "32", "--timed", "1"]
+    arguments += ["--samplers", "sjd,zipar", "--num-real", "500"]
     done = CliRunner().invoke(app, [*arguments, "--workers", "1", "--quiet", "--json"])
     assert done.exception is None, done.exception
     report = json.loads(done.stdout)

@@ -59,7 +59,7 @@ class AttentionBlock(nn.Module):
         """[B, C, H, W] to [B, C, H, W]."""
         normed = self.norm(x)
         q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            layer(normed).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
             for layer in (self.q, self.k, self.v)
         )
         out = F.scaled_dot_product_attention(q, k, v)

@@ -1,0 +1,198 @@
+"""One-step score distillation: a student learns its teacher's law from the teacher's scores, without pairs.
+
+Behind given tokens the teacher's law of the next code is a finite mixture, so the denoised mean of a
+noisy code under it is known in closed form. A second network, the guidance network, learns the
+same for the student's own codes; the student moves to where the two agree.
+
+Paper: Liu et al., "Distilled Decoding 2: One-step Sampling of Image Auto-regressive Models with
+Conditional Score Distillation", 2025, sections 3-4; the loss is that of Zhou et al., "Score identity
+Distillation", 2024, with alpha 1. Its code is unpublished. Here the guidance network is a head on the
+teacher's own features, which stay as they are, and the student starts from a trained one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import ScaleModel
+from ..decoding.logits import Shaping
+from ..decoding.student import nearest_code
+from ..models.mar.head import HeadNetwork
+from .loop import Objective
+from .pairs import pair_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Settings of `ScoreObjective`.
+
+    Attributes:
+        warmup: first steps, in which the guidance network learns the teacher's own scores and the
+            student rests.
+        guidance_updates: updates of the guidance network for one of the student (5 in the paper).
+        student_rate: learning rate of the student, as a share of the guidance network's.
+        width, depth: of the guidance network's blocks.
+    """
+
+    warmup: int = 200
+    guidance_updates: int = 5
+    student_rate: float = 0.1
+    width: int = 256
+    depth: int = 3
+
+
+class TeacherScores:
+    """A teacher's laws and features behind given tokens.
+
+    Args:
+        model: a class-conditional token or scale model with a codebook.
+        shaping: from guided logits to laws.
+        guidance_scale: of the teacher.
+    """
+
+    def __init__(self, model: Any, shaping: Shaping, guidance_scale: float) -> None:
+        self.model, self.shaping, self.guidance_scale = model, shaping, guidance_scale
+        network = model.transformer
+        self._output: nn.Module = network.output if hasattr(network, "output") else network.head
+        self.num_classes: int = network.config["num_classes"]
+        self.feature_dim: int = network.config["hidden_size"]
+
+    @torch.no_grad()
+    def __call__(self, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, N, V] of each token behind the ones before, features [B, N, C]."""
+        seen: list[Tensor] = []
+        hook = self._output.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            logits = self._logits(labels.tolist(), tokens)
+        finally:
+            hook.remove()
+        features = torch.cat([part.view(len(part), -1, part.shape[-1]) for part in seen], dim=1)
+        return self.shaping(logits.float()), features[: len(labels)].float()
+
+    def _logits(self, labels: list[int], tokens: Tensor) -> Tensor:
+        if not isinstance(self.model, ScaleModel):
+            state, first = self.model.start(labels, self.guidance_scale)
+            return torch.cat([first[:, None], state.extend(tokens[:, :-1])], dim=1)
+        scales: Any = self.model.start(labels, self.guidance_scale)
+        parts, begin = [], 0
+        while begin < tokens.shape[1]:
+            parts.append(scales.next())
+            end = begin + parts[-1].shape[1]
+            scales.feed(tokens[:, begin:end])
+            begin = end
+        return torch.cat(parts, dim=1)
+
+
+def denoised_mean(logp: Tensor, codes: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """E[c | x] [..., D] for x = (1 - t) c + t e, e standard normal, c a code with law `logp`.
+
+    Args:
+        logp: [..., V]; -inf for codes that never come.
+        codes: [V, D].
+        x: [..., D].
+        t: [...] in (0, 1).
+    """
+    keep = (1 - t)[..., None]
+    exponent = keep * (x @ codes.T) - 0.5 * keep.square() * codes.square().sum(-1)
+    return (logp + exponent / t[..., None].square()).softmax(-1) @ codes
+
+
+class ScoreObjective(Objective):
+    """Losses of the guidance network and, every so often, of the student.
+
+    Args:
+        student: `(class_ids, noise [B, N, D], known [B])` to logits and vectors [B, N, D].
+        scores: `(labels, tokens)` to laws and features, see `TeacherScores`.
+        codes: [V, D].
+        sizes: numbers of tokens, classes and features.
+        settings: see `ScoreSettings`.
+        seed: of the student's noise; image k has the identity (seed, k).
+    """
+
+    num_items = 1 << 17
+    """Identities; the noise of each is computed, none is stored."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        scores: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        codes: Tensor,
+        sizes: tuple[int, int, int],
+        settings: ScoreSettings,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.student, self.scores, self.settings, self.seed = student, scores, settings, seed
+        self.num_tokens, self.num_classes, feature_dim = sizes
+        self.register_buffer("codes", codes.float(), persistent=False)
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
+        self.guidance = HeadNetwork(codes.shape[1], feature_dim, settings.width, settings.depth)
+        self._spread = float(codes.float().var(0, correction=0).mean().sqrt())
+
+    def rate_share(self, name: str) -> float:
+        """Learning rate of a parameter, as a share of the run's."""
+        return self.settings.student_rate if name.startswith("student.") else 1.0
+
+    def after_step(self, step: int) -> None:
+        """Remember how far the run is."""
+        self.steps_done.fill_(step + 1)
+
+    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of the images `indices`, of which each has a class and noise of its own."""
+        step, settings = int(self.steps_done), self.settings
+        is_warm = step >= settings.warmup
+        moves = is_warm and step % settings.guidance_updates == 0
+        labels = indices % self.num_classes
+        noise = pair_noise(self.seed, indices, self.num_tokens, self.codes.shape[1])
+        with torch.set_grad_enabled(moves):
+            vectors = self.student(labels, noise, torch.zeros_like(labels))[1].float()
+        tokens = nearest_code(vectors.detach(), self.codes)
+        logp, features = self.scores(labels, tokens)
+        with torch.autocast(vectors.device.type, enabled=False):
+            x, t = self._noisy(vectors.detach(), generator)
+            goal = vectors.detach()
+            if not is_warm:
+                goal = denoised_mean(logp, self.codes, x, t)
+            # In units of the velocity: small times do not count more than others.
+            error = (self._guess(x, t, features) - goal) / t[..., None]
+            loss = error.square().mean()
+            figures = {"guidance": loss, "log_likelihood": _log_likelihood(logp, tokens)}
+            if moves:
+                figures["student"] = self._student_loss(vectors, logp, features, generator)
+                loss = loss + figures["student"]
+        return {"loss": loss, **figures}
+
+    def _student_loss(
+        self, vectors: Tensor, logp: Tensor, features: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Score identity loss with alpha 1: (f_teacher - f_student) . (f_student - x)."""
+        self.guidance.requires_grad_(False)
+        x, t = self._noisy(vectors, generator)
+        theirs = denoised_mean(logp, self.codes, x, t)
+        ours = self._guess(x, t, features)
+        self.guidance.requires_grad_(True)
+        size = (theirs - vectors).detach().abs().mean(-1).clamp_min(1e-4)
+        return (((theirs - ours) * (ours - vectors)).sum(-1) / size).mean()
+
+    def _noisy(self, vectors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Vectors with noise, and how much: times spread evenly between code and noise."""
+        share = torch.rand(vectors.shape[:-1], generator=generator).to(vectors).clamp(0.02, 0.98)
+        t = share * self._spread / (share * self._spread + 1 - share)
+        e = torch.randn(vectors.shape, generator=generator).to(vectors)
+        return (1 - t)[..., None] * vectors + t[..., None] * e, t
+
+    def _guess(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        """The guidance network's denoised mean, from the velocity e - c that it estimates."""
+        flat = self.guidance(x.flatten(0, 1), 1000 * t.flatten(), features.flatten(0, 1))
+        velocity = flat.view(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        return x - t[..., None] * velocity
+
+
+def _log_likelihood(logp: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over tokens under the teacher; what it never says counts as -20."""
+    return logp.gather(-1, tokens[..., None])[..., 0].clamp_min(-20).mean()
