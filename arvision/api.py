@@ -230,19 +230,17 @@ def sample(
     else:
         place = _device(device)
         pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
-    if sampler is None:
-        own = pipe.sampler.name
-        sampler = "sjd" if own == "ar" and pipe.kind == "token" else own
-    chosen = (
-        get_sampler(sampler, **sampler_options)
-        if isinstance(sampler, str)
-        else sampler.with_options(**sampler_options)
-        if sampler_options
-        else sampler
-    )
+    own = pipe.sampler.name
+    usual = "sjd" if own == "ar" and pipe.kind == "token" else own
+    given_sampler = usual if sampler is None else sampler
+    is_named = isinstance(given_sampler, str)
+    if isinstance(given_sampler, str):
+        chosen = get_sampler(given_sampler, **sampler_options)
+    else:
+        chosen = given_sampler.with_options(**sampler_options) if sampler_options else given_sampler
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for name, value in given.items():
-        is_open = value is None and isinstance(sampler, str) and name not in sampler_options
+        is_open = value is None and is_named and name not in sampler_options
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
     kept = getattr(pipe, "_progress_bar_config", None)

@@ -75,7 +75,7 @@ def custom_generate(
     mask = model_kwargs.get("attention_mask")
     kept = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[own.bool()].cpu() for row, own in zip(input_ids, kept, strict=True)]
-    law = {"temperature": 0.0}
+    law: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
         shares = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -85,7 +85,7 @@ def run_recipe(
     if name in MAR_DRAFT_RECIPES:
         small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
         network = small.run(load(small.target, device="cpu").model, out, progress=progress)
-        seconds = stage_seconds(out, small)
+        seconds = stage_seconds(out, small.stages)
         return publish_mar_draft(network, out / name, small, seconds, min(100, card_samples))
     if name not in RECIPES:
         known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
@@ -93,7 +93,7 @@ def run_recipe(
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)
-    return write_card(out / name, name, stage_seconds(out, recipe), card_samples)
+    return write_card(out / name, name, stage_seconds(out, recipe.stages), card_samples)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

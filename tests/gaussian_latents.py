@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from scipy.stats import kstest, norm
@@ -46,7 +47,7 @@ class GaussianHead:
     def __init__(self, dim, num_steps):
         self.latent_dim, self.num_steps = dim, num_steps
 
-    def law(self, z, guidance_scale=1.0):
+    def law(self, z, guidance_scale=1.0) -> Any:
         mean, deviation = z.chunk(2, dim=-1)
         return GaussianLaw(mean, deviation, self.num_steps)
 
@@ -55,7 +56,7 @@ class GaussianModel:
     """Latent i is N(mean + pull * (sum of the known ones), deviation^2)."""
 
     def __init__(self, mean, deviation, *, dim=1, num_tokens=1, pull=0.0, num_steps=10):
-        self.head = GaussianHead(dim, num_steps)
+        self.head: Any = GaussianHead(dim, num_steps)
         self.num_tokens, self.grid = num_tokens, None
         self.mean = torch.as_tensor(mean, dtype=torch.float64).expand(dim)
         self.deviation = torch.as_tensor(deviation, dtype=torch.float64).expand(dim)

@@ -106,7 +106,7 @@ def test_bad_input(teacher, tmp_path):
     with pytest.raises(InputError, match="num_pairs 0: expected at least 1"):
         DistillSettings(num_pairs=0)
     with pytest.raises(InputError, match=r"timesteps .*: expected integers"):
-        DistillSettings(timesteps="0 20")
+        DistillSettings(timesteps="0 20")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_command_with_a_loss_on_pictures(teacher, tmp_path):

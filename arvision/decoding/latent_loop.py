@@ -129,9 +129,10 @@ def decode_latents(
     order = plan.orders(noise, model.num_tokens)
     state = model.start(conditions, guidance_scale, order)
     if plan.refresh > 1:
-        if not hasattr(state, "keep_features"):
+        keep_features = getattr(state, "keep_features", None)
+        if keep_features is None:
             raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
-        state.keep_features(plan.refresh, plan.reuse_guidance)
+        keep_features(plan.refresh, plan.reuse_guidance)
     tokens = torch.zeros(*order.shape, model.head.latent_dim, device=order.device)
     commit_pass = torch.zeros_like(order)
     passes = 0

@@ -172,7 +172,7 @@ class _Run(LatentRun):
         self._passes[images] += 1
         if self._draft is None:
             self._keep(images, z, context)
-        if paths is None:
+        if slots is None or paths is None:
             self._write(extra, self._verifier.draw(self._verifier.target, extra).latents)
             self._done[images] += 1
             return

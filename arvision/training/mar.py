@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def initialise(transformer: MARTransformer) -> None:
     for name, parameter in transformer.named_parameters(recurse=False):
         assert name.endswith(("learned", "token", "latent"))
         nn.init.normal_(parameter, std=0.02)
-    net = transformer.diffloss.net
+    net: Any = transformer.diffloss.net
     for block in (*net.res_blocks, net.final_layer):
         nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(block.adaLN_modulation[1].bias)

@@ -116,12 +116,12 @@ class MARDraftRecipe:
             raise InputError("the target has no autoencoder: expected one to encode the images")
         images, labels = (part[: self.num_images] for part in load_fashion("train"))
         scale = target.tokenizer.config["scaling_factor"]
-        moments = (scale * part for part in encode_moments(target.tokenizer, images))
+        mean, deviation = (scale * part for part in encode_moments(target.tokenizer, images))
         given = {k: v for k, v in target.transformer.config.items() if not k.startswith("_")}
         torch.manual_seed(self.fit.seed)
         draft = MARTransformer(**given | self.sizes)
         initialise(draft)
-        data = MARObjective(target.transformer, *moments, labels)
+        data = MARObjective(target.transformer, mean, deviation, labels)
         objective = MARDraftObjective(draft, target.transformer, data)
         fit(objective, self.fit, folder / "transformer", progress=progress)
         return draft.eval()

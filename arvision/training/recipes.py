@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -254,10 +255,10 @@ RECIPES: dict[str, Recipe] = {
 RECIPES |= VAR_RECIPES | MAR_RECIPES
 
 
-def stage_seconds(folder: Path, recipe: Recipe) -> dict[str, float]:
+def stage_seconds(folder: Path, stages: Iterable[str]) -> dict[str, float]:
     """Wall time of each stage of a finished recipe, from its log."""
     seconds = {}
-    for stage in recipe.stages:
+    for stage in stages:
         lines = (folder / stage / "log.jsonl").read_text().splitlines()
         seconds[stage] = json.loads(lines[-1])["seconds"]
     return seconds

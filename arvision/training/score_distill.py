@@ -114,6 +114,8 @@ class ScoreObjective(Objective):
         seed: of the student's noise; image k has the identity (seed, k).
     """
 
+    codes: Tensor
+    steps_done: Tensor
     num_items = 1 << 17
     """Identities; the noise of each is computed, none is stored."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -86,11 +88,9 @@ def test_refresh_in_the_sampler():
 
 def test_embedded_model_stays_near_its_plain_picture():
     pipe = arvision.load("mar-fashion", device="cpu")
-    options = {"seed": [(0, 0)], "progress": False, "output_type": "pt", "num_iter": 16}
-    plain, lazy, other = (
-        arvision.sample(pipe, 8, **options | change).tokens
-        for change in ({}, {"refresh": 2}, {"seed": [(0, 1)]})
-    )
+    options: dict[str, Any] = {"seed": [(0, 0)], "progress": False, "num_iter": 16}
+    changes: list[dict[str, Any]] = [{}, {"refresh": 2}, {"seed": [(0, 1)]}]
+    plain, lazy, other = (arvision.sample(pipe, 8, **options | change).tokens for change in changes)
     assert 0 < float((lazy - plain).square().mean()) < 0.5 * float((other - plain).square().mean())
 
 

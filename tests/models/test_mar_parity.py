@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ GUIDED = {"mar": [("1.0", 1.0), ("3.0", 0.95)], "mar_sampling": [("1.0", 1.0), (
 
 def load(name):
     outputs = load_file(GOLDENS / f"{name}.io.safetensors")
-    sizes = {"num_heads": 4, "num_sampling_steps": CASES[name]}
+    sizes: dict[str, Any] = {"num_heads": 4, "num_sampling_steps": CASES[name]}
     return MAR.from_official(GOLDENS / f"{name}.pth", **sizes), outputs
 
 
@@ -191,7 +192,7 @@ def test_autoencoder_as_diffusers_knows_it():
     from arvision.models.mar.diffusers_vae import to_diffusers
 
     outputs = load_file(GOLDENS / "mar.io.safetensors")
-    theirs = to_diffusers(MARAutoencoder.from_official(GOLDENS / "mar_kl16.ckpt"))
+    theirs: Any = to_diffusers(MARAutoencoder.from_official(GOLDENS / "mar_kl16.ckpt"))
     posterior = theirs.encode(outputs["vae_pixels"]).latent_dist
     assert_close(posterior.mean, outputs["vae_mean"])
     assert_close(posterior.logvar, outputs["vae_logvar"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def run(target, draft, num=NUM, seed=0, **options):
     return sampler(target, [None] * num, seeds=seeds)
 
 
-EXACT = {"criterion": "trajectory", "context": "batched"}
+EXACT: dict[str, Any] = {"criterion": "trajectory", "context": "batched"}
 Q, P = GaussianModel(0.0, 1.0), GaussianModel(0.3, 1.2)
 
 
@@ -166,7 +167,7 @@ def test_densities_that_are_not_finite_are_rejected_and_counted():
             mean, log_variance = super().moments(x, step)
             return mean, torch.full_like(mean, -torch.inf) if step == 3 else log_variance
 
-    broken.head.law = lambda z, guidance_scale=1.0: Broken(*z.chunk(2, dim=-1), 10)
+    broken.head.law = lambda z, guidance_scale=1.0: Broken(*z.chunk(2, dim=-1), num_steps=10)
     out = run(P, broken, num=5000, max_tries=8, **EXACT)
     assert out.stats.nonfinite == 5000
     assert out.stats.accepted == 0

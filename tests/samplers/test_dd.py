@@ -91,6 +91,7 @@ def test_vectors_are_decoded_as_they_are_behind_the_split():
     teacher = Teacher()
     out = draw("dd", Oracle(teacher, split=4))
     codes = teacher.codebook[out.tokens]
+    assert out.embeddings is not None
     assert torch.equal(out.embeddings[:, :4], codes[:, :4])
     torch.testing.assert_close(out.embeddings[:, 4:], codes[:, 4:] + 0.001)
 
@@ -113,6 +114,7 @@ def test_bad_input():
 
 
 def student_of(teacher, **settings):
+    assert teacher.tokenizer is not None
     codes = teacher.tokenizer.quantize.codes().detach()
     network = LlamaGenStudentTransformer.from_teacher(teacher.transformer, codes, **settings)
     return LlamaGenStudent(network.eval(), teacher.tokenizer)
@@ -134,6 +136,7 @@ def test_a_student_network_looks_back_only_and_tells_codes_from_noise():
 
 def test_a_student_knows_its_codebook():
     teacher = tiny_llamagen()
+    assert teacher.tokenizer is not None
     codes = teacher.tokenizer.quantize.codes().detach()
     check_codebook(codes.half().float(), codebook_mark(codes))
     with pytest.raises(InputError, match="another codebook"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
@@ -44,19 +45,21 @@ def to_diffusers(autoencoder: MARAutoencoder) -> AutoencoderKL:
     num = len(widths)
     if num < 2:
         raise InputError("an autoencoder of one level: AutoencoderKL needs at least two")
-    out = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * (num - 1) + ("AttnDownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",) * num,
-        block_out_channels=tuple(widths),
-        layers_per_block=config["num_res_blocks"],
-        latent_channels=config["latent_dim"],
-        scaling_factor=config["scaling_factor"],
-    )
+    sizes: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * (num - 1) + ("AttnDownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",) * num,
+        "block_out_channels": tuple(widths),
+        "layers_per_block": config["num_res_blocks"],
+        "latent_channels": config["latent_dim"],
+        "scaling_factor": config["scaling_factor"],
+    }
+    out = AutoencoderKL(**sizes)
     # AutoencoderKL sizes the head of a block's attention by the number before its width.
     out.load_state_dict(
         {_rename(k, num): _shape(_rename(k, num), v) for k, v in autoencoder.state_dict().items()}
     )
-    return out.to(autoencoder.dtype).eval()
+    out.to(dtype=autoencoder.dtype)  # pyright: ignore[reportCallIssue]
+    return out.eval()
 
 
 def _rename(key: str, num_levels: int) -> str:

@@ -8,6 +8,7 @@ multiplies rounding errors by thousands, so operations are in the order of the o
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10000.0) * exponents / NUM_FREQUENCIES)
         angles = timesteps[:, None].float() * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class ResBlock(nn.Module):
@@ -92,7 +93,8 @@ class HeadNetwork(nn.Module):
         """
         parts = []
         for block in self.res_blocks:
-            shift, scale, gate = block.adaLN_modulation(conditions).chunk(3, dim=-1)
+            modulation = cast(ResBlock, block).adaLN_modulation
+            shift, scale, gate = modulation(conditions).chunk(3, dim=-1)
             parts.append((shift, scale + 1, gate))
         shift, scale = self.final_layer.adaLN_modulation(conditions).chunk(2, dim=-1)
         return [*parts, (shift, scale + 1)]
