@@ -48,7 +48,7 @@ class Entry:
 
 def plan(samplers: list[str]) -> list[Entry]:
     """Plain sampling, the three couplings of sjd, and what else there is with its defaults."""
-    small = {"window": 4}
+    small = {"window": 2}
     known = [
         Entry("ar", "ar", seed=0),
         Entry("sjd gumbel", "sjd", {"coupling": "gumbel"}, 0, small),
@@ -58,7 +58,7 @@ def plan(samplers: list[str]) -> list[Entry]:
     # On a CPU a window of 8 is as fast as these samplers' 16, and cheaper in a batch.
     windowed = [name for name in ("gsd", "lantern") if name in samplers]
     known += [Entry(f"{name} window 8", name, {"window": 8}) for name in windowed]
-    known += [Entry("draft", "draft", draw={"max_draft": 2}), Entry("pjd", "pjd", draw=small)]
+    known += [Entry("draft", "draft", draw={"max_draft": 1}), Entry("pjd", "pjd", draw=small)]
     done = {entry.sampler for entry in known}
     others = [Entry(name, name) for name in samplers if name not in done]
     return [entry for entry in known if entry.sampler in samplers] + others
@@ -230,7 +230,7 @@ def _generate(entry: Entry, model: str, out: Path, num: int) -> None:
     )
 
 
-LIKELIHOOD_IMAGES = 1000
+LIKELIHOOD_IMAGES = 500
 """Images whose tokens are read again for the test of log-likelihoods; the first ones."""
 
 
