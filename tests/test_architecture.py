@@ -27,10 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"pipeline", "samplers"} | GROUND,
     "testing": {"models"} | GROUND,
     "generate": {"models", "decoding"} | GROUND,
+    "custom_generate": {"generate"} | GROUND,
     "compare": {"api", "pipeline", "samplers", "sheet"} | GROUND,
     "publish": {"api", "pipeline", "eval", "training"} | GROUND,
-    "distill": {"api", "pipeline", "samplers", "models", "eval", "training", "publish", "sheet"}
-    | GROUND,
+    "students": {"api", "pipeline", "samplers", "eval", "training", "publish", "sheet"} | GROUND,
+    "distill": {"api", "pipeline", "samplers", "models", "eval", "training", "students"} | GROUND,
 }
 SEES_ALL = {"cli", "__init__"}
 
