@@ -232,15 +232,14 @@ def sample(
         pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
     own = pipe.sampler.name
     usual = "sjd" if own == "ar" and pipe.kind == "token" else own
-    given_sampler = usual if sampler is None else sampler
-    is_named = isinstance(given_sampler, str)
-    if isinstance(given_sampler, str):
-        chosen = get_sampler(given_sampler, **sampler_options)
+    wanted = usual if sampler is None else sampler
+    if isinstance(wanted, str):
+        chosen = get_sampler(wanted, **sampler_options)
     else:
-        chosen = given_sampler.with_options(**sampler_options) if sampler_options else given_sampler
+        chosen = wanted.with_options(**sampler_options) if sampler_options else wanted
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for name, value in given.items():
-        is_open = value is None and is_named and name not in sampler_options
+        is_open = value is None and isinstance(wanted, str) and name not in sampler_options
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
     kept = getattr(pipe, "_progress_bar_config", None)

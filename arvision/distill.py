@@ -16,12 +16,12 @@ from .errors import InputError, unknown_name
 from .eval.classifier import FashionClassifier, load_classifier
 from .models import FAMILIES
 from .pipeline import ARPipeline
-from .samplers import get_sampler
+from .samplers import DDSampler, get_sampler
 from .students import draw_sheet, publish_student
 from .training.distill import DistillObjective, PictureLoss, agreement
 from .training.loop import FitConfig, Objective, fit
 from .training.pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
-from .training.score_distill import ScoreObjective, ScoreSettings, TeacherScores
+from .training.score_distill import ScoreObjective, ScoreSettings, TeacherScores, log_likelihood
 
 METHODS = ("dd1", "dd2")
 SHEET_IMAGES = 10
@@ -166,10 +166,12 @@ def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
     student = load(path, device="cpu").to(teacher.device).model
     if not isinstance(student, family):
         raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
-    ours, theirs = student.codebook, cast(Any, teacher.model).codebook
-    same = ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), atol=0.02)
-    if not same or student.num_tokens != teacher.model.num_tokens:
-        raise InputError(f"init {path}: a student of another teacher (codebook or grid differ)")
+    sampler = cast(DDSampler, get_sampler("dd"))
+    sampler.bind_teacher(teacher)
+    try:
+        sampler.check_teacher(student)
+    except InputError as error:
+        raise InputError(f"init {path}: a student of another teacher: {error}") from error
     student.transformer.float()
     return student
 
@@ -213,7 +215,9 @@ class _Run:
             student, known, self.laws.seed, settings.vector_weight, *_picture(student, settings)
         )
         held = torch.arange(settings.num_pairs, total)
-        log = self._fit(objective, settings.fit, "dd1", student, (self.laws.seed, held))
+        log = self._fit(
+            objective, settings.fit, "dd1", student, (self.laws.seed, held, pairs.tokens[held])
+        )
         figures = {
             "pairs": settings.num_pairs,
             "seconds": log[-1]["seconds"],
@@ -246,7 +250,7 @@ class _Run:
             "before": self._likelihood(student, scores, images),
             "teacher": _mean_likelihood(scores, images % self.num_classes, own),
         }
-        log = self._fit(objective, settings.score_fit, "dd2", student, (HELD_OUT_SEED, images))
+        log = self._fit(objective, settings.score_fit, "dd2", student, (HELD_OUT_SEED, images, own))
         judged["after"] = self._likelihood(student, scores, images)
         return student, {"log_likelihood": judged, "seconds": log[-1]["seconds"]}
 
@@ -276,10 +280,19 @@ class _Run:
         config: FitConfig,
         name: str,
         student: Any,
-        noise: tuple[int, Tensor],
+        shown: tuple[int, Tensor, Tensor],
     ) -> list[dict[str, Any]]:
-        """Run the loop, and draw a sheet now and then."""
-        seed, images = noise[0], noise[1][:SHEET_IMAGES]
+        """Run the loop, and draw a sheet now and then.
+
+        Args:
+            objective: to train.
+            config: of the loop.
+            name: of its folder.
+            student: whose pictures are drawn.
+            shown: seed, images [M] and the teacher's tokens [M, N] for their noise; the first ones
+                are on the sheet.
+        """
+        seed, images, own = shown[0], shown[1][:SHEET_IMAGES], shown[2][:SHEET_IMAGES]
         labels = (images % self.num_classes).tolist()
         seeds = [(seed, image) for image in images.tolist()]
 
@@ -288,7 +301,6 @@ class _Run:
             if due and self.processes.is_main_process:
                 was_training = student.transformer.training
                 student.transformer.eval()
-                own = teacher_tokens(self.teacher, labels, seeds, self.laws)
                 draw_sheet(student, own, labels, seeds, self.out / "samples.png")
                 student.transformer.train(was_training)
 
@@ -299,8 +311,7 @@ def _mean_likelihood(scores: TeacherScores, labels: Tensor, tokens: Tensor) -> f
     """Of a token under the teacher, behind the tokens before it; at least -20 each."""
     total = 0.0
     for some, part in zip(labels.split(100), tokens.split(100), strict=True):
-        logp = scores(some, part)[0].gather(-1, part[..., None].to(tokens.device))
-        total += float(logp.clamp_min(-20).double().sum())
+        total += float(log_likelihood(scores(some, part)[0], part)) * part.numel()
     return round(total / tokens.numel(), 4)
 
 

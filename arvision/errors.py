@@ -29,6 +29,16 @@ class MissingDependencyError(ArvisionError, ImportError):
     """An optional package is needed; the message names the install line."""
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not an integer of at least 1; a boolean is none.
+
+    Raises:
+        InputError: see above.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} {value!r}: expected an integer >= 1")
+
+
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a name that is not in `known`, with the nearest ones first.
 

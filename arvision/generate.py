@@ -19,8 +19,9 @@ from .decoding.logits import Shaping
 from .decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
 from .decoding.rules import choose_rule
 from .decoding.text_stop import TextEnd
-from .errors import InputError
+from .errors import InputError, check_count
 from .models.hf import HFCausalLM, load_text_model
+from .models.hf.chat import chat_ids
 from .models.hf.costs import pass_costs
 from .models.hf.model import as_text_model
 
@@ -105,12 +106,7 @@ def generate(
     """
     started = time.perf_counter()
     shaping = Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        raise InputError(f"max_new_tokens {max_new_tokens!r}: expected an integer >= 1")
+    check_count("max_new_tokens", max_new_tokens)
     options = dict(drafter_options or {})
     if "draft" in options:
         options["draft"] = as_draft(options["draft"], max_new_tokens, device, dtype)
@@ -294,8 +290,7 @@ def _encode_one(prompt: Any, tokenizer: Any, chat: bool) -> list[int]:
         raise InputError(f"prompt {prompt!r}: expected a string, messages, or ids")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("chat: the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return chat_ids(messages, tokenizer)
 
 
 def end_ids(network: Any) -> list[int]:

@@ -15,7 +15,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from .contracts import Conditions, Stats
-from .errors import InputError
+from .errors import InputError, check_count
 from .models import FAMILIES
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
@@ -281,10 +281,7 @@ def expand_prompts(prompt: Any, num_images_per_prompt: int) -> Conditions:
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    if isinstance(num_images_per_prompt, bool) or not (
-        isinstance(num_images_per_prompt, int) and num_images_per_prompt >= 1
-    ):
-        raise InputError(f"num_images {num_images_per_prompt!r}: expected an integer >= 1")
+    check_count("num_images", num_images_per_prompt)
     prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
     if not prompts:
         raise InputError("no prompt: expected at least one")

@@ -20,6 +20,7 @@ from torch import Tensor
 import arvision
 from arvision import get_sampler
 from arvision.compare import parse_sampler
+from arvision.decoding.teacher_forcing import teacher_forced
 from arvision.eval import frechet_distance
 from arvision.eval.classifier import class_consistency, load_classifier
 from arvision.publish import to_bytes
@@ -91,8 +92,8 @@ class Study:
         parts = []
         for first in range(0, len(tokens), 64):
             part = tokens[first : first + 64]
-            state, logits = self.model.start(self.classes[first : first + 64], self.scale)
-            laws = torch.cat([logits[:, None], state.extend(part[:, :-1])], 1).log_softmax(-1)
+            classes = self.classes[first : first + 64]
+            laws = teacher_forced(self.model, classes, part, self.scale).log_softmax(-1)
             parts.append(laws.gather(-1, part[..., None])[..., 0].mean(1))
         return torch.cat(parts)
 

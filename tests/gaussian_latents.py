@@ -57,7 +57,8 @@ class GaussianModel:
 
     def __init__(self, mean, deviation, *, dim=1, num_tokens=1, pull=0.0, num_steps=10):
         self.head: Any = GaussianHead(dim, num_steps)
-        self.num_tokens, self.grid = num_tokens, None
+        self.num_tokens = num_tokens
+        self.grid: tuple[int, int] | None = None
         self.mean = torch.as_tensor(mean, dtype=torch.float64).expand(dim)
         self.deviation = torch.as_tensor(deviation, dtype=torch.float64).expand(dim)
         self.pull = pull

@@ -131,6 +131,7 @@ def likelihood(model: str, baseline: Path) -> Any:
     import torch
 
     from ..api import load
+    from ..decoding.teacher_forcing import teacher_forced
     from ..errors import InputError
     from ..eval.shards import ShardFolder
 
@@ -144,9 +145,7 @@ def likelihood(model: str, baseline: Path) -> Any:
     @torch.inference_mode()
     def log_likelihood(tokens: Any, labels: Any) -> Any:
         sequence = torch.as_tensor(tokens).to(pipe.device)
-        state, first = pipe.model.start(list(labels), guidance_scale=scale)
-        rest = state.extend(sequence[:, :-1])
-        logits = torch.cat([first[:, None], rest], 1) / max(temperature, 1e-6)
+        logits = teacher_forced(pipe.model, list(labels), sequence, scale) / max(temperature, 1e-6)
         logp = logits.float().log_softmax(-1).gather(2, sequence[..., None])
         return logp[..., 0].sum(1).cpu().numpy()
 

@@ -113,8 +113,7 @@ def demo(
     judged = _judge(judge, sources, workers, not quiet)
     rows = [Row(sources[0].name, "", num, judged[0][0])]
     likelihood = _likelihoods(model, out / "samples" / "ar")
-    torch.set_num_threads(1)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count(), initializer=_one_thread) as pool:
         compared = [s for s, e in zip(sources[1:], entries, strict=True) if _is_tested(e)]
         list(pool.map(likelihood, [source.shards for source in compared]))
     for entry, source, (scores, features) in zip(entries, sources[1:], judged[1:], strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, StepCallback
-from ..errors import InputError, unknown_name
+from ..errors import InputError, check_count, unknown_name
 from .latent_chain import (
     GUIDANCE_SCHEDULES,
     chain_noise,
@@ -49,11 +49,9 @@ class LatentPlan:
     reuse_guidance: bool = False
 
     def __post_init__(self) -> None:
-        is_count = isinstance(self.num_iter, int) and not isinstance(self.num_iter, bool)
-        if self.num_iter is not None and not (is_count and self.num_iter >= 1):
-            raise InputError(f"num_iter {self.num_iter!r}: expected an integer >= 1")
-        if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
-            raise InputError(f"refresh {self.refresh!r}: expected an integer >= 1")
+        if self.num_iter is not None:
+            check_count("num_iter", self.num_iter)
+        check_count("refresh", self.refresh)
         if self.order not in ORDERS:
             raise unknown_name("order", self.order, ORDERS)
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:

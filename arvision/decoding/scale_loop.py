@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditions, Samples, ScaleModel, Seeds, Stats, StepCallback
-from ..errors import InputError
+from ..errors import InputError, check_count
 from .noise import Noise
 from .verify import gumbel_draw
 
@@ -38,9 +38,7 @@ class ScalePlan:
     def __post_init__(self) -> None:
         if not 0 <= self.prune < 1:
             raise InputError(f"prune {self.prune!r}: expected a share, 0 <= prune < 1")
-        is_count = isinstance(self.prune_scales, int) and not isinstance(self.prune_scales, bool)
-        if not is_count or self.prune_scales < 1:
-            raise InputError(f"prune_scales {self.prune_scales!r}: expected an integer >= 1")
+        check_count("prune_scales", self.prune_scales)
 
     @property
     def is_plain(self) -> bool:

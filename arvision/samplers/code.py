@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples, ScaleModel
 from ..decoding.scale_loop import decode_scales
-from ..errors import InputError
+from ..errors import InputError, check_count
 from .base import DraftHolder, TokenSampler, register
 
 
@@ -48,9 +48,7 @@ class CoDeSampler(DraftHolder, TokenSampler):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
-        is_count = isinstance(draft_scales, int) and not isinstance(draft_scales, bool)
-        if not is_count or draft_scales < 1:
-            raise InputError(f"draft_scales {draft_scales!r}: expected an integer >= 1")
+        check_count("draft_scales", draft_scales)
         self.shaping()
         self.take_draft(draft)
 

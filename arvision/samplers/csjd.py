@@ -11,7 +11,7 @@ from ..decoding.latent_jacobi import iterate_latents
 from ..decoding.latent_loop import LatentPlan
 from ..decoding.latent_speculation import Speculation, speculate_latents
 from ..decoding.logits import check_guidance_scale
-from ..errors import InputError, unknown_name
+from ..errors import InputError, check_count, unknown_name
 from .base import BaseSampler, register
 
 CRITERIA = ("trajectory", "tolerance")
@@ -63,9 +63,8 @@ class CSJDSampler(BaseSampler):
         guidance_schedule: str = "constant",
         temperature: float = 1.0,
     ) -> None:
-        for name, value in {"window": window, "max_tries": max_tries}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} {value!r}: expected an integer >= 1")
+        check_count("window", window)
+        check_count("max_tries", max_tries)
         if criterion not in CRITERIA:
             raise unknown_name("criterion", criterion, CRITERIA)
         if not 0 <= tolerance < float("inf"):

@@ -11,7 +11,7 @@ from ..decoding.latent_loop import LatentPlan
 from ..decoding.latent_speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
 from ..decoding.latent_verify import CRITERIA
 from ..decoding.logits import check_guidance_scale
-from ..errors import InputError, unknown_name
+from ..errors import InputError, check_count, unknown_name
 from .base import DraftHolder, register
 
 
@@ -87,9 +87,8 @@ class CSpDSampler(DraftHolder):
         temperature: float = 1.0,
         draft_guidance_scale: float | None = None,
     ) -> None:
-        for name, value in {"max_draft": max_draft, "max_tries": max_tries}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} {value!r}: expected an integer >= 1")
+        check_count("max_draft", max_draft)
+        check_count("max_tries", max_tries)
         for name, value, known in (
             ("criterion", criterion, CRITERIA),
             ("context", context, CONTEXTS),

@@ -14,7 +14,7 @@ from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, check_evaluations, flo
 from ..decoding.logits import Shaping, check_guidance_scale
 from ..decoding.noise import Noise
 from ..decoding.student import nearest_code
-from ..errors import InputError
+from ..errors import InputError, check_count
 from .base import BaseSampler, register
 
 
@@ -62,8 +62,7 @@ class DDSampler(BaseSampler):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps {steps!r}: expected an integer >= 1")
+        check_count("steps", steps)
         check_evaluations(num_evaluations)
         self._shaping()
         self._teacher: Any = None
@@ -135,7 +134,7 @@ class DDSampler(BaseSampler):
         if starts:
             run.predict(0)
         if last and not run.stopped:
-            self._check_teacher(model)
+            self.check_teacher(model)
             shaping = self._shaping()
             laws = _teacher_laws(self._teacher, conditions, run, first, last, guidance_scale)
             flow_map = FlowMap(model.codebook, self.config["num_evaluations"])
@@ -153,7 +152,12 @@ class DDSampler(BaseSampler):
         samples.stats["lossless"] = self.is_exact
         return samples
 
-    def _check_teacher(self, student: StudentModel) -> None:
+    def check_teacher(self, student: StudentModel) -> None:
+        """Refuse a bound teacher that cannot be the student's.
+
+        Raises:
+            InputError: no codebook, another one than the student's, or another number of tokens.
+        """
         teacher = self._teacher
         codes = getattr(teacher, "codebook", None)
         if codes is None or codes.shape != student.codebook.shape:

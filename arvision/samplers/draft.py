@@ -17,7 +17,7 @@ from ..decoding.draft_model import (
 from ..decoding.logits import check_guidance_scale
 from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
-from ..errors import InputError
+from ..errors import InputError, check_count
 from .base import DraftHolder, TokenSampler, register
 
 
@@ -77,8 +77,7 @@ class DraftSampler(DraftHolder, TokenSampler):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> None:
-        if isinstance(max_draft, bool) or not isinstance(max_draft, int) or max_draft < 1:
-            raise InputError(f"max_draft {max_draft!r}: expected an integer >= 1")
+        check_count("max_draft", max_draft)
         if not 0 <= stop_threshold <= 1:
             raise InputError(f"stop_threshold {stop_threshold}: expected 0 <= stop_threshold <= 1")
         if draft_guidance_scale is not None:

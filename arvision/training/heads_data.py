@@ -16,6 +16,7 @@ from ..decoding.text_stop import TextEnd
 from ..decoding.verify import gumbel_coupling
 from ..errors import InputError
 from ..models.hf import HFCausalLM
+from ..models.hf.chat import chat_ids
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ def question_ids(text: str, tokenizer: Any) -> list[int]:
     """Ids of a user's question, in the tokenizer's chat template where it has one."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer(text)["input_ids"]
-    messages = [{"role": "user", "content": text}]
-    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(asked, add_special_tokens=False)["input_ids"]
+    return chat_ids([{"role": "user", "content": text}], tokenizer)
 
 
 def answer(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..contracts import ScaleModel
 from ..decoding.logits import Shaping
 from ..decoding.student import nearest_code
+from ..decoding.teacher_forcing import teacher_forced
 from ..models.mar.head import HeadNetwork
 from .loop import Objective
 from .pairs import pair_noise
@@ -76,8 +77,7 @@ class TeacherScores:
 
     def _logits(self, labels: list[int], tokens: Tensor) -> Tensor:
         if not isinstance(self.model, ScaleModel):
-            state, first = self.model.start(labels, self.guidance_scale)
-            return torch.cat([first[:, None], state.extend(tokens[:, :-1])], dim=1)
+            return teacher_forced(self.model, labels, tokens, self.guidance_scale)
         scales: Any = self.model.start(labels, self.guidance_scale)
         parts, begin = [], 0
         while begin < tokens.shape[1]:
@@ -163,7 +163,7 @@ class ScoreObjective(Objective):
             # In units of the velocity: small times do not count more than others.
             error = (self._guess(x, t, features) - goal) / t[..., None]
             loss = error.square().mean()
-            figures = {"guidance": loss, "log_likelihood": _log_likelihood(logp, tokens)}
+            figures = {"guidance": loss, "log_likelihood": log_likelihood(logp, tokens)}
             if moves:
                 figures["student"] = self._student_loss(vectors, logp, features, generator)
                 loss = loss + figures["student"]
@@ -195,6 +195,6 @@ class ScoreObjective(Objective):
         return x - t[..., None] * velocity
 
 
-def _log_likelihood(logp: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over tokens under the teacher; what it never says counts as -20."""
+def log_likelihood(logp: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over tokens [B, N] under a teacher's laws; what it never says counts as -20."""
     return logp.gather(-1, tokens[..., None])[..., 0].clamp_min(-20).mean()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from arvision import get_sampler
+from arvision.decoding.teacher_forcing import teacher_forced
 from arvision.eval.equivalence import log_likelihoods, token_law
 
 NUM = 2000
@@ -21,8 +22,7 @@ def draw(model, sampler, seed):
         classes = [(first + k) % 10 for k in range(100)]
         seeds = [(seed, first + k) for k in range(100)]
         drawn = sampler(model, classes, seeds=seeds, guidance_scale=3.0).tokens
-        state, logits = model.start(classes, 3.0)
-        laws = torch.cat([logits[:, None], state.extend(drawn[:, :-1])], 1).log_softmax(-1)
+        laws = teacher_forced(model, classes, drawn, 3.0).log_softmax(-1)
         likelihoods.append(laws.gather(-1, drawn[..., None])[..., 0].sum(1))
         tokens.append(drawn)
     return torch.cat(tokens), torch.cat(likelihoods)

@@ -69,6 +69,18 @@ class ShortTarget(TextDrafter):
         return (self.shaping if self.shaping.temperature else Shaping())(logits)
 
 
+def num_skipped(num_layers: int, share: float) -> int:
+    """How many layers a share of all is, if the first and the last always run."""
+    return min(num_layers - 2, round(share * num_layers)) if num_layers > 2 else 0
+
+
+def spread_layers(num_layers: int, num_skipped: int) -> list[int]:
+    """The layers that run if the skipped ones lie evenly between the first and the last."""
+    step = (num_layers - 2) / max(1, num_skipped)
+    left_out = {1 + int(step * k) for k in range(num_skipped)}
+    return [layer for layer in range(num_layers) if layer not in left_out]
+
+
 @register("layer_skip", summary="the target without some of its middle layers (SWIFT)")
 class LayerSkip(ShortTarget):
     """The target with some middle layers skipped drafts for itself.
@@ -122,7 +134,7 @@ class LayerSkip(ShortTarget):
         num = state.model.sizes.num_layers
         if self._given is not None and not all(0 <= layer < num for layer in self._given):
             raise InputError(f"layers {self._given}: the model has {num}")
-        self._num_skipped = min(num - 2, round(self.skip * num)) if num > 2 else 0
+        self._num_skipped = num_skipped(num, self.skip)
         if self._found and len(self._found[0][0]) != num:
             self._found = []
 
@@ -133,9 +145,7 @@ class LayerSkip(ShortTarget):
             return self._given
         num = self.state.model.sizes.num_layers
         if not self._found:
-            step = (num - 2) / max(1, self._num_skipped)
-            skipped = {1 + int(step * k) for k in range(self._num_skipped)}
-            return [layer for layer in range(num) if layer not in skipped]
+            return spread_layers(num, self._num_skipped)
         best = max(self._found, key=lambda item: item[1])[0]
         return [layer for layer, runs in enumerate(best) if runs]
 

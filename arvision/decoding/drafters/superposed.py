@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..tree import TokenTree, join_rows
 from .base import Trie, register
-from .self_draft import ShortTarget
+from .self_draft import ShortTarget, num_skipped, spread_layers
 
 
 @register("superposed", summary="several drafts from passes over added embeddings (Superposed)")
@@ -56,12 +56,8 @@ class Superposed(ShortTarget):
     @property
     def _layers(self) -> list[int] | None:
         num = self.state.model.sizes.num_layers
-        skipped = min(num - 2, round(self.skip * num)) if num > 2 else 0
-        if skipped == 0:
-            return None
-        step = (num - 2) / skipped
-        left_out = {1 + int(step * k) for k in range(skipped)}
-        return [layer for layer in range(num) if layer not in left_out]
+        skipped = num_skipped(num, self.skip)
+        return spread_layers(num, skipped) if skipped else None
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """The best paths as a tree; see `arvision.decoding.loop.Drafter`."""

@@ -58,6 +58,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
         normed = self.norm(x)
+        # Rows whose numbers lie apart in memory would take SDPA's slow path.
         q, k, v = (
             layer(normed).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
             for layer in (self.q, self.k, self.v)
