@@ -12,7 +12,7 @@ from ..contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, Step
 from ..errors import InputError
 from .latent_chain import LatentHead, draw_chain
 from .latent_loop import LatentPlan, check_seeds
-from .latent_run import LatentRun
+from .latent_run import LatentRun, ragged
 from .noise import Noise
 
 
@@ -95,9 +95,7 @@ class _Run(LatentRun):
         left = self._num_iter - self._done[images]
         # As many rows as there are guesses to stand on, and one more.
         rows = torch.minimum(left, (self._guessed - self._done)[images] + 1).clamp(max=self._window)
-        first = rows.cumsum(0) - rows
-        which = torch.arange(len(images), device=images.device).repeat_interleave(rows)
-        places = torch.arange(len(which), device=images.device) - first[which]
+        first, which, places = ragged(rows)
         contexts = torch.where(
             self._known(images[which], torch.zeros_like(places))[..., None],
             self.latents[images[which]],
@@ -109,9 +107,7 @@ class _Run(LatentRun):
         self._rows += len(which)
         # Guesses for the next pass come from the same chain: all that its window may reach.
         reach = torch.minimum(left, rows + self._window - 1)
-        entries, places = (
-            torch.arange(int(reach.max()), device=images.device) < reach[:, None]
-        ).nonzero(as_tuple=True)
+        _, entries, places = ragged(reach)
         each, slots = self._slots(entries, images[entries], places, self._scales)
         row = first[each] + torch.minimum(slots.places, rows[each] - 1)
         slots.z = z[row, slots.positions]

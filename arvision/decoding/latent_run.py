@@ -12,6 +12,17 @@ from ..contracts import Samples, Stats, StepCallback
 from .latent_verify import Slots
 
 
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of groups of `counts` [A] rows, one group after another.
+
+    Returns:
+        [A], first row of each group; [R], the group of each row; [R], its place in the group.
+    """
+    first = counts.cumsum(0) - counts
+    groups = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return first, groups, torch.arange(len(groups), device=counts.device) - first[groups]
+
+
 class LatentRun:
     """Bookkeeping of a ragged batch: each image has drawn a number of iterations of its own.
 
@@ -66,9 +77,7 @@ class LatentRun:
         """
         iterations = self._done[images] + places
         starts = self._bounds[iterations]
-        counts = self._bounds[iterations + 1] - starts
-        each = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
-        offsets = torch.arange(len(each), device=rows.device) - (counts.cumsum(0) - counts)[each]
+        _, each, offsets = ragged(self._bounds[iterations + 1] - starts)
         positions = self._order[images[each], starts[each] + offsets]
         slots = Slots(images[each], positions, places[each], positions, scales[iterations][each])
         return rows[each], slots

@@ -13,7 +13,7 @@ from ..contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, Step
 from ..errors import InputError
 from .latent_chain import Trajectory
 from .latent_loop import LatentPlan, check_seeds
-from .latent_run import LatentRun
+from .latent_run import LatentRun, ragged
 from .latent_verify import Slots, Verifier
 from .noise import Noise
 
@@ -189,15 +189,6 @@ class _Run(LatentRun):
         most = int(lengths.max())
         if most == 0:
             return None, None
-        if self._draft is None:
-            rows, places = (lengths[:, None] > torch.arange(most, device=images.device)).nonzero(
-                as_tuple=True
-            )
-            _, slots = self._slots(rows, images[rows], places, self._scales)
-            slots.z = self._guessed[slots.images, slots.positions]
-            path = self._verifier.draw(self._verifier.draft, slots)
-            work[slots.images, slots.positions] = path.latents.to(work)
-            return slots, path
         is_parallel = self._how.drafting == "parallel"
         groups = [torch.arange(most)] if is_parallel else [torch.tensor([j]) for j in range(most)]
         parts: list[Slots] = []
@@ -205,15 +196,18 @@ class _Run(LatentRun):
         for group in groups:
             group = group.to(images.device)
             rows, which = (lengths[:, None] > group).nonzero(as_tuple=True)
-            asked, inverse = rows.unique(return_inverse=True)
-            first = torch.full_like(asked, int(group[0]))
-            z = self._draft.contexts(
-                work[images[asked]], self._known(images[asked], first), images[asked]
-            )
-            self._draft_passes += 1
             places = group[which]
-            entry, slots = self._slots(inverse, images[rows], places, self._draft_scales)
-            slots.z = z[entry, slots.positions]
+            entry, slots = self._slots(rows, images[rows], places, self._draft_scales)
+            if self._draft is None:
+                slots.z = self._guessed[slots.images, slots.positions]
+            else:
+                asked = rows.unique()
+                first = torch.full_like(asked, int(group[0]))
+                z = self._draft.contexts(
+                    work[images[asked]], self._known(images[asked], first), images[asked]
+                )
+                self._draft_passes += 1
+                slots.z = z[torch.searchsorted(asked, entry), slots.positions]
             path = self._verifier.draw(self._verifier.draft, slots)
             work[slots.images, slots.positions] = path.latents.to(work)
             parts.append(slots)
@@ -235,9 +229,7 @@ class _Run(LatentRun):
             counts = torch.ones_like(lengths)
         else:
             counts = lengths + has_extra.long()
-        first = counts.cumsum(0) - counts
-        which = torch.arange(len(images), device=images.device).repeat_interleave(counts)
-        places = torch.arange(len(which), device=images.device) - first[which]
+        first, which, places = ragged(counts)
         rows = images[which]
         self._rows += len(rows)
         return self._target.contexts(work[rows], self._known(rows, places), rows), first, has_extra

@@ -26,7 +26,8 @@ class MARState:
         self._latents = condition.new_zeros(len(order), num, dim)
         self._known = torch.zeros_like(order, dtype=torch.bool)
         self._refresh, self._keeps_guidance = 1, False
-        self._asked = 0
+        self._asked = self._computed = 0
+        self._kept: KeptFeatures | None = None
 
     def keep_features(self, refresh: int, guidance: bool = False) -> None:
         """Reuse features between the calls of `condition`; an approximation.
@@ -50,44 +51,38 @@ class MARState:
     def condition(self, count: int) -> Tensor:
         """Conditions z [B, count, Dz] of the next positions of the order."""
         positions = self._next(count)
-        if self._refresh > 1:
-            return self._lazily(positions)
-        images = torch.arange(len(positions), device=positions.device)
-        z = self.contexts(self._latents, self._known, images)
-        return z.gather(1, positions[..., None].expand(-1, -1, z.shape[-1]))
-
-    def _lazily(self, positions: Tensor) -> Tensor:
-        """Conditions z [B, count, Dz], from kept features as far as `keep_features` allows."""
-        halves, num = self._condition.shape[:2]
-        if self._asked % self._refresh == 0:
-            self._kept = KeptFeatures(self._transformer)
-            z = self._transformer(
-                self._latents.repeat(halves, 1, 1),
-                self._known.repeat(halves, 1),
-                self._condition.flatten(0, 1),
-                self._kept,
-            ).unflatten(0, (halves, num))
-            self._apart = z[-1] - z[0]
-            z = z.gather(2, positions[None, ..., None].expand(halves, -1, -1, z.shape[-1]))
+        if self._asked % self._refresh:
+            z = self._updated(positions)
         else:
-            rows = 1 if self._keeps_guidance else halves
-            fed = self._order[:, self._computed : int(self.lengths.max())]
-            latents = self._latents.gather(
-                1, fed[..., None].expand(-1, -1, self._latents.shape[-1])
-            )
-            z = self._transformer.update(
-                latents.repeat(rows, 1, 1),
-                fed.repeat(rows, 1),
-                self._known.repeat(rows, 1),
-                positions.repeat(rows, 1),
-                self._kept,
-            ).unflatten(0, (rows, num))
-            if rows < halves:
-                at = positions[..., None].expand(-1, -1, z.shape[-1])
-                z = torch.stack([z[0], z[0] + self._apart.gather(1, at)])
+            if self._refresh > 1:
+                self._kept = KeptFeatures(self._transformer)
+            images = torch.arange(len(positions), device=positions.device)
+            every = self.contexts(self._latents, self._known, images, self._kept)
+            if self._keeps_guidance:
+                self._every = every
+            z = _at(every, positions)
         self._asked += 1
         self._computed = int(self.lengths.max())
-        return torch.cat(list(z), dim=-1)
+        return z
+
+    def _updated(self, positions: Tensor) -> Tensor:
+        """Conditions z [B, count, Dz] from kept features, see `keep_features`."""
+        assert self._kept is not None
+        halves = len(self._condition)
+        rows = 1 if self._keeps_guidance else halves
+        fed = self._order[:, self._computed : int(self.lengths.max())]
+        z = self._transformer.update(
+            _at(self._latents, fed).repeat(rows, 1, 1),
+            fed.repeat(rows, 1),
+            self._known.repeat(rows, 1),
+            positions.repeat(rows, 1),
+            self._kept,
+        )
+        z = torch.cat(z.chunk(rows), dim=-1)
+        if rows < halves:
+            conditional, null = _at(self._every, positions).chunk(2, dim=-1)
+            z = torch.cat([z, z + null - conditional], dim=-1)
+        return z
 
     def feed(self, latents: Tensor) -> None:
         """Latents [B, count, D] of the next positions become known."""
@@ -97,13 +92,16 @@ class MARState:
         self._latents = self._latents.scatter(1, place, latents.to(self._latents.dtype))
         self.lengths = self.lengths + latents.shape[1]
 
-    def contexts(self, latents: Tensor, known: Tensor, images: Tensor) -> Tensor:
+    def contexts(
+        self, latents: Tensor, known: Tensor, images: Tensor, kept: KeptFeatures | None = None
+    ) -> Tensor:
         """Conditions z [R, N, Dz] of every position in R hypothetical contexts, in one pass.
 
         Args:
             latents: [R, N, D]; what stands at unknown positions does not matter.
             known: [R, N] bool; rows may know different numbers of latents.
             images: [R] int64, which image a context belongs to.
+            kept: takes the features of the pass.
         """
         condition = self._condition[:, images]
         halves = len(condition)
@@ -111,5 +109,11 @@ class MARState:
             latents.to(condition.dtype).repeat(halves, 1, 1),
             known.repeat(halves, 1),
             condition.flatten(0, 1),
+            kept,
         )
         return torch.cat(z.chunk(halves), dim=-1)
+
+
+def _at(values: Tensor, positions: Tensor) -> Tensor:
+    """Values [B, N, D] at positions [B, M]."""
+    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))

@@ -135,8 +135,11 @@ class MARTransformer(ModelMixin, ConfigMixin):
         place = torch.where(valid, order, self.num_tokens)
         spread = spread.scatter(1, place[..., None].expand_as(x), x)[:, : self.num_tokens]
         x = torch.cat([buffer, spread], dim=1) + self.decoder_pos_embed_learned
-        slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        x = self._run(self.decoder_blocks, x, None, kept and kept.decoder, slots)
+        held = None
+        if kept is not None:
+            slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            held = kept.decoder, slots
+        x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
     def update(
@@ -164,13 +167,13 @@ class MARTransformer(ModelMixin, ConfigMixin):
         """
         slots = self.num_buffer + places
         x = self.z_proj(latents) + self.encoder_pos_embed_learned[0][slots]
-        mask = self._places_mask(known)
-        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, kept.encoder, slots)
+        mask = self._with_buffer(known)
+        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, (kept.encoder, slots))
         x = self.decoder_embed(self.encoder_norm(x))
         unknown = self.mask_token.to(x.dtype).expand(*queries.shape, -1)
         slots = torch.cat([slots, self.num_buffer + queries], dim=1)
         x = torch.cat([x, unknown], dim=1) + self.decoder_pos_embed_learned[0][slots]
-        x = self._run(self.decoder_blocks, x, None, kept.decoder, slots)[:, places.shape[1] :]
+        x = self._run(self.decoder_blocks, x, None, (kept.decoder, slots))[:, places.shape[1] :]
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][queries]
 
     @staticmethod
@@ -178,17 +181,17 @@ class MARTransformer(ModelMixin, ConfigMixin):
         blocks: nn.ModuleList,
         x: Tensor,
         mask: Tensor | None,
-        kept: list[KeptKeys] | None,
-        slots: Tensor,
+        held: tuple[list[KeptKeys], Tensor] | None,
     ) -> Tensor:
-        """[R, T, W] through blocks, with what each keeps."""
+        """[R, T, W] through blocks; `held`: what each keeps, and the slots [R, T] of the rows."""
         for number, block in enumerate(blocks):
-            x = block(x, mask, None if kept is None else (kept[number], slots))
+            x = block(x, mask, None if held is None else (held[0][number], held[1]))
         return x
 
-    def _places_mask(self, known: Tensor) -> Tensor:
-        """[R, 1, 1, P + N]: the buffer and the known places."""
-        return torch.cat([known.new_ones(len(known), self.num_buffer), known], dim=1)[:, None, None]
+    def _with_buffer(self, counts: Tensor) -> Tensor:
+        """Mask [R, 1, 1, P + M] of keys: the buffer, and those of M that count, [R, M] bool."""
+        buffer = counts.new_ones(len(counts), self.num_buffer)
+        return torch.cat([buffer, counts], dim=1)[:, None, None]
 
     def _encode(
         self, latents: Tensor, known: Tensor, condition: Tensor, kept: KeptFeatures | None
@@ -205,16 +208,14 @@ class MARTransformer(ModelMixin, ConfigMixin):
         x = torch.cat(
             [buffer + position[:, : self.num_buffer], self.z_proj(chosen) + places], dim=1
         )
-        first = torch.arange(self.num_buffer, device=x.device).expand(len(x), -1)
-        slots = torch.cat([first, self.num_buffer + order], dim=1)
-        mask = None
+        mask = held = None
         if kept is not None:
-            mask = self._places_mask(known)
-            trash = self.num_buffer + self.num_tokens
-            counted = torch.cat([torch.ones_like(first, dtype=torch.bool), valid], dim=1)
-            slots = torch.where(counted, slots, trash)
+            mask = self._with_buffer(known)
+            first = torch.arange(self.num_buffer, device=x.device).expand(len(x), -1)
+            # What pads the shorter rows goes into the slot behind all places.
+            place = torch.where(valid, order, self.num_tokens)
+            held = kept.encoder, torch.cat([first, self.num_buffer + place], dim=1)
         elif least < most:
-            mask = torch.cat([valid.new_ones(len(valid), self.num_buffer), valid], dim=1)
-            mask = mask[:, None, None]
-        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, kept and kept.encoder, slots)
+            mask = self._with_buffer(valid)
+        x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, held)
         return self.encoder_norm(x), order, valid
