@@ -10,7 +10,6 @@ Paper: Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models",
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +71,12 @@ class Schedule:
         posterior = self.betas * (1 - before) / (1 - levels)
         # The posterior variance of step 0 is 0: step 1's stands in for it.
         self.log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log()
-        self._from_x = (1 / levels).sqrt()
-        self._from_noise = (1 / levels - 1).sqrt()
-        self._mean_of_start = self.betas * before.sqrt() / (1 - levels)
-        self._mean_of_x = (1 - before) * (1 - self.betas).sqrt() / (1 - levels)
+        from_x, from_noise = (1 / levels).sqrt(), (1 / levels - 1).sqrt()
+        of_start = self.betas * before.sqrt() / (1 - levels)
+        of_x = (1 - before) * (1 - self.betas).sqrt() / (1 - levels)
+        room = 0.5 * (self.log_betas - self.log_posterior)
+        self._table = torch.stack([from_x, from_noise, of_start, of_x, self.log_posterior, room])
+        self._rows: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, ...]]] = {}
 
     def add_noise(self, start: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Noisy latents [M, D] of clean ones at steps [M]."""
@@ -84,10 +85,7 @@ class Schedule:
 
     def posterior(self, start: Tensor, x: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
         """Mean [..., D] and log variance of q(x_{k-1} | x_k, x_0)."""
-        c0, c1, low = (
-            self._pick(t, steps, x)
-            for t in (self._mean_of_start, self._mean_of_x, self.log_posterior)
-        )
+        _, _, c0, c1, low, _ = self._coefficients(steps, x)
         return c0 * start + c1 * x, low
 
     def moments(
@@ -101,23 +99,18 @@ class Schedule:
             share: [..., D], the network's variance output: -1 is the smallest, 1 the largest.
             steps: number of the step, or one per leading index of `x`.
         """
-        a, b, c0, c1, low, high = (
-            self._pick(t, steps, x)
-            for t in (
-                self._from_x,
-                self._from_noise,
-                self._mean_of_start,
-                self._mean_of_x,
-                self.log_posterior,
-                self.log_betas,
-            )
-        )
+        a, b, c0, c1, low, room = self._coefficients(steps, x)
         mean = c0 * (a * x - b * noise) + c1 * x
-        return mean, low + (share + 1) * (0.5 * (high - low))
+        return mean, low + (share + 1) * room
 
-    @staticmethod
-    def _pick(table: Tensor, steps: Tensor | int, like: Tensor) -> Any:
-        if isinstance(steps, int):
-            return float(table[steps])
-        picked = table.to(like.device)[steps].to(like.dtype)
-        return picked.view(*picked.shape, *[1] * (like.dim() - picked.dim()))
+    def _coefficients(self, steps: Tensor | int, like: Tensor) -> tuple[Tensor, ...]:
+        """Columns of the table: numbers for one step, [..., 1] for many, to go with `like`."""
+        if isinstance(steps, Tensor):
+            picked = self._table.to(like.device)[:, steps].to(like.dtype)
+            return picked.view(*picked.shape, *[1] * (like.dim() - steps.dim())).unbind(0)
+        # A chain asks at every step, and a number has to become a tensor before it is multiplied.
+        key = torch.promote_types(like.dtype, torch.float32), like.device
+        if key not in self._rows:
+            columns = self._table.to(dtype=key[0], device=key[1]).unbind(0)
+            self._rows[key] = list(zip(*(column.unbind(0) for column in columns), strict=True))
+        return self._rows[key][steps]

@@ -77,26 +77,35 @@ class CostTable:
         if not self._seconds:
             raise InputError("empty cost table: expected at least one [images, window, seconds]")
         self._gains = {window: sum(values) / len(values) for window, values in gains.items()}
-
-    @property
-    def windows(self) -> list[int]:
+        if self._gains:
+            self._gains[1] = 1.0
+        self.windows = sorted({window for costs in self._seconds.values() for window in costs})
         """Windows of the table, ascending."""
-        return sorted({window for costs in self._seconds.values() for window in costs})
+        self._of_rows: dict[int, dict[int, float]] = {}
 
     def seconds(self, num_rows: int, window: int) -> float:
         """Cost of a pass, interpolated in both directions and held beyond the ends."""
-        by_rows = {rows: _interpolate(costs, window) for rows, costs in self._seconds.items()}
-        return _interpolate(by_rows, num_rows)
+        if num_rows not in self._of_rows:  # asked before every pass of a run
+            self._of_rows[num_rows] = {
+                known: _interpolate(
+                    {rows: _interpolate(costs, known) for rows, costs in self._seconds.items()},
+                    num_rows,
+                )
+                for known in self.windows
+            }
+        return _interpolate(self._of_rows[num_rows], window)
 
     def tokens(self, window: int) -> float:
         """Final tokens that a pass of this window is expected to give before a run begins."""
         if self._gains:
-            return max(1.0, _interpolate(self._gains | {1: 1.0}, window))
+            return max(1.0, _interpolate(self._gains, window))
         return (1 - PRIOR_ACCEPTANCE**window) / (1 - PRIOR_ACCEPTANCE)
 
 
 def _interpolate(points: dict[int, float], at: int) -> float:
     """Piecewise linear through `points`, constant beyond them."""
+    if at in points:
+        return points[at]
     places = sorted(points)
     below = max((x for x in places if x <= at), default=places[0])
     above = min((x for x in places if x >= at), default=places[-1])
@@ -133,9 +142,11 @@ class GoodputWindow:
 
     def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
         """Compare what a pass gave with what the table promised, where the image left room."""
-        whole = num_useful >= num_candidates
-        self._accepted += float((counts - 1)[whole].sum())
-        self._promised += (self._table.tokens(num_candidates) - 1) * int(whole.sum())
+        promised = self._table.tokens(num_candidates) - 1
+        for count, useful in zip(counts.tolist(), num_useful.tolist(), strict=True):
+            if useful >= num_candidates:
+                self._accepted += count - 1
+                self._promised += promised
 
 
 _MEASURED: dict[str, dict[int, list[list[float]]]] = {}
@@ -170,7 +181,10 @@ def measured_costs(
     key = f"{model_key(model)} {machine_key(model)} {label} {'guided' if guided else 'plain'}"
     path = default_file() if file is None else Path(file)
     is_saved = getattr(model, "cost_key", None) is not None
-    known = _MEASURED.setdefault(f"{path} {key}", _read(path).get(key, {}) if is_saved else {})
+    remembered = f"{path} {key}"
+    if remembered not in _MEASURED:
+        _MEASURED[remembered] = _read(path).get(key, {}) if is_saved else {}
+    known = _MEASURED[remembered]
     wanted = [1]
     while wanted[-1] < len(conditions):
         wanted.append(4 * wanted[-1])

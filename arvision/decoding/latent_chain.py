@@ -97,13 +97,14 @@ def draw_chain(
         last_noise: also add noise in the last step, which official samplers do not do. With it the
             chain has a density, which comparing two laws needs.
     """
-    x = noise[0]
+    x, *kicks = noise.unbind(0)
     states, means, scales = [x], [], []
-    for row in range(law.num_steps):
+    half, temper = x.new_tensor(0.5), x.new_tensor(temperature)
+    for row, kick in enumerate(kicks):
         step = law.num_steps - 1 - row
         mean, log_variance = law.moments(x, step)
-        scale = (0.5 * log_variance).exp() * temperature
-        x = mean if step == 0 and not last_noise else mean + scale * noise[row + 1]
+        scale = (half * log_variance).exp() * temper
+        x = mean if step == 0 and not last_noise else mean + scale * kick
         states.append(x)
         means.append(mean)
         scales.append(scale)

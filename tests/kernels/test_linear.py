@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arvision.kernels.linear import Linear, runs_packed
+from arvision.kernels.linear import Linear, packed, packing_pays, runs_packed
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["packed", "plain"])
+def everywhere(request, monkeypatch):
+    """Both paths on any machine that has both."""
+    can = torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(packed, "packing_pays", lambda: request.param and can)
+    return request.param and can
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 17, 64])
@@ -22,9 +30,9 @@ def test_equals_linear(rows, bias, sizes):
 
 
 @torch.no_grad()
-def test_takes_the_packed_path_only_where_it_says():
+def test_takes_the_packed_path_only_where_it_says(everywhere):
     layer, x = Linear(8, 8), torch.randn(16, 8)
-    assert runs_packed(x, layer.weight) == torch.backends.mkldnn.is_available()
+    assert runs_packed(x, layer.weight) == everywhere
     assert not runs_packed(x[:2], layer.weight)
     assert not runs_packed(x.double(), layer.weight.double())
     with torch.enable_grad():
@@ -55,3 +63,19 @@ def test_gradients_flow():
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "pays"),
+    [
+        ("GenuineIntel", "AVX512", False),
+        ("GenuineIntel", "AVX2", True),
+        ("AuthenticAMD", "AVX512", True),
+    ],
+)
+def test_packs_where_mkl_is_slow(monkeypatch, vendor, capability, pays):
+    monkeypatch.setattr(packed.Path, "read_text", lambda self: f"vendor_id : {vendor}")
+    monkeypatch.setattr(packed.Path, "exists", lambda self: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert packing_pays.__wrapped__() == pays

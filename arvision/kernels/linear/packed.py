@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,10 +22,23 @@ _product: Any = torch.ops.mkldnn._linear_pointwise.default
 _PACKED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
+@cache
+def packing_pays() -> bool:
+    """Whether oneDNN's packed products beat MKL's here: not on Intel's CPUs with AVX-512.
+
+    MKL uses AVX-512 on these alone; there both are equal from 16 rows on and MKL is faster below.
+    """
+    facts = Path("/proc/cpuinfo")
+    vendor = facts.read_text() if facts.exists() else platform.processor()
+    is_intel = "GenuineIntel" in vendor
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkldnn.is_available() and not (is_intel and wide)
+
+
 def runs_packed(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of `x` [..., C] with `weight` [D, C] takes the packed path.
 
-    It does at inference, in float32 on a CPU, with at least `MIN_ROWS` rows, where oneDNN exists.
+    It does at inference, in float32 on a CPU, with at least `MIN_ROWS` rows, where `packing_pays`.
     """
     return (
         not torch.is_grad_enabled()
@@ -32,7 +48,7 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
         and weight.numel() <= MAX_WEIGHT
         and not weight.is_inference()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
+        and packing_pays()
     )
 
 

@@ -40,49 +40,54 @@ class MARLaw:
         self._is_guided = z.shape[1] == 2 * width
         if self._is_guided:
             z = z.view(len(z), 2, width).transpose(0, 1).flatten(0, 1)
-        self._scale = (
-            guidance_scale[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
-        )
+        is_shared = not isinstance(guidance_scale, Tensor)
+        self._scale = z.new_tensor(guidance_scale) if is_shared else guidance_scale[:, None]
         # Row i of everything belongs to step K - 1 - i.
         times = net.time_embed(schedule.timesteps.flip(0).to(z.device))
         self._times, self._conditions = times, net.cond_embed(z)
         per_row = (3 * len(net.res_blocks) + 2) * times.shape[1]
         self._rows_at_once = max(1, MEMO_ELEMENTS // max(1, per_row * len(z)))
-        self._memo: Modulations | None = None
+        self._per_step: list[Modulations] = []
 
     def _modulations(self, first: int, last: int) -> Modulations:
         """Of rows first to last (exclusive), [last - first, R, w] each."""
-        if self._rows_at_once < self.num_steps:
-            return self._net.modulate(self._times[first:last, None] + self._conditions)
-        if self._memo is None:
-            self._memo = self._net.modulate(self._times[:, None] + self._conditions)
-        return [tuple(part[first:last] for part in parts) for parts in self._memo]
+        return self._net.modulate(self._times[first:last, None] + self._conditions)
 
-    def _estimate(self, x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Guided noise and variance share [last - first, M, D] of `x` of the same shape."""
+    def _step_modulations(self, row: int) -> Modulations:
+        """Of one row, [R, w] each."""
+        if self._rows_at_once < self.num_steps:
+            return self._net.modulate(self._times[row] + self._conditions)
+        if not self._per_step:
+            of_blocks = [
+                list(zip(*(part.unbind(0) for part in parts), strict=True))
+                for parts in self._modulations(0, self.num_steps)
+            ]
+            self._per_step = [list(blocks) for blocks in zip(*of_blocks, strict=True)]
+        return self._per_step[row]
+
+    def _estimate(self, x: Tensor, modulations: Modulations) -> tuple[Tensor, Tensor]:
+        """Guided noise and variance share [..., M, D] of `x` of the same shape."""
         x = x.to(self._times.dtype)
-        if self._is_guided:
-            x = torch.cat([x, x], dim=1)
-        noise, share = self._net.run(x, self._modulations(first, last)).chunk(2, dim=-1)
-        if self._is_guided:
-            conditional, null = noise[:, : self._num], noise[:, self._num :]
-            noise, share = null + self._scale * (conditional - null), share[:, : self._num]
-        return noise, share
+        if not self._is_guided:
+            noise, share = self._net.run(x, modulations).chunk(2, dim=-1)
+            return noise, share
+        out = self._net.run(torch.cat([x, x], dim=-2), modulations)
+        conditional, null = out.split(self._num, dim=-2)
+        noise, share = conditional.chunk(2, dim=-1)
+        null = null[..., : self.latent_dim]
+        return null + self._scale * (noise - null), share
 
     def moments(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mean and log variance [M, D] of what follows `x` [M, D] at a step."""
-        row = self.num_steps - 1 - step
-        noise, share = self._estimate(x[None], row, row + 1)
-        return self._schedule.moments(x, noise[0], share[0], step)
+        noise, share = self._estimate(x, self._step_modulations(self.num_steps - 1 - step))
+        return self._schedule.moments(x, noise, share, step)
 
     def path_moments(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Means and log variances [K, M, D] of what follows each of `states` [K, M, D]."""
-        parts = [
-            self._estimate(
-                states[first : first + self._rows_at_once], first, first + self._rows_at_once
-            )
-            for first in range(0, self.num_steps, self._rows_at_once)
-        ]
+        parts = []
+        for first in range(0, self.num_steps, self._rows_at_once):
+            last = min(first + self._rows_at_once, self.num_steps)
+            parts.append(self._estimate(states[first:last], self._modulations(first, last)))
         noise, share = (torch.cat(part) for part in zip(*parts, strict=True))
         steps = torch.arange(self.num_steps - 1, -1, -1, device=states.device)
         return self._schedule.moments(states, noise, share, steps)
