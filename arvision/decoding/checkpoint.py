@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import BadZipFile
@@ -12,7 +13,7 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, unknown_name
 
 StateDict = dict[str, Tensor]
 
@@ -115,6 +116,48 @@ def load_strictly(
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
     module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
     return module.eval()
+
+
+def known_sizes(
+    sizes: Mapping[str, Any], known: Sequence[str], kind: str, aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a caller says about a checkpoint, by our names; None counts as not given.
+
+    Args:
+        sizes: names, ours or the authors', to values; lists become tuples.
+        known: our names.
+        kind: what the sizes belong to, for messages.
+        aliases: the authors' names to ours.
+
+    Raises:
+        InputError: a name that is neither.
+    """
+    given = {}
+    for name, value in sizes.items():
+        ours = aliases.get(name, name)
+        if ours not in known:
+            raise unknown_name(f"size of a {kind}:", ours, known)
+        if value is not None:
+            given[ours] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def check_sizes(found: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes `given` that are not those `found` in the tensors of file `name`.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for key, value in found.items():
+        if given.get(key, value) != value:
+            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
+
+
+def count_numbered(tensors: StateDict, prefix: str) -> int:
+    """One more than the largest number behind "prefix." at the start of a key; 0 without any."""
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    numbers = [int(found[1]) for key in tensors if (found := pattern.match(key))]
+    return max(numbers, default=-1) + 1
 
 
 def shape_of(tensors: StateDict, key: str, dims: int, name: str) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, shape_of
-from ...errors import CheckpointError, unknown_name
+from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("model", "module", "state_dict")
 TOKENIZER_WRAPPERS = ("ema", "model", "state_dict")
@@ -54,15 +54,6 @@ TRANSFORMER_SIZES = (
 )
 
 
-def _ours(sizes: dict[str, Any], known: tuple[str, ...], kind: str) -> dict[str, Any]:
-    """Rename the authors' arguments and refuse unknown ones; None counts as not given."""
-    renamed = {ALIASES.get(name, name): value for name, value in sizes.items()}
-    for name in renamed:
-        if name not in known:
-            raise unknown_name(f"size of a {kind}:", name, known)
-    return {name: value for name, value in renamed.items() if value is not None}
-
-
 def transformer_sizes(
     tensors: StateDict, name: str, sizes: dict[str, Any], source: object = None
 ) -> dict[str, Any]:
@@ -78,10 +69,9 @@ def transformer_sizes(
         CheckpointError: a size that can neither be read off nor looked up, or disagrees.
     """
     extra = ("num_tokens", "num_condition_tokens", "model_type", "grid_size")
-    given = _ours(sizes, TRANSFORMER_SIZES + extra, "LlamaGen transformer")
+    given = known_sizes(sizes, TRANSFORMER_SIZES + extra, "LlamaGen transformer", ALIASES)
     vocab, width = shape_of(tensors, "tok_embeddings.weight", 2, name)
-    numbers = [int(m[1]) for k in tensors if (m := re.match(r"layers\.(\d+)\.", k))]
-    layers = max(numbers, default=-1) + 1
+    layers = count_numbered(tensors, "layers")
     hidden = shape_of(tensors, "layers.0.feed_forward.w1.weight", 2, name)[0]
     found: dict[str, Any] = {
         "vocab_size": vocab,
@@ -98,10 +88,8 @@ def transformer_sizes(
         found |= {"num_classes": table[0] - 1}
         num_conditions = 1
     found |= _heads(tensors, name, given, layers, width)
+    check_sizes(found, given, name)
     found["grid"] = _grid(tensors, name, given, num_conditions, source)
-    for key, value in found.items():
-        if key in given and key not in ("grid", "num_heads") and given[key] != value:
-            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
     if given.get("num_condition_tokens", num_conditions) != num_conditions:
         raise CheckpointError(
             f"{name}: its tensors say {num_conditions} conditioning tokens, not "
@@ -168,34 +156,25 @@ def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dic
         "num_recorded",
         "image_size",
     )
-    given = _ours(sizes, known, "LlamaGen tokenizer")
+    given = known_sizes(sizes, known, "LlamaGen tokenizer", ALIASES)
     ch = shape_of(tensors, "encoder.conv_in.weight", 4, name)[0]
-    levels = 1 + max(
-        (int(m[1]) for k in tensors if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.", k))),
-        default=-1,
-    )
+    levels = count_numbered(tensors, "encoder.conv_blocks")
     if levels < 1:
         raise CheckpointError(f"{name}: key 'encoder.conv_blocks.0.res.0.conv1.weight' is missing")
     widths = [
         shape_of(tensors, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4, name)[0]
         for i in range(levels)
     ]
-    blocks = 1 + max(
-        int(m[1]) for k in tensors if (m := re.match(r"encoder\.conv_blocks\.0\.res\.(\d+)\.", k))
-    )
     codebook_size, code_dim = shape_of(tensors, "quantize.embedding.weight", 2, name)
     record = tensors.get("quantize.codebook_used")
     found = {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": blocks,
+        "num_res_blocks": count_numbered(tensors, "encoder.conv_blocks.0.res"),
         "z_channels": shape_of(tensors, "encoder.conv_out.weight", 4, name)[0],
         "codebook_size": codebook_size,
         "code_dim": code_dim,
         "num_recorded": 0 if record is None else len(record),
     }
-    for key, value in found.items():
-        said = given.get(key, value)
-        if (tuple(said) if isinstance(said, (list, tuple)) else said) != value:
-            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
+    check_sizes(found, given, name)
     return found

@@ -16,79 +16,15 @@ from torch import Tensor, nn
 from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
 from ...kernels.nearest_code import nearest_code
+from ..conv_blocks import (
+    AttentionBlock,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    conv3x3,
+    group_norm,
+)
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with group normalisation and swish, and a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """Single-head attention over the positions of a feature map."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H, W]."""
-        normed = self.norm(x)
-        # Rows whose numbers lie apart in memory would take SDPA's slow path.
-        q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-            for layer in (self.q, self.k, self.v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Halve the side: pad right and bottom by one zero, then a 3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H/2, W/2]."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the side by nearest neighbours, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -120,7 +56,7 @@ class Encoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], num_blocks: int, z_channels: int) -> None:
         super().__init__()
         widths = [ch * mult for mult in ch_mult]
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = conv3x3(3, ch)
         self.conv_blocks = nn.ModuleList()
         previous = ch
         for index, width in enumerate(widths):
@@ -131,8 +67,8 @@ class Encoder(nn.Module):
             self.conv_blocks.append(level)
             previous = width
         self.mid = _middle(previous)
-        self.norm_out = _norm(previous)
-        self.conv_out = nn.Conv2d(previous, z_channels, 3, padding=1)
+        self.norm_out = group_norm(previous)
+        self.conv_out = conv3x3(previous, z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode."""
@@ -153,7 +89,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [ch * mult for mult in reversed(ch_mult)]
         previous = widths[0]
-        self.conv_in = nn.Conv2d(z_channels, previous, 3, padding=1)
+        self.conv_in = conv3x3(z_channels, previous)
         self.mid = _middle(previous)
         self.conv_blocks = nn.ModuleList()
         for index, width in enumerate(widths):
@@ -162,8 +98,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
             previous = width
-        self.norm_out = _norm(previous)
-        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+        self.norm_out = group_norm(previous)
+        self.conv_out = conv3x3(previous, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""

@@ -6,159 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...decoding.checkpoint import load_strictly, read_state_dict
+from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
 
 OFFICIAL_SCALE = 0.2325
 """One over the standard deviation of KL-16's latents on ImageNet; their mean is not removed."""
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions with group normalisation and swish, and a shortcut."""
-
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(channels_in), nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2, self.conv2 = _norm(channels), nn.Conv2d(channels, channels, 3, padding=1)
-        if channels_in != channels:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttentionBlock(nn.Module):
-    """Single-head attention over the positions of a feature map."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
-        normed = self.norm(x)
-        q, k, v = (f(normed).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].mT
-        return x + self.proj_out(out.reshape(x.shape))
-
-
-class Resample(nn.Module):
-    """Halve a side (padding right and bottom), or double it by nearest neighbours; convolve."""
-
-    def __init__(self, channels: int, is_down: bool) -> None:
-        super().__init__()
-        self.is_down = is_down
-        self.conv = (
-            nn.Conv2d(channels, channels, 3, stride=2)
-            if is_down
-            else nn.Conv2d(channels, channels, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H/2, W/2] or [B, C, 2H, 2W]."""
-        return self.conv(
-            F.pad(x, (0, 1, 0, 1)) if self.is_down else F.interpolate(x, scale_factor=2)
-        )
-
-
-class Level(nn.Module):
-    """Blocks of one resolution, with attention after each where the level has it."""
-
-    def __init__(self, channels_in: int, channels: int, num: int, has_attention: bool) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResBlock(channels_in if i == 0 else channels, channels) for i in range(num)
-        )
-        self.attn = nn.ModuleList(AttentionBlock(channels) for _ in range(num * has_attention))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in, H, W] to [B, out, H', W']."""
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn) > 0:
-                x = self.attn[i](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
-
-
-class Middle(nn.Module):
-    """Two blocks around one attention."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Pixels [B, 3, H, W] to features [B, 2D, H/f, W/f]."""
-
-    def __init__(self, widths: Sequence[int], ch: int, num_blocks: int, latent_dim: int) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        last = len(widths) - 1
-        for i, width in enumerate(widths):
-            level = Level(ch if i == 0 else widths[i - 1], width, num_blocks, i == last)
-            if i < last:
-                level.downsample = Resample(width, is_down=True)
-            self.down.append(level)
-        self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = (
-            _norm(widths[-1]),
-            nn.Conv2d(widths[-1], 2 * latent_dim, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """Latents [B, D, h, w] to pixels [B, 3, H, W]; level 0 of `up` is the finest."""
-
-    def __init__(self, widths: Sequence[int], num_blocks: int, latent_dim: int) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList()
-        for i, width in enumerate(widths):
-            before = widths[min(i + 1, len(widths) - 1)]
-            level = Level(before, width, num_blocks + 1, False)
-            if i > 0:
-                level.upsample = Resample(width, is_down=False)
-            self.up.append(level)
-        self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class MARAutoencoder(ModelMixin, ConfigMixin):
@@ -184,9 +41,9 @@ class MARAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = OFFICIAL_SCALE,
     ) -> None:
         super().__init__()
-        widths = [ch * factor for factor in ch_mult]
-        self.encoder = Encoder(widths, ch, num_res_blocks, latent_dim)
-        self.decoder = Decoder(widths, num_res_blocks, latent_dim)
+        sizes = (ch, ch_mult, num_res_blocks)
+        self.encoder = Encoder(*sizes, 2 * latent_dim, AttentionBlock)
+        self.decoder = Decoder(*sizes, latent_dim, AttentionBlock, None)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, shape_of
-from ...errors import CheckpointError, unknown_name
+from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("model_ema", "model", "state_dict")
 AUTOENCODER_WRAPPERS = ("model", "state_dict")
@@ -49,22 +48,6 @@ TRANSFORMER_SIZES = (
 )
 
 
-def _ours(sizes: dict[str, Any], known: tuple[str, ...], kind: str) -> dict[str, Any]:
-    renamed = {}
-    for name, value in sizes.items():
-        ours = ALIASES.get(name, name)
-        if ours not in known:
-            raise unknown_name(f"size of a {kind}:", name, known)
-        if value is not None:
-            renamed[ours] = value
-    return renamed
-
-
-def _count(tensors: StateDict, prefix: str) -> int:
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-    return 1 + max((int(m[1]) for key in tensors if (m := pattern.match(key))), default=-1)
-
-
 def transformer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments of the transformer that `tensors` fits.
 
@@ -76,22 +59,20 @@ def transformer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
     Raises:
         CheckpointError: a size that can neither be read off nor looked up, or disagrees.
     """
-    given = _ours(sizes, TRANSFORMER_SIZES, "MAR transformer")
+    given = known_sizes(sizes, TRANSFORMER_SIZES, "MAR transformer", ALIASES)
     width, latent_dim = shape_of(tensors, "z_proj.weight", 2, name)
     num_tokens = shape_of(tensors, "diffusion_pos_embed_learned", 3, name)[1]
     found: dict[str, Any] = {
         "latent_dim": latent_dim,
         "hidden_size": width,
-        "encoder_depth": _count(tensors, "encoder_blocks"),
-        "decoder_depth": _count(tensors, "decoder_blocks"),
+        "encoder_depth": count_numbered(tensors, "encoder_blocks"),
+        "decoder_depth": count_numbered(tensors, "decoder_blocks"),
         "head_width": shape_of(tensors, "diffloss.net.input_proj.weight", 2, name)[0],
-        "head_depth": _count(tensors, "diffloss.net.res_blocks"),
+        "head_depth": count_numbered(tensors, "diffloss.net.res_blocks"),
         "num_classes": shape_of(tensors, "class_emb.weight", 2, name)[0],
         "num_buffer": shape_of(tensors, "encoder_pos_embed_learned", 3, name)[1] - num_tokens,
     }
-    for key, value in found.items():
-        if given.get(key, value) != value:
-            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
+    check_sizes(found, given, name)
     heads = given.get("num_heads") or OFFICIAL_HEADS.get((found["encoder_depth"], width))
     if heads is None:
         raise CheckpointError(
@@ -113,9 +94,9 @@ def autoencoder_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
         CheckpointError: a layout that is not this autoencoder's, or sizes that disagree.
     """
     known = ("ch", "ch_mult", "num_res_blocks", "latent_dim", "scaling_factor")
-    given = _ours(sizes, known, "MAR autoencoder")
+    given = known_sizes(sizes, known, "MAR autoencoder", ALIASES)
     ch = shape_of(tensors, "encoder.conv_in.weight", 4, name)[0]
-    levels = _count(tensors, "encoder.down")
+    levels = count_numbered(tensors, "encoder.down")
     widths = [
         shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4, name)[0]
         for i in range(levels)
@@ -123,11 +104,8 @@ def autoencoder_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
     found = {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": _count(tensors, "encoder.down.0.block"),
+        "num_res_blocks": count_numbered(tensors, "encoder.down.0.block"),
         "latent_dim": shape_of(tensors, "post_quant_conv.weight", 4, name)[0],
     }
-    for key, value in found.items():
-        said = given.get(key, value)
-        if (tuple(said) if isinstance(said, (list, tuple)) else said) != value:
-            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
+    check_sizes(found, given, name)
     return found | {k: given[k] for k in ("scaling_factor",) if k in given}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, shape_of
-from ...errors import CheckpointError, unknown_name
+from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
 TOKENIZER_WRAPPERS = ("trainer.vae_local", "vae_local", "state_dict", "model")
@@ -70,26 +70,6 @@ def without_records(tensors: StateDict) -> StateDict:
     return {key: value for key, value in tensors.items() if not RECORDS.fullmatch(key)}
 
 
-def _ours(sizes: dict[str, Any], known: tuple[str, ...], kind: str) -> dict[str, Any]:
-    """Rename the authors' arguments and refuse unknown ones; None counts as not given."""
-    renamed = {ALIASES.get(name, name): value for name, value in sizes.items()}
-    for name in renamed:
-        if name not in known:
-            raise unknown_name(f"size of a {kind}:", name, known)
-    given = {name: value for name, value in renamed.items() if value is not None}
-    for name in ("patch_nums", "ch_mult"):
-        if name in given:
-            given[name] = tuple(int(entry) for entry in given[name])
-    return given
-
-
-def _agree(found: dict[str, Any], given: dict[str, Any], name: str) -> dict[str, Any]:
-    for key, value in found.items():
-        if key in given and given[key] != value:
-            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
-    return given | found
-
-
 def _scales(
     tensors: StateDict, name: str, given: dict[str, Any], length: int, count: int
 ) -> tuple[int, ...]:
@@ -128,18 +108,17 @@ def transformer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
     Raises:
         CheckpointError: a size that cannot be read off, or disagrees.
     """
-    given = _ours(sizes, TRANSFORMER_SIZES, "VAR transformer")
+    given = known_sizes(sizes, TRANSFORMER_SIZES, "VAR transformer", ALIASES)
     width, z_channels = shape_of(tensors, "word_embed.weight", 2, name)
     count = shape_of(tensors, "lvl_embed.weight", 2, name)[0]
     length = shape_of(tensors, "pos_1LC", 3, name)[1]
-    numbers = [int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))]
     has_l2_norm = "blocks.0.attn.scale_mul_1H11" in tensors
     found: dict[str, Any] = {
         "patch_nums": _scales(tensors, name, given, length, count),
         "codebook_size": shape_of(tensors, "head.weight", 2, name)[0],
         "z_channels": z_channels,
         "hidden_size": width,
-        "num_layers": max(numbers, default=-1) + 1,
+        "num_layers": count_numbered(tensors, "blocks"),
         "num_classes": shape_of(tensors, "class_emb.weight", 2, name)[0] - 1,
         "shared_aln": "shared_ada_lin.1.weight" in tensors,
         "attn_l2_norm": has_l2_norm,
@@ -152,7 +131,8 @@ def transformer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
                 f"{name}: width {width} is no multiple of {HEAD_DIM}: pass num_heads"
             )
         found["num_heads"] = width // HEAD_DIM
-    return _agree(found, given, name)
+    check_sizes(found, given, name)
+    return given | found
 
 
 def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -161,9 +141,9 @@ def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dic
     Raises:
         CheckpointError: a layout that is not a VAR tokenizer's, or sizes that disagree.
     """
-    given = _ours(sizes, TOKENIZER_SIZES, "VAR tokenizer")
+    given = known_sizes(sizes, TOKENIZER_SIZES, "VAR tokenizer", ALIASES)
     ch = shape_of(tensors, "encoder.conv_in.weight", 4, name)[0]
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count_numbered(tensors, "encoder.down")
     widths = [
         shape_of(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4, name)[0]
         for i in range(levels)
@@ -172,11 +152,11 @@ def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dic
     if "quantize.quant_resi.qresi.weight" in tensors:
         num_shared = 1
     else:
-        num_shared = _count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+        num_shared = count_numbered(tensors, "quantize.quant_resi.qresi_ls")
     found = {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),
-        "num_res_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_res_blocks": count_numbered(tensors, "encoder.down.0.block"),
         "z_channels": z_channels,
         "codebook_size": codebook_size,
         "num_shared": num_shared,
@@ -184,7 +164,7 @@ def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dic
     record = tensors.get("quantize.ema_vocab_hit_SV")
     count = None if record is None else len(record)
     if num_shared == 0:
-        count = _count(tensors, r"quantize\.quant_resi\.(\d+)\.")
+        count = count_numbered(tensors, "quantize.quant_resi")
     sides = given.get("patch_nums") or (OFFICIAL_SCALES[680] if count in (None, 10) else None)
     if sides is None:
         raise CheckpointError(f"{name}: {count} scales of unknown sides: pass patch_nums")
@@ -192,10 +172,5 @@ def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dic
         raise CheckpointError(
             f"{name}: patch_nums {sides} are {len(sides)} scales: its tensors hold {count}"
         )
-    return _agree(found, given, name) | {"patch_nums": sides}
-
-
-def _count(tensors: StateDict, pattern: str) -> int:
-    """One more than the largest number that follows `pattern` at the start of a key."""
-    numbers = [int(found[1]) for key in tensors if (found := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    check_sizes(found, given, name)
+    return given | found | {"patch_nums": sides}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...decoding.checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
-from .autoencoder import Decoder, Encoder
+from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
 from .quantizer import MultiScaleQuantizer
 
@@ -65,8 +65,9 @@ class VARTokenizer(ModelMixin, ConfigMixin):
         if ch % 32:
             raise InputError(f"ch {ch}: expected a multiple of 32 (group normalisation)")
         scales = check_scales(patch_nums)
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        shape, attention = (ch, ch_mult, num_res_blocks, z_channels), FusedAttentionBlock
+        self.encoder = Encoder(*shape, attention)
+        self.decoder = Decoder(*shape, attention, attention)
         self.quantize = MultiScaleQuantizer(codebook_size, z_channels, scales, num_shared)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
