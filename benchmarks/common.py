@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,21 @@ def load(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def save(name: str, record: dict[str, Any]) -> Path:
-    """Write a result beside the machine it was measured on."""
+def save(name: str, record: dict[str, Any], parts: Iterable[str] = ()) -> Path:
+    """Write a result beside the machine it was measured on.
+
+    Args:
+        name: of the file.
+        record: figures.
+        parts: those measured now, where others may be older; each keeps its own environment.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**record, "environment": environment()}, indent=1) + "\n")
+    here = environment()
+    if parts := list(parts):
+        record = record | {
+            "environments": record.get("environments", {}) | dict.fromkeys(parts, here)
+        }
+    path.write_text(json.dumps({**record, "environment": here}, indent=1) + "\n")
     print(f"wrote {path}")
     return path

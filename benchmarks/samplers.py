@@ -119,7 +119,7 @@ def wall_time(pipe: Any, prompts: list, threads: int, num: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure and write `results/samplers.json (float32) or `results/samplers_DTYPE.json``."""
+    """Measure and write `results/samplers.json` (float32) or `results/samplers_DTYPE.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--dtype", default="float32")
@@ -128,19 +128,20 @@ def main() -> None:
     name = "samplers" if options.dtype == "float32" else f"samplers_{options.dtype}"
     record: dict[str, Any] = load(name) if options.part else {}
     record["dtype"] = options.dtype
+    parts = [options.part] if options.part else ["passes", "time", "grid"]
     for model, prompts in PROMPTS.items():
         pipe = arvision.load(model, device="cpu", dtype=options.dtype)
         print(model)
         mine = record.setdefault(model, {})
-        if options.part in (None, "grid"):
+        if "grid" in parts:
             mine["grid"] = grid(pipe, prompts, options.images)
-        if options.part in (None, "passes"):
+        if "passes" in parts:
             mine["passes"] = passes(pipe, prompts, options.images)
-        if options.part in (None, "time"):
+        if "time" in parts:
             mine["wall_time"] = {
                 str(threads): wall_time(pipe, prompts, threads, 6) for threads in (1, 2)
             }
-    save(name, record)
+    save(name, record, parts)
 
 
 if __name__ == "__main__":

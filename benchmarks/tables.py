@@ -73,7 +73,7 @@ def grid_table(record: dict[str, Any]) -> str:
         shown = [" / ".join(f"{value:.2f}" for value in values[w]) for w in windows]
         lines.append(f"| {coupling} | `{init}` | " + " | ".join(shown) + " |")
     models = f"`llamagen-fashion` / `llamagen-fashion-t2i`, {rows[0]['images']} images each. "
-    return "\n".join(lines) + f"\n\n{models}{machine(record)}"
+    return "\n".join(lines) + f"\n\n{models}{machine(record, 'grid')}"
 
 
 def window_table(record: dict[str, Any]) -> str:
@@ -175,7 +175,10 @@ def cspd_tables(record: dict[str, Any]) -> str:
             + " |"
         )
     head = ", ".join(f"{1e3 * t['median']:.0f} ms for {n}" for n, t in record["head"].items())
-    return "\n".join(lines) + f"\n\nThe head's reverse loop: {head} latents. {machine(record)}"
+    return (
+        "\n".join(lines) + f"\n\n{record['images']} images for the quality; times are medians of "
+        f"{record['rounds']}. The head's reverse loop: {head} latents. {machine(record, 'time')}"
+    )
 
 
 def text_table(record: dict[str, Any]) -> str:
@@ -191,9 +194,9 @@ def text_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
 
 
-def machine(record: dict[str, Any]) -> str:
-    """One line about where the figures come from."""
-    where = record["environment"]
+def machine(record: dict[str, Any], part: str = "") -> str:
+    """One line about where the figures, or those of one part, come from."""
+    where = record.get("environments", {}).get(part, record["environment"])
     return (
         f"Machine: {where['cpu']}, {where['cores']} shared cores, torch {where['torch']}, "
         f"{where['date']}, commit {where['commit']}."
@@ -213,9 +216,9 @@ def main() -> None:
     """Update the README and the pages in place."""
     record = load("samplers")
     text = README.read_text()
-    text = fill(text, "passes", passes_table(record) + "\n\n" + machine(record))
+    text = fill(text, "passes", passes_table(record) + "\n\n" + machine(record, "passes"))
     records = {"float32": record, "bfloat16": load("samplers_bfloat16")}
-    text = fill(text, "time", time_table(records) + "\n\n" + machine(record))
+    text = fill(text, "time", time_table(records) + "\n\n" + machine(record, "time"))
     README.write_text(text)
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
     page = fill(page, "grid", grid_table(record))

@@ -14,7 +14,7 @@ from ..errors import InputError
 from .latent_chain import Trajectory
 from .latent_loop import LatentPlan, check_seeds
 from .latent_run import LatentRun, ragged
-from .latent_verify import Slots, Verifier
+from .latent_verify import Slots, Verifier, join
 from .noise import Noise
 
 CONTEXTS = ("verified", "batched")
@@ -155,13 +155,12 @@ class _Run(LatentRun):
         if draft is None:
             self._prefill = max(1, self._prefill)
             self._guessed = torch.empty(0)
+            self._ahead: tuple[Slots, Trajectory] | None = None
 
     def round(self) -> None:
         """Draft, verify, write down."""
         images = (self._done < self._num_iter).nonzero()[:, 0]
-        done = self._done[images]
-        lengths = (self._num_iter - done).clamp(max=self._how.max_draft)
-        lengths = torch.where(done < self._prefill, 0, lengths)
+        lengths = self._lengths(images)
         work = self.latents.clone()
         slots, paths = self._propose(images, lengths, work)
         z, context, has_extra = self._ask(images, lengths, work)
@@ -173,10 +172,16 @@ class _Run(LatentRun):
         if self._draft is None:
             self._keep(images, z, context)
         if slots is None or paths is None:
-            self._write(extra, self._verifier.draw(self._verifier.target, extra).latents)
             self._done[images] += 1
+            self._write(extra, self._draw(extra))
             return
         self._judge(images, lengths, slots, paths, (z, context), (rows, extra))
+
+    def _lengths(self, images: Tensor) -> Tensor:
+        """Iterations [A] that the next round drafts for `images` [A]."""
+        done = self._done[images]
+        lengths = (self._num_iter - done).clamp(max=self._how.max_draft)
+        return torch.where(done < self._prefill, 0, lengths)
 
     def _at(self, places: Tensor) -> Tensor:
         """Row of a context among the contexts of its image."""
@@ -186,6 +191,11 @@ class _Run(LatentRun):
         self, images: Tensor, lengths: Tensor, work: Tensor
     ) -> tuple[Slots | None, Trajectory | None]:
         """Draft `lengths` [A] iterations of `images` [A] into `work` [B, N, D]."""
+        if self._draft is None:
+            slots, path = self._ahead or (None, None)
+            if slots is not None and path is not None:
+                work[slots.images, slots.positions] = path.latents.to(work)
+            return slots, path
         most = int(lengths.max())
         if most == 0:
             return None, None
@@ -198,16 +208,13 @@ class _Run(LatentRun):
             rows, which = (lengths[:, None] > group).nonzero(as_tuple=True)
             places = group[which]
             entry, slots = self._slots(rows, images[rows], places, self._draft_scales)
-            if self._draft is None:
-                slots.z = self._guessed[slots.images, slots.positions]
-            else:
-                asked = rows.unique()
-                first = torch.full_like(asked, int(group[0]))
-                z = self._draft.contexts(
-                    work[images[asked]], self._known(images[asked], first), images[asked]
-                )
-                self._draft_passes += 1
-                slots.z = z[torch.searchsorted(asked, entry), slots.positions]
+            asked = rows.unique()
+            first = torch.full_like(asked, int(group[0]))
+            z = self._draft.contexts(
+                work[images[asked]], self._known(images[asked], first), images[asked]
+            )
+            self._draft_passes += 1
+            slots.z = z[torch.searchsorted(asked, entry), slots.positions]
             path = self._verifier.draw(self._verifier.draft, slots)
             work[slots.images, slots.positions] = path.latents.to(work)
             parts.append(slots)
@@ -216,6 +223,23 @@ class _Run(LatentRun):
         slots = Slots(*(torch.cat([getattr(part, n) for part in parts]) for n in names))
         rows = ("states", "means", "scales")
         return slots, Trajectory(*(torch.cat([getattr(p, n) for p in paths], dim=1) for n in rows))
+
+    def _draw(self, extra: Slots) -> Tensor:
+        """Latents [X, D] of `extra`. Without a draft the same chain guesses for the next round."""
+        target = self._verifier.target
+        if self._draft is not None:
+            return self._verifier.draw(target, extra).latents
+        images = (self._done < self._num_iter).nonzero()[:, 0]
+        _, rows, places = ragged(self._lengths(images))
+        _, slots = self._slots(rows, images[rows], places, self._draft_scales)
+        slots.z = self._guessed[slots.images, slots.positions]
+        both = join(extra, slots)
+        if not len(both.images):
+            return self.latents.new_empty(0, target.latent_dim)
+        path = self._verifier.draw(target, both)
+        every = torch.arange(len(both.images), device=images.device)
+        self._ahead = slots, path.select(every[len(extra.images) :])
+        return path.latents[: len(extra.images)]
 
     def _ask(self, images: Tensor, lengths: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One target pass.
@@ -281,14 +305,13 @@ class _Run(LatentRun):
             again = judged.select(where)
             parts = (slots.z[where], drafted.select(where), own.select(where))
             self._write(again, verifier.replace(again, *parts))
-        wanted = (stop == lengths)[follow[0]].nonzero()[:, 0]
-        if len(wanted):
-            extra = follow[1].select(wanted)
-            if extra_latents is None:
-                self._write(extra, verifier.draw(verifier.target, extra).latents)
-            else:
-                self._write(extra, extra_latents[wanted])
         self._done[images] = (self._done[images] + stop + 1).clamp(max=self._num_iter)
+        wanted = (stop == lengths)[follow[0]].nonzero()[:, 0]
+        extra = follow[1].select(wanted)
+        if extra_latents is not None:
+            self._write(extra, extra_latents[wanted])
+        elif len(wanted) or self._draft is None:
+            self._write(extra, self._draw(extra))
 
     def stats(self) -> Stats:
         """See `speculate_latents`."""
