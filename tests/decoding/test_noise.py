@@ -7,7 +7,7 @@ import torch
 
 from arvision import InputError
 from arvision.decoding.noise import PURPOSES, Noise, draw
-from arvision.kernels.philox import philox4x32
+from arvision.kernels.philox import philox4x32, reference
 
 ONES = 0xFFFFFFFF
 
@@ -27,6 +27,13 @@ ONES = 0xFFFFFFFF
 def test_philox_known_answers(counter, key, words):
     out = philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert " ".join(f"{word:08x}" for word in out.tolist()) == words
+
+
+def test_numpy_and_pytorch_give_the_same_words():
+    words = torch.randint(0, ONES + 1, (6, 3 * reference.BLOCK // 2))
+    constants = torch.tensor([reference.MULTIPLIERS, reference.WEYL[::-1]])[..., None]
+    in_torch = reference._rounds(torch, words, *constants)
+    assert in_torch.equal(philox4x32(tuple(words[:4]), tuple(words[4:])))
 
 
 def test_batch_order_and_calls_do_not_matter():
