@@ -1,0 +1,215 @@
+"""What does every text-side system give on a real language model? Tokens per pass, no times.
+
+pip install -e ".[bench]"; python -m benchmarks.text_systems [--tokens 40] [--per-kind 2] [--runs runs/text-systems]
+
+SmolLM2-135M-Instruct, batch 1, prompts of each kind of `benchmarks.text_prompts`. What needs training
+is fitted first by `arvision.training` on the model's own answers to prompts that are not measured
+(settings below; small on purpose: minutes on two cores), and kept in --runs, so that a second call only
+measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
+pass are over all prompts of a kind, the pass that reads the prompt left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arvision import generate
+from arvision.decoding.drafters import DraftTree, RetrievedContext
+from arvision.generate import as_draft
+from arvision.models.hf.loading import load_text_model
+from arvision.training.heads_recipes import fit_draft
+
+from .common import save
+from .text import model_file
+from .text_prompts import PROMPTS
+
+SUBJECTS = (
+    "rivers", "bread", "the moon", "chess", "bicycles", "volcanoes", "honey", "libraries",
+    "coral reefs", "clocks", "windmills", "penguins", "tea", "bridges", "glaciers", "maps",
+    "lighthouses", "pianos", "rice", "robots",
+)  # fmt: skip
+ASKED = (
+    "Explain {} in two sentences.",
+    "List three facts about {}.",
+    "Write a short paragraph about {} and then repeat its first sentence.",
+    "Write a Python function that counts {} in a list and returns the number.",
+    "Summarise in one sentence: People have always cared about {}. They are found in many places, "
+    "and much has been written about them.",
+    "Copy this sentence and correct its mistakes: i likes {} becuase they is intresting.",
+)
+FITS: dict[str, dict[str, Any]] = {
+    "medusa": {"steps": 250, "batch_size": 128},
+    "hydra": {"steps": 250, "batch_size": 128},
+    "clover": {"steps": 250, "batch_size": 128},
+    "chimera": {"steps": 250, "batch_size": 128},
+    "ppd": {},
+    "hidden_transfer": {},
+    "model": {},
+    "judge": {},
+}
+FACTS = (
+    ("What is the capital of {}?", "The capital of {} is {}."),
+    ("Name the main city of {}.", "The main city of {} is {}."),
+)
+CAPITALS = (
+    ("France", "Paris", "Rome"), ("Italy", "Rome", "Oslo"), ("Japan", "Tokyo", "Lima"),
+    ("Norway", "Oslo", "Cairo"), ("Egypt", "Cairo", "Paris"), ("Peru", "Lima", "Vienna"),
+    ("Austria", "Vienna", "Madrid"), ("Spain", "Madrid", "Tokyo"), ("Greece", "Athens", "Berlin"),
+    ("Germany", "Berlin", "Athens"), ("Portugal", "Lisbon", "Dublin"), ("Ireland", "Dublin", "Lisbon"),
+)  # fmt: skip
+
+
+def fit_all(runs: Path) -> None:
+    """Fit what is not in `runs` yet; the answers are made once."""
+    runs.mkdir(parents=True, exist_ok=True)
+    prompts, marked = runs / "prompts.txt", runs / "marked.jsonl"
+    asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
+    prompts.write_text("\n".join(asked))
+    lines = []
+    for question, reply in FACTS:
+        for country, right, wrong in CAPITALS:
+            ask = {"prompt": question.format(country)}
+            lines.append(ask | {"answer": reply.format(country, right)})
+            lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
+    marked.write_text("\n".join(map(json.dumps, lines)))
+    for kind, settings in FITS.items():
+        out = runs / kind
+        if (out / "fitted.json").exists():
+            continue
+        out.mkdir(exist_ok=True)
+        if kind != "judge" and (runs / "answers.json").exists():
+            shutil.copy(runs / "answers.json", out / "answers.json")
+        source = marked if kind == "judge" else prompts
+        figures = fit_draft(
+            str(model_file()),
+            source,
+            out,
+            kind,
+            answer_tokens=64,
+            dtype=torch.bfloat16,
+            progress=False,
+            **settings,
+        )
+        if (out / "answers.json").exists():
+            shutil.copy(out / "answers.json", runs / "answers.json")
+        (out / "fitted.json").write_text(json.dumps(figures))
+        print("fitted", kind, figures, flush=True)
+
+
+def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name to the arguments of `generate`, made anew for each prompt."""
+    draft = as_draft(str(runs / "model"), tokens, "cpu", torch.float32)
+
+    def tree(expansion: str, **options: Any) -> DraftTree:
+        return DraftTree(draft, expansion=expansion, **options)
+
+    chain = {"branching": (1, 1, 1, 1)}
+    greedy = {
+        name: lambda name=name: {"drafter": name}
+        for name in (
+            "prompt_lookup",
+            "input_copy",
+            "trigram",
+            "token_recycling",
+            "prompt_lookup+token_recycling",
+            "jacobi",
+            "superposed",
+            "layer_skip",
+            "nested_exit",
+        )
+    }
+    heads = {
+        kind: lambda kind=kind: {
+            "drafter": "heads",
+            "drafter_options": {"heads": str(runs / kind)},
+        }
+        for kind in ("medusa", "hydra", "clover", "chimera")
+    }
+    pseudo = {
+        kind: lambda kind=kind: {
+            "drafter": "pseudo",
+            "drafter_options": {"module": str(runs / kind)},
+        }
+        for kind in ("ppd", "hidden_transfer")
+    }
+
+    def variant(**options: Any) -> dict[str, Any]:
+        return {"drafter": "heads", "drafter_options": {"heads": str(runs / "hydra"), **options}}
+
+    def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
+
+    return {
+        **greedy,
+        **heads,
+        **pseudo,
+        "units (LUD)": lambda: variant(shape="unit"),
+        "online (OSD)": lambda: variant(online=1e-3),
+        "draft chain": lambda: {"drafter": tree("chain")},
+        "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
+        "dyspec": lambda: {"drafter": tree("dyspec")},
+        "sequoia": lambda: {"drafter": tree("sequoia")},
+        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
+        "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
+        "judge": lambda: {
+            "drafter": tree("chain"),
+            "rule": "judge",
+            "rule_options": {"head": runs / "judge"},
+        },
+        "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "chain rule": lambda: drawn("chain", "independent", **chain),
+        "block": lambda: drawn("block", "independent", **chain),
+        "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),
+        "k_sequential (SpecTr)": lambda: drawn("k_sequential", "independent"),
+        "without_replacement (RSD-C)": lambda: drawn("without_replacement", "distinct"),
+        "without_replacement (RSD-S)": lambda: drawn("without_replacement", "beam"),
+    }
+
+
+def measure(runs: Path, tokens: int, per_kind: int) -> dict[str, dict[str, float]]:
+    """Tokens per pass by system and kind of prompt."""
+    network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
+    rows: dict[str, dict[str, float]] = {}
+    for name, arguments in systems(runs, tokens).items():
+        row = {}
+        for kind, messages in PROMPTS.items():
+            made = passes = 0
+            for message in messages[:per_kind]:
+                out = generate(
+                    network,
+                    message,
+                    tokenizer=tokenizer,
+                    chat=True,
+                    max_new_tokens=tokens,
+                    **arguments(),
+                )
+                made, passes = made + out.stats.tokens - 1, passes + out.stats.forward_passes
+            row[kind] = made / max(1, passes)
+        rows[name] = row
+        print(name, {kind: round(value, 2) for kind, value in row.items()}, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Fit, measure and write `results/text_systems.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--per-kind", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/text-systems"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    fit_all(options.runs)
+    rows = measure(options.runs, options.tokens, options.per_kind)
+    record = {"tokens": options.tokens, "per_kind": options.per_kind, "systems": rows}
+    save("text_systems", record)
+
+
+if __name__ == "__main__":
+    main()
