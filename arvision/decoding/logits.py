@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.sampling import reference
+from ..kernels import sampling
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -84,4 +85,13 @@ def shape_logits(
         Log-probabilities [..., V], -inf where a token was cut; float32, or float64 for
         float64 logits.
     """
-    return reference.shape(logits, null_logits, guidance_scale, temperature, top_k, top_p)
+    rows, size = math.prod(logits.shape[:-1]), logits.shape[-1]
+    law = sampling.shape(
+        logits.reshape(rows, size),
+        null_logits=None if null_logits is None else null_logits.reshape(rows, size),
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    return law.view(logits.shape)

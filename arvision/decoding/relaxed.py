@@ -20,15 +20,15 @@ from .verify import (
     Verdict,
     accept,
     acceptance_log_ratio,
-    coupled,
     fresh,
+    maximal_coupling,
     through_first_rejection,
 )
 
 LogRatio = Callable[[Round], Tensor]
 """Logarithm [B, m] of the probability (capped at 1) that a draft is kept."""
 
-LATER = {"independent": fresh, "maximal": coupled}
+LATER = {"independent": fresh, "maximal": lambda chain: maximal_coupling(chain).tokens}
 """What follows the first rejection, by coupling."""
 
 

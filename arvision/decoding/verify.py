@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown_name
+from ..kernels import verify as kernel
 from .noise import Noise, draw
 from .tree import Topology
 
@@ -146,7 +147,11 @@ def gumbel_coupling(batch: Round) -> Verdict:
     drafted, as a chain or as a tree. Two successive laws agree on a token with probability
     >= (1 - TV) / (1 + TV).
     """
-    return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
+    if batch.topology is not None:
+        return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
+    law = batch.target_logp
+    gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
+    return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
 
 
 def acceptance_log_ratio(chain: Round) -> Tensor:
@@ -187,14 +192,17 @@ def fresh(chain: Round) -> Tensor:
     return draw(chain.target_logp.exp(), uniforms)
 
 
-def coupled(chain: Round) -> Tensor:
-    """At every position the draft with probability min(1, p / q), else recovered, [B, m + 1]."""
-    uniforms = chain.noise.uniform(chain.positions[:, -1:], "token", chain.tries)
-    bonus = draw(chain.target_logp[:, -1:].exp(), uniforms)
-    if chain.drafts.shape[1] == 0:
-        return bonus
-    kept = torch.where(accept(chain), chain.drafts, recover(chain))
-    return torch.cat([kept, bonus], dim=1)
+def _couple(chain: Round, coupling: str) -> Verdict:
+    """The window's numbers, and the kernel that decides by them."""
+    assert chain.draft_logp is not None
+    places = chain.positions
+    uniforms = [
+        chain.noise.uniform(places[:, :-1], "accept", chain.tries),
+        chain.noise.uniform(places[:, :-1], "recover", chain.tries),
+        chain.noise.uniform(places, "token", chain.tries),
+    ]
+    laws = (chain.draft_logp.to(chain.target_logp.dtype), chain.target_logp)
+    return Verdict(*kernel.verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
 
 def maximal_coupling(chain: Round) -> Verdict:
@@ -206,8 +214,7 @@ def maximal_coupling(chain: Round) -> Verdict:
 
     Paper: So et al., "Speculative Coupled Decoding", 2025 (there for text-to-image models).
     """
-    tokens = coupled(chain)
-    return Verdict(tokens, first_change(chain.drafts, tokens))
+    return _couple(chain, "maximal")
 
 
 def through_first_rejection(chain: Round, accepted: Tensor, later: Tensor) -> Verdict:
@@ -240,8 +247,7 @@ def independent_redraw(chain: Round) -> Verdict:
     Paper: Teng et al., "Accelerating Auto-regressive Text-to-Image Generation with Training-free
     Speculative Jacobi Decoding", 2024, section 3.2.
     """
-    accepted = accept(chain) if chain.drafts.shape[1] else chain.drafts.bool()
-    return through_first_rejection(chain, accepted, fresh(chain))
+    return _couple(chain, "independent")
 
 
 COUPLINGS: dict[str, Rule] = {

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -180,7 +181,7 @@ def fit(
         CheckpointError: the checkpoint belongs to another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = _accelerator(config.mixed_precision)
     optimizer = torch.optim.AdamW(
         _parameter_groups(objective, config.weight_decay), lr=0.0, betas=config.betas
     )
@@ -230,6 +231,13 @@ def fit(
         average.install()
     objective.eval()
     return log
+
+
+def _accelerator(mixed_precision: str) -> Accelerator:
+    """One of this precision, though an earlier fit of the process may have had another."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision)
 
 
 def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from arvision import InputError
+from arvision import InputError, get_sampler
 from arvision.decoding import verify as decoding
 from arvision.decoding.logits import shape_logits
 from arvision.decoding.noise import Noise
@@ -15,7 +15,8 @@ from arvision.kernels.nearest_code import nearest_code
 from arvision.kernels.sampling import sample_gumbel, sample_inverse, shape
 from arvision.kernels.tree_attention import tree_attention
 from arvision.kernels.tree_attention.reference import visible
-from arvision.kernels.verify import verify, verify_gumbel
+from arvision.kernels.verify import verify
+from arvision.testing import TableModel
 
 
 def test_the_cpu_runs_references_and_says_so():
@@ -101,20 +102,29 @@ def test_verify_is_the_couplings(window, dtype):
     positions = torch.arange(window + 1).expand(50, window + 1)
     noise = Noise(list(range(50)))
     chain = decoding.Round(drafts, draft, target, positions, noise, tries=3)
-    numbers = (
-        noise.uniform(positions[:, :-1], "accept", 3),
-        noise.uniform(positions[:, :-1], "recover", 3),
-        noise.uniform(positions, "token", 3),
-    )
-    for coupling in ("maximal", "independent"):
-        expected = decoding.get_coupling(coupling)(chain)
-        tokens, counts = verify(drafts, draft, target, *numbers, coupling=coupling)
-        assert tokens.equal(expected.tokens)
-        assert counts.equal(expected.counts)
-    expected = decoding.gumbel_coupling(chain)
-    tokens, counts = verify_gumbel(drafts, target, noise.gumbel(positions, 9, dtype))
-    assert tokens.equal(expected.tokens)
-    assert counts.equal(expected.counts)
+    fresh = decoding.fresh(chain)
+    kept = torch.where(decoding.accept(chain), drafts, decoding.recover(chain))
+    maximal = torch.cat([kept, fresh[:, -1:]], dim=1)
+    chosen = decoding.gumbel_draw(target, positions, noise)
+    expected = {
+        "maximal": (maximal, decoding.first_change(drafts, maximal)),
+        "independent": decoding.through_first_rejection(chain, decoding.accept(chain), fresh),
+        "gumbel": decoding.follow(chain, chosen),
+    }
+    for coupling, wanted in expected.items():
+        tokens, counts = (
+            (wanted.tokens, wanted.counts) if isinstance(wanted, decoding.Verdict) else wanted
+        )
+        found = decoding.get_coupling(coupling)(chain)
+        assert found.tokens.equal(tokens)
+        assert found.counts.equal(counts)
+
+
+def test_samplers_shape_and_verify_through_the_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "_LAST", {})
+    model = TableModel(num_tokens=4, vocab_size=3, seed=0)
+    get_sampler("sjd", window=2, coupling="maximal")(model, [0], seeds=[0])
+    assert {"sampling", "verify", "philox"} <= set(dispatch._LAST)
 
 
 def rejects(tokens, law):

@@ -99,6 +99,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, pictures):
         fit(make("class", pictures), FitConfig(steps=2, batch_size=4), tmp_path, progress=False)
 
 
+def test_fits_of_one_process_may_differ_in_precision(tmp_path, pictures):
+    for precision in ("no", "bf16", "no"):
+        config = FitConfig(steps=1, batch_size=4, mixed_precision=precision)
+        assert fit(make("class", pictures), config, tmp_path / precision, progress=False)
+
+
 def test_each_epoch_visits_every_item_once():
     seen = torch.cat([batch_indices(step, 7, 21, seed=0) for step in range(6)])
     assert seen[:21].sort().values.tolist() == list(range(21))

@@ -19,7 +19,9 @@ def verify(
 ) -> tuple[Tensor, Tensor]:
     """See `arvision.kernels.verify.verify`."""
     window = drafts.shape[1]
-    fresh = draw(target_logp.exp(), fresh_uniforms)
+    # "maximal" reads the last one only: the bonus.
+    first = window if coupling == "maximal" else 0
+    fresh = draw(target_logp[:, first:].exp(), fresh_uniforms[:, first:])
     if window == 0:
         return fresh, torch.ones_like(fresh[:, 0])
     index = drafts.clamp(min=0)[..., None]
@@ -31,7 +33,7 @@ def verify(
     recovered = draw(torch.where(empty, target, residual), recover_uniforms)
     if coupling == "maximal":
         tokens = torch.where(accepted, drafts, recovered)
-        tokens = torch.cat([tokens, fresh[:, -1:]], dim=1)
+        tokens = torch.cat([tokens, fresh], dim=1)
         return tokens, count_final(drafts, tokens)
     accepted = accepted.long().cumprod(dim=1)
     counts = accepted.sum(dim=1) + 1
