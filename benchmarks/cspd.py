@@ -1,6 +1,6 @@
 """What do the faster ways of drawing latents give on `mar-fashion`? Passes, acceptance, time, distance.
 
-python -m benchmarks.cspd [--images 100] [--rounds 5] [--part all|quality|time|head]
+python -m benchmarks.cspd [--images 100] [--rounds 5] [--batch 1 8] [--part all|quality|time|head]
 
 Every sampler draws the same classes at the recommended settings, one latent per iteration; the draft of
 `cspd` is `mar-fashion-draft`, the factor on the last deviations (`inner_temperature`) the released code's 42
@@ -119,13 +119,17 @@ class Study:
         return rows
 
     def time(self, batch: int, rounds: int) -> dict[str, Any]:
-        """Seconds per image of every sampler, decoder excluded."""
-        tasks = {
-            spec: (lambda one=self.sampler(spec): self.run(one, 0, batch, 0)) for spec in SAMPLERS
-        }
+        """Seconds per image of every sampler over at least four images, decoder excluded."""
+        firsts = range(0, max(4, batch), batch)
+
+        def draw(sampler: Any) -> None:
+            for first in firsts:
+                self.run(sampler, first, batch, 0)
+
+        tasks = {spec: (lambda one=self.sampler(spec): draw(one)) for spec in SAMPLERS}
         found = {}
         for spec, seconds in alternate(tasks, rounds).items():
-            found[spec] = summary([value / batch for value in seconds])
+            found[spec] = summary([value / (batch * len(firsts)) for value in seconds])
         for spec, row in found.items():
             row["speed_up"] = found["ar"]["median"] / row["median"]
             print(batch, spec, {k: round(v, 4) for k, v in row.items()}, flush=True)
@@ -147,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--part", choices=("all", "quality", "time", "head"), default="all")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -156,7 +161,8 @@ def main() -> None:
         record |= {"images": options.images, "quality": study.quality()}
     if "time" in parts:
         record["rounds"] = options.rounds
-        record["seconds"] = {str(b): study.time(b, options.rounds) for b in (1, 8)}
+        seconds = {str(batch): study.time(batch, options.rounds) for batch in options.batch}
+        record["seconds"] = record.get("seconds", {}) | seconds
     if "head" in parts:
         record["head"] = head_times(study.pipe.model, 15)
         print(record["head"])

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from .common import RESULTS, load
+from .text_systems import TABLE
 
 SAMPLERS_PAGE = RESULTS.parent.parent / "docs" / "samplers.md"
 README = RESULTS.parent.parent / "README.md"
@@ -194,6 +195,24 @@ def text_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
 
 
+def systems_table(record: dict[str, Any]) -> str:
+    """Every text-side system: where it lives, tokens per pass by kind of prompt, lossless or not."""
+    kinds = list(next(iter(record["systems"].values())))
+    lines = [
+        f"| system | where | tokens per pass: {' / '.join(kinds)} | lossless |",
+        "| --- | --- | --- | --- |",
+    ]
+    for system, where, name, is_lossless in TABLE:
+        found = record["systems"].get(name)
+        cells = "for images" if found is None else " / ".join(f"{found[k]:.2f}" for k in kinds)
+        lines.append(f"| {system} | {where} | {cells} | {is_lossless} |")
+    return (
+        "\n".join(lines)
+        + f"\n\n{record['per_kind']} prompts of each kind, {record['tokens']} tokens "
+        f"at most. {machine(record)}"
+    )
+
+
 def machine(record: dict[str, Any], part: str = "") -> str:
     """One line about where the figures, or those of one part, come from."""
     where = record.get("environments", {}).get(part, record["environment"])
@@ -224,12 +243,13 @@ def main() -> None:
     page = fill(page, "grid", grid_table(record))
     page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
-    pages = {
-        "distillation": ("dd", dd_tables),
-        "mar": ("cspd", cspd_tables),
-        "text": ("text", text_table),
-    }
-    for name, (marker, table) in pages.items():
+    pages = (
+        ("distillation", "dd", dd_tables),
+        ("mar", "cspd", cspd_tables),
+        ("text", "text", text_table),
+        ("text", "text_systems", systems_table),
+    )
+    for name, marker, table in pages:
         path = SAMPLERS_PAGE.with_name(f"{name}.md")
         if load(marker):
             path.write_text(fill(path.read_text(), marker, table(load(marker))))

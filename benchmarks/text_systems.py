@@ -66,6 +66,99 @@ CAPITALS = (
 )  # fmt: skip
 
 
+TABLE = (
+    ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
+    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    ("ADED", '`drafter="trigram"`', "trigram", "yes"),
+    ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
+    (
+        "lookup and Token Recycling",
+        '`drafter="prompt_lookup+token_recycling"`, `combine(a, b)`',
+        "prompt_lookup+token_recycling",
+        "yes",
+    ),
+    ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
+    (
+        "Superposed Decoding",
+        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        "superposed",
+        "yes, verified here",
+    ),
+    (
+        "SWIFT",
+        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
+        "layer_skip",
+        "yes",
+    ),
+    (
+        "S2D",
+        '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
+        "nested_exit",
+        "yes",
+    ),
+    ("Medusa", "`train-draft --kind medusa`", "medusa", "yes"),
+    ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),
+    ("Clover", "`train-draft --kind clover`", "clover", "yes"),
+    (
+        "Chimera",
+        "`train-draft --kind chimera` (trigram encoder; no encoder of the whole context)",
+        "chimera",
+        "yes",
+    ),
+    ("PPD", "`train-draft --kind ppd` (chains of guesses)", "ppd", "yes"),
+    ("hidden transfer", "`train-draft --kind hidden_transfer`", "hidden_transfer", "yes"),
+    ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
+    ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
+    (
+        "DistillSpec, FastDraft: a draft model, chain",
+        "`train-draft --kind model`, `--divergence ...` (from the target's own layers, on its "
+        'answers; no pre-training); `drafter="draft_model"`, expansion "chain"',
+        "draft chain",
+        "yes",
+    ),
+    ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
+    (
+        "SpecDec++",
+        'stop by calibrated confidence, in the chains of image drafts (`sampler="draft"`)',
+        None,
+        "yes",
+    ),
+    ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
+    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
+    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("chain speculative sampling", 'rule "chain", temperature 1', "chain rule", "yes"),
+    ("block verification", 'rule "block", temperature 1', "block", "yes"),
+    (
+        "SpecInfer",
+        'expansion "independent", rule "multi_round", temperature 1',
+        "multi_round (SpecInfer)",
+        "yes",
+    ),
+    ("SpecTr", 'rule "k_sequential", temperature 1', "k_sequential (SpecTr)", "yes"),
+    (
+        "RSD-C",
+        'expansion "distinct", rule "without_replacement", temperature 1',
+        "without_replacement (RSD-C)",
+        "yes",
+    ),
+    (
+        "RSD-S",
+        'expansion "beam" (stochastic beam), the same rule',
+        "without_replacement (RSD-S)",
+        "yes",
+    ),
+    ("typical acceptance", 'rule "typical", temperature 1', "typical", "no"),
+    (
+        "Judge Decoding",
+        'rule "judge", its head by `train-draft --kind judge` on marked answers',
+        "judge",
+        "no",
+    ),
+)
+"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+
+
 def fit_all(runs: Path) -> None:
     """Fit what is not in `runs` yet; the answers are made once."""
     runs.mkdir(parents=True, exist_ok=True)
