@@ -14,6 +14,7 @@ from torch import Tensor
 from .api import load, sample
 from .errors import unknown_name
 from .eval.classifier import class_consistency, classify
+from .eval.pixels import to_uint8
 from .pipeline import ARPipeline
 from .training.captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .training.classifier import train_classifier
@@ -96,11 +97,6 @@ def run_recipe(
     return write_card(out / name, name, stage_seconds(out, recipe.stages), card_samples)
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] to uint8, rounded."""
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def draw(pipe: ARPipeline, prompts: list[Any], batch_size: int = 125) -> Tensor:
     """Plain samples of the prompts, uint8 [B, 3, H, W]; image k has identity (0, k)."""
     images = []
@@ -108,7 +104,7 @@ def draw(pipe: ARPipeline, prompts: list[Any], batch_size: int = 125) -> Tensor:
         batch = prompts[first : first + batch_size]
         seeds = [(0, first + k) for k in range(len(batch))]
         out = sample(pipe, batch, "ar", seed=seeds, progress=False, output_type="pt")
-        images.append(to_bytes(out.images))
+        images.append(to_uint8(out.images))
     return torch.cat(images)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .api import load, sample
 from .eval.classifier import class_consistency
+from .eval.pixels import to_uint8
 from .files import replacing
 from .pipeline import ARPipeline
-from .publish import publish, to_bytes
+from .publish import publish
 from .samplers import get_sampler
 from .sheet import labelled_rows
 from .training.data import CLASS_NAMES
@@ -43,7 +44,7 @@ def draw_sheet(
 
 
 def _pictures(pixels: Tensor) -> list[Image.Image]:
-    levels = to_bytes(pixels.cpu() / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+    levels = to_uint8(pixels.cpu(), value_range="signed").permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(image) for image in levels]
 
 
@@ -94,7 +95,7 @@ def _draw(pipe: ARPipeline, labels: Tensor, steps: int, batch_size: int = 125) -
         seeds = [(1, image) for image in part.tolist()]
         run: dict[str, Any] = {"seed": seeds, "steps": steps, "progress": False}
         out = sample(pipe, labels[part].tolist(), "dd", output_type="pt", **run)
-        images.append(to_bytes(out.images))
+        images.append(to_uint8(out.images))
     return torch.cat(images)
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 import arvision
 from arvision.compare import parse_sampler
-from arvision.eval import frechet_from_features
+from arvision.eval import frechet_from_features, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
-from arvision.publish import to_bytes
 
 from .common import alternate, load, save, summary
 
@@ -84,7 +83,7 @@ class Study:
         totals = {"passes": 0, "accepted": 0, "rejected": 0, "exhausted": 0, "nonfinite": 0}
         for first in range(0, len(self.classes), batch_size):
             out = self.run(sampler, first, min(batch_size, len(self.classes) - first), seed)
-            images.append(to_bytes(self.pipe.model.decode(out.tokens) / 2 + 0.5))
+            images.append(to_uint8(self.pipe.model.decode(out.tokens), value_range="signed"))
             for name in totals:
                 found = (
                     sum(out.stats.passes_per_image) if name == "passes" else out.stats.get(name, 0)

@@ -24,9 +24,8 @@ from torch import Tensor
 
 import arvision
 from arvision import get_sampler
-from arvision.eval import frechet_from_features, precision_recall
+from arvision.eval import frechet_from_features, precision_recall, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
-from arvision.publish import to_bytes
 from arvision.training.data import load_fashion
 
 from .common import alternate, load, save, summary
@@ -93,7 +92,7 @@ class Study:
     def images(self, tokens: Tensor) -> Tensor:
         """Pictures of tokens, uint8."""
         parts = [self.pipe.model.decode(part) for part in tokens.split(125)]
-        return to_bytes(torch.cat(parts) / 2 + 0.5)
+        return to_uint8(torch.cat(parts), value_range="signed")
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:

@@ -21,9 +21,8 @@ import arvision
 from arvision import get_sampler
 from arvision.compare import parse_sampler
 from arvision.decoding.teacher_forcing import teacher_forced
-from arvision.eval import frechet_distance
+from arvision.eval import frechet_distance, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
-from arvision.publish import to_bytes
 
 from .common import save
 
@@ -76,7 +75,7 @@ class Study:
 
     def images(self, tokens: Tensor) -> Tensor:
         """Pictures of tokens, uint8."""
-        return to_bytes(self.model.decode(tokens) / 2 + 0.5)
+        return to_uint8(self.model.decode(tokens), value_range="signed")
 
     def _moments(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

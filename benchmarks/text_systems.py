@@ -1,6 +1,7 @@
 """What does every text-side system give on a real language model? Tokens per pass, no times.
 
 pip install -e ".[bench]"; python -m benchmarks.text_systems [--tokens 40] [--per-kind 2] [--runs runs/text-systems]
+python -m benchmarks.text_systems --tokens 128 --per-kind 8 --kinds chat --only token_recycling     prints alone
 
 SmolLM2-135M-Instruct, batch 1, prompts of each kind of `benchmarks.text_prompts`. What needs training
 is fitted first by `arvision.training` on the model's own answers to prompts that are not measured
@@ -266,15 +267,19 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def measure(runs: Path, tokens: int, per_kind: int) -> dict[str, dict[str, float]]:
-    """Tokens per pass by system and kind of prompt."""
+def measure(
+    runs: Path, tokens: int, per_kind: int, kinds: list[str], only: list[str]
+) -> dict[str, dict[str, float]]:
+    """Tokens per pass by system (all, unless `only` names some) and kind of prompt."""
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
     rows: dict[str, dict[str, float]] = {}
     for name, arguments in systems(runs, tokens).items():
+        if only and name not in only:
+            continue
         row = {}
-        for kind, messages in PROMPTS.items():
+        for kind in kinds:
             made = passes = 0
-            for message in messages[:per_kind]:
+            for message in PROMPTS[kind][:per_kind]:
                 out = generate(
                     network,
                     message,
@@ -296,12 +301,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--per-kind", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/text-systems"))
+    parser.add_argument("--kinds", nargs="*", choices=list(PROMPTS), default=list(PROMPTS))
+    parser.add_argument("--only", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
     fit_all(options.runs)
-    rows = measure(options.runs, options.tokens, options.per_kind)
-    record = {"tokens": options.tokens, "per_kind": options.per_kind, "systems": rows}
-    save("text_systems", record)
+    sizes = {"tokens": options.tokens, "per_kind": options.per_kind}
+    rows = measure(options.runs, **sizes, kinds=options.kinds, only=options.only)
+    if not options.only and options.kinds == list(PROMPTS):
+        save("text_systems", sizes | {"systems": rows})
 
 
 if __name__ == "__main__":
