@@ -23,6 +23,7 @@ import torch
 
 from arvision import generate
 from arvision.decoding.drafters import DraftTree, RetrievedContext
+from arvision.decoding.drafters.heads import KINDS
 from arvision.generate import as_draft
 from arvision.models.hf.loading import load_text_model
 from arvision.training.heads_recipes import fit_draft
@@ -219,13 +220,6 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "nested_exit",
         )
     }
-    heads = {
-        kind: lambda kind=kind: {
-            "drafter": "heads",
-            "drafter_options": {"heads": str(runs / kind)},
-        }
-        for kind in ("medusa", "hydra", "clover", "chimera")
-    }
     pseudo = {
         kind: lambda kind=kind: {
             "drafter": "pseudo",
@@ -234,18 +228,18 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         for kind in ("ppd", "hidden_transfer")
     }
 
-    def variant(**options: Any) -> dict[str, Any]:
-        return {"drafter": "heads", "drafter_options": {"heads": str(runs / "hydra"), **options}}
+    def heads(kind: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": "heads", "drafter_options": {"heads": str(runs / kind), **options}}
 
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
 
     return {
         **greedy,
-        **heads,
+        **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
         **pseudo,
-        "units (LUD)": lambda: variant(shape="unit"),
-        "online (OSD)": lambda: variant(online=1e-3),
+        "units (LUD)": lambda: heads("hydra", shape="unit"),
+        "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},

@@ -124,7 +124,7 @@ def known_sizes(
     """What a caller says about a checkpoint, by our names; None counts as not given.
 
     Args:
-        sizes: names, ours or the authors', to values; lists become tuples.
+        sizes: names, ours or the authors', to values; sequences become tuples.
         known: our names.
         kind: what the sizes belong to, for messages.
         aliases: the authors' names to ours.
@@ -136,9 +136,10 @@ def known_sizes(
     for name, value in sizes.items():
         ours = aliases.get(name, name)
         if ours not in known:
-            raise unknown_name(f"size of a {kind}:", ours, known)
+            raise unknown_name(f"size of a {kind}:", name, known)
         if value is not None:
-            given[ours] = tuple(value) if isinstance(value, list) else value
+            is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+            given[ours] = tuple(value) if is_sequence else value
     return given
 
 

@@ -77,8 +77,6 @@ class JacobiDrafter:
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         batch, device = len(tokens), tokens.device
-        if num == 0 and not self._keeps_laws:
-            return TokenTree(tokens[:, :0])
         drafts = torch.zeros(batch, num, dtype=torch.int64, device=device)
         laws = None
         if self._keeps_laws:
@@ -146,14 +144,11 @@ class JacobiDrafter:
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Keep what the pass put behind its final tokens."""
         num = verdict.tokens.shape[1]
-        self._num_held = num - verdict.counts
-        self._prior = chain.target_logp[:, -1]
-        if num == 1 and not self._keeps_laws:
-            self._drafts = None
-            return
         places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
+        self._num_held = num - verdict.counts
+        self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)
             self._laws = chain.target_logp.gather(1, index)

@@ -91,7 +91,7 @@ class _Run(LatentRun):
 
     def round(self) -> None:
         """See the iterations to come in their guessed contexts, draw them, keep what stands."""
-        images = (self._done < self._num_iter).nonzero()[:, 0]
+        images = self._going()
         left = self._num_iter - self._done[images]
         # As many rows as there are guesses to stand on, and one more.
         rows = torch.minimum(left, (self._guessed - self._done)[images] + 1).clamp(max=self._window)

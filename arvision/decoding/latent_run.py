@@ -68,6 +68,10 @@ class LatentRun:
         """Whether an image still lacks latents."""
         return bool((self._done < self._num_iter).any())
 
+    def _going(self) -> Tensor:
+        """Images [A] that still lack latents."""
+        return (self._done < self._num_iter).nonzero()[:, 0]
+
     def _slots(self, rows: Tensor, images: Tensor, places: Tensor, scales: Tensor) -> tuple:
         """One entry per latent of the iterations `places` after the known ones of `images`.
 

@@ -159,7 +159,7 @@ class _Run(LatentRun):
 
     def round(self) -> None:
         """Draft, verify, write down."""
-        images = (self._done < self._num_iter).nonzero()[:, 0]
+        images = self._going()
         lengths = self._lengths(images)
         work = self.latents.clone()
         slots, paths = self._propose(images, lengths, work)
@@ -219,17 +219,17 @@ class _Run(LatentRun):
             work[slots.images, slots.positions] = path.latents.to(work)
             parts.append(slots)
             paths.append(path)
-        names = ("images", "positions", "places", "z", "scales")
-        slots = Slots(*(torch.cat([getattr(part, n) for part in parts]) for n in names))
         rows = ("states", "means", "scales")
-        return slots, Trajectory(*(torch.cat([getattr(p, n) for p in paths], dim=1) for n in rows))
+        return join(*parts), Trajectory(
+            *(torch.cat([getattr(p, n) for p in paths], dim=1) for n in rows)
+        )
 
     def _draw(self, extra: Slots) -> Tensor:
         """Latents [X, D] of `extra`. Without a draft the same chain guesses for the next round."""
         target = self._verifier.target
         if self._draft is not None:
             return self._verifier.draw(target, extra).latents
-        images = (self._done < self._num_iter).nonzero()[:, 0]
+        images = self._going()
         _, rows, places = ragged(self._lengths(images))
         _, slots = self._slots(rows, images[rows], places, self._draft_scales)
         slots.z = self._guessed[slots.images, slots.positions]

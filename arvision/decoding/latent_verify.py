@@ -222,7 +222,7 @@ class Verifier:
         return out
 
 
-def join(first: Slots, second: Slots) -> Slots:
-    """Slots of two lists in one."""
+def join(*parts: Slots) -> Slots:
+    """Slots of several lists in one."""
     names = ("images", "positions", "places", "z", "scales")
-    return Slots(*(torch.cat([getattr(first, n), getattr(second, n)]) for n in names))
+    return Slots(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ..errors import unknown_name
 from ..kernels import verify as kernel
+from ..kernels.verify import reference
+from ..kernels.verify.reference import first_change
 from .noise import Noise, draw
 from .tree import Topology
 
@@ -74,15 +76,6 @@ class Verdict:
 
 
 Rule = Callable[[Round], Verdict]
-
-
-def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:
-    """How many of `tokens` [B, m + 1] are final, [B]: through the first that differs from its draft.
-
-    The token that takes the place of a draft is itself final, and so is the bonus.
-    """
-    same = (tokens[:, :-1] == drafts).long()
-    return same.cumprod(dim=1).sum(dim=1) + 1
 
 
 def follow(batch: Round, choice: Tensor) -> Verdict:
@@ -157,9 +150,7 @@ def gumbel_coupling(batch: Round) -> Verdict:
 def acceptance_log_ratio(chain: Round) -> Tensor:
     """log p(x) - log q(x) of the drafts, [B, m]; -inf where the target rules a draft out."""
     assert chain.draft_logp is not None
-    index = chain.drafts.clamp(min=0)[..., None]
-    target = chain.target_logp[:, :-1].gather(-1, index)[..., 0]
-    return target - chain.draft_logp.gather(-1, index)[..., 0]
+    return reference.log_ratio(chain.drafts, chain.draft_logp, chain.target_logp)
 
 
 def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
@@ -173,17 +164,10 @@ def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
 
 
 def recover(chain: Round) -> Tensor:
-    """A draw from the normalised (p - q)+ at every draft, [B, m].
-
-    Where the two laws are the same the residual is empty and a rejection has probability zero; p
-    stands in, so that nothing divides by zero.
-    """
+    """A draw from the normalised (p - q)+ at every draft, [B, m]."""
     assert chain.draft_logp is not None
-    target = chain.target_logp[:, :-1].exp()
-    residual = (target - chain.draft_logp.exp()).clamp(min=0)
-    empty = residual.sum(-1, keepdim=True) <= 0
     uniforms = chain.noise.uniform(chain.positions[:, :-1], "recover", chain.tries)
-    return draw(torch.where(empty, target, residual), uniforms)
+    return reference.recover(chain.draft_logp, chain.target_logp, uniforms)
 
 
 def fresh(chain: Round) -> Tensor:

@@ -24,17 +24,13 @@ def verify(
     fresh = draw(target_logp[:, first:].exp(), fresh_uniforms[:, first:])
     if window == 0:
         return fresh, torch.ones_like(fresh[:, 0])
-    index = drafts.clamp(min=0)[..., None]
-    ratio = (target_logp[:, :-1].gather(-1, index) - draft_logp.gather(-1, index))[..., 0]
+    ratio = log_ratio(drafts, draft_logp, target_logp)
     accepted = (accept_uniforms.log() < ratio) & (drafts >= 0)
-    target = target_logp[:, :-1].exp()
-    residual = (target - draft_logp.exp()).clamp(min=0)
-    empty = residual.sum(-1, keepdim=True) <= 0
-    recovered = draw(torch.where(empty, target, residual), recover_uniforms)
+    recovered = recover(draft_logp, target_logp, recover_uniforms)
     if coupling == "maximal":
         tokens = torch.where(accepted, drafts, recovered)
         tokens = torch.cat([tokens, fresh], dim=1)
-        return tokens, count_final(drafts, tokens)
+        return tokens, first_change(drafts, tokens)
     accepted = accepted.long().cumprod(dim=1)
     counts = accepted.sum(dim=1) + 1
     is_first = torch.arange(window, device=counts.device) == counts[:, None] - 1
@@ -46,9 +42,30 @@ def verify(
 def verify_gumbel(drafts: Tensor, target_logp: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor]:
     """See `arvision.kernels.verify.verify_gumbel`."""
     tokens = (target_logp + gumbel).argmax(-1)
-    return tokens, count_final(drafts, tokens)
+    return tokens, first_change(drafts, tokens)
 
 
-def count_final(drafts: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens [B, m + 1] through the first that differs from its draft [B, m], as [B]."""
+def log_ratio(drafts: Tensor, draft_logp: Tensor, target_logp: Tensor) -> Tensor:
+    """log p(x) - log q(x) of the drafts, [B, m]; -inf where the target rules a draft out."""
+    index = drafts.clamp(min=0)[..., None]
+    return (target_logp[:, :-1].gather(-1, index) - draft_logp.gather(-1, index))[..., 0]
+
+
+def recover(draft_logp: Tensor, target_logp: Tensor, uniforms: Tensor) -> Tensor:
+    """A draw from the normalised (p - q)+ at every draft, [B, m].
+
+    Where the two laws are the same the residual is empty and a rejection has probability zero; p
+    stands in, so that nothing divides by zero.
+    """
+    target = target_logp[:, :-1].exp()
+    residual = (target - draft_logp.exp()).clamp(min=0)
+    empty = residual.sum(-1, keepdim=True) <= 0
+    return draw(torch.where(empty, target, residual), uniforms)
+
+
+def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:
+    """How many of `tokens` [B, m + 1] are final, [B]: through the first that differs from its draft.
+
+    The token that takes the place of a draft is itself final, and so is the bonus.
+    """
     return (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1) + 1
