@@ -46,7 +46,7 @@ def train(
     """Train (or resume) an embedded model from its recipe."""
     import torch
 
-    from ..publish import run_recipe
+    from ..training.publish import run_recipe
 
     if threads is not None:
         torch.set_num_threads(threads)

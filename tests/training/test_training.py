@@ -17,10 +17,10 @@ from arvision.training.captions import (
     vocabulary,
 )
 from arvision.training.data import CLASS_NAMES, load_fashion, to_pixels
+from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
+from arvision.training.llamagen_tokenizer import TokenizerObjective
+from arvision.training.llamagen_transformer import CaptionObjective, ClassObjective, pad_left
 from arvision.training.loop import FitConfig, batch_indices, fit, learning_rate
-from arvision.training.text import build_text_encoder, build_text_tokenizer
-from arvision.training.tokenizer import TokenizerObjective
-from arvision.training.transformer import CaptionObjective, ClassObjective, pad_left
 
 
 @pytest.fixture(scope="module")
