@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..eval.classifier import FashionClassifier, class_consistency
-from ..files import replacing
+from ..files import write_bytes, write_json, write_text
 from .data import load_fashion
 
 BATCH_SIZE = 128
@@ -57,12 +56,6 @@ def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
     columns = (side[None] + shifts[:, 1:]).clamp(0, last)
     batch = torch.arange(count).view(-1, 1, 1)
     return grey[:, 0][batch, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def _fit(model: FashionClassifier, epochs: int, seed: int, progress: bool) -> None:
@@ -136,10 +129,10 @@ def train_classifier(
     seconds = time.perf_counter() - started
     measured = {**_measure(model), "seconds": seconds, "epochs": epochs, "seed": seed}
     weights = {name: value.contiguous() for name, value in model.half().state_dict().items()}
-    _write(out / "model.safetensors", save(weights))
+    write_bytes(out / "model.safetensors", save(weights))
     config = {"kind": "fashion-classifier", "architecture": model.config, "measured": measured}
-    _write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    _write(out / "README.md", _card(measured).encode())
+    write_json(out / "config.json", config, indent=2)
+    write_text(out / "README.md", _card(measured))
     return measured
 
 

@@ -8,7 +8,6 @@ Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge D
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..decoding.draft_model import COUPLINGS, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
 from ..errors import InputError, unknown_name
+from ..files import write_json
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
 from .llamagen_samples import Drawn, draw_from_target, together
 from .loop import FitConfig, Objective, fit, shortened
@@ -279,7 +279,7 @@ def train_draft(
         "samples": {f"{scale:g}": num for scale, num in training.samples.items()},
         "seconds": run.seconds,
     }
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(out / "figures.json", figures)
     calibration = {name: calibrate(**numbers) for name, numbers in measured.items()}
     return DraftResult(final, calibration, figures)
 

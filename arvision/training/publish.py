@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from ..api import load, sample
 from ..errors import unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
+from ..files import making_folder
 from ..pipeline import ARPipeline
 from .captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .classifier import train_classifier
@@ -32,20 +31,23 @@ def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings:
         folder: to write.
         card: "kind", "conditions" and "summary", for `list_models`.
         settings: recommended settings, arguments of `ARPipeline`.
+
+    Raises:
+        InputError: `folder` holds something else than a published model.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipe = ARPipeline(**parts, **settings)
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, torch.float16)
-    pipe.save_pretrained(temporary)
-    for weights in temporary.rglob("*.safetensors"):
-        weights.chmod(0o644)
-    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with making_folder(folder, is_ours=_is_model_folder, durable=True) as place:
+        pipe.save_pretrained(place)
+        for weights in place.rglob("*.safetensors"):
+            weights.chmod(0o644)
+        (place / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _is_model_folder(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("model_index.json", "card.json"))
 
 
 def run_recipe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..api import load, sample
 from ..eval.classifier import class_consistency
 from ..eval.pixels import to_uint8
-from ..files import replacing
+from ..files import replacing, write_json, write_text
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
 from ..sheet import labelled_rows
@@ -82,10 +81,8 @@ def publish_student(
             for steps in range(1, len(student.timesteps) + 1)
         }
     figures["parameters"] = sum(p.numel() for p in student.transformer.parameters())
-    with replacing(folder / "README.md") as path:
-        path.write_text(_card(folder, card, figures, num))
-    with replacing(folder.parent / "figures.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(folder / "README.md", _card(folder, card, figures, num))
+    write_json(folder.parent / "figures.json", figures)
     return figures
 
 
