@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "contracts": {"errors"},
     "files": {"errors"},
+    "card": {"errors", "files"},
     "checkpoint": {"errors"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
@@ -24,10 +25,11 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "pipeline": {"models", "samplers"} | GROUND,
+    "pipeline": {"card", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers"} | GROUND,
     "comparison": {"api", "pipeline", "samplers", "sheet"} | GROUND,
-    "training": {"api", "pipeline", "samplers", "models", "decoding", "eval", "sheet"} | GROUND,
+    "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
+    | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "testing": {"models"} | GROUND,
 }
