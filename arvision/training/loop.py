@@ -71,7 +71,10 @@ class FitConfig:
 
 
 class WeightAverage:
-    """Running average of the trained weights; young averages follow faster."""
+    """Running average of the trained weights; young averages follow faster.
+
+    diffusers' `EMAModel` rounds otherwise and forgets the first weights altogether.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
