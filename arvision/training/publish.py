@@ -21,8 +21,9 @@ from .captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .classifier import train_classifier
 from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
-from .mar_draft import MAR_DRAFT_RECIPES, MARDraftRecipe
-from .recipes import RECIPES, stage_seconds
+from .mar_draft import MAR_DRAFT_RECIPES
+from .recipes import RECIPES
+from .stages import Recipe, stage_seconds
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -94,9 +95,10 @@ def run_recipe(
         return publish_draft(result, out / name, draft, draft.target, min(100, card_samples))
     if name in MAR_DRAFT_RECIPES:
         small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
-        network = small.run(load(small.target, device="cpu").model, out, progress=progress)
+        pipe = load(str(small.target), device="cpu")
+        network = small.run(out, target=pipe.model, progress=progress)["transformer"]
         seconds = stage_seconds(out, small.stages)
-        return publish_mar_draft(network, out / name, small, seconds, min(100, card_samples))
+        return publish_mar_draft(network, pipe, out / name, small, seconds, min(100, card_samples))
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)
@@ -330,8 +332,9 @@ def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
 
 def publish_mar_draft(
     network: torch.nn.Module,
+    pipe: ARPipeline,
     folder: Path,
-    recipe: MARDraftRecipe,
+    recipe: Recipe,
     seconds: dict[str, float],
     num: int = 100,
 ) -> dict[str, Any]:
@@ -339,12 +342,12 @@ def publish_mar_draft(
 
     Args:
         network: the trained transformer.
+        pipe: its target, whose settings the draft takes over.
         folder: to write; its name is that of the recipe.
         recipe: what was trained.
         seconds: wall time of each stage.
         num: images to measure the acceptance on, one by one.
     """
-    pipe = load(recipe.target, device="cpu")
     names = ("class_names", "guidance_scale", "temperature", "num_threads")
     publish({"transformer": network}, folder, recipe.card, {n: pipe.config[n] for n in names})
     sizes = [sum(p.numel() for p in part.parameters()) for part in (network, pipe.transformer)]
