@@ -9,6 +9,15 @@ from .llamagen import (
     LlamaGenTransformer,
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
+from .transformers_image import (
+    Chameleon,
+    ChameleonDecoder,
+    Emu3,
+    GlmImage,
+    ImagePrompt,
+    Janus,
+    TransformersImageModel,
+)
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
 
 FAMILIES: Registry[type] = Registry("model family")
@@ -24,6 +33,12 @@ FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransform
 
 __all__ = [
     "FAMILIES",
+    "Chameleon",
+    "ChameleonDecoder",
+    "Emu3",
+    "GlmImage",
+    "ImagePrompt",
+    "Janus",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -32,6 +47,7 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "TransformersImageModel",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",
