@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import list_models, list_samplers, load, sample
-from .custom_generate import custom_generate
 from .errors import (
     ArvisionError,
     CheckpointError,
@@ -11,9 +10,10 @@ from .errors import (
     MissingDependencyError,
     StateError,
 )
-from .generate import TextOutput, generate, list_drafters
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import get_sampler
+from .text.custom_generate import custom_generate
+from .text.generation import TextOutput, generate, list_drafters
 
 try:
     __version__ = version("arvision")

@@ -184,7 +184,7 @@ class ContinuousModel(Protocol):
     """A model whose tokens are vectors, drawn by a head from p(latent | z).
 
     `head.law(z [M, Dz], guidance_scale)` is a law of latents, see
-    `arvision.decoding.latent_chain`; `head.num_steps` and `head.latent_dim` are its sizes.
+    `arvision.decoding.latents.chain`; `head.num_steps` and `head.latent_dim` are its sizes.
     """
 
     num_tokens: int

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import arvision
-from arvision.compare import parse_sampler
+from arvision.comparison import parse_sampler
 from arvision.eval import frechet_from_features, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import arvision
 from arvision import get_sampler
-from arvision.compare import parse_sampler
+from arvision.comparison import parse_sampler
 from arvision.decoding.teacher_forcing import teacher_forced
 from arvision.eval import frechet_distance, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier

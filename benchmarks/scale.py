@@ -20,7 +20,7 @@ import torch
 
 import arvision
 from arvision import get_sampler
-from arvision.compare import parse_sampler
+from arvision.comparison import parse_sampler
 
 from .common import save
 from .lossy import Study

@@ -23,7 +23,7 @@ import torch
 
 from arvision import generate
 from arvision.errors import MissingDependencyError
-from arvision.models.hf.loading import load_text_model
+from arvision.text.loading import load_text_model
 
 from .common import save
 from .text_prompts import COPY_HEAVY, PROMPTS

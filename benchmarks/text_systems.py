@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.decoding.drafters import DraftTree, RetrievedContext
-from arvision.decoding.drafters.heads import KINDS
-from arvision.generate import as_draft
-from arvision.models.hf.loading import load_text_model
-from arvision.training.heads_recipes import fit_draft
+from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.recipes import fit_draft
+from arvision.text.generation import as_draft
+from arvision.text.loading import load_text_model
 
 from .common import save
 from .text import model_file

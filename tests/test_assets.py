@@ -11,8 +11,8 @@ from safetensors import safe_open
 import arvision
 from arvision.api import ASSETS
 from arvision.eval.classifier import class_consistency, classify
-from arvision.publish import draw, nearest_training_distance
 from arvision.training.captions import BRIGHTNESS, GARMENTS, measure_brightness
+from arvision.training.publish import draw, nearest_training_distance
 
 FOUNDATION = ("llamagen-fashion", "llamagen-fashion-t2i")
 

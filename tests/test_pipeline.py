@@ -34,7 +34,7 @@ def test_save_and_reload_draws_the_same_picture(tmp_path, tiny_pipeline):
 
 
 def test_a_text_model_saves_its_encoder(tmp_path):
-    from arvision.training.text import build_text_encoder, build_text_tokenizer
+    from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
 
     text_tokenizer = build_text_tokenizer()
     text_encoder = build_text_encoder(len(text_tokenizer), 16, seed=0).eval()

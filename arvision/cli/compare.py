@@ -68,7 +68,7 @@ def compare(
 ) -> None:
     """Draw the same seeds with several samplers; write a sheet, tables and a plot."""
     from ..api import load
-    from ..compare import compare as run
+    from ..comparison import compare as run
     from ..errors import InputError
 
     specs = [spec for spec in samplers.split(",") if spec.strip()]
@@ -106,7 +106,7 @@ def demo(
 ) -> None:
     """Draw one sheet per embedded model, AR above SJD for the same seeds."""
     from ..api import list_models, load
-    from ..compare import compare as run
+    from ..comparison import compare as run
     from ..files import replacing
 
     specs = samplers.split(",")

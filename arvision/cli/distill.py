@@ -60,9 +60,9 @@ def distill(
     """Distil a model into a student that draws an image in one or two passes."""
     import torch
 
-    from ..compare import parse_value
-    from ..distill import DistillSettings
-    from ..distill import distill as run
+    from ..comparison import parse_value
+    from ..training.distill import DistillSettings
+    from ..training.distill import distill as run
 
     if threads is not None:
         torch.set_num_threads(threads)

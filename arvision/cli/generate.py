@@ -59,9 +59,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print texts and figures.")] = False,
 ) -> None:
     """Continue a text, several tokens per pass."""
-    from ..compare import parse_value
-    from ..generate import drafter_of
-    from ..generate import generate as run
+    from ..comparison import parse_value
+    from ..text.generation import drafter_of
+    from ..text.generation import generate as run
     from .sample import parse_options
 
     options: dict[str, Any] = parse_options(option or [])

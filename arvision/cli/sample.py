@@ -38,7 +38,7 @@ def parse_seed(text: str) -> Any:
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """["window=32"] to {"window": 32}."""
-    from ..compare import parse_value
+    from ..comparison import parse_value
     from ..errors import InputError
 
     options = {}
@@ -74,7 +74,7 @@ def sample(
 ) -> None:
     """Draw pictures from a prompt."""
     from .. import api
-    from ..compare import parse_value
+    from ..comparison import parse_value
     from ..files import replacing
     from ..sheet import contact_sheet, enlarge
 

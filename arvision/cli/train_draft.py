@@ -51,7 +51,7 @@ def train_draft(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Fit draft heads, pseudo tokens or a small draft model on a frozen target."""
-    from ..training.heads_recipes import fit_draft
+    from ..text.fitting.recipes import fit_draft
     from .generate import dtype_of
 
     figures: dict[str, Any] = fit_draft(

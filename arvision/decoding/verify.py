@@ -13,7 +13,7 @@ round, and then has exactly the law that the target gave for it. For a tree the 
 one path, and the one drawn where it ends.
 
 The rules of this file judge chains; `greedy` and `gumbel_coupling` judge trees as well. More rules
-for trees are in `rules_tree.py`.
+for trees are in `arvision.text.rules.tree`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, TokenModel
 from ..decoding.flow import FlowMap, flow_pick, flow_rule
-from ..decoding.latent_loop import LatentPlan, decode_latents
+from ..decoding.latents.loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
 from ..decoding.scale_loop import ScalePlan, decode_scales
 from ..decoding.verify import Rule, gumbel_coupling

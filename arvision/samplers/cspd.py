@@ -7,9 +7,9 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, ContinuousModel, Samples, Seeds, StepCallback
-from ..decoding.latent_loop import LatentPlan
-from ..decoding.latent_speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
-from ..decoding.latent_verify import CRITERIA
+from ..decoding.latents.loop import LatentPlan
+from ..decoding.latents.speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
+from ..decoding.latents.verify import CRITERIA
 from ..decoding.logits import check_guidance_scale
 from ..errors import InputError, check_count, unknown_name
 from .base import DraftHolder, register

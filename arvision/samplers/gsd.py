@@ -5,11 +5,11 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import TokenModel
-from ..decoding.goodput import check_window, clamp_window
 from ..decoding.jacobi import JacobiDrafter, check_init
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
 from ..decoding.relaxed import check_codebook, check_relaxable, grouped_log_ratio, relaxed_rule
 from ..decoding.verify import Rule
+from ..decoding.window import check_window, clamp_window
 from ..errors import InputError
 from .base import TokenSampler, register
 

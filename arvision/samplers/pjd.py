@@ -7,8 +7,8 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples
-from ..decoding.goodput import check_window
 from ..decoding.row_parallel import check_lead, check_row_parallel, decode_rows, lead_of
+from ..decoding.window import check_window
 from ..errors import InputError
 from .base import TokenSampler, register
 

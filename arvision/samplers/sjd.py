@@ -7,17 +7,17 @@ from typing import Any, cast
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples, TokenModel
-from ..decoding.goodput import (
+from ..decoding.jacobi import JacobiDrafter, check_init
+from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
+from ..decoding.relaxed import check_relaxable, relaxed_rule
+from ..decoding.verify import Rule, get_coupling
+from ..decoding.window import (
     CostTable,
     GoodputWindow,
     check_window,
     clamp_window,
     measured_costs,
 )
-from ..decoding.jacobi import JacobiDrafter, check_init
-from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
-from ..decoding.relaxed import check_relaxable, relaxed_rule
-from ..decoding.verify import Rule, get_coupling
 from ..errors import InputError
 from .base import TokenSampler, register
 
@@ -43,7 +43,7 @@ class SJDSampler(TokenSampler):
 
     With window "auto" each pass has the length that promises the most tokens per second: the
     costs of a pass are measured on first use of a model on this machine (seconds of work) and saved
-    in the user's cache folder, see `arvision.decoding.goodput.measured_costs`; the run itself is a
+    in the user's cache folder, see `arvision.decoding.window.measured_costs`; the run itself is a
     function of that table and of its own acceptances. `stats.cost_table` is the table used; pass
     it as `cost_table` to repeat a run on any machine.
 

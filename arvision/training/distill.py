@@ -1,146 +1,357 @@
-"""Distilled Decoding: a student learns what its teacher would make of the noise.
-
-Paper: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with Flow
-Matching", 2024, section 3.3. Its training code, loss weights and optimiser are unpublished; those here
-are ours.
-"""
+"""`arvision.distill`: from a teacher to a published student, resumable at every step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from accelerate import PartialState
+from torch import Tensor
 
-from .loop import Objective
-from .pairs import Pairs, pair_noise
+from ..api import load
+from ..errors import InputError, unknown_name
+from ..eval.classifier import FashionClassifier, load_classifier
+from ..models import FAMILIES
+from ..pipeline import ARPipeline
+from ..samplers import DDSampler, get_sampler
+from .distill_objective import DistillObjective, PictureLoss, agreement
+from .loop import FitConfig, Objective, fit
+from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
+from .score_distill import ScoreObjective, ScoreSettings, TeacherScores, log_likelihood
+from .students import draw_sheet, publish_student
+
+METHODS = ("dd1", "dd2")
+SHEET_IMAGES = 10
+HELD_OUT_SEED = 2
+"""Of the noise on which score distillation is judged."""
 
 
-class PictureLoss:
-    """Distance of two sets of vectors once they are decoded: of pixels, and of features of these.
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """How a student is made.
+
+    Attributes:
+        num_pairs: of the teacher, to learn from.
+        num_held_out: further pairs, which only the figures see.
+        shard_size: pairs per file, which is also the teacher's batch.
+        timesteps: numbers of known tokens (scales) to train for, 0 first; None for the student
+            family's own choice.
+        fit: of the training.
+        vector_weight: of the squared error of the predicted vectors, see `DistillObjective`.
+        init: method "dd2": a trained student to start from; None to make one by "dd1" first.
+        score: method "dd2": see `ScoreSettings`.
+        score_fit: method "dd2": of that training.
+        picture_weight: of a loss on decoded pictures, pixels and, where the pictures are 32x32,
+            features of the Fashion-MNIST classifier; 0 for none.
+        sheet_every: steps between two sheets of samples.
+        num_card: samples that the class consistency is measured on.
+    """
+
+    num_pairs: int = 60_000
+    num_held_out: int = 1000
+    shard_size: int = 256
+    timesteps: Sequence[int] | None = None
+    fit: FitConfig = FitConfig(
+        steps=3000,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.02,
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.995,
+    )
+    vector_weight: float = 0.1
+    picture_weight: float = 0.0
+    init: str | Path | None = None
+    score: ScoreSettings = ScoreSettings()
+    score_fit: FitConfig = FitConfig(
+        steps=3000,
+        batch_size=64,
+        learning_rate=5e-4,
+        warmup=50,
+        weight_decay=0.0,
+        betas=(0.0, 0.95),
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.99,
+    )
+    sheet_every: int = 500
+    num_card: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_held_out", "shard_size", "sheet_every", "num_card"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+        steps = self.timesteps
+        if steps is not None and not (
+            isinstance(steps, Sequence) and all(type(t) is int for t in steps)
+        ):
+            raise InputError(f"timesteps {steps!r}: expected integers such as 0,20")
+
+
+def distill(
+    teacher: str | Path,
+    out: str | Path,
+    settings: DistillSettings | None = None,
+    *,
+    method: str = "dd1",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Distil a teacher into a student that draws an image in one or two passes (`sampler="dd"`).
+
+    Pairs of noise and tokens lie in `out/pairs`, checkpoints and the log of the training in
+    `out/dd1` (and `out/dd2`), a sheet of teacher and student in `out/samples.png`, the finished
+    student in `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share
+    both the pairs and the training of "dd1".
 
     Args:
-        decode: differentiable, vectors [B, N, D] to pixels [B, 3, H, W] in [-1, 1].
-        features: pixels to features [B, F], frozen; None for pixels alone.
-        num_images: of a batch that are decoded, the first ones; decoding is dear.
+        teacher: embedded name or folder of a class-conditional token or scale model.
+        out: folder, see above.
+        settings: see `DistillSettings`.
+        method: "dd1", from pairs; "dd2", from the teacher's scores, which turns a student of "dd1"
+            into one that draws vectors of its own in one pass.
+        progress: show bars.
+
+    Returns:
+        Figures. "dd1", on held-out pairs: "agreement" with the teacher's tokens by number of known
+        tokens (scales), "agreement_by_position" from noise alone, "chance" (how often the teacher
+        agrees with itself on other noise of the same class). "dd2": "log_likelihood" of a token
+        under the teacher, "before" and "after", and of the teacher's own. Both: "class_consistency"
+        of samples where the classes are those of Fashion-MNIST.
+
+    Raises:
+        InputError: an unknown method, a teacher of another kind, a student of another teacher, or
+            several processes for "dd2".
+        CheckpointError: pairs or checkpoints of another teacher or other settings.
+
+    Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
+    Flow Matching", 2024, section 3; Liu et al., "Distilled Decoding 2", 2025.
     """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    settings = settings or DistillSettings()
+    processes, out = PartialState(), Path(out)
+    if method == "dd2" and processes.num_processes > 1:
+        raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
+    pipe = load(teacher, device="cpu").to(processes.device)
+    family = student_family(pipe)
+    config = pipe.config
+    laws = {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    run = _Run(pipe, PairSettings(**laws), settings, out, progress)
+    name = str(teacher) if (Path(teacher).name == str(teacher)) else str(Path(teacher).resolve())
+    figures: dict[str, Any] = {"teacher": name, "method": method}
+    if method == "dd2" and settings.init is not None:
+        student = _given_student(settings.init, family, pipe)
+    else:
+        student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
+        figures |= run.from_pairs(student)
+    if method == "dd2":
+        student, found = run.from_scores(student)
+        figures |= found
+    if not processes.is_main_process:
+        return {}
+    folder = out / f"{Path(teacher).name}-dd"
+    return publish_student(student, pipe, folder, figures, settings.num_card)
+
+
+def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
+    """A trained student of this teacher.
+
+    Raises:
+        InputError: another kind of model, or another codebook or grid.
+    """
+    student = load(path, device="cpu").to(teacher.device).model
+    if not isinstance(student, family):
+        raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
+    sampler = cast(DDSampler, get_sampler("dd"))
+    sampler.bind_teacher(teacher)
+    try:
+        sampler.check_teacher(student)
+    except InputError as error:
+        raise InputError(f"init {path}: a student of another teacher: {error}") from error
+    student.transformer.float()
+    return student
+
+
+class _Run:
+    """What the stages of a run share."""
 
     def __init__(
         self,
-        decode: Callable[[Tensor], Tensor],
-        features: Callable[[Tensor], Tensor] | None = None,
-        num_images: int = 8,
+        pipe: ARPipeline,
+        laws: PairSettings,
+        settings: DistillSettings,
+        out: Path,
+        progress: bool,
     ) -> None:
-        self.decode, self.features, self.num_images = decode, features, num_images
+        self.pipe, self.laws, self.settings, self.out = pipe, laws, settings, out
+        self.progress, self.processes = progress, PartialState()
+        self.teacher: Any = pipe.model
+        self.num_classes: int = pipe.transformer.config["num_classes"]
 
-    def __call__(self, found: Tensor, goal: Tensor) -> Tensor:
-        """Scalar distance of vectors [B, N, D] from those they should be."""
-        pictures = self.decode(found[: self.num_images])
-        with torch.no_grad():
-            wanted = self.decode(goal[: self.num_images])
-        loss = F.mse_loss(pictures, wanted)
-        if self.features is not None:
-            ours, theirs = self.features(pictures), self.features(wanted).detach()
-            loss = loss + F.mse_loss(ours, theirs) / theirs.square().mean().clamp_min(1e-6)
-        return loss
-
-
-class DistillObjective(Objective):
-    """Cross-entropy on the teacher's tokens, from all noise and from the codes of the first ones.
-
-    For each sample one of the student's timesteps is drawn.
-
-    Args:
-        model: a student in training, see `arvision.contracts.StudentModel`; its `transformer` takes
-            `(class_ids, vectors [B, N, D], known units [B])` to logits and vectors.
-        pairs: of the teacher.
-        seed: of the pairs' noise.
-        vector_weight: of the squared error of the predicted vectors, per number, in units of the
-            codebook's variance.
-        picture: a further loss through the decoder.
-        picture_weight: of it.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        pairs: Pairs,
-        seed: int,
-        vector_weight: float = 0.1,
-        picture: PictureLoss | None = None,
-        picture_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.student: nn.Module = model.transformer
-        self.pairs, self.seed = pairs, seed
-        self.num_items = len(pairs.tokens)
-        self.timesteps = torch.tensor(model.timesteps)
-        self.ends = torch.tensor((0, *model.unit_ends))
-        self.vector_weight, self.picture, self.picture_weight = (
-            vector_weight,
-            picture,
-            picture_weight,
+    def from_pairs(self, student: Any) -> dict[str, Any]:
+        """Train a student on the teacher's pairs; its figures."""
+        settings, processes = self.settings, self.processes
+        total = settings.num_pairs + settings.num_held_out
+        generate_pairs(
+            self.teacher,
+            self.num_classes,
+            self.laws,
+            self.out / "pairs",
+            total,
+            shard_size=settings.shard_size,
+            process=(processes.process_index, processes.num_processes),
+            progress=self.progress and processes.is_main_process,
         )
-        self.codes = model.codebook.float().cpu()
-        self.variance = float(self.codes.var(0, correction=0).mean())
-
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss, and the share of tokens that are the teacher's, of the samples `indices`."""
-        tokens = self.pairs.tokens[indices]
-        noise = pair_noise(self.seed, indices, tokens.shape[1], self.codes.shape[1])
-        chosen = torch.randint(len(self.timesteps), (len(indices),), generator=generator)
-        known = self.timesteps[chosen]
-        codes = self.codes[tokens]
-        is_known = torch.arange(tokens.shape[1]) < self.ends[known][:, None]
-        device = next(self.student.parameters()).device
-        given = (self.pairs.labels[indices], torch.where(is_known[..., None], codes, noise), known)
-        logits, vectors = self.student(*(part.to(device) for part in given))
-        tokens, codes, is_known = (part.to(device) for part in (tokens, codes, is_known))
-        right = (logits.argmax(-1) == tokens).float()
-        error = (vectors - codes)[~is_known].square().mean() / self.variance
-        loss = F.cross_entropy(logits[~is_known], tokens[~is_known]) + self.vector_weight * error
-        from_noise = (known == 0).to(device)[:, None].expand_as(is_known)
+        processes.wait_for_everyone()
+        pairs = read_pairs(self.teacher, self.laws, self.out / "pairs", total)
+        torch.manual_seed(settings.fit.seed)
+        student.tokenizer.requires_grad_(False)
+        known = Pairs(pairs.labels[: settings.num_pairs], pairs.tokens[: settings.num_pairs])
+        objective = DistillObjective(
+            student, known, self.laws.seed, settings.vector_weight, *_picture(student, settings)
+        )
+        held = torch.arange(settings.num_pairs, total)
+        log = self._fit(
+            objective, settings.fit, "dd1", student, (self.laws.seed, held, pairs.tokens[held])
+        )
         figures = {
-            "agreement": _mean(right, from_noise),
-            "agreement_known": _mean(right, ~from_noise & ~is_known),
-            "error": error,
+            "pairs": settings.num_pairs,
+            "seconds": log[-1]["seconds"],
+            "agreement": {},
+            "chance": _chance(pairs, held),
         }
-        if self.picture is not None:
-            mixed = torch.where(is_known[..., None], codes, vectors)
-            figures["picture"] = self.picture(mixed, codes)
-            loss = loss + self.picture_weight * figures["picture"]
-        return {"loss": loss, **figures}
+        for step in student.timesteps:
+            found = agreement(student, pairs, held, self.laws.seed, step)
+            begin = (0, *student.unit_ends)[step]
+            figures["agreement"][str(step)] = float(found[begin:].mean())
+            if step == 0:
+                figures["agreement_by_position"] = [round(share, 4) for share in found.tolist()]
+        return figures
+
+    def from_scores(self, student: Any) -> tuple[Any, dict[str, Any]]:
+        """Train a student on the teacher's scores; the one-step student, and its figures."""
+        settings = self.settings
+        torch.manual_seed(settings.score_fit.seed)
+        scores = TeacherScores(self.teacher, self.laws.shaping(), self.laws.guidance_scale)
+        sizes = (student.num_tokens, scores.num_classes, scores.feature_dim)
+        objective = ScoreObjective(
+            student.transformer, scores, student.codebook.detach(), sizes, settings.score
+        )
+        # From now on all positions are decoded from the vectors, in one pass.
+        student.transformer.register_to_config(split=0, timesteps=[0])
+        student = type(student)(student.transformer, student.tokenizer, student.class_names)
+        images = torch.arange(settings.num_held_out)
+        own = self._own_tokens(images)
+        judged = {
+            "before": self._likelihood(student, scores, images),
+            "teacher": _mean_likelihood(scores, images % self.num_classes, own),
+        }
+        log = self._fit(objective, settings.score_fit, "dd2", student, (HELD_OUT_SEED, images, own))
+        judged["after"] = self._likelihood(student, scores, images)
+        return student, {"log_likelihood": judged, "seconds": log[-1]["seconds"]}
+
+    def _own_tokens(self, images: Tensor) -> Tensor:
+        """The teacher's for the held-out noise of score distillation."""
+        parts = [
+            teacher_tokens(
+                self.teacher,
+                (part % self.num_classes).tolist(),
+                [(HELD_OUT_SEED, image) for image in part.tolist()],
+                self.laws,
+            )
+            for part in images.split(100)
+        ]
+        return torch.cat(parts)
+
+    def _likelihood(self, student: Any, scores: TeacherScores, images: Tensor) -> float:
+        labels = images % self.num_classes
+        drawn = get_sampler("dd", steps=1)(
+            student, labels.tolist(), seeds=[(HELD_OUT_SEED, image) for image in images.tolist()]
+        )
+        return _mean_likelihood(scores, labels, drawn.tokens)
+
+    def _fit(
+        self,
+        objective: Objective,
+        config: FitConfig,
+        name: str,
+        student: Any,
+        shown: tuple[int, Tensor, Tensor],
+    ) -> list[dict[str, Any]]:
+        """Run the loop, and draw a sheet now and then.
+
+        Args:
+            objective: to train.
+            config: of the loop.
+            name: of its folder.
+            student: whose pictures are drawn.
+            shown: seed, images [M] and the teacher's tokens [M, N] for their noise; the first ones
+                are on the sheet.
+        """
+        seed, images, own = shown[0], shown[1][:SHEET_IMAGES], shown[2][:SHEET_IMAGES]
+        labels = (images % self.num_classes).tolist()
+        seeds = [(seed, image) for image in images.tolist()]
+
+        def on_log(line: dict[str, Any]) -> None:
+            due = line["step"] % self.settings.sheet_every == 0 or line["step"] == config.steps
+            if due and self.processes.is_main_process:
+                was_training = student.transformer.training
+                student.transformer.eval()
+                draw_sheet(student, own, labels, seeds, self.out / "samples.png")
+                student.transformer.train(was_training)
+
+        return fit(objective, config, self.out / name, progress=self.progress, on_log=on_log)
 
 
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    return values[chosen].mean() if bool(chosen.any()) else values.new_tensor(float("nan"))
+def _mean_likelihood(scores: TeacherScores, labels: Tensor, tokens: Tensor) -> float:
+    """Of a token under the teacher, behind the tokens before it; at least -20 each."""
+    total = 0.0
+    for some, part in zip(labels.split(100), tokens.split(100), strict=True):
+        total += float(log_likelihood(scores(some, part)[0], part)) * part.numel()
+    return round(total / tokens.numel(), 4)
 
 
-@torch.no_grad()
-def agreement(
-    model: Any, pairs: Pairs, images: Tensor, seed: int, known: int = 0, batch_size: int = 250
-) -> Tensor:
-    """Share of images [N] (float64, by position) whose token is the teacher's for the same noise.
+def student_family(pipe: ARPipeline) -> Any:
+    """The class of students of a teacher.
 
-    Args:
-        model: a student.
-        pairs: of the teacher.
-        images: [M] int64, which pairs to look at; those that no student was trained on.
-        seed: of the pairs' noise.
-        known: units taken from the teacher; these count as equal.
-        batch_size: images per pass.
+    Raises:
+        InputError: a model that has none.
     """
-    total = torch.zeros(pairs.tokens.shape[1], dtype=torch.float64)
-    codes = model.codebook.float().cpu()
-    end = (0, *model.unit_ends)[known]
-    for part in images.split(batch_size):
-        tokens = pairs.tokens[part]
-        vectors = pair_noise(seed, part, tokens.shape[1], codes.shape[1])
-        vectors[:, :end] = codes[tokens[:, :end]]
-        logits, _ = model.predict(pairs.labels[part].tolist(), vectors.to(model.device), known)
-        guess = logits.argmax(-1).cpu()
-        guess[:, :end] = tokens[:, :end]
-        total += (guess == tokens).double().sum(0)
-    return total / len(images)
+    name = type(pipe.transformer).__name__
+    by_teacher = {
+        entry.facts["teacher"]: entry.value for entry in FAMILIES if "teacher" in entry.facts
+    }
+    if name not in by_teacher:
+        raise InputError(
+            f"{name} cannot be distilled: expected a teacher of {', '.join(by_teacher)}"
+        )
+    return by_teacher[name]
+
+
+def _picture(student: Any, settings: DistillSettings) -> tuple[Any, ...]:
+    if settings.picture_weight == 0:
+        return ()
+    classifier: FashionClassifier = load_classifier().requires_grad_(False)
+
+    def features(pixels: Tensor) -> Tensor:
+        return classifier.trunk(pixels.mean(1, keepdim=True))
+
+    with torch.no_grad():
+        blank = student.decode_vectors(
+            torch.zeros(1, student.num_tokens, student.codebook.shape[1])
+        )
+    known = features if blank.shape[2:] == (32, 32) else None
+    return PictureLoss(student.decode_vectors, known), settings.picture_weight
+
+
+def _chance(pairs: Pairs, held: Tensor) -> float:
+    """Share of tokens that two images of a class have in common."""
+    num_classes = int(pairs.labels.max()) + 1
+    first, second = held[:-num_classes], held[num_classes:]
+    if len(first) == 0:
+        return float("nan")
+    return float((pairs.tokens[first] == pairs.tokens[second]).double().mean())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoding.diffusion import NUM_TRAIN_STEPS, Schedule
+from ..decoding.latents.schedule import NUM_TRAIN_STEPS, Schedule
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
 from .data import to_pixels

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding.diffusion import Schedule
+from ..decoding.latents.schedule import Schedule
 from ..errors import InputError
 from ..models.mar.model import MAR
 from ..models.mar.transformer import MARTransformer

@@ -15,11 +15,11 @@ from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .captions import CaptionWriter, measure
 from .data import CLASS_NAMES, load_fashion
+from .llamagen_text import build_text_encoder, build_text_tokenizer
+from .llamagen_tokenizer import TokenizerObjective, encode_all
+from .llamagen_transformer import CaptionObjective, ClassObjective, ConsistencyObjective
 from .loop import FitConfig, fit, shortened
 from .mar_recipe import MAR_RECIPES
-from .text import build_text_encoder, build_text_tokenizer
-from .tokenizer import TokenizerObjective, encode_all
-from .transformer import CaptionObjective, ClassObjective, ConsistencyObjective
 from .var_recipe import VAR_RECIPES
 
 Components = dict[str, Any]

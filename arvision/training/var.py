@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
 from .data import to_pixels
+from .llamagen_tokenizer import CodebookObjective
 from .loop import Objective
-from .tokenizer import CodebookObjective
 
 
 class VARTokenizerObjective(CodebookObjective):

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
 from .data import CLASS_NAMES, load_fashion
+from .llamagen_tokenizer import encode_all
 from .loop import FitConfig, fit, shortened
-from .tokenizer import encode_all
 from .var import VARClassObjective, VARTokenizerObjective
 
 SCALES = (1, 2, 3, 4, 6, 8)

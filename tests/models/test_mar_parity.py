@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arvision.decoding.diffusion import Schedule
-from arvision.decoding.latent_chain import draw_chain, guidance_scales, iteration_ends
+from arvision.decoding.latents.chain import draw_chain, guidance_scales, iteration_ends
+from arvision.decoding.latents.schedule import Schedule
 from arvision.models.mar import MAR, MARAutoencoder, MARTransformer
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens" / "mar"

@@ -10,7 +10,7 @@ from gaussian_latents import CRITICAL, NUM, GaussianModel, distance
 
 import arvision
 from arvision import InputError, get_sampler
-from arvision.decoding import latent_verify
+from arvision.decoding.latents import verify as latent_verify
 
 TARGET = GaussianModel(0.3, 1.2, num_tokens=3, pull=0.5)
 

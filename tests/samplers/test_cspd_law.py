@@ -10,7 +10,7 @@ import torch
 from gaussian_latents import CRITICAL, NUM, GaussianLaw, GaussianModel, distance
 
 from arvision import get_sampler
-from arvision.decoding import latent_verify
+from arvision.decoding.latents import verify as latent_verify
 
 
 def run(target, draft, num=NUM, seed=0, **options):
@@ -88,7 +88,7 @@ def test_a_ratio_wrong_by_5_percent_is_found(monkeypatch, factor):
     for model in (target, draft):
         model.head.law = lambda z, guidance_scale=1.0: OneStep(*z.chunk(2, dim=-1))
     monkeypatch.setattr(latent_verify, "path_log_ratio", wrong)
-    monkeypatch.setattr("arvision.decoding.latent_speculation.Verifier", Tilted)
+    monkeypatch.setattr("arvision.decoding.latents.speculation.Verifier", Tilted)
     assert distance(run(target, draft, **EXACT).tokens) > CRITICAL
 
 

@@ -12,8 +12,8 @@ from arvision.decoding.verify import gumbel_draw
 from arvision.errors import StateError
 from arvision.eval.classifier import class_consistency
 from arvision.models import VAR
-from arvision.publish import draw
 from arvision.testing import ScaleTable, TableModel, draw_joint, law_p_value
+from arvision.training.publish import draw
 
 ALPHA = 1e-4
 NUM = 100_000

@@ -10,7 +10,7 @@ import torch
 from arvision import InputError, get_sampler
 from arvision.decoding.draft_model import Calibration
 from arvision.testing import tiny_llamagen
-from arvision.training.draft import (
+from arvision.training.llamagen_draft import (
     DIVERGENCES,
     DraftObjective,
     DraftTraining,
@@ -18,8 +18,8 @@ from arvision.training.draft import (
     divergence,
     train_draft,
 )
+from arvision.training.llamagen_samples import draw_from_target
 from arvision.training.loop import FitConfig
-from arvision.training.target_samples import draw_from_target
 
 SMALL = FitConfig(steps=12, batch_size=16, learning_rate=5e-3, warmup=2, save_every=6, log_every=6)
 

@@ -9,8 +9,8 @@ import torch
 
 from arvision.models import VARTokenizer, VARTransformer
 from arvision.training.data import to_pixels
+from arvision.training.llamagen_tokenizer import encode_all
 from arvision.training.loop import FitConfig, fit
-from arvision.training.tokenizer import encode_all
 from arvision.training.var import VARClassObjective, VARTokenizerObjective
 from arvision.training.var_recipe import VAR_RECIPES, VARRecipe
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
 from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("model", "module", "state_dict")

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...decoding.checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
 from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("model_ema", "model", "state_dict")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...decoding.diffusion import Schedule
-from ...decoding.latent_chain import (
+from ...decoding.latents.chain import (
     Guidance,
     Trajectory,
     draw_chain,
     path_log_ratio,
     path_under,
 )
+from ...decoding.latents.schedule import Schedule
 from .head import HeadNetwork, Modulations
 
 MEMO_ELEMENTS = 1 << 24
@@ -20,7 +20,7 @@ MEMO_ELEMENTS = 1 << 24
 
 
 class MARLaw:
-    """p(latent | z) of M latents; see `arvision.decoding.latent_chain.LatentLaw`.
+    """p(latent | z) of M latents; see `arvision.decoding.latents.chain.LatentLaw`.
 
     Args:
         net: the head's network.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Conditions
-from ...decoding.diffusion import Schedule
+from ...decoding.latents.schedule import Schedule
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ..conditions import resolve_class

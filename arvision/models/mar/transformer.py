@@ -11,8 +11,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...decoding.checkpoint import load_strictly, read_state_dict
-from ...decoding.diffusion import NUM_TRAIN_STEPS
+from ...checkpoint import load_strictly, read_state_dict
+from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes

@@ -126,8 +126,9 @@ class Chameleon(TransformersImageModel):
             layout=Layout.raster(*grid, line_end, tail),
             grid=grid,
         )
-        is_loaded = decoder is None or isinstance(decoder, nn.Module)
-        self.decoder = decoder if is_loaded else ChameleonDecoder.from_official(decoder)
+        if not (decoder is None or isinstance(decoder, nn.Module)):
+            decoder = ChameleonDecoder.from_official(decoder)
+        self.decoder = decoder
 
     def resized(self, height: int, width: int) -> Chameleon:
         """The same network for another size."""

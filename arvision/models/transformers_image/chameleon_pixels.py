@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...decoding.checkpoint import count_numbered, load_strictly, read_state_dict, shape_of
+from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of
 from ..conv_blocks import AttentionBlock, Decoder
 
 
@@ -51,10 +51,9 @@ class ChameleonDecoder(nn.Module):
             shape_of(tensors, f"decoder.up.{level}.block.0.conv1.weight", 4, name)[0]
             for level in range(levels)
         ]
-        unit = widths[0]
         sizes = {
             "ch": ch,
-            "ch_mult": tuple(width // unit for width in widths),
+            "ch_mult": tuple(width // ch for width in widths),
             "num_blocks": count_numbered(tensors, "decoder.up.0.block") - 1,
             "latent_dim": deepest[1],
         }

@@ -116,9 +116,9 @@ class Layout:
         """Places in the sequence of tokens by their number, also past the last one."""
         return self._places[tokens.clip(max=self.num_tokens)] + (tokens - self.num_tokens).clip(0)
 
-    def tokens_before(self, places: Sequence[int]) -> Ints:
+    def tokens_before(self, places: Ints) -> Ints:
         """Tokens that stand before each of some places, which are places of tokens."""
-        return np.searchsorted(self._places, np.asarray(places))
+        return np.searchsorted(self._places, places)
 
     def expand(self, tokens: Ints) -> Expansion | None:
         """Candidates with what hangs on them; None where nothing does.

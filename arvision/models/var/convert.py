@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...decoding.checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
+from ...checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
 from ...errors import CheckpointError
 
 TRANSFORMER_WRAPPERS = ("trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")

@@ -12,8 +12,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
 from ...contracts import Conditions
-from ...decoding.checkpoint import StateDict, load_strictly, read_state_dict, shape_of
 from ...decoding.student import check_codebook, codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear

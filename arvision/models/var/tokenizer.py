@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...decoding.checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records

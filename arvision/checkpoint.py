@@ -1,0 +1,175 @@
+"""Reading weight files safely, and saying what is wrong with one that does not fit."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, unknown_name
+
+StateDict = dict[str, Tensor]
+
+
+def read_state_dict(
+    source: str | Path | Mapping[str, object], wrappers: Iterable[str]
+) -> StateDict:
+    """The tensors of a checkpoint, by name.
+
+    Args:
+        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a dict.
+        wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
+            within a dict; a file without any of them is taken as it is.
+
+    Raises:
+        CheckpointError: no such file, a truncated one, one that holds pickled code, or one without
+            tensors.
+    """
+    if isinstance(source, Mapping):
+        content: object = source
+        name = "the given state dict"
+    else:
+        path = Path(source)
+        name = str(path)
+        if not path.is_file():
+            raise CheckpointError(f"{name}: no such file")
+        content = _read(path)
+    if isinstance(content, Mapping):
+        for wrapper in wrappers:
+            inner: object = content
+            for step in wrapper.split("."):
+                inner = inner.get(step) if isinstance(inner, Mapping) else None
+            if isinstance(inner, Mapping):
+                content = inner
+                break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{name}: expected a dict of tensors, found {type(content).__name__}")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        found = ", ".join(sorted(map(str, content))[:5]) or "nothing"
+        raise CheckpointError(
+            f"{name}: expected tensors, at the top or under one of {', '.join(wrappers)}; found {found}"
+        )
+    return tensors
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: holds pickled code and not only tensors; it was not run. Re-save its "
+                "tensors alone (torch.save of the state dict)"
+            ) from error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); is it complete?") from error
+    except (BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason}); is it complete?") from error
+    except Exception as error:  # safetensors raises its own class
+        raise CheckpointError(f"{path}: cannot be read ({error}); is it complete?") from error
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_strictly(
+    cls: type[Module], sizes: dict[str, Any], tensors: StateDict, name: str
+) -> Module:
+    """Build `cls(**sizes)` in evaluation mode around tensors that must fit it exactly.
+
+    Nothing is initialised and thrown away: the module is built without storage and takes the
+    tensors over (cast to float32).
+
+    Raises:
+        CheckpointError: names the first missing, unexpected or misshapen key.
+    """
+    with torch.device("meta"):
+        module = cls(**sizes)
+    wanted = module.state_dict()
+    for key, value in wanted.items():
+        if key not in tensors:
+            near = difflib.get_close_matches(key, [k for k in tensors if k not in wanted], n=1)
+            hint = f"; it has an unexpected {near[0]!r}" if near else ""
+            raise CheckpointError(f"{name}: key {key!r} is missing{hint}")
+        if tensors[key].shape != value.shape:
+            raise CheckpointError(
+                f"{name}: key {key!r} has shape {list(tensors[key].shape)}, expected "
+                f"{list(value.shape)}"
+            )
+    for key in tensors:
+        if key not in wanted:
+            near = difflib.get_close_matches(key, list(wanted), n=1)
+            hint = f"; the nearest expected key is {near[0]!r}" if near else ""
+            raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
+    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
+    return module.eval()
+
+
+def known_sizes(
+    sizes: Mapping[str, Any], known: Sequence[str], kind: str, aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a caller says about a checkpoint, by our names; None counts as not given.
+
+    Args:
+        sizes: names, ours or the authors', to values; sequences become tuples.
+        known: our names.
+        kind: what the sizes belong to, for messages.
+        aliases: the authors' names to ours.
+
+    Raises:
+        InputError: a name that is neither.
+    """
+    given = {}
+    for name, value in sizes.items():
+        ours = aliases.get(name, name)
+        if ours not in known:
+            raise unknown_name(f"size of a {kind}:", name, known)
+        if value is not None:
+            is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+            given[ours] = tuple(value) if is_sequence else value
+    return given
+
+
+def check_sizes(found: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes `given` that are not those `found` in the tensors of file `name`.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for key, value in found.items():
+        if given.get(key, value) != value:
+            raise CheckpointError(f"{name}: its tensors say {key} {value}, not {given[key]}")
+
+
+def count_numbered(tensors: StateDict, prefix: str) -> int:
+    """One more than the largest number behind "prefix." at the start of a key; 0 without any."""
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    numbers = [int(found[1]) for key in tensors if (found := pattern.match(key))]
+    return max(numbers, default=-1) + 1
+
+
+def shape_of(tensors: StateDict, key: str, dims: int, name: str) -> tuple[int, ...]:
+    """Shape of a tensor that a layout must have.
+
+    Raises:
+        CheckpointError: it is missing or has another number of dimensions.
+    """
+    if key not in tensors:
+        raise CheckpointError(f"{name}: key {key!r} is missing")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != dims:
+        raise CheckpointError(f"{name}: key {key!r} has shape {list(shape)}, expected {dims} sides")
+    return shape

@@ -1,0 +1,1 @@
+"""The decoding core of continuous models: loop, run, chain, verification, speculation."""

@@ -1,0 +1,170 @@
+"""What loops over continuous models share, and plain sampling: one set of latents after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, StepCallback
+from ...errors import InputError, check_count, unknown_name
+from ..noise import Noise
+from .chain import (
+    GUIDANCE_SCHEDULES,
+    chain_noise,
+    draw_chain,
+    guidance_scales,
+    iteration_ends,
+)
+
+ORDERS = ("random", "raster")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPlan:
+    """In which order, how many at a time and how latents are drawn.
+
+    Attributes:
+        num_iter: iterations, from 1 to the number of latents; None for one latent at a time.
+        order: "random", another one for each image, or "raster", row by row.
+        guidance_schedule: "linear" or "constant", see `guidance_scales`.
+        temperature: multiplies the noise of the chains; 0 leaves their means.
+        last_noise: also add noise in the last step of a chain.
+        refresh: passes until everything is computed anew; in between the model reuses features.
+        reuse_guidance: in between also reuse the distance of the unconditional condition.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    num_iter: int | None = None
+    order: str = "random"
+    guidance_schedule: str = "constant"
+    temperature: float = 1.0
+    last_noise: bool = False
+    refresh: int = 1
+    reuse_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_iter is not None:
+            check_count("num_iter", self.num_iter)
+        check_count("refresh", self.refresh)
+        if self.order not in ORDERS:
+            raise unknown_name("order", self.order, ORDERS)
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            raise unknown_name("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature}: expected a number >= 0")
+
+    def ends(self, num_tokens: int) -> list[int]:
+        """Latents drawn after each iteration.
+
+        Raises:
+            InputError: more iterations than latents.
+        """
+        num_iter = num_tokens if self.num_iter is None else self.num_iter
+        if num_iter > num_tokens:
+            raise InputError(f"num_iter {num_iter}: expected 1 to {num_tokens}, the latents")
+        return iteration_ends(num_tokens, num_iter)
+
+    def scales(self, ends: Sequence[int], guidance_scale: float) -> list[float]:
+        """Guidance scale of each iteration."""
+        return guidance_scales(list(ends), guidance_scale, self.guidance_schedule)
+
+    def orders(self, noise: Noise, num_tokens: int) -> Tensor:
+        """Positions [B, N] in the order of drawing, a function of each image's identity."""
+        every = torch.arange(num_tokens, device=noise.device).expand(len(noise), -1)
+        if self.order == "raster":
+            return every
+        return noise.uniform(every, "order").argsort(1)
+
+
+def check_seeds(seeds: Seeds, conditions: Conditions) -> None:
+    """Refuse another number of seeds than of conditions.
+
+    Raises:
+        InputError: see above.
+    """
+    if len(seeds) != len(conditions):
+        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
+
+
+@torch.no_grad()
+def decode_latents(
+    model: ContinuousModel,
+    conditions: Conditions,
+    *,
+    plan: LatentPlan,
+    seeds: Seeds,
+    guidance_scale: float = 1.0,
+    on_step: StepCallback | None = None,
+) -> Samples:
+    """Draw one image per condition, one set of latents per pass.
+
+    Args:
+        model: a continuous model.
+        conditions: one per image.
+        plan: order, iterations, guidance and temperature.
+        seeds: one per image.
+        guidance_scale: the full one.
+        on_step: called after each pass; a true answer stops the run, latents not drawn stay 0.
+
+    Returns:
+        Latents [B, N, D]; stats: `forward_passes` (calls of the transformer), `tokens`,
+        `tokens_per_pass`, `passes_per_image` [B], `commit_pass` [B][N] (the pass that drew each
+        position) and `head_steps` (calls of the head in sequence).
+
+    Raises:
+        InputError: another number of seeds than of conditions, or more iterations than latents.
+    """
+    check_seeds(seeds, conditions)
+    ends = plan.ends(model.num_tokens)
+    scales = plan.scales(ends, guidance_scale)
+    noise = Noise(seeds, getattr(model, "device", "cpu"))
+    order = plan.orders(noise, model.num_tokens)
+    state = model.start(conditions, guidance_scale, order)
+    if plan.refresh > 1:
+        keep_features = getattr(state, "keep_features", None)
+        if keep_features is None:
+            raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
+        keep_features(plan.refresh, plan.reuse_guidance)
+    tokens = torch.zeros(*order.shape, model.head.latent_dim, device=order.device)
+    commit_pass = torch.zeros_like(order)
+    passes = 0
+    for start, end, scale in zip([0, *ends[:-1]], ends, scales, strict=True):
+        positions = order[:, start:end]
+        z = state.condition(end - start)
+        numbers = chain_noise(noise, positions, model.head, "latent").to(z)
+        law = model.head.law(z.flatten(0, 1), scale)
+        path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
+        drawn = path.latents.view(*positions.shape, -1)
+        state.feed(drawn)
+        passes += 1
+        tokens = tokens.to(drawn)
+        tokens.scatter_(1, positions[..., None].expand_as(drawn), drawn)
+        commit_pass.scatter_(1, positions, passes)
+        if on_step is not None and on_step(passes, progress(end, order)):
+            break
+    return Samples(
+        tokens,
+        Stats(
+            forward_passes=passes,
+            tokens=model.num_tokens,
+            tokens_per_pass=model.num_tokens / passes,
+            passes_per_image=[passes] * len(order),
+            commit_pass=commit_pass.tolist(),
+            head_steps=passes * model.head.num_steps,
+        ),
+    )
+
+
+def progress(done: int, order: Tensor) -> dict[str, Any]:
+    """Figures for progress bars when `done` latents of every image are drawn."""
+    return {
+        "finished": done * len(order),
+        "total": order.numel(),
+        "accepted": [done] * len(order),
+    }

@@ -1,0 +1,212 @@
+"""What drafters of text share: each row's history, the registry, and the union of two drafters."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...contracts import Conditions
+from ...decoding.noise import Noise
+from ...decoding.tree import TokenTree, join_rows, without_padding
+from ...decoding.verify import Round, Verdict
+from ...errors import InputError
+from ...registry import Registry
+
+DRAFTERS: Registry[type[TextDrafter]] = Registry("drafter", entry_point_group="arvision.drafters")
+
+DRAWS = ("chosen", "independent", "distinct")
+"""How drafts come about: chosen (no law), siblings drawn independently from one law, or drawn from
+it one after another without replacement. Rules ask."""
+
+
+def register(name: str, *, summary: str) -> Any:
+    """Class decorator: file a drafter under `name`, with a line on it."""
+    return DRAFTERS.register(name, summary=summary)
+
+
+class TextDrafter:
+    """A drafter that knows what each row's text is so far.
+
+    Subclasses implement `tree_of`, for one row, or `propose`, for all. What a drafter has learned
+    stays with the object; what belongs to one run begins anew with `start`.
+
+    Attributes:
+        draws: see `DRAWS`.
+        num_draft: candidates that it drafts per pass when nothing else is asked.
+        histories: each active row's prompt and final tokens.
+    """
+
+    draws: ClassVar[str] = "chosen"
+    num_draft: int = 10
+    histories: list[list[int]]
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch begins."""
+        self.noise, self.vocab_size, self.num_tokens = noise, vocab_size, num_tokens
+        self.histories = [[] for _ in range(len(noise))]
+        self._seen = [0] * len(noise)
+
+    def attach(self, state: Any, conditions: Conditions) -> None:
+        """The prompts were read; `state` is the target's."""
+        self.histories = [torch.as_tensor(ids).tolist() for ids in conditions]
+        self.begin(state)
+
+    def begin(self, state: Any) -> None:
+        """Prepare for the prompts in `histories`."""
+
+    def learn(self, row: int, new: list[int]) -> None:
+        """Active row `row` has `new` tokens, which `histories[row]` already ends with."""
+
+    def follow(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Write down what became final."""
+        for row, length in enumerate(lengths.tolist()):
+            if length > self._seen[row]:
+                new = tokens[row, self._seen[row] : length].tolist()
+                self.histories[row] += new
+                self._seen[row] = length
+                self.learn(row, new)
+
+    def tree_of(self, row: int, num: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of at most `num` candidates for an active row."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it drafts")
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        self.follow(tokens, lengths)
+        rows = [self.tree_of(row, num) for row in range(len(lengths))]
+        return join_rows(rows, tokens.device)
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Learn from a pass."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        keep = rows.tolist()
+        self.noise = self.noise.select(rows)
+        self.histories = [self.histories[row] for row in keep]
+        self._seen = [self._seen[row] for row in keep]
+
+
+class Trie:
+    """Candidates of one row: paths are added until there are `num` nodes."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no node can be added."""
+        return len(self.tokens) >= self.num
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The child of `parent` with this token, made if there is room, else None."""
+        node = self._children.get((parent, token))
+        if node is None and not self.is_full:
+            node = self._children[parent, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+        return node
+
+    def add(self, path: list[int]) -> None:
+        """Add a path from the root, as far as there is room."""
+        above = -1
+        for token in path:
+            node = self.child(above, token)
+            if node is None:
+                return
+            above = node
+
+    @property
+    def tree(self) -> tuple[list[int], list[int]]:
+        """Tokens and parents."""
+        return self.tokens, self.parents
+
+
+def union(first: TokenTree, second: TokenTree, num: int) -> TokenTree:
+    """Both trees in one, at most `num` candidates per row; those of `first` come first.
+
+    Candidates of `second` that stand on a path of `first` are that path's.
+    """
+    rows = []
+    sides = [
+        (
+            tree.tokens.tolist(),
+            range(-1, tree.tokens.shape[1] - 1) if tree.parents is None else tree.parents.tolist(),
+        )
+        for tree in (first, second)
+    ]
+    for row in range(len(first.tokens)):
+        trie = Trie(num)
+        for tokens, parents in sides:
+            place: list[int | None] = []
+            for token, parent in zip(tokens[row], parents, strict=True):
+                above = -1 if parent < 0 else place[parent]
+                node = None if token < 0 or above is None else trie.child(above, token)
+                place.append(node)
+        rows.append(trie.tree)
+    return join_rows(rows, first.tokens.device)
+
+
+class Combined(TextDrafter):
+    """The trees of two drafters merged: the first one's candidates, then the second's.
+
+    Args:
+        first: takes what it needs of the candidates.
+        second: fills up.
+        share: part of the candidates that the first one may take.
+
+    Raises:
+        InputError: a drafter that draws its candidates: a rule would have to know both laws.
+    """
+
+    def __init__(self, first: TextDrafter, second: TextDrafter, share: float = 0.6) -> None:
+        for part in (first, second):
+            if part.draws != "chosen":
+                raise InputError(
+                    f"{type(part).__name__} draws its candidates: only drafters that choose them "
+                    "can be combined"
+                )
+        self.first, self.second, self.share = first, second, share
+        self.num_draft = max(first.num_draft, second.num_draft)
+
+    @property
+    def parts(self) -> tuple[TextDrafter, TextDrafter]:
+        """Both drafters."""
+        return self.first, self.second
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch begins."""
+        for part in self.parts:
+            part.start(noise, vocab_size, num_tokens)
+
+    def attach(self, state: Any, conditions: Conditions) -> None:
+        """The prompts were read."""
+        for part in self.parts:
+            part.attach(state, conditions)
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        few = max(1, round(self.share * num))
+        first = self.first.propose(tokens, lengths, min(few, num), tries)
+        second = without_padding(self.second.propose(tokens, lengths, num, tries))
+        return union(first, second, num)
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Both learn from the pass."""
+        for part in self.parts:
+            part.observe(batch, verdict)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        for part in self.parts:
+            part.select(rows)
+
+
+def combine(first: TextDrafter, second: TextDrafter, share: float = 0.6) -> Combined:
+    """One drafter out of two; see `Combined`."""
+    return Combined(first, second, share)

@@ -1,0 +1,343 @@
+"""Trees drafted by a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contracts import Conditions, TokenModel
+from ...decoding.draft_state import FollowingState
+from ...decoding.logits import Shaping
+from ...decoding.noise import draw
+from ...decoding.tree import (
+    TokenTree,
+    best_tree,
+    common_places,
+    join_rows,
+    topology,
+    without_padding,
+)
+from ...errors import InputError, unknown_name
+from .base import TextDrafter, register
+from .recycling import RANKS
+
+EXPANSIONS = {
+    "chain": "one draft after another",
+    "dyspec": "the candidates of the largest estimated acceptance (DySpec)",
+    "sequoia": "a fixed tree, best for acceptances by rank (Sequoia)",
+    "independent": "a fixed number of independent draws per node (SpecInfer, SpecTr)",
+    "distinct": "a fixed number of draws without replacement per node (RSD-C)",
+    "beam": "stochastic beam search: draws without replacement of whole paths (RSD-S)",
+}
+DRAWN = {"independent": "independent", "distinct": "distinct", "beam": "distinct"}
+LANES = 1 << 8
+
+
+def parents_of(branching: Sequence[int]) -> Tensor:
+    """Parents of the tree whose nodes at level l have `branching[l]` children."""
+    parents, level = [], [-1]
+    for width in branching:
+        start = len(parents)
+        parents += [node for node in level for _ in range(width)]
+        level = list(range(start, len(parents)))
+    return torch.tensor(parents, dtype=torch.int64)
+
+
+@register("draft_model", summary="a smaller model of the same vocabulary (option draft)")
+class DraftTree(TextDrafter):
+    """A tree from a draft model, one pass of it per level.
+
+    Where tokens are drawn and drafts are chosen ("chain", "dyspec", "sequoia"), candidates are
+    ranked by log q + g with the very noise g of their position, which is what the Gumbel walk asks
+    of the target: they meet more often. At temperature 0 all expansions choose.
+
+    Args:
+        draft: a token model of the target's vocabulary.
+        expansion: see `EXPANSIONS`.
+        num_draft: candidates per pass ("chain", "dyspec", "sequoia").
+        max_depth: levels, likewise.
+        branching: children per node and level ("independent", "distinct"), or the number of paths
+            per level ("beam").
+        ranks: acceptances by rank ("sequoia").
+        context: what the draft reads instead of the prompts; None for the prompts.
+
+    Raises:
+        InputError: an unknown expansion, or a value out of range.
+
+    Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
+    2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
+    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023.
+    """
+
+    def __init__(
+        self,
+        draft: TokenModel,
+        expansion: str = "dyspec",
+        num_draft: int = 12,
+        max_depth: int = 6,
+        branching: Sequence[int] = (3, 2, 1),
+        ranks: Sequence[float] = RANKS,
+        context: Callable[[list[list[int]]], Conditions] | None = None,
+    ) -> None:
+        if expansion not in EXPANSIONS:
+            raise unknown_name("expansion", expansion, EXPANSIONS)
+        if num_draft < 1 or max_depth < 1 or not branching or min(branching) < 1:
+            raise InputError(
+                f"num_draft {num_draft}, max_depth {max_depth}, branching {tuple(branching)}: "
+                "expected numbers >= 1"
+            )
+        self.draft, self.expansion, self.max_depth = draft, expansion, max_depth
+        self.branching, self.ranks, self._context = tuple(branching), tuple(ranks), context
+        self.draft_vocab_size = draft.vocab_size
+        self.shaping = Shaping()
+        if expansion in DRAWN:
+            full = len(parents_of(self.branching))
+            num_draft = full if expansion != "beam" else sum(self.branching)
+        self.num_draft = num_draft
+
+    @property
+    def draws(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How drafts come about at the temperature of the run."""
+        return DRAWN.get(self.expansion, "chosen") if self.shaping.temperature else "chosen"
+
+    def begin(self, state: Any) -> None:
+        """Prefill the draft."""
+        read = self.histories if self._context is None else self._context(self.histories)
+        shape: Any = self.shaping
+        if self.shaping.temperature == 0:
+            shape = Shaping()
+        self._state = FollowingState(self.draft, read, 1.0, shape, self.num_tokens)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        super().select(rows)
+        self._state.select(rows)
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        self.follow(tokens, lengths)
+        root = tokens.gather(1, lengths[:, None] - 1)
+        law = self._state.follow(tokens, lengths)
+        if self.expansion == "dyspec":
+            return self._greedy_expansion(root, law, lengths, num)
+        if self.expansion == "beam" and self.draws == "distinct":
+            return self._beam(root, law, lengths, tries)
+        if self.expansion in DRAWN:
+            parents = parents_of(self.branching)[:num]
+        elif self.expansion == "chain":
+            parents = torch.arange(-1, min(num, self.max_depth) - 1)
+        else:
+            parents = best_tree(self.ranks, num, self.max_depth)
+        return self._fill(root, law, lengths, parents, tries)
+
+    def _scores(self, law: Tensor, positions: Tensor) -> Tensor:
+        """What chosen drafts are ranked by, [B, V]: log q, plus the noise where tokens are drawn."""
+        if self.shaping.temperature == 0:
+            return law
+        where = positions[:, None].clamp(max=self.num_tokens - 1)
+        return law + self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
+
+    def _siblings(self, law: Tensor, positions: Tensor, num: int, tries: int, place: int) -> Tensor:
+        """`num` children [B, num] of one node, whose law is `law` [B, V]."""
+        if self.draws == "chosen":
+            return self._scores(law, positions).topk(num, dim=-1).indices
+        uniforms = self.noise.uniform(positions[:, None], "draft", tries * LANES + place, num)[:, 0]
+        left, chosen = law.exp(), []
+        for number in range(num):
+            # Where fewer tokens than siblings are possible the others are no drafts.
+            has_more = left.sum(-1) > 0
+            token = draw(left.where(has_more[:, None], 1.0), uniforms[:, number])
+            if self.draws == "distinct":
+                left = left.scatter(1, token[:, None], 0.0)
+            chosen.append(token.where(has_more, -1))
+        return torch.stack(chosen, dim=1)
+
+    def _fill(
+        self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, tries: int
+    ) -> TokenTree:
+        """Fill a fixed tree level by level."""
+        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
+        num = len(parents)
+        drafts = torch.full((len(root), num), -1, dtype=torch.int64, device=root.device)
+        wants_laws = self.draws != "chosen"
+        logq = law.new_zeros(len(root), num, law.shape[-1]) if wants_laws else None
+        laws = {-1: law}
+        for level in range(shape.num_levels):
+            for place, own in enumerate(shape.children.tolist()):
+                children = [child for child in own if child >= 0]
+                node = place - 1
+                if not children or node not in laws:
+                    continue
+                positions = lengths + level
+                found = self._siblings(laws[node], positions, len(children), tries, place)
+                drafts[:, children] = found
+                if node >= 0:
+                    drafts[:, children] = found.where(drafts[:, node : node + 1] >= 0, -1)
+                if logq is not None:
+                    logq[:, children] = laws[node][:, None]
+            if level + 1 == shape.num_levels:
+                break
+            known = (shape.depths <= level).nonzero()[:, 0]
+            laws = self._laws_of(root, drafts, parents, known, shape.depths[known] == level)
+        return TokenTree(drafts, logq, parents)
+
+    def _laws_of(
+        self, root: Tensor, drafts: Tensor, parents: Tensor, known: Tensor, wanted: Tensor
+    ) -> dict[int, Tensor]:
+        """Laws [B, V] after the `wanted` ones of the nodes `known`, which are all their own kin."""
+        renumbered = torch.full((len(parents) + 1,), -1, dtype=torch.int64)
+        renumbered[known] = torch.arange(len(known))
+        own = torch.cat([torch.tensor([-1]), renumbered[parents[known]] + 1])
+        fed = torch.cat([root, drafts[:, known.to(root.device)].clamp(min=0)], dim=1)
+        found = self._state.extend(fed, own.to(root.device))
+        return {
+            int(node): found[:, place + 1]
+            for place, node in enumerate(known.tolist())
+            if wanted[place]
+        }
+
+    def _greedy_expansion(self, root: Tensor, law: Tensor, lengths: Tensor, num: int) -> TokenTree:
+        """Grow each row's tree by the candidates with the largest product of probabilities.
+
+        A child is never likelier than its parent, so after each level the `num` best candidates so
+        far are a tree, and only those of them that are new can have children among the best.
+        """
+        rows: list[_Grown] = [_Grown(num) for _ in range(len(root))]
+        width = min(num, 8, law.shape[-1])
+        for grown, scores in zip(rows, self._scores(law, lengths), strict=True):
+            grown.add(-1, scores.log_softmax(-1), width)
+        for level in range(1, self.max_depth):
+            for grown in rows:
+                grown.prune()
+            fresh = [grown.fresh(level) for grown in rows]
+            if not any(fresh):
+                break
+            joint, places = _joined(rows, root.device)
+            parents = joint.parents
+            if parents is None:
+                parents = torch.arange(-1, joint.tokens.shape[1] - 1)
+            fed = torch.cat([root, joint.tokens.clamp(min=0)], dim=1)
+            own = torch.cat([torch.tensor([-1]), parents + 1]).to(root.device)
+            laws = self._state.extend(fed, own)
+            for row, grown in enumerate(rows):
+                for node in fresh[row]:
+                    after = laws[row, places[row][node] + 1][None]
+                    scores = self._scores_of_row(after, lengths, row, level)
+                    grown.add(node, scores.log_softmax(-1), width)
+        for grown in rows:
+            grown.prune()
+        return _joined(rows, root.device)[0]
+
+    def _scores_of_row(self, law: Tensor, lengths: Tensor, row: int, level: int) -> Tensor:
+        if self.shaping.temperature == 0:
+            return law[0]
+        position = (lengths[row] + level).clamp(max=self.num_tokens - 1).view(1, 1)
+        rows = torch.tensor([row], device=law.device)
+        noise = self.noise if len(self.noise) == 1 else self.noise.select(rows)
+        return law[0] + noise.gumbel(position, law.shape[-1], law.dtype)[0, 0]
+
+    def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, tries: int) -> TokenTree:
+        """Stochastic beam search; a node's place is its path of child numbers, so rows may differ.
+
+        The perturbed log-probability of a path is Gumbel noise around its own, conditioned to have
+        its parent's for a maximum; the best paths of a level are drawn without replacement, and so
+        are the children of one node, in the order of their values.
+
+        Paper: Kool, van Hoof and Welling, "Stochastic Beams and Where to Find Them", 2019, section
+        4.1.
+        """
+        batch, vocab = law.shape
+        widest = max(self.branching)
+        parents = parents_of((widest,) * len(self.branching))
+        # The place behind the last one takes what is no candidate.
+        nowhere = len(parents)
+        drafts = torch.full((batch, nowhere + 1), -1, dtype=torch.int64, device=root.device)
+        logq = law.new_zeros(batch, nowhere + 1, vocab)
+        laws, total = law[:, None], law.new_zeros(batch, 1)
+        value, place = law.new_zeros(batch, 1), torch.full_like(root, -1)
+        first, size = 0, widest
+        for level, width in enumerate(self.branching):
+            nodes = laws.shape[1]
+            positions = (lengths + level)[:, None]
+            uniforms = self.noise.uniform(
+                positions, "draft", tries * LANES + level, num=nodes * vocab
+            )
+            noise = -(-uniforms.view(batch, nodes, vocab).log()).log()
+            path = total[..., None] + laws
+            raw = path + noise.to(path.dtype)
+            bound = raw.amax(-1, keepdim=True)
+            shifted = value[..., None] - raw + torch.log1p(-(raw - bound).exp().clamp(max=1.0))
+            given = value[..., None] - shifted.clamp(min=0) - torch.log1p((-shifted.abs()).exp())
+            given = torch.where(raw == bound, value[..., None], given)
+            given = given.masked_fill(path == float("-inf"), float("-inf"))
+            best = given.flatten(1).topk(min(width, nodes * vocab), dim=1)
+            above, token = best.indices // vocab, best.indices % vocab
+            alive = best.values > float("-inf")
+            # The number of a child among its siblings, best first.
+            same = (above[:, :, None] == above[:, None]) & alive[:, None]
+            number = same.long().tril(-1).sum(-1)
+            parent_place = place.gather(1, above)
+            before = torch.where(parent_place < 0, 0, parent_place - (first - size // widest))
+            where = torch.where(alive, first + before * widest + number, nowhere)
+            rows = torch.arange(batch, device=root.device)[:, None]
+            drafts[rows, where] = torch.where(alive, token, -1)
+            logq[rows, where] = laws[rows, above]
+            total, value, place = path.flatten(1).gather(1, best.indices), best.values, where
+            if level + 1 < len(self.branching):
+                end = first + size
+                tree = without_padding(TokenTree(drafts[:, :end], None, parents[:end]))
+                assert tree.parents is not None
+                used = (drafts[:, :end] >= 0).any(0).cumsum(0) - 1
+                own = torch.cat([torch.tensor([-1]), tree.parents + 1]).to(root.device)
+                fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
+                found = self._state.extend(fed, own)
+                laws = found[rows, used[where.clamp(max=end - 1)] + 1]
+            first, size = first + size, size * widest
+        return without_padding(TokenTree(drafts[:, :nowhere], logq[:, :nowhere], parents))
+
+
+class _Grown:
+    """One row's tree while it grows: values, tokens and parents of candidates, best ones kept."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+        self.values: list[float] = []
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+
+    def add(self, node: int, logq: Tensor, width: int) -> None:
+        """Children of `node`, the `width` likeliest under `logq` [V]."""
+        best = logq.topk(width)
+        value = self.values[node] if node >= 0 else 0.0
+        depth = self.depths[node] + 1 if node >= 0 else 0
+        self.values += [value + more for more in best.values.tolist()]
+        self.tokens += best.indices.tolist()
+        self.parents += [node] * width
+        self.depths += [depth] * width
+
+    def fresh(self, level: int) -> list[int]:
+        """Nodes of the last level grown."""
+        return [node for node, depth in enumerate(self.depths) if depth == level - 1]
+
+    def prune(self) -> None:
+        """Forget all but the best `num`; what remains is a tree."""
+        possible = [node for node, value in enumerate(self.values) if value > float("-inf")]
+        order = sorted(possible, key=lambda node: -self.values[node])
+        kept = sorted(order[: self.num])
+        new = {node: place for place, node in enumerate(kept)}
+        self.parents = [new.get(self.parents[node], -1) for node in kept]
+        self.values = [self.values[node] for node in kept]
+        self.tokens = [self.tokens[node] for node in kept]
+        self.depths = [self.depths[node] for node in kept]
+
+
+def _joined(rows: list[_Grown], device: torch.device) -> tuple[TokenTree, list[list[int]]]:
+    """The rows' trees as one, and where each row's nodes are in it."""
+    tree = join_rows([(grown.tokens, grown.parents) for grown in rows], device)
+    if len(rows) == 1:
+        return tree, [list(range(len(rows[0].tokens)))]
+    return tree, common_places([grown.parents for grown in rows])[1]

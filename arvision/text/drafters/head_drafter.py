@@ -1,0 +1,203 @@
+"""Trees and units from draft heads, and heads that go on learning while they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...decoding.tree import TokenTree, best_tree, topology
+from ...decoding.verify import Round, Verdict
+from ...errors import InputError
+from .base import TextDrafter, register
+from .heads import DraftHeads, load_heads
+
+RANKS = (0.5, 0.15, 0.08, 0.05, 0.03)
+"""How often the guess of a rank is right, about what trained heads reach."""
+
+SHAPES = ("tree", "unit")
+
+
+@register("heads", summary="heads of `arvision train-draft`: Medusa, Hydra, Clover, Chimera")
+class HeadDrafter(TextDrafter):
+    """Guesses from the hidden state at the last accepted token.
+
+    Shapes: "tree" is a fixed tree, the best for acceptances by rank; "unit" is a chain that ends
+    before the first guess whose confidence is below `threshold` (Lexical Unit Decoding accepts such
+    a unit unseen and is lossy; here the target verifies it).
+
+    Args:
+        heads: heads, or the folder of `arvision train-draft`.
+        vocabulary: [W] tokens that the heads guess; None for what the folder says, or all.
+        num_draft: candidates per pass.
+        shape: see above.
+        threshold: least confidence of a token in a unit.
+        ranks: acceptances by rank.
+        online: learning rate of updates from the target's own answers as they are served; 0 for
+            none.
+        every: examples gathered before an update.
+
+    Raises:
+        InputError: a value out of range, or heads of another width than the model's.
+
+    Paper: Cai et al., "Medusa", 2024, section 2.1.2 and 2.3.3 (trees); Sun et al., "Lexical Unit
+    Decoding", 2024 (units); Liu et al., "Online Speculative Decoding", 2023, section 4 (updates).
+    """
+
+    def __init__(
+        self,
+        heads: DraftHeads | str | Path,
+        vocabulary: Tensor | None = None,
+        num_draft: int = 8,
+        shape: str = "tree",
+        threshold: float = 0.3,
+        ranks: Sequence[float] = RANKS,
+        online: float = 0.0,
+        every: int = 64,
+    ) -> None:
+        if shape not in SHAPES or not 0 <= threshold < 1 or num_draft < 1 or online < 0:
+            raise InputError(
+                f"shape {shape!r}, threshold {threshold}, num_draft {num_draft}, online {online}: "
+                f"expected one of {', '.join(SHAPES)}, 0 <= threshold < 1, num_draft >= 1, a rate"
+            )
+        if isinstance(heads, str | Path):
+            heads, vocabulary = load_heads(heads)
+        self.heads, self.vocabulary = heads, vocabulary
+        self.num_draft, self.shape, self.threshold = num_draft, shape, threshold
+        self.ranks, self.every = tuple(ranks), every
+        self._optimizer = torch.optim.AdamW(heads.parameters(), lr=online) if online else None
+        self._examples: list[tuple[Tensor, Tensor]] = []
+        self.num_updates = 0
+
+    def begin(self, state: Any) -> None:
+        """Take the target's embeddings and output layer."""
+        network = state.model.network
+        width = state.model.sizes.hidden_size
+        if width != self.heads.hidden_size:
+            raise InputError(f"heads of width {self.heads.hidden_size}: the model has {width}")
+        self._embedding = network.get_input_embeddings().weight.detach()
+        output = network.get_output_embeddings().weight.detach()
+        if self.vocabulary is not None:
+            self.vocabulary = self.vocabulary.to(output.device)
+            if int(self.vocabulary.max()) >= len(output):
+                raise InputError(
+                    f"heads guess the token {int(self.vocabulary.max())}: the model has "
+                    f"{len(output)}"
+                )
+            output = output[self.vocabulary]
+        self._output = output
+        self.heads.to(output.device, output.dtype)
+        self._hidden: Tensor | None = None
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Keep the hidden state at each row's last accepted token."""
+        assert batch.hidden is not None
+        last = verdict.counts - 1
+        rows = torch.arange(len(last), device=last.device)
+        if verdict.path is not None:
+            node = verdict.path[rows, (last - 1).clamp(min=0)] + 1
+            last = torch.where(last > 0, node, 0)
+        self._hidden = batch.hidden[rows, last]
+        if self._optimizer is not None:
+            self._gather(batch, verdict)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        super().select(rows)
+        if self._hidden is not None:
+            self._hidden = self._hidden[rows]
+
+    def logits(self, head: int, hidden: Tensor, path: Tensor) -> Tensor:
+        """Logits [..., W] of a head; path [..., head + 1] holds tokens."""
+        return self.heads(head, hidden, self._embedding[path]) @ self._output.T
+
+    def _tokens(self, places: Tensor) -> Tensor:
+        return places if self.vocabulary is None else self.vocabulary[places]
+
+    @torch.no_grad()
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        self.follow(tokens, lengths)
+        root = tokens.gather(1, lengths[:, None] - 1)
+        if self.shape == "unit":
+            return self._unit(root, num)
+        parents = best_tree(self.ranks, num, self.heads.num_heads)
+        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
+        drafts = root.new_zeros(len(root), num)
+        for level in range(shape.num_levels):
+            laws = [-1] if level == 0 else (shape.depths == level - 1).nonzero()[:, 0].tolist()
+            laws = [node for node in laws if int(shape.children[node + 1, 0]) >= 0]
+            paths = torch.stack([self._path(root, drafts, shape, node) for node in laws], dim=1)
+            assert self._hidden is not None
+            hidden = self._hidden[:, None].expand(-1, len(laws), -1)
+            if self.heads.sees_path:
+                scores = self.logits(level, hidden, paths)
+            else:
+                scores = self.logits(level, hidden[:, :1], paths[:, :1]).expand(-1, len(laws), -1)
+            widest = min(shape.children.shape[1], scores.shape[-1])
+            best = self._tokens(scores.topk(widest, dim=-1).indices)
+            for place, node in enumerate(laws):
+                own = [child for child in shape.children[node + 1].tolist() if child >= 0]
+                drafts[:, own] = best[:, place, : len(own)]
+        return TokenTree(drafts, parents=parents)
+
+    def _path(self, root: Tensor, drafts: Tensor, shape: Any, node: int) -> Tensor:
+        """The token drawn and the drafts down to `node`, [B, depth + 2]."""
+        if node < 0:
+            return root
+        return torch.cat([root, drafts[:, shape.ancestors[node].nonzero()[:, 0]]], dim=1)
+
+    def _unit(self, root: Tensor, num: int) -> TokenTree:
+        """A chain as long as it is confident."""
+        assert self._hidden is not None
+        path, sure = root, torch.ones_like(root[:, 0], dtype=torch.bool)
+        drafts = root[:, :0]
+        for head in range(min(num, self.heads.num_heads)):
+            best = self.logits(head, self._hidden, path).float().softmax(-1).max(-1)
+            sure = sure & (best.values >= self.threshold)
+            if not bool(sure.any()):
+                break
+            token = self._tokens(best.indices)
+            drafts = torch.cat([drafts, token.where(sure, -1)[:, None]], dim=1)
+            path = torch.cat([path, token[:, None]], dim=1)
+        return TokenTree(drafts)
+
+    def _gather(self, batch: Round, verdict: Verdict) -> None:
+        """Examples from a pass: the hidden state it began with, and the tokens that followed."""
+        assert batch.hidden is not None
+        for row, count in enumerate(verdict.counts.tolist()):
+            if count >= 2:
+                self._examples.append(
+                    (batch.hidden[row, 0].detach(), verdict.tokens[row, :count].detach())
+                )
+        if len(self._examples) >= self.every:
+            self.update()
+
+    @torch.enable_grad()
+    def update(self) -> None:
+        """One step on the examples gathered so far."""
+        assert self._optimizer is not None
+        losses = []
+        for head in range(self.heads.num_heads):
+            fitting = [pair for pair in self._examples if len(pair[1]) >= head + 2]
+            if not fitting:
+                continue
+            hidden = torch.stack([hidden for hidden, _ in fitting])
+            tokens = torch.stack([tokens[: head + 2] for _, tokens in fitting])
+            goal = tokens[:, -1]
+            if self.vocabulary is not None:
+                found = (self.vocabulary == goal[:, None]).long()
+                known = found.any(1)
+                hidden, tokens, goal = hidden[known], tokens[known], found.argmax(1)[known]
+            if len(goal):
+                scores = self.logits(head, hidden, tokens[:, :-1]).float()
+                losses.append(torch.nn.functional.cross_entropy(scores, goal))
+        self._examples.clear()
+        if losses:
+            self._optimizer.zero_grad()
+            torch.stack(losses).mean().backward()
+            self._optimizer.step()
+            self.num_updates += 1

@@ -1,0 +1,1 @@
+"""Fitting what drafters and rules of text learn: heads, pseudo tokens, small models, the judge."""

@@ -1,0 +1,387 @@
+"""The front door for text: `arvision.generate`, the same loop that draws images, for language models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Stats
+from ..decoding.logits import Shaping
+from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
+from ..decoding.window import CostTable, GoodputWindow
+from ..errors import InputError, check_count
+from . import HFCausalLM, load_text_model
+from .chat import chat_ids
+from .costs import pass_costs
+from .drafters import DRAFTERS, TextDrafter, combine
+from .model import as_text_model
+from .rules import choose_rule
+from .stop import TextEnd
+
+MOST_DRAFTS = 64
+"""Candidates that `num_draft="auto"` drafts at most."""
+
+OnText = Callable[[int, str], Any]
+"""Told the row and the text that was added to it."""
+
+
+@dataclass
+class TextOutput:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: new ids of each prompt, an end token included.
+        texts: the new text of each prompt, up to a stop string; None without a tokenizer.
+        stats: `forward_passes` (after the prefill), `tokens` (all rows together), `tokens_per_pass`
+            (those after the prefill's, over the passes that a row took part in), `seconds` (all),
+            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    stats: Stats
+
+
+def generate(
+    model: Any,
+    prompts: Any,
+    *,
+    tokenizer: Any = None,
+    drafter: str | Drafter | None = None,
+    rule: str = "lossless",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    chat: bool = False,
+    num_draft: int | str | None = None,
+    drafter_options: dict[str, Any] | None = None,
+    rule_options: dict[str, Any] | None = None,
+    logits_hook: Callable[[Tensor], Tensor] | None = None,
+    stream: OnText | None = None,
+    streamer: Any = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> TextOutput:
+    """Continue prompts with a causal language model, several tokens per pass.
+
+    Args:
+        model: a causal language model of transformers, an `HFCausalLM`, or the name of one: a
+            folder, a GGUF file, a hub id.
+        prompts: a string, a list of strings, a list of messages (dicts with "role" and "content"),
+            a list of such lists, or ids [B, L] (or a list of id lists).
+        tokenizer: for strings; a model given by name brings its own.
+        drafter: what proposes tokens: None for plain decoding, a name of `list_drafters()`, two
+            names joined by "+", or a drafter.
+        rule: "lossless" (the model's own law whatever is drafted; greedy decoding at temperature
+            0), or a name in `arvision.text.rules.RULES`.
+        max_new_tokens: per prompt.
+        temperature: divides the logits; 0 is greedy.
+        top_k: tokens kept, 0 for all.
+        top_p: mass kept, 1 for all.
+        seed: of the draws; row k has noise of its own.
+        stop: strings that end a text.
+        chat: take strings for a user's message and wrap them in the model's chat template.
+        num_draft: candidates per pass; None for what the drafter recommends, "auto" for what
+            promises the most tokens per second (the cost of a pass is measured once per model).
+        drafter_options: of a drafter given by name.
+        rule_options: of the rule.
+        logits_hook: changes logits [..., V] before they become laws: a mask, a bias.
+        stream: told row and text as they come.
+        streamer: a streamer of transformers (one prompt only).
+        device: for a model given by name.
+        dtype: for a model given by name.
+
+    Raises:
+        InputError: bad options or prompts, before any model call.
+    """
+    started = time.perf_counter()
+    shaping = Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_count("max_new_tokens", max_new_tokens)
+    options = dict(drafter_options or {})
+    if "draft" in options:
+        options["draft"] = as_draft(options["draft"], max_new_tokens, device, dtype)
+    proposer = make_drafter(drafter, **options)
+    if hasattr(proposer, "shaping"):
+        proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
+    draws = getattr(proposer, "draws", "chosen")
+    chosen = choose_rule(rule, draws, temperature, **(rule_options or {}))
+    fitting = getattr(proposer, "rules", None)
+    if fitting is not None and chosen.name not in fitting:
+        raise InputError(
+            f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
+            f"{', '.join(fitting)}"
+        )
+    if isinstance(model, str | Path):
+        model, own = _load(str(model), str(device or "cpu"), dtype)
+        tokenizer = tokenizer or own
+    lm = as_text_model(model, max_new_tokens)
+    ids = encode(prompts, tokenizer, chat)
+    check_room(lm, ids, max_new_tokens)
+    check_drafter(proposer, lm)
+    if streamer is not None and len(ids) != 1:
+        raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
+    policy = _policy(proposer, num_draft, lm)
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    decode = None if tokenizer is None else _decoder(tokenizer)
+    end = TextEnd(len(ids), end_ids(lm.network), strings, decode)
+    flow = _Flow(decode, stream, streamer, strings, ids)
+
+    def shape(logits: Tensor) -> Tensor:
+        if logits_hook is not None:
+            logits = logits_hook(logits)
+        return logits if chosen.wants_logits else shaping(logits)
+
+    samples = decode_tokens(
+        lm,
+        ids,
+        drafter=proposer,
+        rule=chosen.rule,
+        shape=shape,
+        policy=policy,
+        seeds=[(seed, row) for row in range(len(ids))],
+        on_step=flow.on_step if flow.is_wanted else None,
+        num_tokens=max_new_tokens,
+        stop=end if end.is_needed else None,
+    )
+    lengths = samples.stats["lengths"]
+    tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
+    texts = None if decode is None else [until(decode(row), strings) for row in tokens]
+    flow.finish(tokens)
+    seconds = time.perf_counter() - started
+    total = sum(lengths)
+    passes = samples.stats["passes_per_image"]
+    stats = Stats(
+        forward_passes=samples.stats["forward_passes"],
+        tokens=total,
+        tokens_per_pass=(total - len(ids)) / max(1, sum(passes)),
+        passes_per_row=passes,
+        candidates=samples.stats["candidates"],
+        windows=samples.stats["windows"],
+        seconds=seconds,
+        seconds_per_token=seconds / max(1, total),
+        rule=chosen.name,
+        lossless=chosen.lossless,
+    )
+    return TextOutput(tokens, texts, stats)
+
+
+def as_draft(
+    draft: Any, num_tokens: int, device: Any = None, dtype: torch.dtype | None = None
+) -> Any:
+    """A draft model as a token model: what was given, or a model of transformers, or its name."""
+    if isinstance(draft, str | Path):
+        draft = _load(str(draft), str(device or "cpu"), dtype)[0]
+    if isinstance(draft, HFCausalLM) or hasattr(draft, "get_output_embeddings"):
+        return as_text_model(draft, num_tokens)
+    return draft
+
+
+def drafter_of(folder: str | Path) -> tuple[str, str]:
+    """Which drafter a folder of `arvision train-draft` is for, and the option that takes it."""
+    for file, found in (
+        ("heads.json", ("heads", "heads")),
+        ("pseudo.json", ("pseudo", "module")),
+    ):
+        if (Path(folder) / file).exists():
+            return found
+    return "draft_model", "draft"
+
+
+def list_drafters() -> dict[str, str]:
+    """Names of drafters that `generate` makes by itself, and a line on each."""
+    return {entry.name: entry.facts["summary"] for entry in DRAFTERS}
+
+
+def make_drafter(drafter: str | Drafter | None, **options: Any) -> Drafter:
+    """A drafter from its name (or two joined by "+"), or the drafter that was given.
+
+    Raises:
+        InputError: an unknown name or option.
+    """
+    if drafter is None:
+        return NoDrafter()
+    if not isinstance(drafter, str):
+        if options:
+            raise InputError("drafter_options with a drafter that is made: expected a name")
+        return drafter
+    if "+" in drafter:
+        first, second = drafter.split("+", 1)
+        parts = make_drafter(first.strip()), make_drafter(second.strip())
+        assert all(isinstance(part, TextDrafter) for part in parts)
+        return combine(*parts, **options)  # pyright: ignore[reportArgumentType]
+    try:
+        return DRAFTERS[drafter](**options)
+    except TypeError as error:
+        raise InputError(f"drafter {drafter!r}: {error}") from error
+
+
+def check_drafter(drafter: Any, model: HFCausalLM) -> None:
+    """Refuse a drafter of another vocabulary.
+
+    Raises:
+        InputError: see above.
+    """
+    theirs = getattr(drafter, "draft_vocab_size", None)
+    if theirs is not None and theirs != model.vocab_size:
+        raise InputError(
+            f"the drafter has a vocabulary of {theirs} tokens: expected {model.vocab_size}, as the "
+            "model has"
+        )
+
+
+def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) -> None:
+    """Refuse prompts that leave no room for `max_new_tokens`.
+
+    Raises:
+        InputError: see above.
+    """
+    longest = max(map(len, ids), default=0)
+    most = model.sizes.num_positions
+    if longest + max_new_tokens > most:
+        raise InputError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens}: the model has "
+            f"{most} positions"
+        )
+
+
+def encode(prompts: Any, tokenizer: Any, chat: bool = False) -> list[Tensor]:
+    """Prompts as id tensors [L]; see `generate`.
+
+    Raises:
+        InputError: no prompt, strings without a tokenizer, or something else.
+    """
+    if isinstance(prompts, Tensor) or (
+        isinstance(prompts, list | tuple)
+        and prompts
+        and isinstance(prompts[0], list | tuple | Tensor)
+        and len(prompts[0])
+        and not isinstance(prompts[0][0], dict)
+    ):
+        ids = [torch.as_tensor(row) for row in prompts]
+        if any(row.dim() != 1 or row.is_floating_point() for row in ids):
+            raise InputError("prompts: expected ids [B, L] or a list of id lists")
+        return [row.to(torch.int64) for row in ids]
+    single = isinstance(prompts, str) or (
+        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
+    )
+    rows = [prompts] if single else list(prompts)
+    if not rows:
+        raise InputError("no prompt: expected at least one")
+    if tokenizer is None:
+        raise InputError("prompts are text: pass tokenizer=..., or ids [B, L]")
+    return [torch.tensor(_encode_one(row, tokenizer, chat), dtype=torch.int64) for row in rows]
+
+
+def _encode_one(prompt: Any, tokenizer: Any, chat: bool) -> list[int]:
+    if isinstance(prompt, str) and not chat:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not all(isinstance(part, dict) for part in messages):
+        raise InputError(f"prompt {prompt!r}: expected a string, messages, or ids")
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("chat: the tokenizer has no chat template")
+    return chat_ids(messages, tokenizer)
+
+
+def end_ids(network: Any) -> list[int]:
+    """Tokens that end a text, as the model's generation config says."""
+    config = getattr(network, "generation_config", None) or network.config
+    ids = getattr(config, "eos_token_id", None)
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def until(text: str, strings: Sequence[str]) -> str:
+    """`text` up to the first of some stop strings."""
+    places = [text.find(string) for string in strings]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@lru_cache(maxsize=2)
+def _load(name: str, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    return load_text_model(name, device=device, dtype=dtype)
+
+
+def _policy(drafter: Any, num_draft: int | str | None, model: HFCausalLM) -> WindowPolicy:
+    if isinstance(drafter, NoDrafter):
+        return FixedWindow(1)
+    if num_draft is None:
+        return FixedWindow(getattr(drafter, "num_draft", 10) + 1)
+    if num_draft == "auto":
+        return GoodputWindow(CostTable(pass_costs(model, MOST_DRAFTS)))
+    if isinstance(num_draft, str | bool) or not 1 <= num_draft <= 120:
+        raise InputError(f'num_draft {num_draft!r}: expected an integer in 1..120 or "auto"')
+    return FixedWindow(num_draft + 1)
+
+
+class _Flow:
+    """Hands new text to those who asked for it."""
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str] | None,
+        stream: OnText | None,
+        streamer: Any,
+        strings: Sequence[str],
+        ids: Sequence[Tensor],
+    ) -> None:
+        if stream is not None and decode is None:
+            raise InputError("stream needs a tokenizer: pass tokenizer=...")
+        self._decode, self._stream, self._streamer = decode, stream, streamer
+        self._strings = strings
+        self._told = [0] * len(ids)
+        self._texts = [""] * len(ids)
+        if streamer is not None:
+            streamer.put(ids[0][None])
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody asked."""
+        return self._stream is not None or self._streamer is not None
+
+    def on_step(self, number: int, progress: dict[str, Any]) -> None:
+        """After a pass."""
+        lengths = progress["lengths"].tolist()
+        if lengths != self._told:
+            self._tell(
+                [row[:num] for row, num in zip(progress["tokens"].tolist(), lengths, strict=True)],
+                is_last=False,
+            )
+
+    def finish(self, tokens: list[list[int]]) -> None:
+        """The run is over."""
+        if self.is_wanted:
+            self._tell(tokens, is_last=True)
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _tell(self, tokens: list[list[int]], is_last: bool) -> None:
+        for row, ids in enumerate(tokens):
+            if self._streamer is not None and len(ids) > self._told[row]:
+                self._streamer.put(torch.tensor(ids[self._told[row] :]))
+            self._told[row] = len(ids)
+            if self._stream is None or self._decode is None:
+                continue
+            text = until(self._decode(ids), self._strings)
+            # The bytes of a character, or the start of a stop string, may still be under way.
+            if not is_last:
+                held = max([0, *(len(string) - 1 for string in self._strings)])
+                text = text[: len(text) - held] if held else text
+                if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                    continue
+            if len(text) > len(self._texts[row]):
+                self._stream(row, text[len(self._texts[row]) :])
+                self._texts[row] = text

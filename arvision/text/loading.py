@@ -1,0 +1,65 @@
+"""Language models and their tokenizers by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, InputError, MissingDependencyError
+
+
+def load_text_model(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: a folder in transformers' layout, a GGUF file (or a folder that holds one and no
+            `config.json`), or a hub id.
+        device: where the model goes; the CPU by default.
+        dtype: of the weights; None keeps the checkpoint's.
+
+    Returns:
+        The network, in evaluation mode, and the tokenizer.
+
+    Raises:
+        InputError: nothing of that name.
+        CheckpointError: what is there cannot be read.
+        MissingDependencyError: a GGUF file, and no `gguf` package.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    options: dict[str, Any] = {}
+    source = str(name)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
+        files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+        if not files or not files[0].is_file():
+            raise InputError(f"model {str(name)!r}: expected a folder with config.json, or a GGUF")
+        _check_gguf()
+        source, options = str(files[0].parent), {"gguf_file": files[0].name}
+    elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
+        raise InputError(f"model {str(name)!r}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"model {str(name)!r} cannot be loaded: {first}") from error
+    return network.to(device or "cpu").eval(), tokenizer
+
+
+def _check_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "GGUF files need the package gguf: pip install 'arvision[bench]'"
+        ) from error

@@ -1,0 +1,157 @@
+"""A causal language model of transformers behind the token model contract."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions
+from ..errors import InputError
+from .state import HFState, TextSizes
+
+
+def check_network(network: Any) -> None:
+    """Refuse a network whose passes cannot take a tree of candidates.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    config = getattr(network, "config", None)
+    name = type(network).__name__
+    if config is None or not hasattr(network, "get_output_embeddings"):
+        raise InputError(f"{name}: expected a causal language model of transformers")
+    missing = []
+    if getattr(config, "is_encoder_decoder", False):
+        missing.append("a decoder without an encoder")
+    accepts = inspect.signature(network.forward).parameters
+    for argument, why in (
+        ("attention_mask", "an attention mask"),
+        ("position_ids", "position ids (siblings in a tree share a position)"),
+    ):
+        if argument not in accepts:
+            missing.append(why)
+    if not {"cache", "past_key_values"} & set(accepts):
+        missing.append("a key/value cache")
+    if network.get_output_embeddings() is None:
+        missing.append("an output layer (get_output_embeddings)")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    types = set(getattr(text, "layer_types", None) or ())
+    other = types - {"full_attention"}
+    window = getattr(text, "sliding_window", None)
+    if other or (window and getattr(text, "use_sliding_window", True) and not types):
+        kinds = ", ".join(sorted(other)) or f"a sliding window of {window}"
+        missing.append(f"full attention in every layer (it has {kinds})")
+    if missing:
+        raise InputError(f"{name} cannot be driven here, it lacks: {'; '.join(missing)}")
+
+
+class HFCausalLM:
+    """A causal language model as a token model: conditions are prompts, tokens are what follows.
+
+    Args:
+        network: a causal language model of transformers. Its passes must accept a four-dimensional
+            attention mask, position ids and a cache, and attend to everything before a token:
+            Llama, Mistral (without a window), Qwen2, Qwen3, SmolLM, GPT-2, GPT-NeoX and many more.
+        num_tokens: new tokens that a state has room for; None for what the positions allow.
+        tree_room: candidates that a pass can hold besides.
+
+    Raises:
+        InputError: an unsupported architecture; the message names what is missing.
+    """
+
+    grid: tuple[int, int] | None = None
+
+    def __init__(
+        self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128
+    ) -> None:
+        check_network(network)
+        self.network = network
+        self.sizes = TextSizes.of(network)
+        self.vocab_size: int = network.get_output_embeddings().weight.shape[0]
+        self.num_tokens = num_tokens or self.sizes.num_positions
+        self.tree_room = tree_room
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.get_input_embeddings().weight.device
+
+    @property
+    def cost_key(self) -> str:
+        """What the cost of a pass depends on, apart from the machine."""
+        sizes = self.sizes
+        weight = self.network.get_input_embeddings().weight
+        return (
+            f"{type(self.network).__name__} {sizes.num_layers}x{sizes.hidden_size} "
+            f"{self.vocab_size} {weight.dtype} {weight.device.type}"
+        )
+
+    def prompts(self, conditions: Conditions) -> list[Tensor]:
+        """Prompts as id tensors [L] on the model's device.
+
+        Raises:
+            InputError: an empty prompt, an id out of range, or no room for it.
+        """
+        prompts = []
+        for row, condition in enumerate(conditions):
+            ids = torch.as_tensor(condition, dtype=torch.int64, device=self.device)
+            if ids.dim() != 1 or len(ids) == 0:
+                raise InputError(f"prompt {row} {tuple(ids.shape)}: expected at least one token id")
+            if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+                raise InputError(
+                    f"prompt {row} holds the id {int(ids.max())}: expected 0..{self.vocab_size - 1}"
+                )
+            if len(ids) >= self.sizes.num_positions:
+                raise InputError(
+                    f"prompt {row} has {len(ids)} tokens: the model has "
+                    f"{self.sizes.num_positions} positions"
+                )
+            prompts.append(ids)
+        return prompts
+
+    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> tuple[HFState, Tensor]:
+        """Prefill the prompts.
+
+        Args:
+            conditions: one per row, token ids [L].
+            guidance_scale: 1; a language model has no null condition.
+
+        Returns:
+            The state, and the logits [B, V] of the first new token.
+
+        Raises:
+            InputError: a bad prompt, or guidance.
+        """
+        if guidance_scale != 1.0:
+            raise InputError(f"guidance_scale {guidance_scale}: a language model takes 1 only")
+        prompts = self.prompts(conditions)
+        longest = max(map(len, prompts), default=1)
+        new = max(1, min(self.num_tokens, self.sizes.num_positions - longest))
+        state = HFState(self, len(prompts), longest + new + self.tree_room)
+        return state, state.prefill(prompts)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """There are no images in a language model's tokens.
+
+        Raises:
+            InputError: always; decode the text with the tokenizer.
+        """
+        raise InputError("a language model's tokens are text: decode them with its tokenizer")
+
+
+def as_text_model(model: Any, num_tokens: int, tree_room: int = 128) -> HFCausalLM:
+    """`model` with room for `num_tokens`: a network of transformers, or an `HFCausalLM`."""
+    network = model.network if isinstance(model, HFCausalLM) else model
+    return HFCausalLM(network, num_tokens, tree_room=tree_room)
+
+
+def pad_right(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts [L_i] as one tensor [B, L], padded with their last token, and lengths [B]."""
+    lengths = torch.tensor([len(ids) for ids in prompts], device=prompts[0].device)
+    longest = int(lengths.max())
+    rows = [torch.cat([ids, ids[-1:].expand(longest - len(ids))]) for ids in prompts]
+    return torch.stack(rows), lengths

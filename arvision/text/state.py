@@ -1,0 +1,289 @@
+"""Decode state of a transformers language model: our cache and masks, its network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoding.cache import KVCache
+from ..decoding.transformers_cache import CacheView, TextSizes
+from ..decoding.tree import check_parents, check_path, topology
+from ..errors import InputError, StateError
+
+if TYPE_CHECKING:
+    from .model import HFCausalLM
+
+
+class HFState:
+    """Committed prompts and tokens of B rows, and the candidates of the last call.
+
+    Attributes:
+        lengths: [B] int64, committed new tokens.
+        hidden: [B, T, C], input of the output layer at each candidate of the last call (after the
+            prefill: [B, 1, C], at the prompts' ends).
+        pseudo: [K, C] embeddings of the tokens V, V + 1, ... V + K - 1, which some drafters feed
+            besides those of the vocabulary; None for none.
+        edit: a layer and a function of what it sees, [B, T, C], to what it shall see instead (None
+            to leave it); for the next call of `extend`. None for none.
+    """
+
+    allows_overrun = True
+
+    def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
+        sizes, weight = model.sizes, model.network.get_input_embeddings().weight
+        self.model = model
+        self._network = model.network
+        self._room = model.num_tokens
+        self.cache = KVCache(
+            sizes.num_layers,
+            batch,
+            sizes.num_kv_heads,
+            capacity,
+            sizes.head_dim,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self._seen = CacheView(self.cache)
+        accepts = inspect.signature(self._network.forward).parameters
+        name = "cache" if "cache" in accepts else "past_key_values"
+        self._options: dict[str, Any] = {name: self._seen, "use_cache": True}
+        self._keeps_logits = "logits_to_keep" in accepts
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.hidden: Tensor | None = None
+        self.pseudo: Tensor | None = None
+        self.edit: tuple[int, Callable[[Tensor], Tensor | None]] | None = None
+        self._parents: Tensor | None = None
+        self._is_draft = False
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Commit the prompts [L_i]; logits [B, V] of the first new token."""
+        from .model import pad_right
+
+        tokens, lengths = pad_right(prompts)
+        ends = (lengths - 1).unique()
+        logits = self._run(tokens, None, keep=ends)
+        self._commit_all(lengths)
+        place = torch.searchsorted(ends, lengths - 1)
+        rows = torch.arange(len(place), device=place.device)
+        assert self.hidden is not None
+        self.hidden = self.hidden[rows, place][:, None]
+        return logits[rows, place]
+
+    def _commit_all(self, counts: Tensor) -> None:
+        order = torch.arange(int(counts.max()), device=counts.device)
+        self.cache.commit(order.expand(len(counts), -1), counts)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of what follows each candidate.
+
+        Args:
+            tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+
+        Raises:
+            InputError: a shape or a parent that does not fit, or logits that are not numbers.
+            StateError: more candidates than there is room for.
+        """
+        if tokens.dim() != 2 or len(tokens) != len(self.lengths) or tokens.shape[1] < 1:
+            raise InputError(
+                f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
+            )
+        if parents is not None:
+            check_parents(parents, tokens.shape[1])
+        self._parents, self._is_draft = parents, False
+        if self.edit is None:
+            return self._run(tokens, parents)
+        (layer, function), self.edit = self.edit, None
+        with edited(self._network, layer, function):
+            return self._run(tokens, parents)
+
+    @torch.no_grad()
+    def draft(
+        self,
+        tokens: Tensor,
+        parents: Tensor | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] from the same network, shortened or fed with vectors, as a draft model.
+
+        What it writes behind the committed prefix is overwritten by the next call, and cannot be
+        committed.
+
+        Args:
+            tokens: [B, T] int64.
+            parents: as in `extend`.
+            layers: the layers to run, ascending; None for all.
+            embeddings: [B, T, C], fed instead of the tokens' own.
+        """
+        self._is_draft = True
+        hidden = self.hidden
+        with self._only(layers):
+            logits = self._run(tokens, parents, embeddings=embeddings)
+        if layers is not None:
+            self.hidden = hidden
+        return logits
+
+    @torch.no_grad()
+    def replay(self, tokens: Tensor, num: int, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What some of the layers would have said along the last committed tokens.
+
+        Args:
+            tokens: [B, N], the rows' tokens from the first new one on.
+            num: tokens that are read again, at most as many as every row has committed.
+            layers: the layers to run.
+
+        Returns:
+            The most likely tokens [B, num - 1], and the ones that came.
+        """
+        cache, lengths = self.cache, self.cache.lengths
+        places = self.lengths[:, None] - num + torch.arange(num, device=lengths.device)
+        read = tokens.gather(1, places)
+        kept = cache.rewind(num)
+        try:
+            said = self.draft(read, layers=layers).argmax(-1)
+        finally:
+            cache.restore(kept, lengths)
+        return said[:, :-1], read[:, 1:]
+
+    @contextmanager
+    def _only(self, layers: Sequence[int] | None) -> Iterator[None]:
+        if layers is None:
+            yield
+            return
+        owner, name = find_layers(self._network)
+        whole = getattr(owner, name)
+        setattr(owner, name, nn.ModuleList([whole[index] for index in layers]))
+        try:
+            yield
+        finally:
+            setattr(owner, name, whole)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        parents: Tensor | None,
+        *,
+        embeddings: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Run the network over candidates; logits at all of them or at places `keep` [U]."""
+        num = tokens.shape[1]
+        shape = None
+        if parents is not None:
+            shape = topology(tuple(parents.tolist()), tokens.device)
+        if int(self.cache.lengths.max()) + num > self.cache.capacity:
+            room = self.cache.capacity - int(self.cache.lengths.max())
+            raise StateError(f"{num} candidates do not fit: the cache has room for {room} more")
+        slots, mask = self.cache.begin(num, None if shape is None else shape.ancestors)
+        if mask is None:
+            # Without a mask some networks would make one of their own.
+            mask = torch.zeros(1, 1, 1, int(slots[0, 0]) + 1, dtype=self.cache.keys.dtype)
+            mask = mask.to(tokens.device)
+        positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
+        positions = positions.clamp(max=self.model.sizes.num_positions - 1)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if embeddings is not None or self.pseudo is not None:
+            inputs = {"inputs_embeds": self._embed(tokens) if embeddings is None else embeddings}
+        if keep is not None and self._keeps_logits:
+            inputs["logits_to_keep"] = keep
+        seen: list[Tensor] = []
+        hook = self._network.get_output_embeddings().register_forward_pre_hook(
+            lambda _, arguments: seen.append(arguments[0])
+        )
+        try:
+            logits = self._network(
+                attention_mask=mask.expand(len(tokens), -1, -1, -1),
+                position_ids=positions.expand(len(tokens), -1),
+                **inputs,
+                **self._options,
+            ).logits
+        finally:
+            hook.remove()
+        self.hidden = seen[0]
+        if keep is not None and not self._keeps_logits:
+            logits, self.hidden = logits[:, keep], self.hidden[:, keep]
+        if bool(logits.sum().isnan()):
+            raise InputError("the model's logits hold NaN: check its weights and dtype")
+        return logits
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [B, T, C], of pseudo tokens too."""
+        vocab = self.model.vocab_size
+        known = self._network.get_input_embeddings()(tokens.clamp(max=vocab - 1))
+        assert self.pseudo is not None
+        extra = self.pseudo.to(known.dtype)[(tokens - vocab).clamp(min=0)]
+        return torch.where((tokens >= vocab)[..., None], extra, known)
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep some of the last candidates and forget the rest.
+
+        Args:
+            kept: [B, K] int64, indices into the candidates, parents before children.
+            counts: [B] int64, how many of each row of `kept` count; rows may differ.
+
+        Raises:
+            StateError: no candidates of `extend` are pending, or a parent was not kept.
+        """
+        num = self.cache.num_pending
+        if num == 0 or self._is_draft:
+            raise StateError("commit without candidates: call extend first")
+        check_path(kept, counts, self._parents, num, len(self.lengths))
+        self.cache.commit(kept, counts)
+        self.lengths = self.lengths + counts
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows` [B'] and drop the others."""
+        self.cache.select(rows)
+        self.lengths = self.lengths[rows]
+        if self.hidden is not None:
+            self.hidden = self.hidden[rows]
+
+
+def find_layers(network: Any) -> tuple[nn.Module, str]:
+    """The module that owns the list of a network's layers, and the list's name.
+
+    Raises:
+        InputError: no such list.
+    """
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == TextSizes.of(network).num_layers:
+                return module, name
+    raise InputError(
+        f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
+        "all of them, to skip some or to edit what they see"
+    )
+
+
+@contextmanager
+def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within this block, layer number `layer` sees what `function` makes of its input [B, T, C].
+
+    Raises:
+        InputError: a network without a list of layers.
+    """
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        by_name = not arguments
+        hidden = options["hidden_states"] if by_name else arguments[0]
+        changed = function(hidden)
+        if changed is None:
+            return None
+        if by_name:
+            return arguments, {**options, "hidden_states": changed}
+        return (changed, *arguments[1:]), options
+
+    owner, name = find_layers(network)
+    handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

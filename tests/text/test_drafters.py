@@ -1,0 +1,295 @@
+"""Drafters: what each proposes, and that the target's law or text stays what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from text_models import greedy_reference, random_prompts, tiny_llama
+
+import arvision
+from arvision import InputError
+from arvision.decoding.logits import Shaping
+from arvision.decoding.loop import FixedWindow, decode_tokens
+from arvision.decoding.noise import Noise
+from arvision.decoding.tree import TokenTree, best_tree, join_rows, topology, without_padding
+from arvision.testing import DroppingTableModel, law_p_value
+from arvision.text.drafters import (
+    DraftTree,
+    InputCopy,
+    LayerSkip,
+    NestedExit,
+    PromptLookup,
+    RetrievedContext,
+    Superposed,
+    TrigramDrafter,
+)
+from arvision.text.drafters.base import Trie, union
+from arvision.text.drafters.draft_tree import EXPANSIONS
+from arvision.text.drafters.papers.self_draft import expected_improvement
+from arvision.text.rules import choose_rule
+
+ALPHA = 1e-4
+
+
+def proposed(drafter, prompt, num, new=()):
+    """Tokens and parents that a drafter proposes after a prompt and some final tokens."""
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    tokens[0, : len(new)] = torch.tensor(new)
+    drafter.start(Noise([0]), 64, 64)
+    drafter.attach(None, [prompt])
+    tree = drafter.propose(tokens, torch.tensor([len(new)]), num, 1)
+    parents = tree.parents
+    return tree.tokens[0].tolist(), None if parents is None else parents.tolist()
+
+
+def test_lookup_copies_what_followed_the_longest_match():
+    drafter = PromptLookup(max_branches=1)
+    assert proposed(drafter, [1, 2, 3, 4, 9, 2, 5, 1, 2], 3, [3]) == ([4, 9, 2], None)
+    # A text that repeats itself goes on doing so.
+    assert proposed(drafter, [7, 8, 7], 5, [8]) == ([7, 8, 7, 8, 7], None)
+    assert proposed(drafter, [1, 2], 3, [3]) == ([], None)
+
+
+def test_lookup_branches_where_matches_differ():
+    drafter = PromptLookup(max_ngram=2)
+    tokens, parents = proposed(drafter, [1, 2, 3, 4, 1, 2, 5, 6, 1], 8, [2])
+    assert parents is not None
+    assert [t for t, p in zip(tokens, parents, strict=True) if p < 0] == [5, 3]
+    assert tokens[:5] == [5, 6, 1, 2, 5]
+    assert len(tokens) == 8
+
+
+def test_input_copy_follows_the_input_past_a_correction():
+    drafter = InputCopy()
+    prompt = list(range(20, 40))
+    assert proposed(drafter, prompt, 4, [20, 21, 22])[0] == [23, 24, 25, 26]
+    # A token that is not in the input leaves the pointer; agreement moves it on.
+    assert proposed(drafter, prompt, 3, [20, 21, 50, 24, 25])[0] == [26, 27, 28]
+
+
+def test_a_union_keeps_both_trees_and_merges_their_common_paths():
+    first = TokenTree(torch.tensor([[1, 2], [4, -1]]))
+    second = TokenTree(torch.tensor([[1, 3, 5], [4, 6, -1]]), parents=torch.tensor([-1, 0, -1]))
+    tree = union(first, second, 10)
+
+    def paths(row):
+        tokens, parents = tree.tokens[row].tolist(), tree.parents
+        assert parents is not None
+        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
+        return {
+            tuple(tokens[a] for a in shape.ancestors[node].nonzero()[:, 0].tolist())
+            for node in range(len(tokens))
+            if tokens[node] >= 0
+        }
+
+    assert paths(0) == {(1,), (1, 2), (1, 3), (5,)}
+    assert paths(1) == {(4,), (4, 6)}
+    assert union(first, second, 3).tokens.shape[1] <= 4
+
+
+def test_rows_are_joined_in_one_topology_and_padding_leaves():
+    tree = join_rows([([1, 2], [-1, -1]), ([3, 4], [-1, 0])], torch.device("cpu"))
+    assert tree.parents is not None
+    assert tree.parents.tolist() == [-1, -1, 0]
+    assert tree.tokens.tolist() == [[1, 2, -1], [3, -1, 4]]
+    left = without_padding(TokenTree(torch.tensor([[1, -1, 2]]), parents=torch.tensor([-1, -1, 0])))
+    assert left.tokens.tolist() == [[1, 2]]
+    assert left.parents is not None
+    assert left.parents.tolist() == [-1, 0]
+    with pytest.raises(InputError, match="candidate 0 has parent 1"):
+        TokenTree(torch.tensor([[1, 2]]), parents=torch.tensor([1, -1]))
+
+
+def test_the_best_tree_holds_the_largest_products():
+    acceptance = (0.6, 0.3, 0.05)
+    parents = best_tree(acceptance, 6, 3).tolist()
+    value: dict[int, float] = {-1: 1.0}
+    counts: dict[int, int] = {}
+    for node, parent in enumerate(parents):
+        value[node] = value[parent] * acceptance[counts.get(parent, 0)]
+        counts[parent] = counts.get(parent, 0) + 1
+    every = sorted(
+        (a * b * c for a in acceptance for b in (1.0, *acceptance) for c in (1.0,)), reverse=True
+    )
+    assert sum(value.values()) - 1.0 >= sum(every[:4])
+    assert sorted(value.values(), reverse=True)[1:] == pytest.approx(
+        [0.6, 0.36, 0.3, 0.216, 0.18, 0.18]
+    )
+
+
+def test_a_trie_takes_no_more_than_its_room():
+    trie = Trie(3)
+    trie.add([1, 2])
+    trie.add([1, 3, 4])
+    assert trie.tree == ([1, 2, 3], [-1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("expansion", "branching", "rule"),
+    [
+        ("independent", (2, 2), "multi_round"),
+        ("independent", (3, 1), "k_sequential"),
+        ("distinct", (2, 2), "without_replacement"),
+        ("beam", (2, 2, 2), "without_replacement"),
+        ("dyspec", (1,), "gumbel"),
+    ],
+)
+def test_draft_trees_keep_the_law(expansion, branching, rule):
+    num = 100_000 if expansion != "dyspec" else 3_000
+    target = DroppingTableModel(seed=3)
+    draft = DroppingTableModel(seed=4, sharpness=1.0)
+    drafter = DraftTree(draft, expansion, num_draft=5, branching=branching)
+    chosen = choose_rule(rule, drafter.draws, 1.0)
+    out = decode_tokens(
+        target,
+        [[0]] * num,
+        drafter=drafter,
+        rule=chosen.rule,
+        shape=Shaping(),
+        policy=FixedWindow(drafter.num_draft + 1),
+        seeds=[(3, row) for row in range(num)],
+    )
+    assert law_p_value(target.number(out.tokens), target.joint(Shaping())) > ALPHA
+    assert out.stats.tokens_per_pass > 1.4
+
+
+@pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
+def test_a_draft_that_is_the_target_is_always_right(expansion):
+    network = tiny_llama()
+    prompts = random_prompts([9, 6])
+    expected = [greedy_reference(network, ids, 30) for ids in prompts]
+    for temperature in (0.0, 0.9):
+        options: dict[str, Any] = {"max_new_tokens": 30, "temperature": temperature}
+        plain = arvision.generate(network, prompts, **options)
+        out = arvision.generate(
+            network,
+            prompts,
+            drafter="draft_model",
+            drafter_options={"draft": network, "expansion": expansion, "num_draft": 6},
+            **options,
+        )
+        if temperature == 0:
+            assert plain.tokens == expected
+        if temperature == 0 or out.stats.rule == "gumbel":
+            assert out.tokens == plain.tokens
+        least = {"independent": 2.0, "distinct": 2.0, "beam": 2.0, "dyspec": 2.0}
+        assert out.stats.tokens_per_pass > least.get(expansion, 2.5)
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    with pytest.raises(InputError, match="a vocabulary of 32 tokens: expected 64"):
+        arvision.generate(
+            tiny_llama(),
+            random_prompts([3]),
+            drafter="draft_model",
+            drafter_options={"draft": tiny_llama(vocab_size=32)},
+        )
+    with pytest.raises(InputError, match="unknown expansion"):
+        DraftTree(DroppingTableModel(), "bush")
+
+
+def test_layer_skip_tries_sets_of_layers_and_leaves_the_cache_as_it_was():
+    network = tiny_llama(num_hidden_layers=6)
+    prompts = random_prompts([9, 6])
+    expected = [greedy_reference(network, ids, 60) for ids in prompts]
+    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5)
+    out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=60)
+    assert out.tokens == expected
+    assert len(drafter._found) == 5
+    assert len({runs for runs, _ in drafter._found}) > 1
+    assert all(sum(runs) == 3 and runs[0] and runs[-1] for runs, _ in drafter._found)
+    whole = LayerSkip(layers=range(6), confidence=0.0)
+    out = arvision.generate(network, prompts, drafter=whole, max_new_tokens=60)
+    assert out.tokens == expected
+    assert out.stats.tokens_per_pass > 4.5
+
+
+def test_expected_improvement_prefers_what_is_near_the_best_or_unknown():
+    tried = np.array([[1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 1, 1]], dtype=float)
+    gains = expected_improvement(
+        tried, np.array([0.9, 0.1]), np.vstack([tried, 1 - tried[:1]]), 0.9
+    )
+    near = expected_improvement(
+        tried, np.array([0.9, 0.1]), np.array([[1, 1, 0, 0, 1, 0, 1, 0.0]]), 0.9
+    )
+    assert near[0] > gains[1]
+
+
+def test_superposed_paths_are_the_beam_where_one_path_is_fed():
+    """One path with the whole target is greedy decoding; several are worth no less per pass."""
+    network, ids = tiny_llama(), random_prompts([8, 5])
+    one = arvision.generate(
+        network,
+        ids,
+        drafter=Superposed(num_paths=1, depth=4, skip=0.0, bigram_weight=0.0),
+        max_new_tokens=41,
+    )
+    assert one.stats.tokens_per_pass == pytest.approx(5, abs=0.01)
+    passes = [
+        arvision.generate(
+            network,
+            ids,
+            drafter=Superposed(num_paths=k, depth=4, bigram_weight=0.4),
+            max_new_tokens=41,
+        ).stats.forward_passes
+        for k in (1, 4)
+    ]
+    assert passes[1] <= passes[0]
+    with pytest.raises(InputError, match="bigram_weight 2"):
+        Superposed(bigram_weight=2)
+
+
+def test_nested_exits_stop_at_the_first_sure_one():
+    network = tiny_llama()
+    ids = random_prompts([9])
+    for confidence in (0.0, 0.9):
+        drafter = NestedExit((0.5, 1.0), confidence=confidence)
+        out = arvision.generate(network, ids, drafter=drafter, max_new_tokens=40)
+        assert out.tokens == [greedy_reference(network, ids[0], 40)]
+    sure = arvision.generate(
+        network, ids, drafter=NestedExit((1.0,), confidence=0.0), max_new_tokens=41
+    )
+    assert sure.stats.tokens_per_pass == 5.0
+    with pytest.raises(InputError, match="ascending"):
+        NestedExit((0.8, 0.2))
+
+
+def test_a_retrieved_context_holds_what_is_asked_for():
+    prompt = [*range(100, 164), *[5] * 640, *range(200, 264), *[5] * 640, *range(210, 230), 7]
+    short = RetrievedContext(256, 64, 20)([prompt])[0]
+    assert len(short) <= 256
+    assert set(range(200, 264)) <= set(short)
+    assert short[:64] == prompt[:64]
+    assert short[-5:] == prompt[-5:]
+    assert RetrievedContext(256)([[1, 2, 3]]) == [[1, 2, 3]]
+    network = tiny_llama()
+    ids = random_prompts([150])
+    out = arvision.generate(
+        network,
+        ids,
+        drafter="draft_model",
+        drafter_options={"draft": network, "context": RetrievedContext(64, 16, 16)},
+        max_new_tokens=30,
+    )
+    assert out.tokens == [greedy_reference(network, ids[0], 30)]
+
+
+def test_trigrams_learn_from_the_corpus_and_the_text():
+    text = [1, 2, 3, 4, 5] * 3
+    drafter = TrigramDrafter(corpus=[text])
+    tokens, _ = proposed(drafter, [9, 1], 4, [2])
+    assert tokens == [3, 4, 5, 1]
+    tokens, parents = proposed(TrigramDrafter(), [1, 2, 3, 1, 2, 4, 1], 4, [2])
+    assert parents is not None
+    assert {t for t, p in zip(tokens, parents, strict=True) if p < 0} == {3, 4}
+
+
+def test_a_jacobi_window_comes_back_with_its_guesses():
+    network = tiny_llama()
+    ids = random_prompts([9])
+    out = arvision.generate(network, ids, drafter="jacobi", max_new_tokens=60)
+    assert out.tokens == [greedy_reference(network, ids[0], 60)]
+    assert out.stats.tokens_per_pass > 1.0

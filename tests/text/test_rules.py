@@ -1,0 +1,254 @@
+"""Rules over trees: the enumerated law of every lossless one, and mutants that must be found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from arvision import InputError
+from arvision.decoding import verify
+from arvision.decoding.logits import Shaping
+from arvision.decoding.loop import FixedWindow, decode_tokens
+from arvision.decoding.noise import Noise, draw
+from arvision.decoding.tree import TokenTree, topology
+from arvision.decoding.verify import Round
+from arvision.testing import DroppingTableModel, law_p_value
+from arvision.text.rules import RULES, choose_rule
+from arvision.text.rules import tree as rules_tree
+from arvision.text.rules.lossy import JudgeHead, judge, typical
+
+ALPHA = 1e-4
+NUM = 200_000
+TREES = {
+    "chain": [-1, 0, 1],
+    "wide": [-1, -1, -1, 0, 1],
+    "mixed": [-1, 0, 0, -1, 1, 2, 3],
+}
+
+
+class TableDrafter:
+    """A tree drafted from another table, its siblings drawn in one of three ways."""
+
+    def __init__(self, table: DroppingTableModel, parents: list[int], draws: str) -> None:
+        self.table, self.draws = table, draws
+        is_chain = parents == list(range(-1, len(parents) - 1))
+        self.parents = None if is_chain else torch.tensor(parents)
+        self.shape = topology(tuple(parents), torch.device("cpu"))
+
+    def start(self, noise, vocab_size, num_tokens):
+        self.noise = noise
+
+    def observe(self, batch, verdict):
+        pass
+
+    def select(self, rows):
+        self.noise = self.noise.select(rows)
+
+    def propose(self, tokens, lengths, num, tries):
+        vocab, num = self.table.vocab_size, len(self.shape.parents)
+        places = torch.arange(tokens.shape[1])
+        known = torch.where(places < lengths[:, None], tokens, 0)
+        powers = vocab ** (lengths[:, None] - 1 - places).clamp(min=0)
+        prefix = {-1: (known * powers * (places < lengths[:, None])).sum(1)}
+        depth = {-1: lengths}
+        drafts = torch.full((len(tokens), num), -1)
+        laws = torch.full((len(tokens), num, vocab), 0.25).log().double()
+        for law, siblings in enumerate(self.shape.children.tolist()):
+            own, parent = [child for child in siblings if child >= 0], law - 1
+            if not own:
+                continue
+            beyond = depth[parent] >= self.table.num_tokens
+            row = self.table.row(
+                prefix[parent].masked_fill(beyond, 0), depth[parent].masked_fill(beyond, 0)
+            )
+            logq = self.table.table[row].log_softmax(-1)
+            uniforms = self.noise.uniform(
+                depth[parent][:, None], "draft", tries * 16 + law, len(own)
+            )[:, 0]
+            left = logq.exp()
+            for place, child in enumerate(own):
+                token = draw(left, uniforms[:, place])
+                if self.draws == "distinct":
+                    left = left.scatter(1, token[:, None], 0.0)
+                drafts[:, child], laws[:, child] = token, logq
+                prefix[child] = prefix[parent] * vocab + token
+                depth[child] = depth[parent] + 1
+        logq = None if self.draws == "chosen" else laws
+        return TokenTree(drafts, logq, self.parents)
+
+
+def drawn(rule, parents, draws, seed=0, num=NUM):
+    target = DroppingTableModel(seed=seed)
+    drafter = TableDrafter(DroppingTableModel(seed=seed + 10, sharpness=1.0), parents, draws)
+    out = decode_tokens(
+        target,
+        [None] * num,
+        drafter=drafter,
+        rule=rule,
+        shape=Shaping(),
+        policy=FixedWindow(8),
+        seeds=[(seed, row) for row in range(num)],
+    )
+    return law_p_value(target.number(out.tokens), target.joint(Shaping())), out
+
+
+CASES = [
+    pytest.param("gumbel", "chain", "chosen", marks=pytest.mark.slow),
+    ("gumbel", "mixed", "distinct"),
+    ("chain", "chain", "independent"),
+    ("block", "chain", "independent"),
+    pytest.param("multi_round", "chain", "independent", marks=pytest.mark.slow),
+    pytest.param("multi_round", "wide", "independent", marks=pytest.mark.slow),
+    ("multi_round", "mixed", "independent"),
+    ("multi_round", "mixed", "chosen"),
+    pytest.param("without_replacement", "chain", "distinct", marks=pytest.mark.slow),
+    pytest.param("without_replacement", "wide", "distinct", marks=pytest.mark.slow),
+    ("without_replacement", "mixed", "distinct"),
+    pytest.param("k_sequential", "chain", "independent", marks=pytest.mark.slow),
+    ("k_sequential", "wide", "independent"),
+    pytest.param("k_sequential", "mixed", "independent", marks=pytest.mark.slow),
+]
+
+
+def test_every_lossless_rule_is_tested():
+    assert {name for name, entry in RULES.items() if entry.lossless} - {"greedy"} == {
+        getattr(case, "values", case)[0] for case in CASES
+    }
+
+
+@pytest.mark.parametrize(("name", "tree", "draws"), CASES)
+def test_lossless_rules_keep_the_law(name, tree, draws):
+    p_value, out = drawn(RULES[name].make(), TREES[tree], draws)
+    assert p_value > ALPHA
+    assert out.stats.tokens_per_pass > 1.4
+
+
+class GenerousNoise:
+    """Acceptance uniforms 5 % too small: drafts are accepted 5 % too often."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __len__(self):
+        return len(self.noise)
+
+    def select(self, rows):
+        return GenerousNoise(self.noise.select(rows))
+
+    def uniform(self, positions, purpose, *args, **kwargs):
+        out = self.noise.uniform(positions, purpose, *args, **kwargs)
+        return out * 0.95 if purpose == "accept" else out
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "draws"),
+    [
+        ("chain", "chain", "independent"),
+        ("block", "chain", "independent"),
+        ("multi_round", "mixed", "independent"),
+        ("multi_round", "mixed", "chosen"),
+        ("without_replacement", "mixed", "distinct"),
+        ("k_sequential", "wide", "independent"),
+    ],
+)
+def test_a_mutant_that_is_five_percent_off_is_found(name, tree, draws):
+    rule = RULES[name].make()
+    p_value, _ = drawn(
+        lambda batch: rule(replace(batch, noise=GenerousNoise(batch.noise))), TREES[tree], draws
+    )
+    assert p_value < ALPHA
+
+
+def test_a_walk_that_clings_to_drafts_is_found():
+    def clinging(batch):
+        choice = verify.gumbel_draw(batch.target_logp, batch.positions, batch.noise)
+        laws = topology(tuple(TREES["mixed"]), torch.device("cpu")).laws
+        if batch.topology is None:
+            return verify.gumbel_coupling(batch)
+        holds = batch.noise.uniform(batch.positions[:, 1:], "accept", batch.tries) < 0.05
+        return verify.deepest(batch, (batch.drafts == choice[:, laws]) | holds, choice)
+
+    assert drawn(clinging, TREES["mixed"], "distinct")[0] < ALPHA
+
+
+def test_rules_with_the_wrong_drafts_are_found():
+    """The laws differ between independent and distinct siblings, and the test sees it."""
+    assert drawn(rules_tree.multi_round, TREES["wide"], "distinct")[0] < ALPHA
+    assert drawn(rules_tree.without_replacement, TREES["wide"], "independent")[0] < ALPHA
+    assert drawn(rules_tree.k_sequential, TREES["wide"], "distinct")[0] < ALPHA
+
+
+def test_block_verification_accepts_at_least_what_the_chain_rule_does():
+    chain = drawn(RULES["chain"].make(), TREES["chain"], "independent", num=50_000)[1]
+    block = drawn(RULES["block"].make(), TREES["chain"], "independent", num=50_000)[1]
+    assert block.stats.tokens_per_pass > chain.stats.tokens_per_pass
+
+
+@pytest.mark.parametrize("tree", sorted(TREES))
+def test_the_gumbel_walk_gives_the_tokens_of_plain_sampling(tree):
+    tree_tokens = drawn(verify.gumbel_coupling, TREES[tree], "distinct", num=500)[1].tokens
+    assert torch.equal(tree_tokens, drawn(verify.gumbel_coupling, [], "chosen", num=500)[1].tokens)
+
+
+def hand_made(drafts, laws, parents=None):
+    """One row, a tree of drafts, log-laws by place."""
+    num = len(drafts)
+    shape = None if parents is None else topology(tuple(parents), torch.device("cpu"))
+    return Round(
+        torch.tensor([drafts]),
+        None,
+        torch.tensor([laws]).log(),
+        torch.zeros(1, num + 1, dtype=torch.int64),
+        Noise([0]),
+        1,
+        shape,
+    )
+
+
+def test_greedy_walks_to_the_end_of_the_right_branch():
+    laws = [[0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.9, 0.05, 0.05], [0.1, 0.1, 0.8]]
+    verdict = verify.greedy(hand_made([0, 1, 0], laws, [-1, -1, 1]))
+    assert verdict.path is not None
+    count = int(verdict.counts[0])
+    assert verdict.tokens[0, :count].tolist() == [1, 0, 2]
+    assert verdict.path[0, : count - 1].tolist() == [1, 2]
+
+
+def test_typical_acceptance_keeps_what_is_likely_enough():
+    laws = [[0.5, 0.3, 0.2], [0.98, 0.01, 0.01], [0.1, 0.1, 0.8]]
+    rule = typical(epsilon=0.3, delta=1.0, is_greedy=True)
+    verdict = rule(hand_made([1, 2], laws))
+    assert verdict.tokens[0, : int(verdict.counts[0])].tolist() == [0]
+    verdict = typical(epsilon=0.29, delta=1.0, is_greedy=True)(hand_made([1, 2], laws))
+    assert verdict.tokens[0, : int(verdict.counts[0])].tolist() == [1, 0]
+
+
+def test_the_judge_keeps_what_its_head_calls_fine():
+    head = JudgeHead(1)
+    with torch.no_grad():
+        head.score.weight.fill_(1.0)
+        head.score.bias.zero_()
+    laws = [[0.5, 0.3, 0.2], [0.98, 0.01, 0.01], [0.1, 0.1, 0.8]]
+    batch = replace(hand_made([1, 2], laws), hidden=torch.tensor([[[0.0], [3.0], [-3.0]]]))
+    verdict = judge(head, 0.6, is_greedy=True)(batch)
+    assert verdict.tokens[0, : int(verdict.counts[0])].tolist() == [1, 0]
+    with pytest.raises(InputError, match="hidden states"):
+        judge(head)(hand_made([1, 2], laws))
+
+
+def test_names_and_conditions_of_rules():
+    assert choose_rule("lossless", "chosen", 0.0).name == "greedy"
+    assert choose_rule("lossless", "chosen", 0.7).name == "gumbel"
+    assert choose_rule("lossless", "independent", 0.7).name == "multi_round"
+    assert choose_rule("lossless", "distinct", 0.7).name == "without_replacement"
+    assert not choose_rule("typical", "chosen", 0.0).lossless
+    with pytest.raises(InputError, match="unknown rule 'gredy': did you mean 'greedy'"):
+        choose_rule("gredy", "chosen", 0.0)
+    with pytest.raises(InputError, match="cannot judge drafts that are chosen"):
+        choose_rule("block", "chosen", 1.0)
+    with pytest.raises(InputError, match="expected temperature 0"):
+        choose_rule("greedy", "chosen", 1.0)
+    with pytest.raises(InputError, match="epsilon"):
+        choose_rule("typical", "chosen", 1.0, epsilon=2.0)
