@@ -1,5 +1,8 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
+from typing import TYPE_CHECKING
+
+from ..lazy import on_demand
 from ..registry import Registry
 from .llamagen import (
     LlamaGen,
@@ -10,6 +13,11 @@ from .llamagen import (
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
+
+if TYPE_CHECKING:  # they live with the text; their old names stay
+    from ..text import HFCausalLM, load_text_model
+
+__getattr__, __dir__ = on_demand(__name__)
 
 FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
@@ -24,6 +32,7 @@ FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransform
 
 __all__ = [
     "FAMILIES",
+    "HFCausalLM",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -37,4 +46,5 @@ __all__ = [
     "VARStudentTransformer",
     "VARTokenizer",
     "VARTransformer",
+    "load_text_model",
 ]
