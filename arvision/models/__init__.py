@@ -1,6 +1,7 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
 from ..registry import Registry
+from .conditions import ImagePrompt
 from .llamagen import (
     LlamaGen,
     LlamaGenStudent,
@@ -9,6 +10,7 @@ from .llamagen import (
     LlamaGenTransformer,
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
+from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
 
 FAMILIES: Registry[type] = Registry("model family")
@@ -19,11 +21,13 @@ FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGe
     LlamaGenStudent
 )
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
+FAMILIES.register("NextStepTransformer", kind="continuous")(NextStep)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
 FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransformer")(VARStudent)
 
 __all__ = [
     "FAMILIES",
+    "ImagePrompt",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -32,6 +36,9 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "NextStep",
+    "NextStepAutoencoder",
+    "NextStepTransformer",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",
