@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import on_demand
 from ..registry import Registry
+from .conditions import ImagePrompt
 from .llamagen import (
     LlamaGen,
     LlamaGenStudent,
@@ -12,6 +13,7 @@ from .llamagen import (
     LlamaGenTransformer,
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
+from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
 
 if TYPE_CHECKING:  # they live with the text; their old names stay
@@ -27,12 +29,14 @@ FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGe
     LlamaGenStudent
 )
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
+FAMILIES.register("NextStepTransformer", kind="continuous")(NextStep)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
 FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransformer")(VARStudent)
 
 __all__ = [
     "FAMILIES",
     "HFCausalLM",
+    "ImagePrompt",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -41,6 +45,9 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "NextStep",
+    "NextStepAutoencoder",
+    "NextStepTransformer",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",
