@@ -26,7 +26,7 @@ from image_networks import (
 
 from arvision import get_sampler
 from arvision.contracts import ContinuousModel, ScaleModel, TokenModel
-from arvision.models.transformers_image import Chameleon, Emu3, GlmImage, ImagePrompt, Janus
+from arvision.models import Chameleon, Emu3, GlmImage, ImagePrompt, Janus
 
 LENGTHS = [4, 9, 2]
 

@@ -6,7 +6,7 @@ from .emu3 import Emu3
 from .glm_image import GlmImage
 from .janus import Janus
 from .layout import Layout
-from .model import ImagePrompt, TransformersImageModel
+from .model import TransformersImageModel
 from .state import ImageState, Row
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "ChameleonDecoder",
     "Emu3",
     "GlmImage",
-    "ImagePrompt",
     "ImageState",
     "Janus",
     "Layout",

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ...contracts import Conditions
 from ...errors import InputError, check_count, unknown_name
+from ..conditions import ImagePrompt
 from .chameleon_pixels import ChameleonDecoder
 from .layout import Layout
-from .model import ImagePrompt, TransformersImageModel, single_grid
+from .model import TransformersImageModel, single_grid
 from .network import SpecialIds, base_of, check_class
 from .state import Row
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,24 +12,10 @@ from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_cache import CacheView
 from ...errors import InputError
+from ..conditions import ImagePrompt
 from .layout import Layout
 from .network import CodeColumns, base_of, check_class, device_of, take_masks, wake
 from .state import ImageState, Row
-
-
-@dataclass(frozen=True)
-class ImagePrompt:
-    """What an image is drawn from.
-
-    Attributes:
-        prompt: a text, or the ids of a whole prompt, behind which the drawing starts.
-        negative: what to draw away from, likewise; None for the model's own null prompt.
-        images: source images: PIL images, or [h, w] int64 tensors of codes.
-    """
-
-    prompt: Any
-    negative: Any = None
-    images: Sequence[Any] = ()
 
 
 class TransformersImageModel:
