@@ -70,7 +70,9 @@ def compare(
     from ..api import load
     from ..comparison import compare as run
     from ..errors import InputError
+    from ..files import check_out
 
+    check_out(out, is_folder=True)
     specs = [spec for spec in samplers.split(",") if spec.strip()]
     pipe = load(model)
     num_images = num_images or (4 if prompt else 1)
@@ -108,8 +110,9 @@ def demo(
     from ..api import load
     from ..catalog import list_models
     from ..comparison import compare as run
-    from ..files import replacing
+    from ..files import check_out, replacing
 
+    check_out(out, is_folder=True)
     specs = samplers.split(",")
     for name in list_models():
         prompts = DEMO_PROMPTS.get(name)

@@ -61,9 +61,11 @@ def distill(
     import torch
 
     from ..comparison import parse_value
+    from ..files import check_out
     from ..training.distill import DistillSettings
     from ..training.distill import distill as run
 
+    check_out(out, is_folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     fit: dict[str, Any] = {

@@ -75,9 +75,11 @@ def sample(
     """Draw pictures from a prompt."""
     from .. import api
     from ..comparison import parse_value
-    from ..files import replacing
-    from ..sheet import contact_sheet, enlarge
+    from ..files import check_out, replacing
+    from ..sheet import PICTURES, contact_sheet, enlarge
 
+    if out is not None:
+        check_out(out, suffixes=PICTURES)
     options = parse_options(option or [])
     if window is not None:
         options["window"] = parse_value(window)
