@@ -235,6 +235,8 @@ def test_bad_arguments(model, pipe):
         model.start([edit, "a cat"], 2.0)
     with pytest.raises(InputError, match="image of \\(4, 4\\) pixels: expected at least 8 a side"):
         model.start([ImagePrompt("<image>", images=[Image.new("RGB", (4, 4))])], 2.0)
+    with pytest.raises(InputError, match="image of type str: expected a PIL image"):
+        model.start([ImagePrompt("<image>", images=["cat.png"])], 2.0)
     plain = load()
     with pytest.raises(InputError, match="no text tokenizer, expected token ids"):
         plain.start(["a cat"], 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,9 +187,10 @@ class NextStep:
         """
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to read images")
+        if not hasattr(image, "convert"):
+            raise InputError(f"image of type {type(image).__name__}: expected a PIL image")
         side = self.tokenizer.downscale
-        pixels = torch.tensor(list(image.convert("RGB").getdata()), dtype=torch.float32)
-        pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
         rows, columns = image.height // side, image.width // side
         if not (rows and columns):
             raise InputError(f"image of {image.size} pixels: expected at least {side} a side")
