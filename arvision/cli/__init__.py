@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
-from ..errors import ArvisionError
+from .. import __version__
+from ..errors import ArvisionError, DiskError
 from . import compare, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
@@ -31,6 +33,21 @@ doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Fast, exact sampling for autoregressive image models."""
+
+
 def main() -> None:
     """Entry point: exit 0, 2 on bad input (one line on stderr), 1 on a fault."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -40,7 +57,7 @@ def main() -> None:
         app()
     except ArvisionError as error:
         print(f"arvision: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, DiskError) else 2) from None
     except KeyboardInterrupt:
         print("arvision: interrupted, nothing half written", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None
