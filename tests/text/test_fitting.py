@@ -1,7 +1,7 @@
 """Drafts fitted on a frozen target: they learn, resume, load, and never change the text.
 
 What is learnt is measured on prompts that no fit has seen, against the same module untrained, on a
-target whose answers do not loop. Margins are about half of the gains that were measured.
+target whose answers do not loop. Margins are half of the gains that were measured, or less.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def tokens_per_pass(network, unseen, unseen_answers):
 
 def test_the_targets_answers_do_not_loop(unseen_answers):
     for text in unseen_answers.texts:
-        pairs = list(itertools.pairwise(text[6:]))  # one in a hundred steps is wrong, and jumps
-        assert len(set(pairs)) > 0.9 * len(pairs)
+        # 39 steps, of which few are wrong and may jump back once.
+        assert len(set(itertools.pairwise(text[6:]))) > 25
 
 
 def test_answers_are_the_targets_own(network, prompts, answers):
@@ -146,11 +146,11 @@ def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(network, answer
 def test_online_updates_make_heads_better(network, prompts, tokens_per_pass):
     torch.manual_seed(0)
     heads = make_heads("hydra", 32, 2)
-    drafter = HeadDrafter(copy.deepcopy(heads), online=1e-2, every=16)
+    drafter = HeadDrafter(copy.deepcopy(heads), online=1e-2, every=8)
     first = tokens_per_pass(HeadDrafter(heads))
-    for _ in range(6):
+    for _ in range(10):
         arvision.generate(network, prompts[:12], drafter=drafter, max_new_tokens=30)
-    assert drafter.num_updates > 5
+    assert drafter.num_updates > 10
     assert tokens_per_pass(drafter) > first + 0.05
 
 
@@ -178,7 +178,8 @@ def test_pseudo_tokens_learn_and_keep_the_text(
     losses = []
     for one in (fresh, trained):
         objective = PseudoObjective(one, network, unseen_answers, training)
-        losses.append(float(objective(torch.arange(6), torch.Generator().manual_seed(0))["loss"]))
+        loss = objective(torch.arange(6), torch.Generator().manual_seed(0))["loss"]
+        losses.append(loss.item())
     drafter = PseudoDrafter(trained)
     passes = [tokens_per_pass(one) for one in (PseudoDrafter(fresh), drafter)]
     assert losses[1] < losses[0] - (0.6 if kind == "ppd" else 3.0)
