@@ -10,6 +10,7 @@ from .errors import (
     MissingDependencyError,
     StateError,
 )
+from .models import Prompt
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import get_sampler
 from .text.custom_generate import custom_generate
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "InputError",
     "MissingDependencyError",
+    "Prompt",
     "SampleOutput",
     "StateError",
     "TextOutput",

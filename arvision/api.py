@@ -13,6 +13,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from .contracts import Schedule
 from .errors import CheckpointError, InputError, unknown_name
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import SAMPLERS, BaseSampler, get_sampler
@@ -185,8 +186,8 @@ def sample(
     *,
     num_images: int = 1,
     seed: Any = 0,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     device: str | torch.device | None = None,
@@ -199,13 +200,15 @@ def sample(
 
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
-        prompt: a class id, class name or caption, or a list of them.
+        prompt: a class id, class name or caption, or a list of them; for models that take text also
+            `arvision.Prompt(caption, negative=...)`.
         sampler: a name (see `list_samplers`) or a sampler object; None for the model's own kind of
             sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
-        guidance_scale: weight of the condition; None for the model's recommendation, as below.
-        temperature: divides the logits; 0 is greedy.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
+            models also take a list, one number for each scale.
+        temperature: divides the logits; 0 is greedy; scale models also take a list.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         device: for a model given by name; None for an accelerator where there is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,9 @@ from .errors import CheckpointError, unknown_name
 
 StateDict = dict[str, Tensor]
 
+INDEX = ".index.json"
+"""End of the name of a file that says which shard holds which tensor."""
+
 
 def read_state_dict(
     source: str | Path | Mapping[str, object], wrappers: Iterable[str]
@@ -24,7 +28,8 @@ def read_state_dict(
     """The tensors of a checkpoint, by name.
 
     Args:
-        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a dict.
+        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, a folder of shards or their index
+            (`*.index.json`), or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
 
@@ -38,9 +43,11 @@ def read_state_dict(
     else:
         path = Path(source)
         name = str(path)
+        if path.is_dir():
+            path = _index_in(path)
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file")
-        content = _read(path)
+        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
     if isinstance(content, Mapping):
         for wrapper in wrappers:
             inner: object = content
@@ -57,6 +64,46 @@ def read_state_dict(
         raise CheckpointError(
             f"{name}: expected tensors, at the top or under one of {', '.join(wrappers)}; found {found}"
         )
+    return tensors
+
+
+def _index_in(folder: Path) -> Path:
+    """The one index of shards, or the one file of tensors, in a folder."""
+    for pattern in (f"*{INDEX}", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found[:4])
+            raise CheckpointError(f"{folder}: {names}: expected one *{INDEX} or one *.safetensors")
+    raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
+
+
+def _read_shards(index: Path) -> StateDict:
+    """The tensors that an index lists, each from the shard that it names.
+
+    Raises:
+        CheckpointError: an index without a list, a missing shard, or shards that hold other tensors
+            than are listed.
+    """
+    try:
+        listed = json.loads(index.read_text()).get("weight_map")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error}); is it complete?") from error
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index}: expected a 'weight_map' of names to files")
+    tensors: StateDict = {}
+    for shard in sorted(set(listed.values())):
+        path = index.parent / Path(shard).name
+        if not path.is_file():
+            raise CheckpointError(f"{index}: its shard {shard} is missing")
+        content = _read(path)
+        assert isinstance(content, dict)
+        wanted = {key for key, name in listed.items() if name == shard}
+        for key in sorted(wanted ^ set(content)):
+            state = "is missing" if key in wanted else "is unexpected"
+            raise CheckpointError(f"{path}: key {key!r} {state}, as {index.name} says")
+        tensors |= content
     return tensors
 
 

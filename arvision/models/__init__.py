@@ -1,6 +1,8 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
 from ..registry import Registry
+from .conditions import Prompt
+from .infinity import Infinity, InfinityTokenizer, InfinityTransformer
 from .llamagen import (
     LlamaGen,
     LlamaGenStudent,
@@ -14,6 +16,7 @@ from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransf
 FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
 
+FAMILIES.register("InfinityTransformer", kind="scale")(Infinity)
 FAMILIES.register("LlamaGenTransformer", kind="token")(LlamaGen)
 FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGenTransformer")(
     LlamaGenStudent
@@ -24,6 +27,9 @@ FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransform
 
 __all__ = [
     "FAMILIES",
+    "Infinity",
+    "InfinityTokenizer",
+    "InfinityTransformer",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -32,6 +38,7 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "Prompt",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",

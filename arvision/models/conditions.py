@@ -3,8 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from ..errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to draw and what not to, for models that take text.
+
+    Attributes:
+        prompt: a caption, or its text features [T, C].
+        negative: what guidance leads away from, likewise; None for the model's own null text.
+    """
+
+    prompt: str | Tensor
+    negative: str | Tensor | None = None
+
+
+def as_prompt(condition: Any) -> Prompt:
+    """A caption, text features or a `Prompt` as a `Prompt`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(condition, (str, Tensor)):
+        condition = Prompt(condition)
+    if not isinstance(condition, Prompt) or not isinstance(condition.prompt, (str, Tensor)):
+        raise InputError(
+            f"condition {condition!r}: expected a caption, text features [T, C], or "
+            "Prompt(caption or features, negative=...)"
+        )
+    return condition
 
 
 def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
-from ..decoding.logits import Shaping, check_guidance_scale
+from ..contracts import Conditions, Samples, ScaleModel, Schedule, Seeds, StepCallback, TokenModel
+from ..decoding.logits import Shaping, check_guidance_scale, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
 from ..errors import InputError, unknown_name
@@ -62,7 +63,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Any = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Draw one sample per condition, see `arvision.contracts.Sampler`."""
@@ -104,11 +105,35 @@ class TokenSampler(BaseSampler):
     """
 
     def shaping(self) -> Shaping:
-        """The configured temperature, top-k and top-p."""
-        config = self.config
-        return Shaping(
-            temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
-        )
+        """The configured temperature, top-k and top-p.
+
+        Raises:
+            InputError: a value out of range, or a list of temperatures, which only scale models take.
+        """
+        return self._shaping(self.config["temperature"])
+
+    def scale_shaping(self, model: ScaleModel) -> list[Shaping]:
+        """The same for each scale of a model; a list of temperatures has one for each.
+
+        Raises:
+            InputError: a value out of range, or a list of another length.
+        """
+        listed = per_scale("temperature", self.config["temperature"], len(model.scales))
+        return [self._shaping(value) for value in listed]
+
+    def _shaping(self, temperature: float) -> Shaping:
+        top_k, top_p = self.config["top_k"] or 0, self.config["top_p"]
+        return Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def check_shaping(self) -> None:
+        """Refuse values out of range, for samplers that also take a list of temperatures.
+
+        Raises:
+            InputError: see above.
+        """
+        given = self.config["temperature"]
+        for value in given if isinstance(given, Sequence) else [given]:
+            self._shaping(value)
 
     def drafter(self, model: TokenModel) -> Drafter:
         """What proposes tokens."""
@@ -128,16 +153,17 @@ class TokenSampler(BaseSampler):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Draw one image per condition.
 
         Args:
-            model: a token model.
+            model: a model of a kind that the sampler drives.
             conditions: one per image.
             seeds: one per image, an integer or a pair (seed, image).
-            guidance_scale: weight of the conditional logits; 1 is the plain conditional model.
+            guidance_scale: weight of the conditional logits; 1 is the plain conditional model. Scale
+                models also take a list with a weight for each scale.
             on_step: called after each pass.
 
         Returns:
@@ -146,7 +172,10 @@ class TokenSampler(BaseSampler):
         Raises:
             InputError: a negative guidance scale, or as many seeds as conditions are not given.
         """
-        check_guidance_scale(guidance_scale)
+        if isinstance(model, ScaleModel):
+            per_scale("guidance_scale", guidance_scale, len(model.scales))
+        else:
+            check_guidance_scale(guidance_scale)
         samples = self.decode(
             model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
         )
