@@ -126,7 +126,7 @@ def test_tokenizer_files(folder, tmp_path):
         )
     with pytest.raises(CheckpointError, match="its tensors say patch_size 4, not 16"):
         InfinityTokenizer.from_official(path, patch_size=16)
-    with pytest.raises(CheckpointError, match="under one of trainer.gpt_fsdp.*; found vae"):
+    with pytest.raises(CheckpointError, match=r"under one of trainer.gpt_fsdp.*; found vae"):
         InfinityTransformer.from_official(path)
     with pytest.raises(CheckpointError, match=r"key 'word_embed.weight' is missing"):
         InfinityTransformer.from_official(whole)
