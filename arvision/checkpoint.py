@@ -79,34 +79,6 @@ def _index_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
 
 
-def _read_shards(index: Path) -> StateDict:
-    """The tensors that an index lists, each from the shard that it names.
-
-    Raises:
-        CheckpointError: an index without a list, a missing shard, or shards that hold other tensors
-            than are listed.
-    """
-    try:
-        listed = json.loads(index.read_text()).get("weight_map")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read ({error}); is it complete?") from error
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{index}: expected a 'weight_map' of names to files")
-    tensors: StateDict = {}
-    for shard in sorted(set(listed.values())):
-        path = index.parent / Path(shard).name
-        if not path.is_file():
-            raise CheckpointError(f"{index}: its shard {shard} is missing")
-        content = _read(path)
-        assert isinstance(content, dict)
-        wanted = {key for key, name in listed.items() if name == shard}
-        for key in sorted(wanted ^ set(content)):
-            state = "is missing" if key in wanted else "is unexpected"
-            raise CheckpointError(f"{path}: key {key!r} {state}, as {index.name} says")
-        tensors |= content
-    return tensors
-
-
 def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
@@ -129,16 +101,46 @@ def _read(path: Path) -> object:
         raise CheckpointError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
+def _read_shards(index: Path) -> StateDict:
+    """The tensors of all files that an index names, each where the index says.
+
+    Raises:
+        CheckpointError: an index that is none, a shard that is missing, or that holds other keys.
+    """
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: expected an index of shards with a weight_map") from error
+    tensors: StateDict = {}
+    for shard in shards:
+        path = index.parent / shard
+        if not path.is_file():
+            raise CheckpointError(f"{index}: names {shard}, which is missing")
+        held = _read(path)
+        wanted = {key for key, place in places.items() if place == shard}
+        if not isinstance(held, Mapping) or set(held) != wanted:
+            keys = set(held) if isinstance(held, Mapping) else set()
+            key = min(keys ^ wanted, default="")
+            raise CheckpointError(f"{path}: key {key!r} is not where {index.name} says")
+        tensors |= held
+    return tensors
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_strictly(
-    cls: type[Module], sizes: dict[str, Any], tensors: StateDict, name: str
+    cls: type[Module],
+    sizes: dict[str, Any],
+    tensors: StateDict,
+    name: str,
+    dtype: torch.dtype = torch.float32,
 ) -> Module:
     """Build `cls(**sizes)` in evaluation mode around tensors that must fit it exactly.
 
     Nothing is initialised and thrown away: the module is built without storage and takes the
-    tensors over (cast to float32).
+    tensors over (cast to `dtype`).
 
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen key.
@@ -161,7 +163,8 @@ def load_strictly(
             near = difflib.get_close_matches(key, list(wanted), n=1)
             hint = f"; the nearest expected key is {near[0]!r}" if near else ""
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
-    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
+    cast = {key: value.to(dtype) for key, value in tensors.items()}
+    module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()
 
 

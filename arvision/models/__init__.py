@@ -1,7 +1,7 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
 from ..registry import Registry
-from .conditions import Prompt
+from .conditions import ImagePrompt, Prompt
 from .infinity import Infinity, InfinityTokenizer, InfinityTransformer
 from .llamagen import (
     LlamaGen,
@@ -11,6 +11,7 @@ from .llamagen import (
     LlamaGenTransformer,
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
+from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
 
 FAMILIES: Registry[type] = Registry("model family")
@@ -22,11 +23,13 @@ FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGe
     LlamaGenStudent
 )
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
+FAMILIES.register("NextStepTransformer", kind="continuous")(NextStep)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
 FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransformer")(VARStudent)
 
 __all__ = [
     "FAMILIES",
+    "ImagePrompt",
     "Infinity",
     "InfinityTokenizer",
     "InfinityTransformer",
@@ -38,6 +41,9 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "NextStep",
+    "NextStepAutoencoder",
+    "NextStepTransformer",
     "Prompt",
     "VAR",
     "VARStudent",

@@ -1,4 +1,4 @@
-"""What a prompt means to a model: class ids and names."""
+"""What a prompt means to a model: class ids and names, captions with pictures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from ..errors import InputError, unknown_name
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw and what not to, for models that take text.
+    """A prompt with what belongs to it, for models that take text.
 
     Attributes:
-        prompt: a caption, or its text features [T, C].
-        negative: what guidance leads away from, likewise; None for the model's own null text.
+        prompt: a caption, text features [T, C], or token ids [L] of a whole prompt, behind which the
+            drawing starts; what a model takes, it says.
+        negative: what guidance leads away from, of the same kind; None for the model's own.
+        images: pictures that the prompt speaks of (PIL images), for models that edit.
     """
 
-    prompt: str | Tensor
-    negative: str | Tensor | None = None
+    prompt: Any
+    negative: Any = None
+    images: Sequence[Any] = ()
+
+
+ImagePrompt = Prompt
+"""The name for prompts that come with pictures."""
 
 
 def as_prompt(condition: Any) -> Prompt:
-    """A caption, text features or a `Prompt` as a `Prompt`.
+    """A caption, text features or a `Prompt` of those as a `Prompt`.
 
     Raises:
         InputError: anything else.
@@ -36,6 +43,10 @@ def as_prompt(condition: Any) -> Prompt:
         raise InputError(
             f"condition {condition!r}: expected a caption, text features [T, C], or "
             "Prompt(caption or features, negative=...)"
+        )
+    if condition.images:
+        raise InputError(
+            f"{len(condition.images)} images beside the prompt: this model takes text alone"
         )
     return condition
 

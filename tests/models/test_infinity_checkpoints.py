@@ -68,20 +68,20 @@ def test_shards_are_read_strictly(flat, tmp_path):
     kept = load_file(tmp_path / name)
     kept.pop("cfg_uncond")
     save_file(kept, tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name}: key 'cfg_uncond' is missing"):
+    with pytest.raises(CheckpointError, match=f"{name}: key 'cfg_uncond' is not where"):
         InfinityTransformer.from_official(tmp_path)
     save_file(kept | {"cfg_uncond": flat["cfg_uncond"], "stray": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name}: key 'stray' is unexpected"):
+    with pytest.raises(CheckpointError, match=f"{name}: key 'stray' is not where"):
         InfinityTransformer.from_official(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match=f"its shard {name} is missing"):
+    with pytest.raises(CheckpointError, match=f"names {name}, which is missing"):
         InfinityTransformer.from_official(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(CheckpointError, match="expected a 'weight_map'"):
+    with pytest.raises(CheckpointError, match="expected an index of shards"):
         InfinityTransformer.from_official(tmp_path)
     index.write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="expected an index of shards"):
         InfinityTransformer.from_official(index)
     index.unlink()
     with pytest.raises(CheckpointError, match="expected one"):
@@ -239,6 +239,8 @@ def test_bad_conditions(tiny, texts, folder):
         tiny.start([Prompt(texts[0], negative=torch.zeros(5, 7))], 2.0)
     with pytest.raises(InputError, match="condition 3: expected a caption, text features"):
         tiny.start([3])
+    with pytest.raises(InputError, match="1 images beside the prompt: this model takes text"):
+        tiny.start([Prompt(texts[0], images=[object()])])
     with pytest.raises(InputError, match="no conditions"):
         tiny.start([])
     without = Infinity.from_official(folder / "infinity.pth", scale_schedule=TINY)

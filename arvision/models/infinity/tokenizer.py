@@ -52,7 +52,7 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         self.set_scales(scale_schedule)
         widths = tuple(decoder_ch_mult or ch_mult)
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, None)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, None, None)
         self.decoder = Decoder(ch, widths, num_res_blocks, z_channels, None, None)
 
     @classmethod
