@@ -1,5 +1,8 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
+from typing import TYPE_CHECKING
+
+from ..lazy import on_demand
 from ..registry import Registry
 from .conditions import ImagePrompt, Prompt
 from .infinity import Infinity, InfinityTokenizer, InfinityTransformer
@@ -12,7 +15,20 @@ from .llamagen import (
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
 from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
+from .transformers_image import (
+    Chameleon,
+    ChameleonDecoder,
+    Emu3,
+    GlmImage,
+    Janus,
+    TransformersImageModel,
+)
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
+
+if TYPE_CHECKING:  # they live with the text; their old names stay
+    from ..text import HFCausalLM, load_text_model
+
+__getattr__, __dir__ = on_demand(__name__)
 
 FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
@@ -29,10 +45,16 @@ FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransform
 
 __all__ = [
     "FAMILIES",
+    "Chameleon",
+    "ChameleonDecoder",
+    "Emu3",
+    "GlmImage",
+    "HFCausalLM",
     "ImagePrompt",
     "Infinity",
     "InfinityTokenizer",
     "InfinityTransformer",
+    "Janus",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -45,9 +67,11 @@ __all__ = [
     "NextStepAutoencoder",
     "NextStepTransformer",
     "Prompt",
+    "TransformersImageModel",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",
     "VARTokenizer",
     "VARTransformer",
+    "load_text_model",
 ]
