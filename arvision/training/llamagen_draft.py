@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.draft_model import COUPLINGS, confidence_features
+from ..decoding.draft_model import MEASURED, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
 from ..errors import InputError, unknown_name
@@ -109,7 +109,7 @@ def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> di
         "features" [M, N, 4].
     """
     found: dict[str, dict[str, list[Tensor]]] = {
-        name: {"acceptance": [], "features": []} for name in COUPLINGS
+        name: {"acceptance": [], "features": []} for name in MEASURED
     }
     objective = DraftObjective(transformer.eval(), drawn, "forward_kl")
     for index in torch.arange(len(drawn.tokens)).split(64):
@@ -267,7 +267,7 @@ def train_draft(
     }
     # Judged where drafts are used most: the first of the guidance scales, both couplings alike.
     scale = f"at guidance {next(iter(training.samples)):g}"
-    best = max(pilots, key=lambda name: sum(pilots[name][f"{c} {scale}"] for c in COUPLINGS))
+    best = max(pilots, key=lambda name: sum(pilots[name][f"{c} {scale}"] for c in MEASURED))
     final = run.stage("final", best, training.final_fit, start)
     measured = measure(final, run.held_out)
     figures = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..api import load, sample
+from ..decoding.draft_model import MEASURED
 from ..errors import unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
@@ -252,7 +253,7 @@ def publish_draft(
     publish({"transformer": result.transformer}, folder, recipe.card, settings)
     draft = load(folder, device="cpu")
     figures = dict(result.figures)
-    for coupling in ("gumbel", "speculative"):
+    for coupling in MEASURED:
         figures[coupling] = _draft_figures(pipe, draft, coupling, num)
     (folder / "README.md").write_text(_draft_card(folder, recipe, figures, num))
     return figures
@@ -325,7 +326,7 @@ def _draft_card(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
         f'  - `coupling="{name}"`: {100 * figures[name]["acceptance_rate"]:.1f} % of '
         f"{figures[name]['drafted']:,} drafts accepted, {figures[name]['tokens_per_pass']:.2f} "
         "tokens per pass of the target"
-        for name in ("gumbel", "speculative")
+        for name in MEASURED
     ]
     return "\n".join([*lines, ""])
 
