@@ -1,4 +1,4 @@
-"""Strings to objects: `sample`, `load` and the lists of what there is."""
+"""Strings to objects: `load` and `sample`."""
 
 from __future__ import annotations
 
@@ -13,64 +13,11 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from .errors import CheckpointError, InputError, unknown_name
+from .errors import CheckpointError, InputError
+from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .pipeline import ARPipeline, SampleOutput
-from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .samplers import BaseSampler, get_sampler
 from .samplers.base import join_options, parse_sampler
-
-ASSETS = Path(__file__).parent / "assets"
-
-
-class Listed(str):
-    """A name in a list, with facts about it as attributes."""
-
-    facts: dict[str, Any]
-
-    def __new__(cls, name: str, **facts: Any) -> Listed:
-        """A string that carries facts."""
-        listed = super().__new__(cls, name)
-        listed.facts = facts
-        return listed
-
-    def __getattr__(self, name: str) -> Any:
-        facts = self.__dict__.get("facts", {})
-        if name in facts:
-            return facts[name]
-        raise AttributeError(f"{self!s} has no fact {name!r}")
-
-
-def list_models() -> list[Listed]:
-    """Names of the embedded models, each with `.kind`, `.conditions` and `.summary`."""
-    models = []
-    for folder in sorted(ASSETS.iterdir()):
-        if (folder / "model_index.json").exists():
-            card = json.loads((folder / "card.json").read_text())
-            card.pop("shared", None)
-            models.append(Listed(folder.name, **card))
-    return models
-
-
-def list_samplers(model: Any = None) -> list[Listed]:
-    """Names of the samplers, each with `.lossless` (of its default configuration), `.drives` and
-    `.summary`.
-
-    Args:
-        model: only samplers that drive this model (a name, folder or pipeline).
-    """
-    kind = None
-    if model is not None:
-        pipe = load(model) if isinstance(model, (str, Path)) else model
-        kind = pipe.kind
-    return [
-        Listed(
-            entry.name,
-            lossless=entry.facts["exact"],
-            drives=entry.facts["drives"],
-            summary=(entry.value.__doc__ or "").strip().splitlines()[0],
-        )
-        for entry in SAMPLERS
-        if kind is None or kind in entry.facts["drives"]
-    ]
 
 
 def load(
@@ -90,16 +37,16 @@ def load(
         InputError: an unknown name, device or dtype.
         CheckpointError: a folder that is not a complete pipeline.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    return _load(str(_find(name_or_path)), kind).to(place)
+    place = parse_device(device)
+    kind = parse_dtype(dtype, place)
+    return _load(str(find_model(name_or_path)), kind).to(place)
 
 
 def _load(source: str, dtype: torch.dtype) -> ARPipeline:
     try:
         with _quietly():
             shared = _shared_parts(Path(source), dtype)
-            return ARPipeline.from_pretrained(source, torch_dtype=dtype, **shared)
+            return ARPipeline.from_pretrained(source, dtype=dtype, **shared)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
@@ -112,7 +59,7 @@ def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     parts = {}
     for part, owner in shared.items():
         if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), torch_dtype=dtype)
+            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
             parts[part] = whole.components[part]
     return parts
 
@@ -130,41 +77,6 @@ def _quietly() -> Iterator[None]:
         for switch, was_shown in switches:
             if was_shown:
                 switch.enable_progress_bar()
-
-
-def _find(name_or_path: str | Path) -> str | Path:
-    name = str(name_or_path)
-    if (ASSETS / name / "model_index.json").exists() and "/" not in name:
-        return ASSETS / name
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "model_index.json").exists():
-            raise CheckpointError(
-                f"{path}: expected a pipeline folder, model_index.json is missing"
-            )
-        return path
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if looks_like_hub_id:
-        return name
-    raise unknown_name("model", name, list_models())
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: expected a name such as 'cpu' or 'cuda:0'") from error
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype {dtype!r}: expected 'float32', 'float64', 'bfloat16' or 'float16'")
-    return found
 
 
 @lru_cache(maxsize=4)
@@ -230,8 +142,8 @@ def sample(
         if device is not None or dtype is not None:
             raise InputError("device and dtype belong to load: this pipeline is loaded already")
     else:
-        place = _device(device)
-        pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
+        place = parse_device(device)
+        pipe = _load_cached(str(model), str(place), parse_dtype(dtype, place))
     own = pipe.sampler.name
     usual = "sjd" if own == "ar" and pipe.kind == "token" else own
     wanted = usual if sampler is None else sampler

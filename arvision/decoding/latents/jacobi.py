@@ -55,11 +55,11 @@ def iterate_latents(
             seeds than of conditions.
     """
     check_seeds(seeds, conditions)
-    ends = plan.ends(model.num_tokens)
+    ends = plan.ends(model)
     if window > model.num_tokens:
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
     noise = Noise(seeds, getattr(model, "device", "cpu"))
-    order = plan.orders(noise, model.num_tokens)
+    order = plan.orders(noise, model)
     state = model.start(conditions, guidance_scale, order)
     scales = plan.scales(ends, guidance_scale)
     return _Run(state, model.head, order, ends, scales, plan, noise, (window, tolerance)).finish(

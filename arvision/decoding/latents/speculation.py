@@ -105,13 +105,13 @@ def speculate_latents(
     check_seeds(seeds, conditions)
     if draft is not None:
         check_pair(draft, model)
-    ends = plan.ends(model.num_tokens)
+    ends = plan.ends(model)
     if how.max_draft > model.num_tokens:
         raise InputError(
             f"max_draft {how.max_draft}: expected 1 to {model.num_tokens}, the latents"
         )
     noise = Noise(seeds, getattr(model, "device", "cpu"))
-    order = plan.orders(noise, model.num_tokens)
+    order = plan.orders(noise, model)
     own_scale = guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(
         target=model.head,
