@@ -241,7 +241,8 @@ def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) ->
     if verdict.path is None:
         kept = torch.arange(num, device=counts.device).expand(run.num_in_state, num)
     else:
-        path = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path + 1], dim=1)
+        root = verdict.path.new_zeros(len(verdict.path), 1)
+        path = torch.cat([root, verdict.path + 1], dim=1)
         kept = run.spread(path)
     state.commit(kept, run.spread(counts))
 
