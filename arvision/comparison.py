@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .api import load, sample
 from .errors import InputError
-from .files import replacing
+from .files import replacing, write_text
 from .pipeline import ARPipeline, expand_prompts
 from .samplers import BaseSampler, get_sampler
 from .sheet import labelled_rows
@@ -135,8 +135,7 @@ class Comparison:
         written = []
         texts = {"table.txt": self.text(), "table.md": self.markdown(), "table.json": self.json()}
         for name, content in texts.items():
-            with replacing(folder / name) as path:
-                path.write_text(content + "\n")
+            write_text(folder / name, content + "\n")
             written.append(folder / name)
         with replacing(folder / "sheet.png") as path:
             self.sheet().save(path)

@@ -26,6 +26,10 @@ class StateError(ArvisionError, RuntimeError):
     """A decode state was used in an order that its contract does not allow."""
 
 
+class DiskError(ArvisionError, OSError):
+    """The disk is full or fails; nothing half written is left."""
+
+
 class MissingDependencyError(ArvisionError, ImportError):
     """An optional package is needed; the message names the install line."""
 
