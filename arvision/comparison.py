@@ -179,30 +179,6 @@ def _company(commit_pass: Tensor) -> Tensor:
     return same.sum(-1).double()
 
 
-def parse_sampler(spec: str) -> BaseSampler:
-    """A sampler from "name" or "name:option=value:option=value".
-
-    Raises:
-        InputError: an unknown name or option, or an option without a value.
-    """
-    name, *parts = spec.strip().split(":")
-    options = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise InputError(f"sampler {spec!r}: expected option=value, found {part!r}")
-        options[key] = parse_value(value)
-    return get_sampler(name, **options)
-
-
-def parse_value(text: str) -> Any:
-    """A number, boolean or None where the text is one, else the text."""
-    try:
-        return json.loads({"none": "null", "None": "null"}.get(text, text.lower()))
-    except json.JSONDecodeError:
-        return text
-
-
 def compare(
     pipe: ARPipeline,
     prompt: Any,
@@ -220,7 +196,7 @@ def compare(
     Args:
         pipe: the model.
         prompt: a prompt or a list of them.
-        samplers: specifications, see `parse_sampler`; "dd:steps=2@llamagen-fashion-dd" draws with
+        samplers: names with options, see `arvision.samplers.base.parse_sampler`; "dd:steps=2@llamagen-fashion-dd" draws with
             another model than `pipe`.
         num_images: images of each prompt.
         seed: image k has identity (seed, k) under every sampler.
@@ -237,7 +213,7 @@ def compare(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1")
     parts = [spec.strip().partition("@") for spec in samplers]
-    made = [parse_sampler(spec) for spec, _, _ in parts]
+    made = [get_sampler(spec) for spec, _, _ in parts]
     pipes = [load(name, device=str(pipe.device)) if name else pipe for _, _, name in parts]
     for one, own in zip(made, pipes, strict=True):
         own.check_sampler(one)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.draft_model import COUPLINGS, confidence_features
+from ..decoding.draft_model import MEASURED, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
 from ..errors import InputError, unknown_name
@@ -110,7 +110,7 @@ def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> di
         "features" [M, N, 4].
     """
     found: dict[str, dict[str, list[Tensor]]] = {
-        name: {"acceptance": [], "features": []} for name in COUPLINGS
+        name: {"acceptance": [], "features": []} for name in MEASURED
     }
     objective = DraftObjective(transformer.eval(), drawn, "forward_kl")
     for index in torch.arange(len(drawn.tokens)).split(64):
@@ -191,7 +191,7 @@ class _Work:
         """
         scale = f"at guidance {next(iter(self.training.samples)):g}"
         sums = {
-            name: sum(found[f"{coupling} {scale}"] for coupling in COUPLINGS)
+            name: sum(found[f"{coupling} {scale}"] for coupling in MEASURED)
             for name, found in self.pilots.items()
         }
         return max(sums, key=lambda name: sums[name])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..api import load, sample
 from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
+from ..decoding.draft_model import MEASURED
 from ..errors import unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
@@ -260,7 +261,7 @@ def publish_draft(
     publish({"transformer": result.transformer}, folder, recipe.card, settings)
     draft = load(folder, device="cpu")
     figures = dict(result.figures)
-    for coupling in ("gumbel", "speculative"):
+    for coupling in MEASURED:
         figures[coupling] = _draft_figures(pipe, draft, coupling, num)
     _card_draft(folder, recipe, figures, num)
     return figures
@@ -294,7 +295,7 @@ def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
     samples = ", ".join(f"{n} at guidance {scale}" for scale, n in figures["samples"].items())
     first = f"at guidance {next(iter(figures['samples']))}"
     pilots = "; ".join(
-        f"{name} {accepted[f'speculative {first}']:.3f} speculative, "
+        f"{name} {accepted[f'independent {first}']:.3f} independent, "
         f"{accepted[f'gumbel {first}']:.3f} Gumbel"
         for name, accepted in figures["pilots"].items()
     )
@@ -318,7 +319,7 @@ def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
                 f'`coupling="{name}"`: {100 * figures[name]["acceptance_rate"]:.1f} % of '
                 f"{figures[name]['drafted']:,} drafts accepted, "
                 f"{figures[name]['tokens_per_pass']:.2f} tokens per pass of the target"
-                for name in ("gumbel", "speculative")
+                for name in MEASURED
             ),
         ],
     }

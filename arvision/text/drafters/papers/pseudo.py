@@ -199,7 +199,7 @@ class PseudoDrafter(TextDrafter):
         self._guesses: Tensor | None = None
         self._num_chain = 0
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         guesses = tokens[:, :0] if self._guesses is None else self._guesses
