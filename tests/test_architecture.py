@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "folders": {"errors"},
     "catalog": {"folders", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers", "folders"} | GROUND,
+    "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "samplers", "sheet"} | GROUND,
     "training": {"api", "pipeline", "samplers", "models", "decoding", "eval", "sheet"} | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,

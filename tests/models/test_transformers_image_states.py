@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from arvision.models.transformers_image import Layout
 from arvision.testing import law_p_value
 
 
-def made(family, seed=0):
+def made(family, seed=0) -> tuple[Any, list[Any], float]:
     """A model, ragged prompts of three images, and a guidance scale."""
     lengths = [5, 2, 8]
     if family == "janus":
@@ -156,23 +157,21 @@ def test_images_in_a_prompt_are_guided_apart():
     state, logits = model.start(mixed, scale)
     assert state.cache.keys.shape[1] == 6
     apart = []
-    for start in (prompts[0], ImagePrompt(*_images_only(model, prompts[0])), _null(model)):
+    for start in (prompts[0], _images_only(prompts[0]), _null()):
         apart.append(model.start([start])[1][0])
     conditional, images, null = apart
     expected = null + 1.2 * (images - null) + scale * (conditional - images)
     torch.testing.assert_close(logits[0], expected, rtol=0.0, atol=1e-9)
-    torch.testing.assert_close(
-        logits[1], model.start(mixed[1:], scale)[1][0], rtol=0.0, atol=1e-9
-    )
+    torch.testing.assert_close(logits[1], model.start(mixed[1:], scale)[1][0], rtol=0.0, atol=1e-9)
 
 
-def _images_only(model, prompt):
+def _images_only(prompt):
     start, end = CHAMELEON["image_start"], CHAMELEON["image_end"]
     codes = (prompt.images[0].flatten() + CHAMELEON["first"]).tolist()
-    return [torch.tensor([0, start, *codes, end, start])]
+    return torch.tensor([0, start, *codes, end, start])
 
 
-def _null(model):
+def _null():
     return torch.tensor([0, CHAMELEON["image_start"]])
 
 
@@ -198,7 +197,7 @@ def test_chameleon_takes_the_decoder_of_the_published_file(tmp_path):
     tensors = {**decoder.state_dict(), **extra}
     torch.save({"state_dict": tensors}, tmp_path / "vqgan.ckpt")
     network = tiny_chameleon()
-    model = Chameleon(network, decoder=tmp_path / "vqgan.ckpt", grids=[(3, 2)])
+    model: Any = Chameleon(network, decoder=tmp_path / "vqgan.ckpt", grids=[(3, 2)])
     model.decoder.double()
     pixels = model.decode(torch.zeros(1, 6, dtype=torch.int64))
     vq = network.model.vqmodel
