@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from .errors import (
         ArvisionError,
         CheckpointError,
+        DiskError,
         InputError,
         MissingDependencyError,
         StateError,
     )
+    from .models import Prompt
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -42,8 +44,10 @@ __all__ = [
     "ARPipeline",
     "ArvisionError",
     "CheckpointError",
+    "DiskError",
     "InputError",
     "MissingDependencyError",
+    "Prompt",
     "SampleOutput",
     "StateError",
     "TextOutput",

@@ -13,10 +13,12 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from .contracts import Schedule
 from .errors import CheckpointError, InputError
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
+from .samplers.base import join_options, parse_sampler
 
 
 def load(
@@ -97,8 +99,8 @@ def sample(
     *,
     num_images: int = 1,
     seed: Any = 0,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     device: str | torch.device | None = None,
@@ -111,13 +113,16 @@ def sample(
 
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
-        prompt: a class id, class name or caption, or a list of them.
-        sampler: a name (see `list_samplers`) or a sampler object; None for the model's own kind of
+        prompt: a class id, class name or caption, or a list of them; for models that take text also
+            `arvision.Prompt(caption, negative=...)`.
+        sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
+            sampler object; None for the model's own kind of
             sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
-        guidance_scale: weight of the condition; None for the model's recommendation, as below.
-        temperature: divides the logits; 0 is greedy.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
+            models also take a list, one number for each scale.
+        temperature: divides the logits; 0 is greedy; scale models also take a list.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         device: for a model given by name; None for an accelerator where there is one.
@@ -149,9 +154,11 @@ def sample(
         chosen = get_sampler(wanted, **sampler_options)
     else:
         chosen = wanted.with_options(**sampler_options) if sampler_options else wanted
+    written = parse_sampler(wanted)[1] if isinstance(wanted, str) else {}
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    join_options(str(wanted), written, {k: v for k, v in given.items() if v is not None})
     for name, value in given.items():
-        is_open = value is None and isinstance(wanted, str) and name not in sampler_options
+        is_open = value is None and isinstance(wanted, str) and name not in written
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
     kept = getattr(pipe, "_progress_bar_config", None)

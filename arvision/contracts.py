@@ -3,21 +3,41 @@
 Shape letters used throughout the package: B batch, N tokens per image, T candidates, K kept,
 V vocabulary, C width, D head width or latent width, S cache length, R cache rows (B, or 2B with
 guidance), H W pixels.
+
+Words used throughout:
+
+- *law*: a probability distribution of what comes next, shaped (temperature, top-k, top-p) and
+  normalised; `probs`, or `logp` for its logarithm. "The model's own law" is the joint one of plain
+  sampling, which a lossless sampler keeps.
+- *position*: a place in the image or in the text, counted in drawing order from the first drawn
+  token. Noise is a function of (seed, image, position, purpose, round).
+- *slot*: a place in memory, or in the work of a pass, that holds one position of one image for a
+  while: a column of the cache, a row of flat work. Slots move, positions do not.
+- *round*: one turn of a decoding loop, that is drafts, a pass of the model over them, a verdict, a
+  commit. Rounds count from 1 (the prefill is 0) and make numbers fresh that a position needs anew
+  each time it is judged.
+- *pass*: one call of the model on drawn tokens; the prefill is none.
+- *coupling*: the joint law of a draft and the token that takes its place, "gumbel", "maximal" or
+  "independent", see `arvision.decoding.verify`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 Conditions = Sequence[Any]
-"""One entry per image: a class id, a class name or caption, `None`, or caption features [T, C]."""
+"""One entry per image: a class id, a class name or caption, `None`, caption features [T, C], or a
+`Prompt` of captions or features."""
 
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
+
+Schedule: TypeAlias = "float | Sequence[float]"
+"""A number for all scales of a scale model, or one for each of them, coarse to fine."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total", "accepted"} (token models
@@ -39,7 +59,8 @@ class Samples:
     """What a sampler returns.
 
     Attributes:
-        tokens: [B, N] int64 (token and scale models) or [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] of 0 and 1 where tokens are bits) or
+            [B, N, D] float (continuous models).
         stats: see `arvision.pipeline.SampleOutput`.
         embeddings: [B, N, D] vectors that are decoded in the place of the tokens' codes, where a
             sampler leaves the codebook; None where the tokens say it all.
@@ -113,12 +134,13 @@ class ScaleState(Protocol):
     A state may offer more, which samplers use where it exists:
 
     - `catch_up(tokens [B, n])` takes the tokens of the first scales, drawn elsewhere, all at once.
-    - `next_pruned(share)` is `next` with a share of the tokens interpolated instead of computed.
+    - `next_pruned(share)` is `next` with a share of the tokens restored in every layer instead of
+      computed; `next_reference()` is `next`, and keeps what they are restored from.
     - `computed_tokens` counts the tokens of an image that went through the network.
     """
 
     def next(self) -> Tensor:
-        """Guided logits [B, n, V] of the tokens of the next scale, raster order."""
+        """Guided logits [B, n, V] of the tokens of the next scale, raster order; see `num_bits`."""
         ...
 
     def feed(self, tokens: Tensor) -> None:
@@ -130,18 +152,29 @@ class ScaleState(Protocol):
 class ScaleModel(Protocol):
     """A model that draws all tokens of one resolution at a time.
 
-    `codebook` [V, D] are the vectors behind the tokens.
+    A model may have `codebook` [V, D], the vectors behind the tokens; or `num_bits`, d: its tokens
+    are d bits each, independent given the coarser scales. `vocab_size` is then 2, logits are
+    [B, n, d, 2], and tokens are [B, n, d] of 0 and 1 wherever a contract says [B, n].
     """
 
     vocab_size: int
-    num_tokens: int
-    scales: tuple[int, ...]
-    """Side lengths, growing; scale k has `scales[k] ** 2` tokens."""
 
-    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> ScaleState:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, over all scales."""
+        ...
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """Sizes of the scales, growing: sides of square maps, or pairs (height, width)."""
+        ...
+
+    def start(self, conditions: Conditions, guidance_scale: Any = 1.0) -> ScaleState:
         """A state in which nothing is drawn.
 
-        Guidance grows linearly from 1 at the first scale to `guidance_scale` at the last.
+        `guidance_scale` is a number, whose meaning at each scale is the family's (VAR grows it
+        linearly from 1 at the first scale, Infinity takes it everywhere), or a list with the weight
+        of each scale.
         """
         ...
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +15,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
-from .contracts import Conditions, Stats
+from .card import megabytes, settings_in_words, write_card
+from .contracts import Conditions, Schedule, Stats
 from .errors import InputError, check_count
 from .models import FAMILIES
 from .samplers import SAMPLERS, BaseSampler, get_sampler
@@ -29,7 +31,8 @@ class SampleOutput(BaseOutput):
     Attributes:
         images: PIL images, or [B, H, W, 3] float array ("np") or [B, 3, H, W] float tensor ("pt")
             in [0, 1], or the tokens ("latent").
-        tokens: [B, N] int64 (token and scale models), [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] where tokens are bits), [B, N, D]
+            float (continuous models).
         stats: a dict that can also be read by attribute: `forward_passes` (model calls on image
             tokens; prefill not counted), `tokens` (per image), `tokens_per_pass`, `seconds` (whole
             call), `seconds_per_image`, `seeds`, and what the sampler adds.
@@ -53,8 +56,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: of a text-conditional model.
         text_tokenizer: of the text encoder.
         class_names: names of the classes, in the order of their ids.
-        guidance_scale: recommended guidance scale.
-        temperature: recommended temperature.
+        guidance_scale: recommended guidance scale; scale models also take a list, one for each scale.
+        temperature: recommended temperature, likewise.
         top_k: recommended top-k, 0 for all.
         top_p: recommended top-p.
         num_threads: CPU threads at which the model measures fastest; None leaves torch's setting.
@@ -79,8 +82,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: Any = None,
         text_tokenizer: Any = None,
         class_names: Sequence[str] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: Schedule = 1.0,
+        temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         num_threads: int | None = None,
@@ -110,6 +113,18 @@ class ARPipeline(DiffusionPipeline):
             class_names=getattr(model, "class_names", None) or None,
             **config,
         )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a folder as every diffusers pipeline does, with a model card where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not (Path(save_directory) / "README.md").exists():
+            family = type(self.transformer).__name__.removesuffix("Transformer")
+            facts = {
+                "Size": f"{megabytes(save_directory)}.",
+                "Recommended settings": f"{settings_in_words(self.config)}.",
+            }
+            description = f'A {family} pipeline: `arvision.load("path/of/this/folder")`.'
+            write_card(save_directory, description, facts, tags=("autoregressive",))
 
     @property
     def model(self) -> Any:
@@ -175,8 +190,8 @@ class ARPipeline(DiffusionPipeline):
         prompt: Any,
         *,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
+        guidance_scale: Schedule | None = None,
+        temperature: Schedule | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -189,9 +204,11 @@ class ARPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            prompt: a class id, class name or caption (or caption features [T, C]), or a list.
+            prompt: a class id, class name or caption (or caption features [T, C], or a `Prompt` with a
+                negative), or a list.
             num_images_per_prompt: images of each prompt.
-            guidance_scale: null + scale * (cond - null); None for the model's recommendation.
+            guidance_scale: null + scale * (cond - null); None for the model's recommendation; scale
+                models also take a list, one for each scale.
             temperature: None for the sampler's own value.
             top_k: likewise.
             top_p: likewise.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..contracts import Schedule
 from ..errors import InputError
 from ..kernels import sampling
 
 
-def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: null + scale * (conditional - null), any shape.
 
     Paper: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits as the
@@ -20,14 +23,42 @@ def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     return null + scale * (conditional - null)
 
 
-def check_guidance_scale(scale: float) -> None:
+def check_guidance_scale(scale: Any) -> None:
     """Refuse a guidance scale below 0, or one that is not a finite number.
 
     Raises:
         InputError: see above.
     """
+    if isinstance(scale, (str, Sequence)):
+        raise InputError(
+            f"guidance_scale {scale!r}: expected a number >= 0; only scale models take a list, one "
+            "number for each scale"
+        )
     if not 0 <= scale < float("inf"):
         raise InputError(f"guidance_scale {scale}: expected a number >= 0")
+
+
+def per_scale(name: str, value: Schedule, num_scales: int) -> list[float]:
+    """One number >= 0 for each scale.
+
+    Args:
+        name: of the option, for messages.
+        value: a number for all scales, or a list.
+        num_scales: of the model.
+
+    Raises:
+        InputError: a list of another length, or an entry that is no number >= 0.
+    """
+    listed: list[float] = list(value) if isinstance(value, Sequence) else [value] * num_scales
+    if len(listed) != num_scales:
+        raise InputError(
+            f"{name} of {len(listed)} numbers: expected one number, or {num_scales}, one for each "
+            "scale"
+        )
+    for entry in listed:
+        if not isinstance(entry, (int, float)) or not 0 <= entry < float("inf"):
+            raise InputError(f"{name} {entry!r}: expected a number >= 0")
+    return listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +79,7 @@ class Shaping:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if isinstance(self.temperature, Sequence) or not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature {self.temperature}: expected a number >= 0")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise InputError(f"top_k {self.top_k}: expected an integer >= 0 (0 keeps all)")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, Samples, ScaleModel, Seeds, Stats, StepCallback
+from ..contracts import Conditions, Samples, ScaleModel, Schedule, Seeds, Stats, StepCallback
 from ..errors import InputError, check_count
 from .noise import Noise
 from .verify import gumbel_draw
 
 Pick = Callable[[Tensor, Tensor, Noise], Tensor]
-"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]."""
+"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]; of
+bits [B, n, d, 2] to [B, n, d]."""
+
+Shape = Callable[[Tensor], Tensor]
+"""Guided logits to log-probabilities, same shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,8 @@ class ScalePlan:
     """How the scales are drawn where that is not one plain pass per scale.
 
     Attributes:
-        prune: share of the tokens of the last scales that is interpolated instead of computed.
+        prune: share of the tokens of the last scales that each layer restores from the last whole
+            scale instead of computing them.
         prune_scales: number of last scales that are pruned.
         more_smooth: mix the codes of likely tokens into each position instead of taking one.
 
@@ -47,7 +52,14 @@ class ScalePlan:
 
     def share(self, scale: int, num_scales: int) -> float:
         """Share of the tokens of a scale that is pruned; never of the first."""
-        return self.prune if max(1, num_scales - self.prune_scales) <= scale else 0.0
+        return self.prune if self._first(num_scales) <= scale else 0.0
+
+    def is_reference(self, scale: int, num_scales: int) -> bool:
+        """Whether pruned tokens are restored from this scale, the last one computed as a whole."""
+        return self.prune > 0 and scale == self._first(num_scales) - 1
+
+    def _first(self, num_scales: int) -> int:
+        return max(1, num_scales - self.prune_scales)
 
 
 PLAIN = ScalePlan()
@@ -58,9 +70,9 @@ def decode_scales(
     model: ScaleModel,
     conditions: Conditions,
     *,
-    shape: Callable[[Tensor], Tensor],
+    shape: Shape | Sequence[Shape],
     seeds: Seeds,
-    guidance_scale: float = 1.0,
+    guidance_scale: Schedule = 1.0,
     on_step: StepCallback | None = None,
     pick: Pick = gumbel_draw,
     plan: ScalePlan = PLAIN,
@@ -72,10 +84,10 @@ def decode_scales(
     Args:
         model: a scale model.
         conditions: one per image.
-        shape: guided logits to log-probabilities.
+        shape: guided logits to log-probabilities, for all scales or one for each.
         seeds: one per image; the noise of a token is a function of it and of the token's place
             among the tokens of all scales.
-        guidance_scale: weight of the conditional logits.
+        guidance_scale: weight of the conditional logits, or a list with one for each scale.
         on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
         pick: from laws and noise to tokens; an exact draw by default.
         plan: see `ScalePlan`.
@@ -83,7 +95,7 @@ def decode_scales(
         draft_scales: how many.
 
     Returns:
-        Tokens [B, N]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
+        Tokens [B, N], of bits [B, N, d]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
         Stats: `forward_passes` (both models), `tokens`, `tokens_per_pass`, `passes_per_image` [B],
         `commit_pass` [B][N]; `draft_passes` with a draft; `computed_tokens` (per image, that went
         through a network) where a state counts them.
@@ -94,6 +106,7 @@ def decode_scales(
     if len(seeds) != len(conditions):
         raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
     num_scales = len(model.scales)
+    shapes = list(shape) if isinstance(shape, Sequence) else [shape] * num_scales
     states: list[Any] = []
     run: _ScaleRun | None = None
     passes = 0
@@ -105,11 +118,11 @@ def decode_scales(
                 states[-1].catch_up(run.tokens[:, : run.done])
         state = states[-1]
         share = plan.share(scale, num_scales)
-        logits = state.next() if share == 0 else _next_pruned(state, share)
+        logits = _logits(state, share, plan.is_reference(scale, num_scales))
         if run is None:
-            run = _ScaleRun(model, seeds, logits.device)
+            run = _ScaleRun(model, seeds, logits)
         positions = run.positions(logits.shape[1])
-        laws = shape(logits)
+        laws = shapes[scale](logits)
         drawn = pick(laws, positions, run.noise)
         fed = drawn
         if plan.more_smooth:
@@ -134,10 +147,13 @@ def decode_scales(
     return Samples(run.tokens, stats, embeddings=run.embeddings())
 
 
-def _next_pruned(state: Any, share: float) -> Tensor:
+def _logits(state: Any, share: float, is_reference: bool) -> Tensor:
+    """Guided logits of the next scale, a share of whose tokens is pruned."""
+    if share == 0 and not is_reference:
+        return state.next()
     if not hasattr(state, "next_pruned"):
-        raise InputError(f"prune {share}: this model computes all tokens, expected 0")
-    return state.next_pruned(share)
+        raise InputError("prune: this model computes all tokens, expected 0")
+    return state.next_reference() if is_reference else state.next_pruned(share)
 
 
 def smooth_codes(
@@ -169,11 +185,12 @@ def smooth_codes(
 class _ScaleRun:
     """Bookkeeping of a batch: all images move scale by scale."""
 
-    def __init__(self, model: ScaleModel, seeds: Seeds, device: torch.device) -> None:
-        self.noise = Noise(seeds, device)
-        shape = (len(self.noise), model.num_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.commit_pass = torch.zeros_like(self.tokens)
+    def __init__(self, model: ScaleModel, seeds: Seeds, logits: Tensor) -> None:
+        self.noise = Noise(seeds, logits.device)
+        places = (len(self.noise), model.num_tokens)
+        kind = {"dtype": torch.int64, "device": logits.device}
+        self.tokens = torch.zeros(*places, *logits.shape[2:-1], **kind)
+        self.commit_pass = torch.zeros(places, **kind)
         self.done = 0
         self._vectors: list[Tensor] = []
 
@@ -183,7 +200,7 @@ class _ScaleRun:
         return places.expand(len(self.tokens), num)
 
     def record(self, drawn: Tensor, vectors: Tensor | None, pass_number: int) -> None:
-        """Write the tokens [B, n] of a scale down, and the vectors that were fed in their place."""
+        """Write the tokens [B, n] or [B, n, d] of a scale down, and the vectors that were fed in their place."""
         end = self.done + drawn.shape[1]
         self.tokens[:, self.done : end] = drawn
         self.commit_pass[:, self.done : end] = pass_number
@@ -202,5 +219,5 @@ class _ScaleRun:
 
     def progress(self, num: int) -> dict[str, Any]:
         """Figures of a pass that made `num` tokens of each image final."""
-        batch, total = self.tokens.shape
+        batch, total = self.tokens.shape[:2]
         return {"finished": batch * self.done, "total": batch * total, "accepted": [num] * batch}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
-from ..decoding.logits import Shaping, check_guidance_scale
+from ..contracts import Conditions, Samples, ScaleModel, Schedule, Seeds, StepCallback, TokenModel
+from ..decoding.logits import Shaping, check_guidance_scale, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.verify import Rule
 from ..errors import InputError, unknown_name
@@ -62,7 +64,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Any = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Draw one sample per condition, see `arvision.contracts.Sampler`."""
@@ -83,12 +85,57 @@ def _options(cls: type) -> list[str]:
     return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
 
+def parse_value(text: str) -> Any:
+    """A number, boolean or None where the text is one, else the text."""
+    try:
+        return json.loads({"none": "null"}.get(text.lower(), text.lower()))
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_sampler(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a sampler written as "name" or "name:option=value:option=value".
+
+    This is the one grammar for samplers in text: `get_sampler`, `sample`, `compare` and `eval`
+    understand it. Whether the name and the options exist is for `get_sampler` to say.
+
+    Raises:
+        InputError: an option without a value, or given twice.
+    """
+    name, *parts = spec.strip().split(":")
+    options: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"sampler {spec!r}: expected option=value, found {part!r}")
+        options = join_options(spec, options, {key: parse_value(value)})
+    return name, options
+
+
+def join_options(spec: str, own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The options of a sampler `spec` and further ones.
+
+    Raises:
+        InputError: one is given twice.
+    """
+    for name in more:
+        if name in own:
+            raise InputError(f"sampler {spec!r}: option {name!r} is given twice")
+    return own | more
+
+
 def get_sampler(name: str, **options: Any) -> BaseSampler:
     """Make the sampler `name`.
 
+    Args:
+        name: a registered name, or one with options: "sjd:window=32:coupling=maximal".
+        **options: further options.
+
     Raises:
-        InputError: an unknown name or option, or an option out of range.
+        InputError: an unknown name or option, one given twice, or one out of range.
     """
+    spec, (name, own) = name, parse_sampler(name)
+    options = join_options(spec, own, options)
     cls = SAMPLERS[name]
     known = _options(cls)
     for option in options:
@@ -104,11 +151,35 @@ class TokenSampler(BaseSampler):
     """
 
     def shaping(self) -> Shaping:
-        """The configured temperature, top-k and top-p."""
-        config = self.config
-        return Shaping(
-            temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
-        )
+        """The configured temperature, top-k and top-p.
+
+        Raises:
+            InputError: a value out of range, or a list of temperatures, which only scale models take.
+        """
+        return self._shaping(self.config["temperature"])
+
+    def scale_shaping(self, model: ScaleModel) -> list[Shaping]:
+        """The same for each scale of a model; a list of temperatures has one for each.
+
+        Raises:
+            InputError: a value out of range, or a list of another length.
+        """
+        listed = per_scale("temperature", self.config["temperature"], len(model.scales))
+        return [self._shaping(value) for value in listed]
+
+    def _shaping(self, temperature: float) -> Shaping:
+        top_k, top_p = self.config["top_k"] or 0, self.config["top_p"]
+        return Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def check_shaping(self) -> None:
+        """Refuse values out of range, for samplers that also take a list of temperatures.
+
+        Raises:
+            InputError: see above.
+        """
+        given = self.config["temperature"]
+        for value in given if isinstance(given, Sequence) else [given]:
+            self._shaping(value)
 
     def drafter(self, model: TokenModel) -> Drafter:
         """What proposes tokens."""
@@ -128,16 +199,17 @@ class TokenSampler(BaseSampler):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Draw one image per condition.
 
         Args:
-            model: a token model.
+            model: a model of a kind that the sampler drives.
             conditions: one per image.
             seeds: one per image, an integer or a pair (seed, image).
-            guidance_scale: weight of the conditional logits; 1 is the plain conditional model.
+            guidance_scale: weight of the conditional logits; 1 is the plain conditional model. Scale
+                models also take a list with a weight for each scale.
             on_step: called after each pass.
 
         Returns:
@@ -146,7 +218,10 @@ class TokenSampler(BaseSampler):
         Raises:
             InputError: a negative guidance scale, or as many seeds as conditions are not given.
         """
-        check_guidance_scale(guidance_scale)
+        if isinstance(model, ScaleModel):
+            per_scale("guidance_scale", guidance_scale, len(model.scales))
+        else:
+            check_guidance_scale(guidance_scale)
         samples = self.decode(
             model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
         )
