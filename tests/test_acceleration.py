@@ -238,6 +238,7 @@ def test_text_entries_refuse_images():
         with pytest.raises(InputError, match="ends where an image starts"):
             model.start([prompt])
     network = tiny_chameleon()
+    del network.model.vocabulary_mapping.__dict__["image_tokens"]
     ids = torch.tensor([[0, 5, CHAMELEON["place"], 6]])
     with pytest.raises(InputError, match=r"mm_encoder_outputs|pixel_values"):
         network.generate(
