@@ -166,10 +166,8 @@ def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
     student = load(path, device="cpu").to(teacher.device).model
     if not isinstance(student, family):
         raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
-    sampler = cast(DDSampler, get_sampler("dd"))
-    sampler.bind_teacher(teacher)
     try:
-        sampler.check_teacher(student)
+        check_teacher(teacher.model, student)
     except InputError as error:
         raise InputError(f"init {path}: a student of another teacher: {error}") from error
     student.transformer.float()

@@ -51,7 +51,7 @@ def test_a_mutant_that_is_five_percent_off_is_found():
 
     table, shape = ScaleTable(seed=3), get_sampler("ar").shaping()
     seeds = [(3, image) for image in range(NUM)]
-    out = decode_scales(table, [None] * NUM, shape=shape, seeds=seeds, pick=clinging)
+    out = decode_scales(table, [None] * NUM, Run(NUM, table.num_tokens, seeds), shape=shape, pick=clinging)
     assert law_p_value(table.number(out.tokens), table.joint(shape)) < ALPHA
 
 
