@@ -47,6 +47,7 @@ class Study:
     """
 
     def __init__(self, name: str, num: int) -> None:
+        images, _ = load_fashion("test")  # first: a missing data set shows before hours of work
         self.name, self.classes = name, torch.arange(num) % 10
         self.pipe = arvision.load(name, device="cpu")
         self.student = arvision.load(STUDENTS[name], device="cpu")
@@ -56,8 +57,7 @@ class Study:
         self.teacher = self.draw(self.pipe, get_sampler("ar", noise="flow", **self.laws), seed=0)
         other = self.draw(self.pipe, get_sampler("ar", **self.laws), seed=1)
         self.reference, self.marginals = self.features(other), self._by_class(other)
-        real = load_fashion("test")[0][:, None].expand(-1, 3, -1, -1)
-        self.real = self._features(real)
+        self.real = self._features(images[:, None].expand(-1, 3, -1, -1))
 
     def draw(self, pipe: Any, sampler: Any, seed: int, batch_size: int = 125) -> Tensor:
         """Tokens [num, N] of all classes."""

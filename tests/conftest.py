@@ -1,15 +1,48 @@
-"""Shared fixtures; small models run fastest on one thread."""
+"""Shared fixtures; small models run fastest on one thread.
+
+A test sees the files of this repository only, whatever the machine holds: the environment below
+names the piece of Fashion-MNIST that lies beside the tests and empty caches of weights, and
+`offline/sitecustomize.py` closes the network, here and in the processes that tests start.
+"""
 
 from __future__ import annotations
 
+import os
+import runpy
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
+
+HERE = Path(__file__).parent
+CACHES = tempfile.mkdtemp(prefix="arvision-tests-")
+os.environ |= {
+    "ARVISION_FASHION_MNIST": str(HERE / "data" / "fashion-mnist"),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(HERE / "offline"), os.environ.get("PYTHONPATH")])
+    ),
+    **dict.fromkeys(("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"), CACHES),
+}
+
+network = runpy.run_path(str(HERE / "offline" / "sitecustomize.py"))
+
+# Libraries read the environment when they are imported.
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 
 torch.set_num_threads(1)
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = HERE / "goldens"
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    if request.node.get_closest_marker("network"):
+        monkeypatch.setenv(network["VARIABLE"], "1")
 
 
 @pytest.fixture(autouse=True)

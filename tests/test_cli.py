@@ -105,10 +105,6 @@ def test_help(command):
 
 
 def test_train_miniature(tmp_path):
-    from arvision.training.data import DEBIAN_FOLDER
-
-    if not DEBIAN_FOLDER.exists():
-        pytest.skip("Fashion-MNIST is not installed (Debian package dataset-fashion-mnist)")
     arguments = ("train", "--recipe", "llamagen-fashion-t2i", "--out", str(tmp_path / "run"))
     sizes = ("--steps", "2", "--num-images", "200", "--card-samples", "30", "--threads", "1")
     done = run(*arguments, *sizes, "--json")

@@ -10,6 +10,7 @@ import typer
 
 from . import eval_demo
 from .eval_binding import draw_samples, likelihood, open_reference, read_captions
+from .fashion import FashionFolder
 
 app = typer.Typer(
     help="Evaluation: generate samples, score them, test equivalence, write reports.",
@@ -161,19 +162,22 @@ def fid(
     allow_sorted: Annotated[
         bool, typer.Option("--allow-sorted", help="IS of sorted files.")
     ] = False,
+    fashion_mnist: FashionFolder = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """FID, sFID, IS, precision, recall and more of samples against a reference."""
     from ..eval.distributed import connect, disconnect
     from ..eval.evaluate import evaluate
+    from ..eval.sources import open_source
 
     rank, _ = connect()
     try:
+        source, goal = open_source(samples, allow_jpeg=allow_jpeg), open_reference(reference)
         network = _extractor(extractor, weights, download, size)
         scores = evaluate(
-            samples,
-            open_reference(reference),
+            source,
+            goal,
             network,
             metrics=metrics.split(",") if metrics else None,
             batch_size=batch_size,
@@ -247,6 +251,7 @@ def report(
     allow_sorted: Annotated[
         bool, typer.Option("--allow-sorted", help="IS of sorted files.")
     ] = False,
+    fashion_mnist: FashionFolder = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -254,12 +259,14 @@ def report(
     from ..eval.distributed import connect, disconnect
     from ..eval.full_report import full_report
     from ..eval.report import to_markdown, write_report
+    from ..eval.sources import open_source
 
     rank, _ = connect()
     try:
+        source, goal = open_source(samples, allow_jpeg=allow_jpeg), open_reference(reference)
         found = full_report(
-            samples,
-            open_reference(reference),
+            source,
+            goal,
             _extractor(extractor, weights, download, size),
             metrics=metrics.split(",") if metrics else None,
             batch_size=batch_size,
@@ -292,20 +299,23 @@ def equivalence(
     download: Download = False,
     size: Size = None,
     margin: Annotated[float, typer.Option(help="Relative gap of distances allowed.")] = 0.013,
+    fashion_mnist: FashionFolder = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Is the sampler of run B equal to that of run A? Exit status 0 whatever the answer."""
     from ..eval.compare_runs import compare_runs
+    from ..eval.sources import ShardSource
 
+    runs = ShardSource(a), ShardSource(b)
+    goal = None if reference is None else open_reference(reference)
     network = _extractor(extractor, weights, download, size)
     log_likelihood = None if model is None else likelihood(model, a)
     results, sentence = compare_runs(
-        a,
-        b,
+        *runs,
         network,
         log_likelihood=log_likelihood,
-        reference=None if reference is None else open_reference(reference),
+        reference=goal,
         margin=margin,
         progress=not quiet,
     )

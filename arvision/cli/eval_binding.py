@@ -116,13 +116,24 @@ def _maker(pipe: Any, sampler: str, settings: dict[str, Any], to_pixels: Any) ->
 
 
 def open_reference(where: str) -> Any:
-    """The Fashion-MNIST images by name; any other reference stays the path that it is."""
+    """The Fashion-MNIST images by name; any other reference stays the path that it is.
+
+    Raises:
+        InputError: no data set, or no such path.
+    """
+    from ..errors import InputError
+
     if where in ("fashion-test", "fashion-train"):
         from ..eval.sources import TensorSource
         from ..training.data import load_fashion
 
         images, labels = load_fashion(where.removeprefix("fashion-"))
         return TensorSource(images.unsqueeze(1), labels.tolist(), where)
+    if not Path(where).exists():
+        raise InputError(
+            f"reference {where} does not exist: expected an .npz file, a folder of images, "
+            "fashion-test or fashion-train"
+        )
     return where
 
 

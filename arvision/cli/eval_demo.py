@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .fashion import FashionFolder
+
 EPILOG = """Example:
 
 arvision eval demo --out out/eval-demo
@@ -79,6 +81,7 @@ def demo(
     size: Annotated[int, typer.Option(help="Input side of lite0.")] = 64,
     timed: Annotated[int, typer.Option(help="Images drawn one at a time for passes, time.")] = 10,
     workers: Annotated[int | None, typer.Option(help="Processes; the cores if left.")] = None,
+    fashion_mnist: FashionFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
@@ -90,8 +93,9 @@ def demo(
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
     from ..eval.sources import ShardSource, TensorSource
-    from ..training.data import load_fashion
+    from ..training.data import fashion_folder, load_fashion
 
+    fashion_folder()
     started = time.perf_counter()
     listed = api.list_samplers(model)
     lossless = {str(name): bool(name.facts["lossless"]) for name in listed}

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .fashion import FashionFolder
+
 EPILOG = """Examples:
 
 arvision train --recipe llamagen-fashion --out runs/llamagen-fashion
@@ -40,6 +42,7 @@ def train(
     num_images: Annotated[int | None, typer.Option(help="Only this many training images.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
     card_samples: Annotated[int, typer.Option(help="Samples that the card is measured on.")] = 1000,
+    fashion_mnist: FashionFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:

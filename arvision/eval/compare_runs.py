@@ -31,8 +31,8 @@ BATCH = 100
 
 
 def compare_runs(
-    a: str | Path,
-    b: str | Path,
+    a: str | Path | ShardSource,
+    b: str | Path | ShardSource,
     extractor: Extractor,
     *,
     log_likelihood: Callable[[np.ndarray, list[Any]], np.ndarray] | None = None,
@@ -46,8 +46,8 @@ def compare_runs(
     differ, laws are tested too. The image test needs independent seeds and is left out otherwise.
 
     Args:
-        a: baseline.
-        b: accelerated.
+        a: baseline: its folder, or opened.
+        b: accelerated, likewise.
         extractor: of the image tests.
         log_likelihood: of tokens [n, L] with labels under the base model; None leaves that out.
         reference: for the Frechet equivalence; None leaves it out.
@@ -60,11 +60,13 @@ def compare_runs(
     Raises:
         InputError: runs of different models or classes.
     """
-    first, second = ShardSource(a), ShardSource(b)
+    first, second = (s if isinstance(s, ShardSource) else ShardSource(s) for s in (a, b))
     for key in SAME_FOR_BOTH:
         values = first.shards.config.get(key), second.shards.config.get(key)
         if values[0] != values[1]:
-            raise InputError(f"{a} has {key}={values[0]!r}, {b} {values[1]!r}: expected the same")
+            raise InputError(
+                f"{first.name} has {key}={values[0]!r}, {second.name} {values[1]!r}: expected the same"
+            )
     same_seed = first.shards.config["seed"] == second.shards.config["seed"]
     results: list[TestResult] = []
     if all(s.shards.tokens_path(0).exists() for s in (first, second)):

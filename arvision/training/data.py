@@ -1,4 +1,4 @@
-"""Fashion-MNIST, padded to 32x32, from the Debian package or through torchvision.
+"""Fashion-MNIST, padded to 32x32, from a folder or from the Debian package.
 
 Data: Xiao, Rasul and Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine
 Learning Algorithms", 2017; MIT licence.
@@ -7,6 +7,8 @@ Learning Algorithms", 2017; MIT licence.
 from __future__ import annotations
 
 import gzip
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,11 @@ from torch import Tensor
 from ..errors import InputError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FOLDER_VARIABLE = "ARVISION_FASHION_MNIST"
+FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
 CLASS_NAMES = (
     "t-shirt",
     "trouser",
@@ -30,41 +37,58 @@ CLASS_NAMES = (
 )
 
 
+def fashion_folder() -> Path:
+    """Folder of the data set: what `ARVISION_FASHION_MNIST` names, else the Debian package's.
+
+    Work that needs the data set asks here first, so that it fails before it has begun.
+
+    Raises:
+        InputError: neither is there, or files are missing.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(named) if named else DEBIAN_FOLDER
+    missing = [file for pair in FILES.values() for file in pair if not (folder / file).is_file()]
+    if missing and named:
+        raise InputError(
+            f"Fashion-MNIST folder {named} has no {', '.join(missing)}: expected the data set's "
+            "four .gz files"
+        )
+    if missing:
+        raise InputError(
+            "Fashion-MNIST is not on this machine: `apt-get install dataset-fashion-mnist`, or "
+            "name a folder of its four .gz files (github.com/zalandoresearch/fashion-mnist) with "
+            f"--fashion-mnist or {FOLDER_VARIABLE}"
+        )
+    return folder
+
+
 def _read_idx(path: Path) -> np.ndarray:
     """Read one gzipped IDX file of unsigned bytes."""
-    raw = gzip.decompress(path.read_bytes())
-    num_dims = raw[3]
-    shape = np.frombuffer(raw, dtype=">i4", count=num_dims, offset=4)
-    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_dims).reshape(tuple(shape))
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        num_dims = raw[3]
+        shape = np.frombuffer(raw, dtype=">i4", count=num_dims, offset=4)
+        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_dims).reshape(tuple(shape))
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        raise InputError(f"{path}: expected a whole gzipped IDX file ({error})") from error
 
 
-def load_fashion(split: str, download_to: str | Path = "out/data") -> tuple[Tensor, Tensor]:
-    """Images and labels of Fashion-MNIST.
-
-    The files of Debian's `dataset-fashion-mnist` are used where they are installed; otherwise
-    torchvision downloads them.
+def load_fashion(split: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of Fashion-MNIST, from `fashion_folder()`.
 
     Args:
         split: "train" (60,000 images) or "test" (10,000).
-        download_to: folder for torchvision's download.
 
     Returns:
         Images [M, 32, 32] uint8 (28x28 with 2 black pixels on each side), labels [M] int64.
 
     Raises:
-        InputError: an unknown split.
+        InputError: an unknown split, or no data set.
     """
-    if split not in ("train", "test"):
+    if split not in FILES:
         raise InputError(f"unknown split {split!r}: expected 'train' or 'test'")
-    prefix = "train" if split == "train" else "t10k"
-    files = [DEBIAN_FOLDER / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-    if all(file.exists() for file in files):
-        images, labels = (torch.from_numpy(_read_idx(file).copy()) for file in files)
-    else:
-        from torchvision.datasets import FashionMNIST
-
-        data = FashionMNIST(str(download_to), train=split == "train", download=True)
-        images, labels = data.data, data.targets
+    folder = fashion_folder()
+    images, labels = (torch.from_numpy(_read_idx(folder / file).copy()) for file in FILES[split])
     return torch.nn.functional.pad(images, (2, 2, 2, 2)), labels.long()
 
 

@@ -18,7 +18,7 @@ from ..eval.pixels import to_uint8
 from ..pipeline import ARPipeline
 from .captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .classifier import train_classifier
-from .data import CLASS_NAMES, load_fashion, to_pixels
+from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
 from .mar_draft import MAR_DRAFT_RECIPES, MARDraftRecipe
 from .recipes import RECIPES, stage_seconds
@@ -71,8 +71,13 @@ def run_recipe(
         The figures of the model card.
 
     Raises:
-        InputError: no such recipe.
+        InputError: no such recipe, or no data set for it.
     """
+    known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
+    if name not in known:
+        raise unknown_name("recipe", name, known)
+    if name not in DRAFT_RECIPES:  # those learn from their target's own samples
+        fashion_folder()
     is_short = steps is not None or num_images is not None
     limits = (steps or 10**9, num_images or 10**9)
     if name == "fashion-classifier":
@@ -88,9 +93,6 @@ def run_recipe(
         network = small.run(load(small.target, device="cpu").model, out, progress=progress)
         seconds = stage_seconds(out, small.stages)
         return publish_mar_draft(network, out / name, small, seconds, min(100, card_samples))
-    if name not in RECIPES:
-        known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
-        raise unknown_name("recipe", name, known)
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)

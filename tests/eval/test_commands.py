@@ -19,6 +19,7 @@ from arvision.cli.eval import app
 from arvision.cli.eval_binding import likelihood, weights_sha256
 from arvision.errors import ArvisionError, InputError
 from arvision.eval.shards import ShardFolder
+from arvision.training import data
 
 MODEL = ("--model", "llamagen-fashion", "--protocol", "fashion")
 
@@ -296,6 +297,9 @@ def test_extractors_are_listed():
     assert "lite0" in run("extractors")
 
 
+OK = ("--samples", "ok.npz", "--reference", "ok.npz")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -307,16 +311,17 @@ def test_extractors_are_listed():
         (("generate", *MODEL, "--out", "x", "--write", "jpg"), "unknown sample format"),
         (("fid", "--samples", "none.npz", "--reference", "fashion-test", "--extractor",
           "random-conv"), "none.npz does not exist"),
-        (("fid", "--samples", "x", "--reference", "x", "--extractor", "lite"), "unknown extractor"),
-        (("fid", "--samples", "x", "--reference", "x"), "has no weights"),
-        (("fid", "--samples", "x", "--reference", "x", "--extractor", "random-conv",
-          "--metrics", "fid2"), "unknown metric 'fid2'"),
+        (("fid", *OK, "--extractor", "lite"), "unknown extractor"),
+        (("fid", *OK), "has no weights"),
+        (("fid", *OK, "--extractor", "random-conv", "--metrics", "fid2"), "unknown metric 'fid2'"),
+        (("fid", *OK[:3], "fashion", "--extractor", "random-conv"), "reference fashion does not"),
         (("clip", "--samples", "x", "--prompts", "p.txt", "--weights", "none"), "x does not exist"),
         (("export", "--samples", "x", "--layout", "zip", "--out", "y"), "unknown layout 'zip'"),
         (("equivalence", "--a", "x", "--b", "y", "--extractor", "random-conv"), "run.json"),
         (("coco", "--annotations", "none.json", "--out", "y"), "expected COCO captions"),
         (("report", "--samples", "x", "--reference", "x", "--out", "r", "--extractor",
           "random-conv"), "x does not exist"),
+        (("report", *OK[:3], "y", "--out", "r"), "reference y does not exist"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -324,12 +329,49 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    np.savez(tmp_path / "ok.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(ArvisionError) as caught:
         run(*arguments)
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    left = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert left == []
+    left = [p.name for p in tmp_path.rglob("*") if p.is_file()]
+    assert left == ["ok.npz"]
+
+
+@pytest.fixture
+def no_fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without Fashion-MNIST."""
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.delenv(data.FOLDER_VARIABLE)
+
+
+@pytest.mark.usefixtures("no_fashion")
+def test_without_fashion_mnist_commands_say_how_to_get_it(runs: dict[str, Path], tmp_path: Path):
+    reference, out = ("--reference", "fashion-test"), ("--out", tmp_path / "out")
+    for command in (
+        ("fid", "--samples", runs["ar"], *reference),
+        ("report", "--samples", runs["ar"], *reference, *out),
+        ("equivalence", "--a", runs["ar"], "--b", runs["sjd"], *reference),
+        ("demo", *out),
+    ):
+        with pytest.raises(InputError, match="apt-get install dataset-fashion-mnist"):
+            run(*command)
+    with pytest.raises(InputError, match=r"none\.npz does not exist"):
+        run("fid", "--samples", "none.npz", *reference)
+    with pytest.raises(InputError, match=r"run\.json"):
+        run("equivalence", "--a", runs["ar"], "--b", tmp_path, *reference)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_fashion")
+def test_a_folder_of_fashion_mnist_may_be_named(runs: dict[str, Path], monkeypatch):
+    monkeypatch.setenv(data.FOLDER_VARIABLE, "none")  # the option goes before it
+    place = Path(__file__).parent.parent / "data" / "fashion-mnist"
+    found = run_json(
+        *("fid", "--samples", runs["ar"], "--reference", "fashion-test", "--fashion-mnist", place),
+        *("--extractor", "random-conv", "--metrics", "frechet"),
+    )
+    assert found["scores"]["frechet_random-conv"]["num_images"] == 24
 
 
 COMMANDS = ("generate", "fid", "clip", "report", "equivalence", "coco", "export", "demo")

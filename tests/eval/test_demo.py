@@ -34,7 +34,7 @@ def garments(start: int, stop: int) -> TensorSource:
 @pytest.fixture(scope="module")
 def judge() -> Judge:
     networks = [get_extractor("random-conv"), get_extractor("fashion-classifier")]
-    return Judge(garments(0, 400), networks, progress=False)
+    return Judge(garments(0, 200), networks, progress=False)
 
 
 def test_plan_names_every_sampler_once():
@@ -49,15 +49,15 @@ def test_plan_names_every_sampler_once():
 
 
 def test_real_images_score_well_and_noise_does_not(judge: Judge):
-    scores, features = judge.score(garments(400, 800))
+    scores, features = judge.score(garments(200, 400))
     assert set(scores) == {
         *("frechet_random-conv", "frechet_fashion-classifier"),
         *("precision", "recall", "class_consistency"),
     }
     assert features.features is not None
     assert scores["class_consistency"].value > 0.88
-    noise = torch.randint(0, 256, (400, 3, 32, 32), dtype=torch.uint8)
-    poor, _ = judge.score(TensorSource(noise, [i % 10 for i in range(400)], "noise"))
+    noise = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
+    poor, _ = judge.score(TensorSource(noise, [i % 10 for i in range(200)], "noise"))
     for name in ("frechet_random-conv", "frechet_fashion-classifier"):
         assert poor[name].value > 5 * scores[name].value
     assert poor["class_consistency"].value < 0.3
@@ -123,7 +123,7 @@ def test_the_whole_demo(tmp_path: Path):
     from arvision.cli.eval import app
 
     arguments = ["demo", "--out", str(tmp_path), "--num", "20", "--size", "32", "--timed", "1"]
-    arguments += ["--samplers", "sjd,zipar", "--num-real", "500"]
+    arguments += ["--samplers", "sjd,zipar", "--num-real", "300"]
     done = CliRunner().invoke(app, [*arguments, "--workers", "1", "--quiet", "--json"])
     assert done.exception is None, done.exception
     report = json.loads(done.stdout)

@@ -9,6 +9,7 @@ import torch
 
 from arvision import CheckpointError, InputError
 from arvision.models import LlamaGenTokenizer, LlamaGenTransformer
+from arvision.training import data
 from arvision.training.captions import (
     BRIGHTNESS,
     CaptionWriter,
@@ -16,11 +17,12 @@ from arvision.training.captions import (
     measure_brightness,
     vocabulary,
 )
-from arvision.training.data import CLASS_NAMES, load_fashion, to_pixels
+from arvision.training.data import load_fashion, to_pixels
 from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
 from arvision.training.llamagen_tokenizer import TokenizerObjective
 from arvision.training.llamagen_transformer import CaptionObjective, ClassObjective, pad_left
 from arvision.training.loop import FitConfig, batch_indices, fit, learning_rate
+from arvision.training.publish import run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +164,36 @@ def test_every_caption_word_is_known_to_the_text_tokenizer():
 
 
 def test_fashion_mnist_loader():
-    try:
-        images, labels = load_fashion("test")
-    except (OSError, RuntimeError) as error:
-        pytest.skip(f"neither the Debian package nor a download is at hand: {error}")
-    assert images.shape == (10_000, 32, 32)
-    assert labels.bincount().tolist() == [1000] * len(CLASS_NAMES)
+    images, labels = load_fashion("test")
+    assert images.shape == (400, 32, 32)
+    assert labels.bincount().tolist() == [42, 44, 54, 36, 43, 32, 39, 40, 34, 36]
     assert int(images[:, :2].max()) == 0
     pixels = to_pixels(images[:2])
     assert pixels.shape == (2, 3, 32, 32)
     assert float(pixels.min()) == -1.0
     with pytest.raises(InputError, match="unknown split 'dev'"):
         load_fashion("dev")
+
+
+def test_absent_fashion_mnist_is_one_line_that_says_how_to_get_it(tmp_path, monkeypatch):
+    """Asked for by name, by a recipe, or by a folder that is not whole; before any work."""
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.delenv(data.FOLDER_VARIABLE)
+    for ask in (
+        lambda: load_fashion("train"),
+        lambda: run_recipe("var-fashion", tmp_path / "run"),
+        lambda: run_recipe("mar-fashion-draft", tmp_path / "run"),
+        lambda: run_recipe("fashion-classifier", tmp_path / "run"),
+    ):
+        with pytest.raises(InputError, match="apt-get install dataset-fashion-mnist") as caught:
+            ask()
+        assert "--fashion-mnist or ARVISION_FASHION_MNIST" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(InputError, match=r"has no train-images-idx3-ubyte\.gz, train-labels"):
+        load_fashion("train")
+    for file in (name for pair in data.FILES.values() for name in pair):
+        (tmp_path / file).write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(InputError, match=r"t10k-images.* expected a whole gzipped IDX file"):
+        load_fashion("test")
