@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
-from .errors import CheckpointError, InputError, unknown_name
-from .pipeline import ARPipeline, SampleOutput
+from .errors import InputError
+from .folders import ASSETS, parse_device, parse_dtype
+from .pipeline import ARPipeline, SampleOutput, open_cached, open_pipeline
 from .samplers import SAMPLERS, BaseSampler, get_sampler
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 class Listed(str):
@@ -89,93 +83,7 @@ def load(
         InputError: an unknown name, device or dtype.
         CheckpointError: a folder that is not a complete pipeline.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    return _load(str(_find(name_or_path)), kind).to(place)
-
-
-def _load(source: str, dtype: torch.dtype) -> ARPipeline:
-    try:
-        with _quietly():
-            shared = _shared_parts(Path(source), dtype)
-            return ARPipeline.from_pretrained(source, torch_dtype=dtype, **shared)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
-
-
-def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
-    card = folder / "card.json"
-    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
-    parts = {}
-    for part, owner in shared.items():
-        if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), torch_dtype=dtype)
-            parts[part] = whole.components[part]
-    return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' bars over two or three small components."""
-    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
-    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
-    for switch, _ in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in switches:
-            if was_shown:
-                switch.enable_progress_bar()
-
-
-def _find(name_or_path: str | Path) -> str | Path:
-    name = str(name_or_path)
-    if (ASSETS / name / "model_index.json").exists() and "/" not in name:
-        return ASSETS / name
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "model_index.json").exists():
-            raise CheckpointError(
-                f"{path}: expected a pipeline folder, model_index.json is missing"
-            )
-        return path
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if looks_like_hub_id:
-        return name
-    raise unknown_name("model", name, list_models())
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: expected a name such as 'cpu' or 'cuda:0'") from error
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype {dtype!r}: expected 'float32', 'float64', 'bfloat16' or 'float16'")
-    return found
-
-
-@lru_cache(maxsize=4)
-def _load_cached(name: str, device: str, dtype: torch.dtype) -> ARPipeline:
-    return load(name, device, dtype)
-
-
-def _find_draft(name: str, device: torch.device, dtype: torch.dtype) -> ARPipeline:
-    return _load_cached(name, str(device), dtype)
-
-
-ARPipeline.find = staticmethod(_find_draft)
+    return open_pipeline(name_or_path, device, dtype)
 
 
 def sample(
@@ -228,8 +136,8 @@ def sample(
         if device is not None or dtype is not None:
             raise InputError("device and dtype belong to load: this pipeline is loaded already")
     else:
-        place = _device(device)
-        pipe = _load_cached(str(model), str(place), _dtype(dtype, place))
+        place = parse_device(device)
+        pipe = open_cached(str(model), str(place), parse_dtype(dtype, place))
     own = pipe.sampler.name
     usual = "sjd" if own == "ar" and pipe.kind == "token" else own
     wanted = usual if sampler is None else sampler

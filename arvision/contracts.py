@@ -21,8 +21,8 @@ Seeds = Sequence[Any]
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
-"accepted" (tokens that the pass made final, of each image that took part), "tokens" [B, N],
-"lengths" [B]}; a true answer stops the run."""
+"accepted" (tokens that the pass made final, of each image that took part)}; the token loop adds
+"tokens" [B, N] and "lengths" [B]. A true answer stops the run."""
 
 
 class Stats(dict[str, Any]):
@@ -115,6 +115,11 @@ class HasCodebook(Protocol):
 
     codebook: Tensor | None
     """[V, D]; None where a model of this family has none."""
+
+
+def codebook_of(model: Any) -> Tensor | None:
+    """The codebook [V, D] of a model that has one, else None."""
+    return model.codebook if isinstance(model, HasCodebook) else None
 
 
 @runtime_checkable

@@ -12,12 +12,18 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 
 import arvision
+from arvision.contracts import TokenModel
+from arvision.decoding.loop import FixedWindow, decode_tokens
+from arvision.decoding.run import Run
+from arvision.decoding.verify import greedy
+from arvision.text.generation import make_drafter
+from arvision.text.model import HFCausalLM
 
 PACKAGE = Path(arvision.__file__).parent
 STEP = 3
@@ -58,19 +64,26 @@ def sjd_on_llamagen(rooms: Rooms) -> None:
 def recycling_on_llama(rooms: Rooms) -> None:
     """Token Recycling on a tiny Llama with random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = transformers.LlamaConfig(
-        vocab_size=64, num_attention_heads=2, num_key_value_heads=2, **sizes
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     network = transformers.LlamaForCausalLM(config).eval()
-    steps = [0]
-
-    def heard(*_: Any) -> None:
-        steps[0] += 1
-        rooms.on_step(steps[0])
-
-    arvision.generate(
-        network, torch.arange(8)[None], drafter="token_recycling", max_new_tokens=40, stream=heard
+    ids = torch.arange(8)
+    drafter = make_drafter("token_recycling")
+    lm = HFCausalLM(network, 40)
+    decode_tokens(
+        cast(TokenModel, lm),
+        [ids],
+        Run(1, 40, [0], lambda step, _: rooms.on_step(step)),
+        drafter=drafter,
+        rule=greedy,
+        shape=lambda logits: logits,
+        policy=FixedWindow(16),
     )
 
 

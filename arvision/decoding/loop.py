@@ -19,7 +19,7 @@ from ..contracts import (
 )
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, topology
+from .tree import TokenTree, Topology, check_parents, topology
 from .verify import Round, Rule, Verdict
 
 
@@ -208,6 +208,7 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     num = tree.tokens.shape[1]
     if tree.parents is None:
         return None, torch.arange(num + 1, device=device), None
+    check_parents(tree.parents, num)
     shape = topology(tuple(tree.parents.tolist()), device)
     root = tree.parents.new_full((1,), -1)
     parents = torch.cat([root, tree.parents + 1]).to(device)
@@ -268,7 +269,8 @@ class _Rows:
         self._going = self.lengths < self._run.num_tokens
         if stopped is not None:
             self._going &= ~stopped
-        self._run.report(verdict.counts, self.active)
+        run = self._run
+        run.report(verdict.counts, self.active, tokens=run.tokens, lengths=run.lengths)
         return verdict
 
     def commit(self, verdict: Verdict, num: int) -> None:

@@ -137,19 +137,20 @@ class Run:
             )
         return found[-1]
 
-    def report(self, counts: Tensor, images: Tensor | None = None) -> None:
+    def report(self, counts: Tensor, images: Tensor | None = None, **more: Any) -> None:
         """A pass is over: tell `on_step`, whose true answer sets `stopped`.
 
         Args:
             counts: [A] int64, tokens that the pass made final.
             images: [A], whose; None for all.
+            **more: what a loop tells besides the figures of `progress`.
         """
         if images is None:
             self.lengths = (self.lengths + counts).clamp(max=self.num_tokens)
         else:
             self.lengths[images] += counts
         if self._on_step is not None and self.num_passes:
-            self.stopped = bool(self._on_step(self.num_passes, self.progress(counts)))
+            self.stopped = bool(self._on_step(self.num_passes, self.progress(counts) | more))
 
     def progress(self, counts: Tensor) -> dict[str, Any]:
         """Figures for progress bars, see `arvision.contracts.StepCallback`."""
@@ -157,8 +158,6 @@ class Run:
             "finished": int(self.lengths.sum()),
             "total": self.batch * self.num_tokens,
             "accepted": counts.tolist(),
-            "tokens": self.tokens,
-            "lengths": self.lengths,
         }
 
     def stats(self, **more: Any) -> Stats:

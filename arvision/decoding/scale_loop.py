@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, CountsComputed, HasCodebook, Prunes, Samples, ScaleModel
+from ..contracts import Conditions, CountsComputed, Prunes, Samples, ScaleModel, codebook_of
 from ..errors import InputError, check_count
 from .noise import Noise
 from .run import Run
@@ -159,7 +159,7 @@ def smooth_codes(
 
     Paper: none; the option `more_smooth` of VAR's sampler, with its constants.
     """
-    codebook = model.codebook if isinstance(model, HasCodebook) else None
+    codebook = codebook_of(model)
     if codebook is None:
         raise InputError("more_smooth: this model has no codebook to mix codes of")
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, HasCodebook, Samples, ScaleModel, StudentModel
+from ..contracts import Conditions, Samples, ScaleModel, StudentModel, codebook_of
 from ..errors import InputError
 from .flow import flow_noise
 from .run import Run
@@ -67,7 +67,7 @@ def check_teacher(teacher: Any, student: StudentModel) -> None:
     Raises:
         InputError: no codebook, another one than the student's, or another number of tokens.
     """
-    codes = teacher.codebook if isinstance(teacher, HasCodebook) else None
+    codes = codebook_of(teacher)
     if codes is None or codes.shape != student.codebook.shape:
         found = "none" if codes is None else f"{len(codes)} codes of width {codes.shape[1]}"
         raise InputError(f"the teacher's codebook has {found}: expected the student's")
@@ -113,7 +113,9 @@ def decode_student(
     teacher_passes = 0
     if teacher is not None and not run.stopped:
         for begin, logits in _teacher_laws(teacher, conditions, canvas):
-            canvas.redraw(teacher.pick(logits, canvas.noise[:, begin : begin + logits.shape[1]]), begin)
+            canvas.redraw(
+                teacher.pick(logits, canvas.noise[:, begin : begin + logits.shape[1]]), begin
+            )
             teacher_passes += 1
             if run.stopped:
                 break
@@ -170,9 +172,7 @@ class _Canvas:
         """All tokens behind the first `known` units, from their codes and the noise."""
         ends, split = (0, *self.model.unit_ends), self.model.split
         begin, split = ends[known], ends[split]
-        given = torch.cat(
-            [self.codes[self.run.tokens[:, :begin]], self.noise[:, begin:]], dim=1
-        )
+        given = torch.cat([self.codes[self.run.tokens[:, :begin]], self.noise[:, begin:]], dim=1)
         logits, vectors = self.model.predict(self.conditions, given, known)
         self.run.watch(logits)
         self.run.watch(vectors)

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, ContinuousModel, HasCodebook, Samples, ScaleModel, TokenModel
+from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, TokenModel, codebook_of
 from ..decoding.flow import FlowMap, flow_pick, flow_rule
 from ..decoding.latents.loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
@@ -133,7 +133,7 @@ class ARSampler(TokenSampler):
 
     @staticmethod
     def _flow_map(model: Any) -> FlowMap:
-        codebook = model.codebook if isinstance(model, HasCodebook) else None
+        codebook = codebook_of(model)
         if codebook is None:
             raise InputError("noise 'flow': this model has no codebook to flow to")
         return FlowMap(codebook)

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-from typing_extensions import Self
-
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from typing_extensions import Self
 
 from ..contracts import (
     Conditions,
@@ -108,9 +107,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
             InputError: a negative guidance scale, another number of seeds than of conditions, or
                 what the sampler's class names.
         """
-        run = Run(
-            len(conditions), model.num_tokens, seeds, on_step, guidance_scale=guidance_scale
-        )
+        run = Run(len(conditions), model.num_tokens, seeds, on_step, guidance_scale=guidance_scale)
         samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
         return samples
@@ -166,7 +163,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
             if name not in self.needs:
                 raise unknown_name(f"model of sampler {self.name!r}:", name, self.needs)
             noun = NOUNS[self.needs[name]]
-            if not isinstance(_inner(value), self.needs[name]):
+            if not isinstance(inner_model(value), self.needs[name]):
                 raise InputError(
                     f"{name} {type(value).__name__}: expected a model name, a folder, a pipeline "
                     f"around {noun}, or {noun}"
@@ -185,14 +182,16 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         """
         if name not in self._bound:
             given, noun = self.config[name], NOUNS[self.needs[name]]
-            what = f"no {name}" if given is None else f"{name} {given!r} is a name that is not loaded"
+            what = (
+                f"no {name}" if given is None else f"{name} {given!r} is a name that is not loaded"
+            )
             raise InputError(
                 f"{what}: expected {noun}, a pipeline, or a name and a pipeline to load it"
             )
-        return _inner(self._bound[name])
+        return inner_model(self._bound[name])
 
 
-def _inner(value: Any) -> Any:
+def inner_model(value: Any) -> Any:
     """The model of a pipeline; anything else as it is."""
     return getattr(value, "model", value) if hasattr(value, "components") else value
 

@@ -19,7 +19,7 @@ from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, check_count
-from .base import TokenSampler, register
+from .base import TokenSampler, inner_model, register
 
 
 @register("draft", exact=True, drives="token")
@@ -87,12 +87,10 @@ class DraftSampler(TokenSampler):
         self.shaping()
         self.take("draft", draft)
 
-    def _calibration(self) -> Calibration:
-        """How the draft's confidence becomes a probability of acceptance."""
-        for owner in (self._bound["draft"], self.bound("draft")):
-            if isinstance(owner, TellsCalibration) and owner.calibration:
-                return Calibration(owner.calibration)
-        return UNCALIBRATED
+    def _checked(self, models: dict[str, Any]) -> dict[str, Any]:
+        for draft in super()._checked(models).values():
+            _calibration(draft)
+        return models
 
     def rule(self, model: TokenModel) -> Rule:
         """The configured coupling."""
@@ -121,7 +119,7 @@ class DraftSampler(TokenSampler):
             run.guidance_scale if own_scale is None else own_scale,
             self.shaping(),
             coupling=self.config["coupling"],
-            calibration=self._calibration(),
+            calibration=_calibration(self._bound["draft"]),
             stop_threshold=self.config["stop_threshold"],
         )
         samples = decode_tokens(
@@ -141,3 +139,11 @@ class DraftSampler(TokenSampler):
             draft_passes=figures.passes,
         )
         return samples
+
+
+def _calibration(draft: Any) -> Calibration:
+    """How a draft's confidence becomes a probability of acceptance: a pipeline's word or its model's."""
+    for owner in (draft, inner_model(draft)):
+        if isinstance(owner, TellsCalibration) and owner.calibration:
+            return Calibration(owner.calibration)
+    return UNCALIBRATED

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from ..api import load
+from ..decoding.student import check_teacher
 from ..errors import InputError, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
-from ..samplers import DDSampler, get_sampler
+from ..samplers import get_sampler
 from .distill_objective import DistillObjective, PictureLoss, agreement
 from .loop import FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..contracts import HasCodebook, ScaleModel
+from ..contracts import ScaleModel, codebook_of
 from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, flow_noise, flow_pick, flow_rule
 from ..decoding.logits import Shaping
 from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
@@ -82,7 +82,7 @@ def teacher_tokens(
     Raises:
         InputError: a model without a codebook.
     """
-    codebook = model.codebook if isinstance(model, HasCodebook) else None
+    codebook = codebook_of(model)
     if codebook is None:
         raise InputError("the teacher has no codebook, so noise cannot flow to its codes")
     flow_map = FlowMap(codebook, settings.num_evaluations)

@@ -243,9 +243,9 @@ def test_the_name_of_a_draft_is_saved_and_a_loaded_one_is_kept(tmp_path):
     again = DraftSampler.from_pretrained(tmp_path)
     assert isinstance(again, DraftSampler)
     assert again.config["draft"] == "small"
-    assert again.wants_draft
+    assert again.missing(None) == ["draft"]
     bound = get_sampler("draft", draft=TableModel())
     bound.save_pretrained(tmp_path)
     changed = bound.with_options(max_draft=2)
     assert isinstance(changed, DraftSampler)
-    assert not changed.wants_draft
+    assert changed.missing(None) == []

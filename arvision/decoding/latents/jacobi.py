@@ -57,7 +57,9 @@ def iterate_latents(
     order = plan.orders(run.noise, model.num_tokens)
     state = model.start(conditions, run.guidance_scale, order)
     scales = plan.scales(ends, run.guidance_scale)
-    return _Iteration(run, state, model.head, order, ends, scales, plan, (window, tolerance)).finish()
+    return _Iteration(
+        run, state, model.head, order, ends, scales, plan, (window, tolerance)
+    ).finish()
 
 
 class _Iteration(LatentRun):

@@ -1,0 +1,66 @@
+"""Where models lie, and on what they run: names of embedded models, folders, devices, dtypes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError, InputError, unknown_name
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def embedded_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
+
+
+def find_model(name_or_path: str | Path) -> str | Path:
+    """The folder of an embedded model or of a path, or a hub id "owner/name" as it is.
+
+    Raises:
+        InputError: an unknown name.
+        CheckpointError: a folder that holds no pipeline.
+    """
+    name = str(name_or_path)
+    if name in embedded_models():
+        return ASSETS / name
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise CheckpointError(
+                f"{path}: expected a pipeline folder, model_index.json is missing"
+            )
+        return path
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise unknown_name("model", name, embedded_models())
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None for an accelerator where there is one.
+
+    Raises:
+        InputError: no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: expected a name such as 'cpu' or 'cuda:0'") from error
+
+
+def parse_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The floating-point type of that name; None for float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        InputError: no such type.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: expected 'float32', 'float64', 'bfloat16' or 'float16'")
+    return found
