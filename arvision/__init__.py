@@ -1,19 +1,36 @@
-"""arvision: fast, exact sampling for autoregressive image models."""
+"""arvision: fast, exact sampling for autoregressive image models.
+
+`import arvision` loads none of the libraries that it stands on; each name below is imported when it
+is first asked for.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from .api import list_models, list_samplers, load, sample
-from .errors import (
-    ArvisionError,
-    CheckpointError,
-    InputError,
-    MissingDependencyError,
-    StateError,
-)
-from .pipeline import ARPipeline, SampleOutput
-from .samplers import get_sampler
-from .text.custom_generate import custom_generate
-from .text.generation import TextOutput, generate, list_drafters
+from .lazy import on_demand
+
+if TYPE_CHECKING:
+    from . import eval as eval
+    from . import kernels as kernels
+    from . import models as models
+    from . import samplers as samplers
+    from . import text as text
+    from .api import ARPipeline, SampleOutput, load, sample
+    from .catalog import list_models, list_samplers
+    from .comparison import compare
+    from .errors import (
+        ArvisionError,
+        CheckpointError,
+        InputError,
+        MissingDependencyError,
+        StateError,
+    )
+    from .samplers import get_sampler
+    from .text.custom_generate import custom_generate
+    from .text.generation import TextOutput, generate, list_drafters
+    from .training.distill import distill
+
+__getattr__, __dir__ = on_demand(__name__)
 
 try:
     __version__ = version("arvision")
@@ -29,7 +46,9 @@ __all__ = [
     "SampleOutput",
     "StateError",
     "TextOutput",
+    "compare",
     "custom_generate",
+    "distill",
     "generate",
     "get_sampler",
     "list_drafters",

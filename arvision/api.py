@@ -1,69 +1,16 @@
-"""Strings to objects: `sample`, `load` and the lists of what there is."""
+"""Strings to objects: `load` and `sample`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import InputError
-from .folders import ASSETS, parse_device, parse_dtype
+from .folders import parse_device, parse_dtype
 from .pipeline import ARPipeline, SampleOutput, open_cached, open_pipeline
-from .samplers import SAMPLERS, BaseSampler, get_sampler
-
-
-class Listed(str):
-    """A name in a list, with facts about it as attributes."""
-
-    facts: dict[str, Any]
-
-    def __new__(cls, name: str, **facts: Any) -> Listed:
-        """A string that carries facts."""
-        listed = super().__new__(cls, name)
-        listed.facts = facts
-        return listed
-
-    def __getattr__(self, name: str) -> Any:
-        facts = self.__dict__.get("facts", {})
-        if name in facts:
-            return facts[name]
-        raise AttributeError(f"{self!s} has no fact {name!r}")
-
-
-def list_models() -> list[Listed]:
-    """Names of the embedded models, each with `.kind`, `.conditions` and `.summary`."""
-    models = []
-    for folder in sorted(ASSETS.iterdir()):
-        if (folder / "model_index.json").exists():
-            card = json.loads((folder / "card.json").read_text())
-            card.pop("shared", None)
-            models.append(Listed(folder.name, **card))
-    return models
-
-
-def list_samplers(model: Any = None) -> list[Listed]:
-    """Names of the samplers, each with `.lossless` (of its default configuration), `.drives` and
-    `.summary`.
-
-    Args:
-        model: only samplers that drive this model (a name, folder or pipeline).
-    """
-    kind = None
-    if model is not None:
-        pipe = load(model) if isinstance(model, (str, Path)) else model
-        kind = pipe.kind
-    return [
-        Listed(
-            entry.name,
-            lossless=entry.facts["exact"],
-            drives=entry.facts["drives"],
-            summary=(entry.value.__doc__ or "").strip().splitlines()[0],
-        )
-        for entry in SAMPLERS
-        if kind is None or kind in entry.facts["drives"]
-    ]
+from .samplers import BaseSampler, get_sampler
 
 
 def load(

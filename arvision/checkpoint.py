@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ def read_state_dict(
     """The tensors of a checkpoint, by name.
 
     Args:
-        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a dict.
+        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, the `.index.json` of shards, or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
 
@@ -40,7 +41,7 @@ def read_state_dict(
         name = str(path)
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file")
-        content = _read(path)
+        content = _read_shards(path) if path.suffix == ".json" else _read(path)
     if isinstance(content, Mapping):
         for wrapper in wrappers:
             inner: object = content
@@ -82,16 +83,46 @@ def _read(path: Path) -> object:
         raise CheckpointError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
+def _read_shards(index: Path) -> StateDict:
+    """The tensors of all files that an index names, each where the index says.
+
+    Raises:
+        CheckpointError: an index that is none, a shard that is missing, or that holds other keys.
+    """
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: expected an index of shards with a weight_map") from error
+    tensors: StateDict = {}
+    for shard in shards:
+        path = index.parent / shard
+        if not path.is_file():
+            raise CheckpointError(f"{index}: names {shard}, which is missing")
+        held = _read(path)
+        wanted = {key for key, place in places.items() if place == shard}
+        if not isinstance(held, Mapping) or set(held) != wanted:
+            keys = set(held) if isinstance(held, Mapping) else set()
+            key = min(keys ^ wanted, default="")
+            raise CheckpointError(f"{path}: key {key!r} is not where {index.name} says")
+        tensors |= held
+    return tensors
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_strictly(
-    cls: type[Module], sizes: dict[str, Any], tensors: StateDict, name: str
+    cls: type[Module],
+    sizes: dict[str, Any],
+    tensors: StateDict,
+    name: str,
+    dtype: torch.dtype = torch.float32,
 ) -> Module:
     """Build `cls(**sizes)` in evaluation mode around tensors that must fit it exactly.
 
     Nothing is initialised and thrown away: the module is built without storage and takes the
-    tensors over (cast to float32).
+    tensors over (cast to `dtype`).
 
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen key.
@@ -114,7 +145,8 @@ def load_strictly(
             near = difflib.get_close_matches(key, list(wanted), n=1)
             hint = f"; the nearest expected key is {near[0]!r}" if near else ""
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
-    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
+    cast = {key: value.to(dtype) for key, value in tensors.items()}
+    module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()
 
 

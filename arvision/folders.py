@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, InputError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -44,6 +46,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: no such device.
     """
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -58,6 +62,8 @@ def parse_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     Raises:
         InputError: no such type.
     """
+    import torch
+
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

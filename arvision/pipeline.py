@@ -289,7 +289,7 @@ def open_pipeline(
     try:
         with _quietly():
             shared = _shared_parts(Path(source), kind)
-            pipe = ARPipeline.from_pretrained(source, torch_dtype=kind, **shared)
+            pipe = ARPipeline.from_pretrained(source, dtype=kind, **shared)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
@@ -307,7 +307,7 @@ def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     parts = {}
     for part, owner in shared.items():
         if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), torch_dtype=dtype)
+            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
             parts[part] = whole.components[part]
     return parts
 

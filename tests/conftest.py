@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
+import sys
 import tempfile
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,31 @@ def _free_precision():
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
+
+
+@dataclass
+class Ended:
+    """What a command left, as `subprocess.run` tells it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `arvision ARGUMENTS` from its entry point, in this process: imports cost seconds."""
+    from arvision.cli import main
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["arvision", *map(str, arguments)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            main()
+        code = end.value.code
+        assert code is None or isinstance(code, int)
+        return Ended(code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

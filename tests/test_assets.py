@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 import arvision
-from arvision.api import ASSETS
 from arvision.eval.classifier import class_consistency, classify
+from arvision.folders import ASSETS
 from arvision.training.captions import BRIGHTNESS, GARMENTS, measure_brightness
 from arvision.training.publish import draw, nearest_training_distance
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..errors import ArvisionError
 from . import compare, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
@@ -29,6 +31,21 @@ train_draft.add_to(app)
 distill.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Fast, exact sampling for autoregressive image models."""
 
 
 def main() -> None:

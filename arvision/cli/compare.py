@@ -105,7 +105,8 @@ def demo(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Draw one sheet per embedded model, AR above SJD for the same seeds."""
-    from ..api import list_models, load
+    from ..api import load
+    from ..catalog import list_models
     from ..comparison import compare as run
     from ..files import replacing
 

@@ -7,7 +7,6 @@ import json
 import platform
 from typing import Annotated, Any
 
-import torch
 import typer
 
 EPILOG = "Examples: arvision doctor; arvision doctor --device cuda --json"
@@ -49,6 +48,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: not the name of a device, or one that is not here.
     """
+    import torch
+
     from ..errors import InputError
     from ..kernels.dispatch import OPS, explain
 
@@ -67,16 +68,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "reason": choice.reason,
             "summary": summary,
         }
-    has_packed = wanted == "cpu" and torch.backends.mkldnn.is_available()
-    operations["linear"] = {
-        "implementation": "onednn" if has_packed else "torch",
-        "reason": (
-            "at inference in float32 on a CPU, from 4 rows"
-            if has_packed
-            else "oneDNN's packed product is for CPUs that have it"
-        ),
-        "summary": "linear layers of the models",
-    }
+    operations["linear"] = _linear(wanted)
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "devices": devices,
@@ -85,8 +77,28 @@ def examine(device: str | None = None) -> dict[str, Any]:
     }
 
 
+def _linear(device: str) -> dict[str, str]:
+    """What the linear layers of the models run."""
+    from ..kernels.linear import packed_operators, packing_pays
+
+    obstacle = None
+    if device != "cpu":
+        obstacle = "oneDNN's packed product is for CPUs"
+    elif packed_operators() is None:
+        obstacle = "this build of PyTorch lacks oneDNN's packed product"
+    elif not packing_pays():
+        obstacle = "MKL is as fast on this CPU as oneDNN's packed product"
+    return {
+        "implementation": "onednn" if obstacle is None else "torch",
+        "reason": obstacle or "at inference in float32 on a CPU, from 4 rows",
+        "summary": "linear layers of the models",
+    }
+
+
 def _version(package: str) -> str | None:
     if package == "torch":
+        import torch
+
         return torch.__version__  # names the accelerator that it was built for
     try:
         return importlib.metadata.version(package)

@@ -88,7 +88,7 @@ def demo(
     """Evaluate every sampler of a Fashion-MNIST model against the 10,000 test images."""
     import torch
 
-    from .. import api
+    from ..catalog import list_samplers
     from ..errors import unknown_name
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
@@ -97,7 +97,7 @@ def demo(
 
     fashion_folder()
     started = time.perf_counter()
-    listed = api.list_samplers(model)
+    listed = list_samplers(model)
     lossless = {str(name): bool(name.facts["lossless"]) for name in listed}
     names = [str(name) for name in listed]
     wanted = names if samplers is None else ["ar", *samplers.split(",")]

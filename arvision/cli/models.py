@@ -16,7 +16,7 @@ def add_to(app: typer.Typer) -> None:
 
 def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the embedded models."""
-    from ..api import list_models
+    from ..catalog import list_models
 
     listed = list_models()
     if as_json:
@@ -31,7 +31,7 @@ def samplers(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """List the samplers and whether they are lossless."""
-    from ..api import list_samplers
+    from ..catalog import list_samplers
 
     listed = list_samplers(model)
     if as_json:

@@ -76,6 +76,11 @@ class KVCache:
         return self._num
 
     @property
+    def host_lengths(self) -> list[int]:
+        """The lengths of the rows, known without asking the device."""
+        return self._host_lengths
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all rows stand at the same length."""
         return len(set(self._host_lengths)) <= 1

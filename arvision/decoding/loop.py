@@ -282,7 +282,8 @@ class _Rows:
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
         else:
-            path = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path + 1], dim=1)
+            root = verdict.path.new_zeros(len(verdict.path), 1)
+            path = torch.cat([root, verdict.path + 1], dim=1)
             kept = self.spread(path)
         self._state.commit(kept, self.spread(counts))
 

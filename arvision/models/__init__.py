@@ -1,6 +1,10 @@
 """Model families: networks, and one class per family that satisfies its contract."""
 
+from typing import TYPE_CHECKING
+
+from ..lazy import on_demand
 from ..registry import Registry
+from .conditions import ImagePrompt
 from .llamagen import (
     LlamaGen,
     LlamaGenStudent,
@@ -9,7 +13,21 @@ from .llamagen import (
     LlamaGenTransformer,
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
+from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
+from .transformers_image import (
+    Chameleon,
+    ChameleonDecoder,
+    Emu3,
+    GlmImage,
+    Janus,
+    TransformersImageModel,
+)
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
+
+if TYPE_CHECKING:  # they live with the text; their old names stay
+    from ..text import HFCausalLM, load_text_model
+
+__getattr__, __dir__ = on_demand(__name__)
 
 FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
@@ -19,11 +37,19 @@ FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGe
     LlamaGenStudent
 )
 FAMILIES.register("MARTransformer", kind="continuous")(MAR)
+FAMILIES.register("NextStepTransformer", kind="continuous")(NextStep)
 FAMILIES.register("VARTransformer", kind="scale")(VAR)
 FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransformer")(VARStudent)
 
 __all__ = [
     "FAMILIES",
+    "Chameleon",
+    "ChameleonDecoder",
+    "Emu3",
+    "GlmImage",
+    "HFCausalLM",
+    "ImagePrompt",
+    "Janus",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -32,9 +58,14 @@ __all__ = [
     "MAR",
     "MARAutoencoder",
     "MARTransformer",
+    "NextStep",
+    "NextStepAutoencoder",
+    "NextStepTransformer",
+    "TransformersImageModel",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",
     "VARTokenizer",
     "VARTransformer",
+    "load_text_model",
 ]

@@ -1,8 +1,10 @@
-"""What a prompt means to a model: class ids and names."""
+"""What a prompt means to a model: class ids and names, captions with pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from ..errors import InputError, unknown_name
 
@@ -31,3 +33,19 @@ def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> 
     if len(by_last_word) == 1:
         return by_last_word[0]
     raise unknown_name("class", condition, names or [f"0..{num_classes - 1}"])
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """A prompt with what belongs to it.
+
+    Attributes:
+        prompt: a caption, or token ids [L] of a whole prompt, behind which the drawing starts.
+        negative: what guidance leads away from, of the same kind; None for the model's own.
+        images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
+            for models that edit.
+    """
+
+    prompt: Any
+    negative: Any = None
+    images: Sequence[Any] = ()

@@ -159,7 +159,8 @@ class Encoder(nn.Module):
         ch_mult: width multiplier of each level; every level but the last halves the side.
         num_blocks: residual blocks of a level.
         out_channels: width of the features.
-        attention: of the deepest level and the middle.
+        attention: of the middle.
+        level_attention: of the deepest level; None for none.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class Encoder(nn.Module):
         num_blocks: int,
         out_channels: int,
         attention: Attention,
+        level_attention: Attention | None,
     ) -> None:
         super().__init__()
         widths = [ch] + [ch * mult for mult in ch_mult]
@@ -176,7 +178,7 @@ class Encoder(nn.Module):
         self.conv_in = conv3x3(3, ch)
         self.down = nn.ModuleList()
         for index in range(len(ch_mult)):
-            own = attention if index == last else None
+            own = level_attention if index == last else None
             level = Level(widths[index], widths[index + 1], num_blocks, own)
             if index < last:
                 level.downsample = Downsample(widths[index + 1])

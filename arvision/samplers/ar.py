@@ -30,6 +30,7 @@ OPTION_KINDS = {
     "last_noise": ("continuous",),
     "refresh": ("continuous",),
     "reuse_guidance": ("continuous",),
+    "final_head_steps": ("continuous",),
 }
 """Options that not every kind of model has, and the kinds that do."""
 
@@ -52,7 +53,7 @@ class ARSampler(TokenSampler):
     smooth function of its noise, which students of Distilled Decoding learn (see `dd`).
 
     Law: exact; for continuous models, of the model with that schedule; lossy with `prune`,
-    `more_smooth` or `refresh`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
+    `more_smooth`, `refresh` or `final_head_steps`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
     Models: all.
 
     Args:
@@ -67,15 +68,18 @@ class ARSampler(TokenSampler):
         more_smooth: scale models: mix likely codes into smoother pictures, for display; lossy.
         num_iter: continuous models: iterations, 1 to the number of latents; None for one latent at
             a time.
-        order: continuous models: "random", another order for each image, or "raster".
+        order: continuous models: "random", another order for each image, or "raster"; a causal
+            model draws in raster order whatever stands here.
         guidance_schedule: continuous models: "linear" grows the scale from 1 as latents become
-            known, "constant" does not.
+            known, "falling" goes from the scale towards 1, "constant" keeps it.
         last_noise: continuous models: also add noise in the last denoising step, as samplers that
-            compare densities must (see `cspd`); official samplers do not.
+            compare densities must (see `cspd`); official samplers do not, but NextStep-1.1's.
         refresh: continuous models: compute all features anew every so many iterations; in between
             only those of the newest and the next latents (LazyMAR's token cache). Lossy above 1.
         reuse_guidance: continuous models, with `refresh`: in between also leave out the
             unconditional rows and reuse their distance from the conditional ones. Lossy.
+        final_head_steps: continuous models: denoising steps of the last latents; the number falls
+            evenly from the model's own as the image is drawn (DiSA). Lossy; None for all steps.
 
     Raises:
         InputError: a value out of range, or an option that the model's kind does not know.
@@ -97,6 +101,7 @@ class ARSampler(TokenSampler):
         last_noise: bool = False,
         refresh: int = 1,
         reuse_guidance: bool = False,
+        final_head_steps: int | None = None,
     ) -> None:
         self.shaping()
         if noise not in ("gumbel", "flow"):
@@ -112,12 +117,14 @@ class ARSampler(TokenSampler):
             last_noise=last_noise,
             refresh=refresh,
             reuse_guidance=reuse_guidance,
+            final_head_steps=final_head_steps,
         )
 
     @property
     def is_exact(self) -> bool:
         """Whether every token is drawn from the model's own law."""
-        return self._scale_plan.is_plain and self._plan.refresh == 1
+        plan = self._plan
+        return self._scale_plan.is_plain and plan.refresh == 1 and plan.final_head_steps is None
 
     def drafter(self, model: TokenModel) -> Drafter:
         """Nothing is drafted."""

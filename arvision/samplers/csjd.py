@@ -39,8 +39,8 @@ class CSJDSampler(BaseSampler):
         tolerance: largest difference of an entry of a latent that counts as none.
         max_tries: proposals for a rejected latent ("trajectory"), see `cspd`.
         num_iter: iterations, 1 to the number of latents; None for one latent at a time.
-        order: "random" or "raster".
-        guidance_schedule: "linear" or "constant".
+        order: "random" or "raster"; a causal model has only the latter.
+        guidance_schedule: "linear", "constant" or "falling", see `ar`.
         temperature: multiplies the noise of the chains; 0 only with "tolerance".
 
     Raises:

@@ -55,8 +55,8 @@ class CSpDSampler(BaseSampler):
         max_tries: proposals for a rejected latent; then the target's last draw stays, counted as
             `exhausted` in the statistics.
         num_iter: iterations, 1 to the number of latents; None for one latent at a time.
-        order: "random" or "raster".
-        guidance_schedule: "linear" or "constant".
+        order: "random" or "raster"; a causal model has only the latter.
+        guidance_schedule: "linear", "constant" or "falling", see `ar`.
         temperature: multiplies the noise of both chains. At 0 chains have no density: refused.
         draft_guidance_scale: guidance scale of the draft; None for the target's.
 

@@ -5,70 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..decoding.cache import KVCache
-from ..decoding.tree import check_parents, topology
+from ..decoding.transformers_cache import CacheView, TextSizes
+from ..decoding.tree import check_parents, check_path, topology
 from ..errors import InputError, StateError
 
 if TYPE_CHECKING:
     from .model import HFCausalLM
-
-
-@dataclass(frozen=True)
-class TextSizes:
-    """Sizes of a language model that its cache and its drafters need."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    num_positions: int
-
-    @classmethod
-    def of(cls, network: Any) -> TextSizes:
-        """Read from the configuration of a network."""
-        config = network.config
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        heads = text.num_attention_heads
-        return cls(
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            hidden_size=text.hidden_size,
-            num_positions=getattr(text, "max_position_embeddings", None) or 1 << 20,
-        )
-
-
-class _CacheOfTransformers(Cache):
-    """What attention layers of transformers see of our `KVCache`."""
-
-    def __init__(self, inner: KVCache) -> None:
-        super().__init__(layers=[])
-        self._inner = inner
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the candidates' keys and values; everything visible to them."""
-        expected = (self._inner.keys.shape[2], self._inner.keys.shape[4])
-        given = (key_states.shape[1], key_states.shape[3])
-        if given != expected or value_states.shape != key_states.shape:
-            raise InputError(
-                f"layer {layer_idx} caches {given[0]} heads of width {given[1]} (values "
-                f"{value_states.shape[3]}): expected {expected[0]} of width {expected[1]}, the "
-                "same in every layer"
-            )
-        return self._inner.update(layer_idx, key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed positions of the longest row."""
-        return int(self._inner.lengths.max())
 
 
 class HFState:
@@ -100,7 +48,7 @@ class HFState:
             device=weight.device,
             dtype=weight.dtype,
         )
-        self._seen = _CacheOfTransformers(self.cache)
+        self._seen = CacheView(self.cache)
         accepts = inspect.signature(self._network.forward).parameters
         name = "cache" if "cache" in accepts else "past_key_values"
         self._options: dict[str, Any] = {name: self._seen, "use_cache": True}
@@ -287,13 +235,7 @@ class HFState:
         num = self.cache.num_pending
         if num == 0 or self._is_draft:
             raise StateError("commit without candidates: call extend first")
-        places = torch.arange(kept.shape[1], device=kept.device)
-        used = places < counts[:, None]
-        before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
-        index = kept.clamp(0, num - 1)
-        parent = index - 1 if self._parents is None else self._parents[index]
-        if bool((used & ((parent != before) | (kept != index))).any()):
-            raise StateError("kept is not a path: each kept candidate must follow its parent")
+        check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(kept, counts)
         self.lengths = self.lengths + counts
 

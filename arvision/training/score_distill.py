@@ -23,7 +23,7 @@ from ..contracts import ScaleModel
 from ..decoding.logits import Shaping
 from ..decoding.student import nearest_code
 from ..decoding.teacher_forcing import teacher_forced
-from ..models.mar.head import HeadNetwork
+from ..models.latent_head import HeadNetwork
 from .loop import Objective
 from .pairs import pair_noise
 

@@ -1,21 +1,14 @@
 """`arvision doctor` as a user runs it."""
 
 import json
-import subprocess
-import sys
 
 import torch
 
 from arvision.kernels.dispatch import OPS
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "arvision.cli", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_every_operation_and_version_is_told():
-    done = run("--device", "cpu", "--json")
+def test_every_operation_and_version_is_told(cli):
+    done = cli("doctor", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert set(told["operations"]) == {*OPS, "linear"}
@@ -26,8 +19,8 @@ def test_every_operation_and_version_is_told():
     assert told["devices"][0]["device"] == "cpu"
 
 
-def test_a_device_that_is_not_here():
-    done = run("--device", "cuda:99")
+def test_a_device_that_is_not_here(cli):
+    done = cli("doctor", "--device", "cuda:99")
     assert done.returncode == 2
     assert done.stderr.strip().startswith("arvision: device 'cuda:99': expected one of cpu")
     assert len(done.stderr.splitlines()) == 1

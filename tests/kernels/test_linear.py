@@ -1,12 +1,22 @@
 """The packed linear layer computes what `torch.nn.Linear` computes, and follows its weight."""
 
 import copy
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from arvision.kernels.linear import Linear, packed, packing_pays, runs_packed
+from arvision.cli.doctor import examine
+from arvision.kernels.linear import (
+    Linear,
+    packed,
+    packed_operators,
+    packing_pays,
+    runs_packed,
+)
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["packed", "plain"])
@@ -79,3 +89,51 @@ def test_packs_where_mkl_is_slow(monkeypatch, vendor, capability, pays):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert packing_pays.__wrapped__() == pays
+
+
+BUILDS = {
+    "no oneDNN": SimpleNamespace(),
+    "another operator": SimpleNamespace(
+        _reorder_linear_weight=SimpleNamespace(default=lambda weight, _: weight),
+        _linear_pointwise=SimpleNamespace(default=lambda x, w, b, *_: F.linear(x, w)),
+    ),
+    "another signature": SimpleNamespace(
+        _reorder_linear_weight=SimpleNamespace(default=lambda weight: weight),
+        _linear_pointwise=SimpleNamespace(default=F.linear),
+    ),
+}
+
+
+@pytest.fixture(params=BUILDS)
+def other_build(request, monkeypatch):
+    """A build of PyTorch whose private operators are missing or differ."""
+    monkeypatch.setattr(torch.ops, "mkldnn", BUILDS[request.param])
+    packed_operators.cache_clear()
+    yield
+    packed_operators.cache_clear()
+
+
+@torch.no_grad()
+def test_a_build_without_the_packed_product_falls_back(other_build):
+    layer, x = Linear(8, 8), torch.randn(16, 8)
+    assert packed_operators() is None
+    assert not runs_packed(x, layer.weight)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    told = examine("cpu")["operations"]["linear"]
+    assert told["implementation"] == "torch"
+    assert told["reason"] == "this build of PyTorch lacks oneDNN's packed product"
+
+
+def test_doctor_tells_which_product_runs(everywhere, monkeypatch):
+    monkeypatch.setattr("arvision.kernels.linear.packing_pays", packed.packing_pays)
+    told = examine("cpu")["operations"]["linear"]
+    assert told["implementation"] == ("onednn" if everywhere else "torch")
+
+
+def test_the_package_imports_on_such_a_build():
+    code = (
+        "import torch, types; torch.ops.mkldnn = types.SimpleNamespace(); import arvision.models; "
+        "print(arvision.models.LlamaGen.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "LlamaGen", done.stderr

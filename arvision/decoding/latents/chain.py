@@ -20,7 +20,10 @@ Guidance = Tensor | float
 
 
 class LatentLaw(Protocol):
-    """p(latent | z) of M latents, drawn by a chain of `num_steps` Gaussian steps."""
+    """p(latent | z) of M latents, drawn by a chain of `num_steps` Gaussian steps.
+
+    A law may say `ends_noisy`: its last step has noise in the official sampler, too.
+    """
 
     num_steps: int
     latent_dim: int
@@ -38,7 +41,10 @@ class LatentLaw(Protocol):
 
 
 class LatentHead(Protocol):
-    """Turns conditions into laws of latents; the head of a continuous model."""
+    """Turns conditions into laws of latents; the head of a continuous model.
+
+    A head may offer `with_steps(num_steps)`, the same head with longer or shorter chains.
+    """
 
     num_steps: int
     latent_dim: int
@@ -94,9 +100,10 @@ def draw_chain(
         law: of M latents.
         noise: [K + 1, M, D]; row 0 is the start, the others belong to the steps.
         temperature: multiplies the noise of the steps, not the start; 0 leaves the means.
-        last_noise: also add noise in the last step, which official samplers do not do. With it the
-            chain has a density, which comparing two laws needs.
+        last_noise: also add noise in the last step, which most official samplers do not do (see
+            `LatentLaw`). With it the chain has a density, which comparing two laws needs.
     """
+    last_noise = last_noise or getattr(law, "ends_noisy", False)
     x, *kicks = noise.unbind(0)
     states, means, scales = [x], [], []
     half, temper = x.new_tensor(0.5), x.new_tensor(temperature)
@@ -184,7 +191,7 @@ def iteration_ends(num_tokens: int, num_iter: int) -> list[int]:
     return [*ends, num_tokens]
 
 
-GUIDANCE_SCHEDULES = ("linear", "constant")
+GUIDANCE_SCHEDULES = ("linear", "constant", "falling")
 
 
 def guidance_scales(ends: list[int], scale: float, schedule: str) -> list[float]:
@@ -192,6 +199,7 @@ def guidance_scales(ends: list[int], scale: float, schedule: str) -> list[float]
 
     "linear" grows from 1 with the share of latents drawn after the iteration; as in the official
     code one latent counts as masked to the end, so that it stops at 1 + (scale - 1) (N - 1) / N.
+    "falling" goes from the full scale towards 1 with the share of latents drawn before.
 
     Args:
         ends: see `iteration_ends`.
@@ -201,4 +209,6 @@ def guidance_scales(ends: list[int], scale: float, schedule: str) -> list[float]
     num = ends[-1]
     if schedule == "constant":
         return [scale] * len(ends)
+    if schedule == "falling":
+        return [1 + (scale - 1) * (num - start) / num for start in [0, *ends[:-1]]]
     return [1 + (scale - 1) * min(end, num - 1) / num for end in ends]

@@ -50,11 +50,11 @@ def iterate_latents(
         InputError: see `LatentPlan.ends`; a window above the number of latents; a latent that is
             NaN or infinite.
     """
-    ends = plan.ends(model.num_tokens)
+    ends = plan.ends(model)
     if window > model.num_tokens:
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
     run.begin(getattr(model, "device", "cpu"), model.head.latent_dim)
-    order = plan.orders(run.noise, model.num_tokens)
+    order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     scales = plan.scales(ends, run.guidance_scale)
     return _Iteration(

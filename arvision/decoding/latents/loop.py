@@ -14,6 +14,7 @@ from ..noise import Noise
 from ..run import Run
 from .chain import (
     GUIDANCE_SCHEDULES,
+    LatentHead,
     chain_noise,
     draw_chain,
     guidance_scales,
@@ -29,12 +30,15 @@ class LatentPlan:
 
     Attributes:
         num_iter: iterations, from 1 to the number of latents; None for one latent at a time.
-        order: "random", another one for each image, or "raster", row by row.
-        guidance_schedule: "linear" or "constant", see `guidance_scales`.
+        order: "random", another one for each image, or "raster", row by row. Causal models have only
+            the latter.
+        guidance_schedule: "linear", "constant" or "falling", see `guidance_scales`.
         temperature: multiplies the noise of the chains; 0 leaves their means.
         last_noise: also add noise in the last step of a chain.
         refresh: passes until everything is computed anew; in between the model reuses features.
         reuse_guidance: in between also reuse the distance of the unconditional condition.
+        final_head_steps: steps of the last iteration's chains; their number falls evenly with the
+            latents drawn. None for all steps throughout.
 
     Raises:
         InputError: a value out of range.
@@ -47,11 +51,14 @@ class LatentPlan:
     last_noise: bool = False
     refresh: int = 1
     reuse_guidance: bool = False
+    final_head_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_iter is not None:
             check_count("num_iter", self.num_iter)
         check_count("refresh", self.refresh)
+        if self.final_head_steps is not None:
+            check_count("final_head_steps", self.final_head_steps)
         if self.order not in ORDERS:
             raise unknown_name("order", self.order, ORDERS)
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
@@ -59,25 +66,52 @@ class LatentPlan:
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature {self.temperature}: expected a number >= 0")
 
-    def ends(self, num_tokens: int) -> list[int]:
+    def ends(self, model: ContinuousModel) -> list[int]:
         """Latents drawn after each iteration.
 
         Raises:
-            InputError: more iterations than latents.
+            InputError: more iterations than latents, or fewer with a causal model.
         """
+        num_tokens = model.num_tokens
         num_iter = num_tokens if self.num_iter is None else self.num_iter
         if num_iter > num_tokens:
             raise InputError(f"num_iter {num_iter}: expected 1 to {num_tokens}, the latents")
+        if num_iter < num_tokens and getattr(model, "is_causal", False):
+            raise InputError(
+                f"num_iter {num_iter}: a causal model draws one latent after another, expected None"
+            )
         return iteration_ends(num_tokens, num_iter)
+
+    def heads(self, head: LatentHead, ends: Sequence[int]) -> list[LatentHead]:
+        """The head of each iteration, with fewer steps the more latents are drawn before it.
+
+        Raises:
+            InputError: more final steps than steps, or a head that cannot change them.
+
+        Paper: Zhao et al., "DiSA: Diffusion Step Annealing in Autoregressive Image Generation",
+        2025 (the linear schedule).
+        """
+        final, most = self.final_head_steps, head.num_steps
+        if final is None:
+            return [head] * len(ends)
+        with_steps = getattr(head, "with_steps", None)
+        if with_steps is None or final > most:
+            known = f"1 to {most}" if with_steps else f"None, this head always makes {most} steps"
+            raise InputError(f"final_head_steps {final}: expected {known}")
+        starts = [0, *ends[:-1]]
+        last = max(1, starts[-1])
+        counts = [round(most + (final - most) * start / last) for start in starts]
+        made = {count: with_steps(count) for count in set(counts)}
+        return [made[count] for count in counts]
 
     def scales(self, ends: Sequence[int], guidance_scale: float) -> list[float]:
         """Guidance scale of each iteration."""
         return guidance_scales(list(ends), guidance_scale, self.guidance_schedule)
 
-    def orders(self, noise: Noise, num_tokens: int) -> Tensor:
+    def orders(self, noise: Noise, model: ContinuousModel) -> Tensor:
         """Positions [B, N] in the order of drawing, a function of each image's identity."""
-        every = torch.arange(num_tokens, device=noise.device).expand(len(noise), -1)
-        if self.order == "raster":
+        every = torch.arange(model.num_tokens, device=noise.device).expand(len(noise), -1)
+        if self.order == "raster" or getattr(model, "is_causal", False):
             return every
         return noise.uniform(every, "order").argsort(1)
 
@@ -105,29 +139,31 @@ def decode_latents(
     Raises:
         InputError: more iterations than latents, or a latent that is NaN or infinite.
     """
-    ends = plan.ends(model.num_tokens)
-    scales = plan.scales(ends, run.guidance_scale)
+    ends = plan.ends(model)
+    scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
     run.begin(getattr(model, "device", "cpu"), model.head.latent_dim)
-    order = plan.orders(run.noise, model.num_tokens)
+    order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     if plan.refresh > 1:
         if not isinstance(state, KeepsFeatures):
             raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
         state.keep_features(plan.refresh, plan.reuse_guidance)
     images = torch.arange(run.batch, device=order.device)[:, None]
-    for start, end, scale in zip([0, *ends[:-1]], ends, scales, strict=True):
+    head_steps = 0
+    for start, end, scale, head in zip([0, *ends[:-1]], ends, scales, heads, strict=True):
         positions = order[:, start:end]
         z = state.condition(end - start)
         run.next_pass()
-        numbers = chain_noise(run.noise, positions, model.head, "latent").to(z)
-        law = model.head.law(z.flatten(0, 1), scale)
+        numbers = chain_noise(run.noise, positions, head, "latent").to(z)
+        law = head.law(z.flatten(0, 1), scale)
         path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
         drawn = path.latents.view(*positions.shape, -1)
         run.watch(drawn)
         run.record(images, positions, drawn)
         run.check()
         state.feed(drawn)
+        head_steps += head.num_steps
         run.report(torch.full_like(run.lengths, end - start))
         if run.stopped:
             break
-    return run.samples(head_steps=run.num_passes * model.head.num_steps)
+    return run.samples(head_steps=head_steps)

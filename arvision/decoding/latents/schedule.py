@@ -59,7 +59,7 @@ class Schedule:
                 f"num_sampling_steps {num_steps}, noisiest {noisiest}: expected 2 to noisiest + 1 steps "
                 f"of {num_train_steps}"
             )
-        self.num_steps = num_steps
+        self.num_steps, self.noisiest = num_steps, noisiest
         stride = noisiest / (num_steps - 1)
         steps = torch.arange(num_steps, dtype=torch.float64) * stride
         self.timesteps = steps.round().long()

@@ -99,13 +99,13 @@ def speculate_latents(
     """
     if draft is not None:
         check_pair(draft, model)
-    ends = plan.ends(model.num_tokens)
+    ends = plan.ends(model)
     if how.max_draft > model.num_tokens:
         raise InputError(
             f"max_draft {how.max_draft}: expected 1 to {model.num_tokens}, the latents"
         )
     run.begin(getattr(model, "device", "cpu"), model.head.latent_dim)
-    order = plan.orders(run.noise, model.num_tokens)
+    order = plan.orders(run.noise, model)
     own_scale = run.guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(
         target=model.head,

@@ -8,6 +8,6 @@ all matrices of a pass take it 856 us against 1254 at 8 rows, 1257 against 1283 
 1889 at 32 (one thread of a Xeon). The operators are those that TorchInductor emits for frozen graphs.
 """
 
-from .packed import Linear, packed_linear, packing_pays, runs_packed
+from .packed import Linear, packed_linear, packed_operators, packing_pays, runs_packed
 
-__all__ = ["Linear", "packed_linear", "packing_pays", "runs_packed"]
+__all__ = ["Linear", "packed_linear", "packed_operators", "packing_pays", "runs_packed"]

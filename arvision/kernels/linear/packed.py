@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,26 @@ MIN_ROWS = 4
 MAX_WEIGHT = 1 << 22
 """Elements of the largest weight that is packed: a packed copy doubles its memory."""
 
-_product: Any = torch.ops.mkldnn._linear_pointwise.default
 _PACKED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
+
+
+@cache
+def packed_operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """oneDNN's private operators, one that packs a weight and one that multiplies with it.
+
+    None where this build of PyTorch lacks either (some have no oneDNN at all) or they compute
+    something else than `torch.nn.functional.linear` for a small product.
+    """
+    try:
+        pack: Any = torch.ops.mkldnn._reorder_linear_weight.default
+        product: Any = torch.ops.mkldnn._linear_pointwise.default
+        line = torch.linspace(-1, 1, 32, dtype=torch.float32, device="cpu")
+        x, weight, bias = line.view(4, 8), line[:24].view(3, 8).clone(), line[:3].clone()
+        found = product(x, pack(weight, None), bias, "none", [], "")
+        is_right = torch.allclose(found, F.linear(x, weight, bias), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None
+    return (pack, product) if is_right else None
 
 
 @cache
@@ -38,7 +57,8 @@ def packing_pays() -> bool:
 def runs_packed(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of `x` [..., C] with `weight` [D, C] takes the packed path.
 
-    It does at inference, in float32 on a CPU, with at least `MIN_ROWS` rows, where `packing_pays`.
+    It does at inference, in float32 on a CPU, with at least `MIN_ROWS` rows, where `packing_pays`
+    and this build has the `packed_operators`.
     """
     return (
         not torch.is_grad_enabled()
@@ -49,11 +69,14 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
         and not weight.is_inference()
         and not torch.is_autocast_enabled("cpu")
         and packing_pays()
+        and packed_operators() is not None
     )
 
 
 def packed_linear(x: Tensor, owner: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x` [..., C] times `weight` [D, C] transposed, plus `bias` [D], with the weight packed once.
+
+    For builds that have the `packed_operators`, see `runs_packed`.
 
     Args:
         x: float32 on a CPU.
@@ -62,12 +85,15 @@ def packed_linear(x: Tensor, owner: nn.Module, weight: Tensor, bias: Tensor | No
         weight: float32.
         bias: or None.
     """
+    operators = packed_operators()
+    assert operators is not None
+    pack, product = operators
     version = (weight.data_ptr(), weight._version)
     kept = _PACKED.get(owner)
     if kept is None or kept[0] != version:
-        kept = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
+        kept = (version, pack(weight.detach(), None))
         _PACKED[owner] = kept
-    return _product(x, kept[1], bias, "none", [], "")
+    return product(x, kept[1], bias, "none", [], "")
 
 
 class Linear(nn.Linear):

@@ -42,7 +42,7 @@ class MARAutoencoder(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)
-        self.encoder = Encoder(*sizes, 2 * latent_dim, AttentionBlock)
+        self.encoder = Encoder(*sizes, 2 * latent_dim, AttentionBlock, AttentionBlock)
         self.decoder = Decoder(*sizes, latent_dim, AttentionBlock, None)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)

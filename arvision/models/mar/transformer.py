@@ -15,8 +15,8 @@ from ...checkpoint import load_strictly, read_state_dict
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ..latent_head import HeadHolder
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
-from .head import DiffusionHead
 from .layers import NORM_EPS, Block, KeptKeys
 
 
@@ -90,7 +90,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
         self.decoder_blocks = nn.ModuleList(Block(width, num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.num_tokens, width))
-        self.diffloss = DiffusionHead(latent_dim, width, head_width, head_depth)
+        self.diffloss = HeadHolder(latent_dim, width, head_width, head_depth)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> MARTransformer:

@@ -66,7 +66,7 @@ class VARTokenizer(ModelMixin, ConfigMixin):
             raise InputError(f"ch {ch}: expected a multiple of 32 (group normalisation)")
         scales = check_scales(patch_nums)
         shape, attention = (ch, ch_mult, num_res_blocks, z_channels), FusedAttentionBlock
-        self.encoder = Encoder(*shape, attention)
+        self.encoder = Encoder(*shape, attention, attention)
         self.decoder = Decoder(*shape, attention, attention)
         self.quantize = MultiScaleQuantizer(codebook_size, z_channels, scales, num_shared)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)

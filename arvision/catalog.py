@@ -1,0 +1,110 @@
+"""What there is: the embedded models and the samplers, told without loading a library."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .folders import ASSETS, embedded_models, find_model
+
+SAMPLERS_FOLDER = Path(__file__).parent / "samplers"
+
+
+class Listed(str):
+    """A name in a list, with facts about it as attributes."""
+
+    facts: dict[str, Any]
+
+    def __new__(cls, name: str, **facts: Any) -> Listed:
+        """A string that carries facts."""
+        listed = super().__new__(cls, name)
+        listed.facts = facts
+        return listed
+
+    def __getattr__(self, name: str) -> Any:
+        facts = self.__dict__.get("facts", {})
+        if name in facts:
+            return facts[name]
+        raise AttributeError(f"{self!s} has no fact {name!r}")
+
+
+def list_models() -> list[Listed]:
+    """Names of the embedded models, each with `.kind`, `.conditions` and `.summary`."""
+    models = []
+    for name in embedded_models():
+        card = json.loads((ASSETS / name / "card.json").read_text())
+        card.pop("shared", None)
+        models.append(Listed(name, **card))
+    return models
+
+
+def list_samplers(model: Any = None) -> list[Listed]:
+    """Names of the samplers, each with `.lossless` (of its default configuration), `.drives` and
+    `.summary`.
+
+    Args:
+        model: only samplers that drive this model (a name, folder or pipeline).
+
+    Raises:
+        InputError: an unknown model.
+        CheckpointError: a folder that holds no pipeline.
+    """
+    kind = None if model is None else _kind(model)
+    return [each for each in _samplers() if kind is None or kind in each.facts["drives"]]
+
+
+def _samplers() -> list[Listed]:
+    """From the registry where it is loaded or packages outside add to it, else from the source."""
+    registry = f"{__package__}.samplers"
+    if registry not in sys.modules and not entry_points(group=registry):
+        return list(_written_samplers())
+    from .samplers import SAMPLERS
+
+    return [_sampler(entry.name, entry.value.__doc__, **entry.facts) for entry in SAMPLERS]
+
+
+def _sampler(name: str, docstring: str | None, *, exact: bool, drives: str) -> Listed:
+    summary = (docstring or "").strip().splitlines()[0]
+    return Listed(name, lossless=exact, drives=drives, summary=summary)
+
+
+def _written_samplers() -> Iterator[Listed]:
+    """What the decorators `@register(name, exact=..., drives=...)` of our own samplers say."""
+    for path in sorted(SAMPLERS_FOLDER.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "register":
+                    (name,) = map(ast.literal_eval, mark.args)
+                    facts = {str(k.arg): ast.literal_eval(k.value) for k in mark.keywords}
+                    yield _sampler(name, ast.get_docstring(node), **facts)
+
+
+def _kind(model: Any) -> str:
+    """Kind of a model, from its card or the name of its network."""
+    if not isinstance(model, (str, Path)):
+        return model.kind
+    for listed in list_models():
+        if listed == str(model):
+            return listed.facts["kind"]
+    place = find_model(model)
+    try:
+        if isinstance(place, str):
+            from huggingface_hub import hf_hub_download
+
+            index = Path(hf_hub_download(place, "model_index.json"))
+        else:
+            index = place / "model_index.json"
+        _, network = json.loads(index.read_text())["transformer"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{model}: no pipeline with a transformer ({error})") from error
+    from .models import FAMILIES
+
+    return FAMILIES.entry(network).facts["kind"]
