@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import (
         ArvisionError,
         CheckpointError,
+        DiskError,
         InputError,
         MissingDependencyError,
         StateError,
@@ -41,6 +42,7 @@ __all__ = [
     "ARPipeline",
     "ArvisionError",
     "CheckpointError",
+    "DiskError",
     "InputError",
     "MissingDependencyError",
     "SampleOutput",

@@ -19,6 +19,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from .card import megabytes, settings_in_words, write_card
 from .contracts import Stats
 from .errors import CheckpointError, InputError
 from .folders import ASSETS, find_model, parse_device, parse_dtype
@@ -114,6 +115,18 @@ class ARPipeline(DiffusionPipeline):
             class_names=getattr(model, "class_names", None) or None,
             **config,
         )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a folder as every diffusers pipeline does, with a model card where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not (Path(save_directory) / "README.md").exists():
+            family = type(self.transformer).__name__.removesuffix("Transformer")
+            facts = {
+                "Size": f"{megabytes(save_directory)}.",
+                "Recommended settings": f"{settings_in_words(self.config)}.",
+            }
+            description = f'A {family} pipeline: `arvision.load("path/of/this/folder")`.'
+            write_card(save_directory, description, facts, tags=("autoregressive",))
 
     @property
     def model(self) -> Any:

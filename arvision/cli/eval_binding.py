@@ -36,6 +36,7 @@ def draw_samples(
     from ..eval.generate import GenerateConfig
     from ..eval.generate import generate as run
     from ..eval.protocols import get_pixels, get_protocol
+    from ..samplers.base import join_options, parse_sampler
 
     chosen, preset = get_protocol(protocol), get_pixels(pixels)
     captions, digest = read_captions(prompts, per_prompt)
@@ -45,6 +46,8 @@ def draw_samples(
     count = num if num is not None else len(captions) if captions else chosen.num
     if captions is not None and not 2 <= count <= len(captions):
         raise InputError(f"num is {count}: expected 2 to {len(captions)}, the number of captions")
+    sampler, own = parse_sampler(sampler)
+    options = join_options(sampler, own, dict(options))
     pipe = load(model, device=local_device(), dtype=dtype)
     settings = {name: pipe.config[name] for name in SETTINGS} | options
     config = GenerateConfig(

@@ -30,7 +30,7 @@ class Drafter(Protocol):
         """A new batch of images begins."""
         ...
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """Drafts for the positions after the known ones: a chain or a tree of at most `num`.
 
         Where a row has fewer than others there is -1.
@@ -39,7 +39,7 @@ class Drafter(Protocol):
             tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
             lengths: [B].
             num: drafts wanted.
-            tries: number of the round.
+            round_number: of this round; the prefill is 0.
         """
         ...
 
@@ -67,7 +67,7 @@ class NoDrafter:
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Nothing to prepare."""
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """No drafts, [B, 0]."""
         return TokenTree(tokens[:, :0])
 
