@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
         StateError,
     )
+    from .models import Prompt
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -45,6 +46,7 @@ __all__ = [
     "DiskError",
     "InputError",
     "MissingDependencyError",
+    "Prompt",
     "SampleOutput",
     "StateError",
     "TextOutput",

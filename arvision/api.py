@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .contracts import Schedule
 from .errors import InputError
 from .folders import parse_device, parse_dtype
 from .pipeline import ARPipeline, SampleOutput, open_cached, open_pipeline
@@ -41,8 +42,8 @@ def sample(
     *,
     num_images: int = 1,
     seed: Any = 0,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     device: str | torch.device | None = None,
@@ -55,14 +56,16 @@ def sample(
 
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
-        prompt: a class id, class name or caption, or a list of them.
+        prompt: a class id, class name or caption, or a list of them; for models that take text also
+            `arvision.Prompt(caption, negative=...)`.
         sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
             sampler object; None for the model's own kind of
             sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
-        guidance_scale: weight of the condition; None for the model's recommendation, as below.
-        temperature: divides the logits; 0 is greedy.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
+            models also take a list, one number for each scale.
+        temperature: divides the logits; 0 is greedy; scale models also take a list.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         device: for a model given by name; None for an accelerator where there is one.

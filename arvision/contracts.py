@@ -25,15 +25,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 Conditions = Sequence[Any]
-"""One entry per image: a class id, a class name or caption, `None`, or caption features [T, C]."""
+"""One entry per image: a class id, a class name or caption, `None`, caption features [T, C], or a
+`Prompt` of captions or features."""
 
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
+
+Schedule: TypeAlias = "float | Sequence[float]"
+"""A number for all scales of a scale model, or one for each of them, coarse to fine."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
@@ -56,7 +60,8 @@ class Samples:
     """What a sampler returns.
 
     Attributes:
-        tokens: [B, N] int64 (token and scale models) or [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] of 0 and 1 where tokens are bits) or
+            [B, N, D] float (continuous models).
         stats: see `arvision.pipeline.SampleOutput`.
         embeddings: [B, N, D] vectors that are decoded in the place of the tokens' codes, where a
             sampler leaves the codebook; None where the tokens say it all.
@@ -185,7 +190,7 @@ class ScaleState(Protocol):
     """
 
     def next(self) -> Tensor:
-        """Guided logits [B, n, V] of the tokens of the next scale, raster order."""
+        """Guided logits [B, n, V] of the tokens of the next scale, raster order; see `num_bits`."""
         ...
 
     def feed(self, tokens: Tensor) -> None:
@@ -198,7 +203,11 @@ class Prunes(Protocol):
     """A scale state that can leave tokens out."""
 
     def next_pruned(self, share: float) -> Tensor:
-        """`ScaleState.next` with a share of the tokens interpolated instead of computed."""
+        """`ScaleState.next` with a share of the tokens restored in every layer, not computed."""
+        ...
+
+    def next_reference(self) -> Tensor:
+        """`ScaleState.next`, and keep what pruned tokens of later scales are restored from."""
         ...
 
 
@@ -213,18 +222,29 @@ class CountsComputed(Protocol):
 class ScaleModel(Protocol):
     """A model that draws all tokens of one resolution at a time.
 
-    `codebook` [V, D] are the vectors behind the tokens.
+    A model may have `codebook` [V, D], the vectors behind the tokens; or `num_bits`, d: its tokens
+    are d bits each, independent given the coarser scales. `vocab_size` is then 2, logits are
+    [B, n, d, 2], and tokens are [B, n, d] of 0 and 1 wherever a contract says [B, n].
     """
 
     vocab_size: int
-    num_tokens: int
-    scales: tuple[int, ...]
-    """Side lengths, growing; scale k has `scales[k] ** 2` tokens."""
 
-    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> ScaleState:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, over all scales."""
+        ...
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """Sizes of the scales, growing: sides of square maps, or pairs (height, width)."""
+        ...
+
+    def start(self, conditions: Conditions, guidance_scale: Any = 1.0) -> ScaleState:
         """A state in which nothing is drawn.
 
-        Guidance grows linearly from 1 at the first scale to `guidance_scale` at the last.
+        `guidance_scale` is a number, whose meaning at each scale is the family's (VAR grows it
+        linearly from 1 at the first scale, Infinity takes it everywhere), or a list with the weight
+        of each scale.
         """
         ...
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
-from .contracts import Stats
+from .contracts import Schedule, Stats
 from .errors import CheckpointError, InputError
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import expand_prompts, resolve_seeds
@@ -37,7 +37,8 @@ class SampleOutput(BaseOutput):
     Attributes:
         images: PIL images, or [B, H, W, 3] float array ("np") or [B, 3, H, W] float tensor ("pt")
             in [0, 1], or the tokens ("latent").
-        tokens: [B, N] int64 (token and scale models), [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] where tokens are bits), [B, N, D]
+            float (continuous models).
         stats: a dict that can also be read by attribute: `forward_passes` (model calls on image
             tokens; prefill not counted), `tokens` (per image), `tokens_per_pass`, `seconds` (whole
             call), `seconds_per_image`, `seeds`, and what the sampler adds.
@@ -61,8 +62,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: of a text-conditional model.
         text_tokenizer: of the text encoder.
         class_names: names of the classes, in the order of their ids.
-        guidance_scale: recommended guidance scale.
-        temperature: recommended temperature.
+        guidance_scale: recommended guidance scale; scale models also take a list, one for each scale.
+        temperature: recommended temperature, likewise.
         top_k: recommended top-k, 0 for all.
         top_p: recommended top-p.
         num_threads: CPU threads at which the model measures fastest; None leaves torch's setting.
@@ -84,8 +85,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: Any = None,
         text_tokenizer: Any = None,
         class_names: Sequence[str] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: Schedule = 1.0,
+        temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         num_threads: int | None = None,
@@ -191,8 +192,8 @@ class ARPipeline(DiffusionPipeline):
         prompt: Any,
         *,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
+        guidance_scale: Schedule | None = None,
+        temperature: Schedule | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -205,9 +206,11 @@ class ARPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            prompt: a class id, class name or caption (or caption features [T, C]), or a list.
+            prompt: a class id, class name or caption (or caption features [T, C], or a `Prompt` with a
+                negative), or a list.
             num_images_per_prompt: images of each prompt.
-            guidance_scale: null + scale * (cond - null); None for the model's recommendation.
+            guidance_scale: null + scale * (cond - null); None for the model's recommendation; scale
+                models also take a list, one for each scale.
             temperature: None for the sampler's own value.
             top_k: likewise.
             top_p: likewise.

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from ..contracts import Schedule
 from ..errors import InputError
 from ..kernels.sampling import Shaping, guide
 
-__all__ = ["Shaping", "check_guidance_scale", "guide"]
+__all__ = ["Shaping", "check_guidance_scale", "guide", "per_scale"]
 
 
-def check_guidance_scale(scale: float) -> None:
+def check_guidance_scale(scale: Any) -> None:
     """Refuse a guidance scale below 0, or one that is not a finite number.
 
     Raises:
         InputError: see above.
     """
+    if isinstance(scale, (str, Sequence)):
+        raise InputError(
+            f"guidance_scale {scale!r}: expected a number >= 0; only scale models take a list, one "
+            "number for each scale"
+        )
     if not 0 <= scale < float("inf"):
         raise InputError(f"guidance_scale {scale}: expected a number >= 0")
+
+
+def per_scale(name: str, value: Schedule, num_scales: int) -> list[float]:
+    """One number >= 0 for each scale.
+
+    Args:
+        name: of the option, for messages.
+        value: a number for all scales, or a list.
+        num_scales: of the model.
+
+    Raises:
+        InputError: a list of another length, or an entry that is no number >= 0.
+    """
+    listed: list[float] = list(value) if isinstance(value, Sequence) else [value] * num_scales
+    if len(listed) != num_scales:
+        raise InputError(
+            f"{name} of {len(listed)} numbers: expected one number, or {num_scales}, one for each "
+            "scale"
+        )
+    for entry in listed:
+        if not isinstance(entry, (int, float)) or not 0 <= entry < float("inf"):
+            raise InputError(f"{name} {entry!r}: expected a number >= 0")
+    return listed

@@ -5,6 +5,7 @@ Every loop keeps its books here: the token loop, several rows at once, scales, l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from ..contracts import Samples, Seeds, Stats, StepCallback
 from ..errors import InputError
-from .logits import check_guidance_scale
 from .noise import Noise
 
 
@@ -27,11 +27,11 @@ class Run:
         num_tokens: N, tokens (or latents) of an image.
         seeds: one per image, an integer or a pair (seed, image).
         on_step: see `arvision.contracts.StepCallback`.
-        guidance_scale: weight of the condition.
+        guidance_scale: weight of the condition, for the models.
 
     Attributes:
         noise: of the B images.
-        tokens: [B, N] int64, or [B, N, D] for latents; 0 where nothing is final yet.
+        tokens: [B, N] int64, [B, N, d] for bits, or [B, N, D] for latents; 0 where nothing is final yet.
         commit_pass: [B, N] int64, the pass that made a token final; 0 for the prefill.
         lengths: [B] int64, final tokens of each image.
         passes: [B] int64, passes that an image took part in.
@@ -39,7 +39,7 @@ class Run:
         stopped: whether `on_step` asked for the end.
 
     Raises:
-        InputError: another number of seeds than of images, or a guidance scale that is none.
+        InputError: another number of seeds than of images.
     """
 
     noise: Noise
@@ -55,31 +55,33 @@ class Run:
         seeds: Seeds,
         on_step: StepCallback | None = None,
         *,
-        guidance_scale: float = 1.0,
+        guidance_scale: Any = 1.0,
     ) -> None:
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} conditions: expected one each")
-        check_guidance_scale(guidance_scale)
         self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
         self.guidance_scale, self._on_step = guidance_scale, on_step
         self.num_passes, self.stopped = 0, False
 
-    def begin(self, device: torch.device | str, latent_dim: int | None = None) -> None:
+    def begin(
+        self,
+        device: torch.device | str,
+        entry: Sequence[int] = (),
+        dtype: torch.dtype = torch.int64,
+    ) -> None:
         """Open the books on a device.
 
         Args:
             device: of all tensors.
-            latent_dim: D where tokens are vectors.
+            entry: shape of one token: () for a code, (d,) for bits, (D,) for a latent.
+            dtype: of the tokens.
         """
         self.noise = Noise(self.seeds, device)
         shape = (self.batch, self.num_tokens)
         self.commit_pass = torch.zeros(shape, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(self.batch, dtype=torch.int64, device=device)
         self.passes = torch.zeros_like(self.lengths)
-        if latent_dim is None:
-            self.tokens = torch.zeros_like(self.commit_pass)
-        else:
-            self.tokens = torch.zeros(*shape, latent_dim, device=device)
+        self.tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def next_pass(self, images: Tensor | None = None) -> None:

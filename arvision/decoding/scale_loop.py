@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,11 @@ from .run import Run
 from .verify import gumbel_draw
 
 Pick = Callable[[Tensor, Tensor, Noise], Tensor]
-"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]."""
+"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]; of
+bits [B, n, d, 2] to [B, n, d]."""
+
+Shape = Callable[[Tensor], Tensor]
+"""Guided logits to log-probabilities, same shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class ScalePlan:
     """How the scales are drawn where that is not one plain pass per scale.
 
     Attributes:
-        prune: share of the tokens of the last scales that is interpolated instead of computed.
+        prune: share of the tokens of the last scales that each layer restores from the last whole
+            scale instead of computing them.
         prune_scales: number of last scales that are pruned.
         more_smooth: mix the codes of likely tokens into each position instead of taking one.
 
@@ -48,7 +53,14 @@ class ScalePlan:
 
     def share(self, scale: int, num_scales: int) -> float:
         """Share of the tokens of a scale that is pruned; never of the first."""
-        return self.prune if max(1, num_scales - self.prune_scales) <= scale else 0.0
+        return self.prune if self._first(num_scales) <= scale else 0.0
+
+    def is_reference(self, scale: int, num_scales: int) -> bool:
+        """Whether pruned tokens are restored from this scale, the last one computed as a whole."""
+        return self.prune > 0 and scale == self._first(num_scales) - 1
+
+    def _first(self, num_scales: int) -> int:
+        return max(1, num_scales - self.prune_scales)
 
 
 PLAIN = ScalePlan()
@@ -60,7 +72,7 @@ def decode_scales(
     conditions: Conditions,
     run: Run,
     *,
-    shape: Callable[[Tensor], Tensor],
+    shape: Shape | Sequence[Shape],
     pick: Pick = gumbel_draw,
     plan: ScalePlan = PLAIN,
     draft: ScaleModel | None = None,
@@ -73,14 +85,14 @@ def decode_scales(
         conditions: one per image.
         run: the ledger; the noise of a token is a function of its image's seed and of its place
             among the tokens of all scales. Tokens that are not drawn stay 0.
-        shape: guided logits to log-probabilities.
+        shape: guided logits to log-probabilities, for all scales or one for each.
         pick: from laws and noise to tokens; an exact draw by default.
         plan: see `ScalePlan`.
         draft: draws the first scales in place of the model.
         draft_scales: how many.
 
     Returns:
-        Tokens [B, N]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
+        Tokens [B, N], of bits [B, N, d]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
         The statistics of `Run.stats` (passes of both models); `draft_passes` with a draft;
         `computed_tokens` (per image, that went through a network) where a state counts them.
 
@@ -88,6 +100,7 @@ def decode_scales(
         InputError: a plan beyond the model, or a law made of NaN or infinity.
     """
     num_scales = len(model.scales)
+    shapes = list(shape) if isinstance(shape, Sequence) else [shape] * num_scales
     states: list[Any] = []
     vectors: list[Tensor] = []
     done = 0
@@ -99,14 +112,14 @@ def decode_scales(
                 states[-1].catch_up(run.tokens[:, :done])
         state = states[-1]
         share = plan.share(scale, num_scales)
-        logits = state.next() if share == 0 else _next_pruned(state, share)
+        logits = _logits(state, share, plan.is_reference(scale, num_scales))
         if scale == 0:
-            run.begin(logits.device)
+            run.begin(logits.device, logits.shape[2:-1])
             images = torch.arange(run.batch, device=logits.device)[:, None]
         positions = torch.arange(done, done + logits.shape[1], device=logits.device)
         positions = positions.expand(run.batch, -1)
         done += logits.shape[1]
-        laws = shape(logits)
+        laws = shapes[scale](logits)
         run.next_pass()
         run.watch_laws(laws)
         drawn = pick(laws, positions, run.noise)
@@ -136,10 +149,13 @@ def _embeddings(vectors: list[Tensor], num_tokens: int) -> Tensor | None:
     return out
 
 
-def _next_pruned(state: Any, share: float) -> Tensor:
+def _logits(state: Any, share: float, is_reference: bool) -> Tensor:
+    """Guided logits of the next scale, a share of whose tokens is pruned."""
+    if share == 0 and not is_reference:
+        return state.next()
     if not isinstance(state, Prunes):
-        raise InputError(f"prune {share}: this model computes all tokens, expected 0")
-    return state.next_pruned(share)
+        raise InputError("prune: this model computes all tokens, expected 0")
+    return state.next_reference() if is_reference else state.next_pruned(share)
 
 
 def smooth_codes(

@@ -131,8 +131,12 @@ def greedy(batch: Round) -> Verdict:
 
 
 def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
-    """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T]."""
-    return (logp + noise.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
+    """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T].
+
+    A position may also hold d laws of V values each, [B, T, d, V]: all d V numbers are its own.
+    """
+    numbers = noise.gumbel(positions, logp.shape[2:].numel(), logp.dtype)
+    return (logp + numbers.view(logp.shape)).argmax(-1)
 
 
 def gumbel_coupling(batch: Round) -> Verdict:

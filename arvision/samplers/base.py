@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +20,12 @@ from ..contracts import (
     HasCodebook,
     Samples,
     ScaleModel,
+    Schedule,
     Seeds,
     StepCallback,
     TokenModel,
 )
-from ..decoding.logits import Shaping
+from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
@@ -88,7 +90,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Draw one image per condition.
@@ -97,7 +99,8 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
             model: of a kind that the sampler drives.
             conditions: one per image.
             seeds: one per image, an integer or a pair (seed, image).
-            guidance_scale: weight of the condition; 1 is the plain conditional model.
+            guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
+                also take a list with a weight for each scale.
             on_step: called after each pass.
 
         Returns:
@@ -267,11 +270,35 @@ class TokenSampler(BaseSampler):
     """
 
     def shaping(self) -> Shaping:
-        """The configured temperature, top-k and top-p."""
-        config = self.config
-        return Shaping(
-            temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
-        )
+        """The configured temperature, top-k and top-p.
+
+        Raises:
+            InputError: a value out of range, or a list of temperatures, which only scale models take.
+        """
+        return self._shaping(self.config["temperature"])
+
+    def scale_shaping(self, model: ScaleModel) -> list[Shaping]:
+        """The same for each scale of a model; a list of temperatures has one for each.
+
+        Raises:
+            InputError: a value out of range, or a list of another length.
+        """
+        listed = per_scale("temperature", self.config["temperature"], len(model.scales))
+        return [self._shaping(value) for value in listed]
+
+    def _shaping(self, temperature: float) -> Shaping:
+        top_k, top_p = self.config["top_k"] or 0, self.config["top_p"]
+        return Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def check_shaping(self) -> None:
+        """Refuse values out of range, for samplers that also take a list of temperatures.
+
+        Raises:
+            InputError: see above.
+        """
+        given = self.config["temperature"]
+        for value in given if isinstance(given, Sequence) else [given]:
+            self._shaping(value)
 
     def drafter(self, model: TokenModel) -> Drafter:
         """What proposes tokens."""

@@ -53,7 +53,7 @@ def iterate_latents(
     ends = plan.ends(model)
     if window > model.num_tokens:
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
-    run.begin(getattr(model, "device", "cpu"), model.head.latent_dim)
+    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
     order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     scales = plan.scales(ends, run.guidance_scale)

@@ -141,7 +141,7 @@ def decode_latents(
     """
     ends = plan.ends(model)
     scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
-    run.begin(getattr(model, "device", "cpu"), model.head.latent_dim)
+    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
     order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     if plan.refresh > 1:

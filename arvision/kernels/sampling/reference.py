@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Shaping:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if isinstance(self.temperature, Sequence) or not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature {self.temperature}: expected a number >= 0")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise InputError(f"top_k {self.top_k}: expected an integer >= 0 (0 keeps all)")
@@ -63,7 +64,7 @@ class Shaping:
         return dispatched(rows, self, null, guidance_scale).view(logits.shape)
 
 
-def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: null + scale * (conditional - null), any shape.
 
     Paper: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits as the
