@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
         StateError,
     )
+    from .evaluation import evaluate
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -49,6 +50,7 @@ __all__ = [
     "compare",
     "custom_generate",
     "distill",
+    "evaluate",
     "generate",
     "get_sampler",
     "list_drafters",

@@ -5,8 +5,9 @@ A message is one line: what was given, what was expected, the nearest names that
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class ArvisionError(Exception):
@@ -27,6 +28,25 @@ class StateError(ArvisionError, RuntimeError):
 
 class MissingDependencyError(ArvisionError, ImportError):
     """An optional package is needed; the message names the install line."""
+
+
+@contextlib.contextmanager
+def optional(extra: str, purpose: str) -> Iterator[None]:
+    """Around imports of packages that not every user needs.
+
+    Args:
+        extra: of this package, that brings them; see `pyproject.toml`.
+        purpose: what needs them, the subject of the message.
+
+    Raises:
+        MissingDependencyError: one is not installed; names the install line.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f'{purpose} needs {error.name}: pip install "arvision[{extra}]"'
+        ) from error
 
 
 def check_count(name: str, value: object) -> None:

@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers", "folders"} | GROUND,
     "comparison": {"api", "pipeline", "samplers", "sheet"} | GROUND,
+    "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
+    | GROUND,
     "training": {"api", "pipeline", "samplers", "models", "decoding", "eval", "sheet"} | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "testing": {"models"} | GROUND,
