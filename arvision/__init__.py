@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .errors import (
         ArvisionError,
         CheckpointError,
+        DiskError,
         InputError,
         MissingDependencyError,
         StateError,
@@ -42,6 +43,7 @@ __all__ = [
     "ARPipeline",
     "ArvisionError",
     "CheckpointError",
+    "DiskError",
     "InputError",
     "MissingDependencyError",
     "SampleOutput",

@@ -17,6 +17,7 @@ from .errors import CheckpointError, InputError
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
+from .samplers.base import join_options, parse_sampler
 
 
 def load(
@@ -112,7 +113,8 @@ def sample(
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
         prompt: a class id, class name or caption, or a list of them.
-        sampler: a name (see `list_samplers`) or a sampler object; None for the model's own kind of
+        sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
+            sampler object; None for the model's own kind of
             sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
@@ -149,9 +151,11 @@ def sample(
         chosen = get_sampler(wanted, **sampler_options)
     else:
         chosen = wanted.with_options(**sampler_options) if sampler_options else wanted
+    written = parse_sampler(wanted)[1] if isinstance(wanted, str) else {}
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    join_options(str(wanted), written, {k: v for k, v in given.items() if v is not None})
     for name, value in given.items():
-        is_open = value is None and isinstance(wanted, str) and name not in sampler_options
+        is_open = value is None and isinstance(wanted, str) and name not in written
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
     kept = getattr(pipe, "_progress_bar_config", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .api import load, sample
 from .errors import InputError, optional
-from .files import replacing
+from .files import replacing, write_text
 from .pipeline import ARPipeline, expand_prompts
 from .samplers import BaseSampler, get_sampler
 from .sheet import labelled_rows
@@ -135,8 +135,7 @@ class Comparison:
         written = []
         texts = {"table.txt": self.text(), "table.md": self.markdown(), "table.json": self.json()}
         for name, content in texts.items():
-            with replacing(folder / name) as path:
-                path.write_text(content + "\n")
+            write_text(folder / name, content + "\n")
             written.append(folder / name)
         with replacing(folder / "sheet.png") as path:
             self.sheet().save(path)
@@ -181,30 +180,6 @@ def _company(commit_pass: Tensor) -> Tensor:
     return same.sum(-1).double()
 
 
-def parse_sampler(spec: str) -> BaseSampler:
-    """A sampler from "name" or "name:option=value:option=value".
-
-    Raises:
-        InputError: an unknown name or option, or an option without a value.
-    """
-    name, *parts = spec.strip().split(":")
-    options = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise InputError(f"sampler {spec!r}: expected option=value, found {part!r}")
-        options[key] = parse_value(value)
-    return get_sampler(name, **options)
-
-
-def parse_value(text: str) -> Any:
-    """A number, boolean or None where the text is one, else the text."""
-    try:
-        return json.loads({"none": "null", "None": "null"}.get(text, text.lower()))
-    except json.JSONDecodeError:
-        return text
-
-
 def compare(
     pipe: ARPipeline,
     prompt: Any,
@@ -222,7 +197,7 @@ def compare(
     Args:
         pipe: the model.
         prompt: a prompt or a list of them.
-        samplers: specifications, see `parse_sampler`; "dd:steps=2@llamagen-fashion-dd" draws with
+        samplers: names with options, see `arvision.samplers.base.parse_sampler`; "dd:steps=2@llamagen-fashion-dd" draws with
             another model than `pipe`.
         num_images: images of each prompt.
         seed: image k has identity (seed, k) under every sampler.
@@ -239,7 +214,7 @@ def compare(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1")
     parts = [spec.strip().partition("@") for spec in samplers]
-    made = [parse_sampler(spec) for spec, _, _ in parts]
+    made = [get_sampler(spec) for spec, _, _ in parts]
     pipes = [load(name, device=str(pipe.device)) if name else pipe for _, _, name in parts]
     for one, own in zip(made, pipes, strict=True):
         own.check_sampler(one)

@@ -3,6 +3,22 @@
 Shape letters used throughout the package: B batch, N tokens per image, T candidates, K kept,
 V vocabulary, C width, D head width or latent width, S cache length, R cache rows (B, or 2B with
 guidance), H W pixels.
+
+Words used throughout:
+
+- *law*: a probability distribution of what comes next, shaped (temperature, top-k, top-p) and
+  normalised; `probs`, or `logp` for its logarithm. "The model's own law" is the joint one of plain
+  sampling, which a lossless sampler keeps.
+- *position*: a place in the image or in the text, counted in drawing order from the first drawn
+  token. Noise is a function of (seed, image, position, purpose, round).
+- *slot*: a place in memory, or in the work of a pass, that holds one position of one image for a
+  while: a column of the cache, a row of flat work. Slots move, positions do not.
+- *round*: one turn of a decoding loop, that is drafts, a pass of the model over them, a verdict, a
+  commit. Rounds count from 1 (the prefill is 0) and make numbers fresh that a position needs anew
+  each time it is judged.
+- *pass*: one call of the model on drawn tokens; the prefill is none.
+- *coupling*: the joint law of a draft and the token that takes its place, "gumbel", "maximal" or
+  "independent", see `arvision.decoding.verify`.
 """
 
 from __future__ import annotations

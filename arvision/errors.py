@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class ArvisionError(Exception):
@@ -24,6 +25,10 @@ class CheckpointError(ArvisionError, ValueError):
 
 class StateError(ArvisionError, RuntimeError):
     """A decode state was used in an order that its contract does not allow."""
+
+
+class DiskError(ArvisionError, OSError):
+    """The disk is full or fails; nothing half written is left."""
 
 
 class MissingDependencyError(ArvisionError, ImportError):
@@ -73,3 +78,21 @@ def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
     return InputError(
         f"unknown {kind} {given!r}: {hint}expected one of {', '.join(names) or 'none'}"
     )
+
+
+def renamed(kind: str, given: str, old: Mapping[str, str]) -> str:
+    """Today's name for `given`, with a `FutureWarning` where that is a word of an earlier release.
+
+    Args:
+        kind: what the name stands for, such as "coupling".
+        given: what the caller wrote.
+        old: old names to new ones.
+    """
+    if given not in old:
+        return given
+    warnings.warn(
+        f"{kind} {given!r} is called {old[given]!r} now; the old word goes with the next release",
+        FutureWarning,
+        stacklevel=4,
+    )
+    return old[given]

@@ -24,6 +24,7 @@ from .eval.writers import read_prompts
 from .folders import ASSETS
 from .pipeline import ARPipeline
 from .samplers import get_sampler
+from .samplers.base import join_options, parse_sampler
 from .training.data import load_fashion
 
 SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p")
@@ -62,7 +63,7 @@ def evaluate(
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
         out: folder, see above.
         protocol: "adm-in256", "coco-30k", "fashion" or "free", see `arvision.eval.protocols`.
-        sampler: a name, see `list_samplers`.
+        sampler: a name, see `list_samplers`, or one with options: "sjd:window=32".
         num: images; None for the protocol's number.
         reference: an .npz file, a folder of images or a run, "fashion-test"; None where the
             protocol names one.
@@ -168,6 +169,8 @@ def draw_samples(
     count = num if num is not None else len(captions) if captions else chosen.num
     if captions is not None and not 2 <= count <= len(captions):
         raise InputError(f"num is {count}: expected 2 to {len(captions)}, the number of captions")
+    sampler, written = parse_sampler(sampler)
+    options = join_options(sampler, written, dict(options))
     if isinstance(model, ARPipeline):
         if dtype is not None:
             raise InputError("dtype belongs to load: this pipeline is loaded already")

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
+from .card import megabytes, settings_in_words, write_card
 from .contracts import Conditions, Stats
 from .errors import InputError, check_count
 from .models import FAMILIES
@@ -110,6 +112,18 @@ class ARPipeline(DiffusionPipeline):
             class_names=getattr(model, "class_names", None) or None,
             **config,
         )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a folder as every diffusers pipeline does, with a model card where there is none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not (Path(save_directory) / "README.md").exists():
+            family = type(self.transformer).__name__.removesuffix("Transformer")
+            facts = {
+                "Size": f"{megabytes(save_directory)}.",
+                "Recommended settings": f"{settings_in_words(self.config)}.",
+            }
+            description = f'A {family} pipeline: `arvision.load("path/of/this/folder")`.'
+            write_card(save_directory, description, facts, tags=("autoregressive",))
 
     @property
     def model(self) -> Any:

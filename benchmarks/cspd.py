@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import arvision
-from arvision.comparison import parse_sampler
+from arvision import get_sampler
 from arvision.eval import frechet_from_features, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
 
@@ -63,7 +63,7 @@ class Study:
 
     def sampler(self, spec: str) -> Any:
         """A sampler at the model's recommended temperature, with its draft."""
-        sampler = parse_sampler(spec).with_options(temperature=self.pipe.config["temperature"])
+        sampler = get_sampler(spec).with_options(temperature=self.pipe.config["temperature"])
         if hasattr(sampler, "bind_draft"):
             sampler.bind_draft(self.draft)
         return sampler
@@ -109,7 +109,7 @@ class Study:
             features, row = self.draw(spec, seed)
             distance = frechet_from_features(features, reference)
             name = "ar, other seeds" if seed == 2 else spec
-            is_exact = parse_sampler(spec).is_exact
+            is_exact = get_sampler(spec).is_exact
             rows.append({"sampler": name, "lossless": is_exact, "distance": distance} | row)
             print(
                 {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()},

@@ -32,7 +32,7 @@ def acceptance(model: Any, draft: Any, scale: float, num: int) -> list[dict[str,
     plain = get_sampler("ar")(model, classes, seeds=seeds, guidance_scale=scale).tokens
     grid = [(length, 1.0) for length in LENGTHS] + [(8, t) for t in THRESHOLDS[:-1]]
     rows = []
-    for coupling in ("gumbel", "speculative"):
+    for coupling in ("gumbel", "independent"):
         for length, threshold in grid:
             sampler = get_sampler(
                 "draft",
@@ -74,7 +74,7 @@ def wall_time(pipe: Any, draft: Any, batch: int, num: int) -> dict[str, Any]:
     model, scale = pipe.model, pipe.config["guidance_scale"]
     samplers = {"ar": get_sampler("ar")}
     samplers |= {f"sjd window {window}": get_sampler("sjd", window=window) for window in (8, 16)}
-    for coupling in ("gumbel", "speculative"):
+    for coupling in ("gumbel", "independent"):
         for length, threshold in ((2, 1.0), (3, 1.0), (4, 1.0), (8, 0.5), (8, 0.7)):
             samplers[f"draft {coupling} max_draft {length} stop_threshold {threshold:g}"] = (
                 get_sampler(

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import arvision
 from arvision import get_sampler
-from arvision.comparison import parse_sampler
 from arvision.decoding.teacher_forcing import teacher_forced
 from arvision.eval import frechet_distance, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
@@ -124,7 +123,7 @@ def main() -> None:
     study = Study(arvision.load("llamagen-fashion", device="cpu"), options.images)
     rows = []
     for spec in SAMPLERS:
-        sampler = parse_sampler(spec)
+        sampler = get_sampler(spec)
         tokens, passes = study.draw(sampler, seed=0)
         row = {"sampler": spec, "lossless": sampler.is_exact, "passes": passes}
         row |= {"tokens_per_pass": study.model.num_tokens / passes} | study.measure(tokens)

@@ -20,7 +20,6 @@ import torch
 
 import arvision
 from arvision import get_sampler
-from arvision.comparison import parse_sampler
 
 from .common import save
 from .lossy import Study
@@ -90,7 +89,7 @@ def main() -> None:
     for spec in (*SAMPLERS, "ar (var-fashion-small)"):
         name = "var-fashion-small" if "small" in spec or spec.startswith("code") else "var-fashion"
         study = studies[name]
-        sampler = parse_sampler(spec.split(" ")[0])
+        sampler = get_sampler(spec.split(" ")[0])
         if hasattr(sampler, "bind_draft"):
             sampler.bind_draft(large)
         tokens, passes = study.draw(sampler, seed=0)

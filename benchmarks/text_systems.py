@@ -129,7 +129,7 @@ TABLE = (
     ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
     ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
-    ("chain speculative sampling", 'rule "chain", temperature 1', "chain rule", "yes"),
+    ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
         "SpecInfer",
@@ -252,7 +252,7 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "rule_options": {"head": runs / "judge"},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
-        "chain rule": lambda: drawn("chain", "independent", **chain),
+        "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),
         "k_sequential (SpecTr)": lambda: drawn("k_sequential", "independent"),

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import arvision
-from arvision import InputError
-from arvision.comparison import compare, parse_sampler
+from arvision import InputError, get_sampler
+from arvision.comparison import compare
 
 
 def test_table_sheet_and_plot(tmp_path, tiny_pipeline):
@@ -61,8 +61,31 @@ def test_without_a_baseline_nothing_is_compared(tiny_pipeline):
 )
 def test_bad_specifications(spec, message):
     with pytest.raises(InputError, match=message):
-        parse_sampler(spec)
-    assert parse_sampler("sjd:window=3:top_p=0.5:coupling=maximal").config["window"] == 3
+        get_sampler(spec)
+
+
+def test_one_grammar_for_samplers_with_options(tiny_pipeline):
+    sampler = get_sampler("sjd:window=3:top_p=0.5:coupling=maximal", top_k=4)
+    told = {name: sampler.config[name] for name in ("window", "top_p", "coupling", "top_k")}
+    assert told == {"window": 3, "top_p": 0.5, "coupling": "maximal", "top_k": 4}
+    assert get_sampler("draft:draft=runs/My-Draft:draft_guidance_scale=None").config["draft"] == (
+        "runs/My-Draft"
+    )
+    draw = {"seed": 5, "output_type": "latent", "progress": False}
+    spec = arvision.sample(tiny_pipeline, 1, "sjd:window=3:top_k=4:coupling=maximal", **draw)
+    options = {"window": 3, "coupling": "maximal", "top_k": 4}
+    assert torch.equal(
+        spec.tokens, arvision.sample(tiny_pipeline, 1, "sjd", **options, **draw).tokens
+    )
+    assert spec.stats.windows[0] == 3
+    for call in (
+        lambda: get_sampler("sjd:window=3", window=4),
+        lambda: get_sampler("sjd:window=3:window=4"),
+        lambda: arvision.sample(tiny_pipeline, 1, "sjd:window=3", window=4, **draw),
+        lambda: arvision.sample(tiny_pipeline, 1, "sjd:top_k=3", top_k=4, **draw),
+    ):
+        with pytest.raises(InputError, match="is given twice"):
+            call()
 
 
 def test_a_student_stands_beside_its_teacher(fashion):

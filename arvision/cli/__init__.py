@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import ArvisionError
+from ..errors import ArvisionError, DiskError
 from . import compare, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
@@ -57,7 +57,7 @@ def main() -> None:
         app()
     except ArvisionError as error:
         print(f"arvision: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, DiskError) else 2) from None
     except KeyboardInterrupt:
         print("arvision: interrupted, nothing half written", file=sys.stderr)  # noqa: T201
         raise SystemExit(130) from None

@@ -60,7 +60,7 @@ def distill(
     """Distil a model into a student that draws an image in one or two passes."""
     import torch
 
-    from ..comparison import parse_value
+    from ..samplers.base import parse_value
     from ..training.distill import DistillSettings
     from ..training.distill import distill as run
 

@@ -59,7 +59,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print texts and figures.")] = False,
 ) -> None:
     """Continue a text, several tokens per pass."""
-    from ..comparison import parse_value
+    from ..samplers.base import parse_value
     from ..text.generation import drafter_of
     from ..text.generation import generate as run
     from .sample import parse_options

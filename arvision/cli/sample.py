@@ -38,8 +38,8 @@ def parse_seed(text: str) -> Any:
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """["window=32"] to {"window": 32}."""
-    from ..comparison import parse_value
     from ..errors import InputError
+    from ..samplers.base import parse_value
 
     options = {}
     for pair in pairs:
@@ -74,8 +74,8 @@ def sample(
 ) -> None:
     """Draw pictures from a prompt."""
     from .. import api
-    from ..comparison import parse_value
     from ..files import replacing
+    from ..samplers.base import parse_value
     from ..sheet import contact_sheet, enlarge
 
     options = parse_options(option or [])

@@ -14,25 +14,14 @@ from .draft_state import FollowingState
 from .logits import Shaping
 from .noise import Noise, draw
 from .tree import TokenTree
-from .verify import Round, Rule, Verdict, gumbel_coupling, independent_redraw
+from .verify import OLD_COUPLINGS, Round, Verdict
 
-COUPLINGS: dict[str, Rule] = {"gumbel": gumbel_coupling, "speculative": independent_redraw}
-"""How drafts are verified. Chain speculative sampling is the published rule of speculative Jacobi
-decoding with drafts that are new in every round: what it puts behind the final tokens is not used."""
+MEASURED = ("gumbel", "independent")
+"""Couplings that a calibration is fitted for. Where drafts are new in every round, "maximal" and
+"independent" are chain speculative sampling: what they put behind the final tokens is not used."""
 
 FEATURES = ("bias", "log_q", "entropy", "gap")
 LARGEST_GAP = 10.0
-
-
-def get_draft_coupling(name: str) -> Rule:
-    """The rule of a coupling between drafts and target.
-
-    Raises:
-        InputError: no such coupling.
-    """
-    if name not in COUPLINGS:
-        raise unknown_name("coupling", name, COUPLINGS)
-    return COUPLINGS[name]
 
 
 def confidence_features(logq: Tensor, scores: Tensor, drafts: Tensor) -> Tensor:
@@ -55,17 +44,21 @@ class Calibration:
     """Predicts the probability that a draft is accepted: a logistic function of its confidence.
 
     Attributes:
-        weights: by coupling, one weight per name in `FEATURES`.
+        weights: by coupling, see `MEASURED`; one weight per name in `FEATURES`.
 
     Raises:
-        InputError: another number of weights.
+        InputError: another coupling or number of weights.
     """
 
     weights: Mapping[str, Sequence[float]]
 
     def __post_init__(self) -> None:
-        for coupling, weights in self.weights.items():
-            get_draft_coupling(coupling)
+        # Published drafts of earlier releases hold the old word.
+        known = {OLD_COUPLINGS.get(name, name): row for name, row in self.weights.items()}
+        object.__setattr__(self, "weights", known)
+        for coupling, weights in known.items():
+            if coupling not in MEASURED:
+                raise unknown_name("coupling of a calibration", coupling, MEASURED)
             if len(weights) != len(FEATURES):
                 raise InputError(
                     f"calibration of {coupling!r} has {len(weights)} weights: expected "
@@ -74,11 +67,13 @@ class Calibration:
 
     def __call__(self, coupling: str, features: Tensor) -> Tensor:
         """Probabilities [...] from features [..., 4]."""
-        weights = torch.as_tensor(self.weights[coupling], dtype=features.dtype)
+        weights = torch.as_tensor(
+            self.weights["gumbel" if coupling == "gumbel" else "independent"], dtype=features.dtype
+        )
         return (features @ weights.to(features.device)).sigmoid()
 
 
-UNCALIBRATED = Calibration(dict.fromkeys(COUPLINGS, (1.0, 0.0, 0.0, 0.0)))
+UNCALIBRATED = Calibration(dict.fromkeys(MEASURED, (1.0, 0.0, 0.0, 0.0)))
 """For drafts that bring none: every draft is thought to be accepted with probability 0.73."""
 
 
@@ -136,7 +131,7 @@ class DraftModelDrafter:
         conditions: one per image.
         guidance_scale: of the draft.
         shape: guided logits to log-probabilities, the target's.
-        coupling: see `COUPLINGS`.
+        coupling: see `arvision.decoding.verify.COUPLINGS`.
         calibration: confidence to acceptance.
         stop_threshold: see above; 1 never stops early.
 
@@ -168,7 +163,7 @@ class DraftModelDrafter:
             self._draft, self._conditions, self._scale, self._shape, num_tokens
         )
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """Chains [B, k] with k <= num, padded with -1, and their laws [B, k, V].
 
         See `arvision.decoding.loop.Drafter`.
@@ -184,7 +179,7 @@ class DraftModelDrafter:
         acceptance = torch.ones_like(lengths, dtype=law.dtype)
         while True:
             place = drafts.shape[1]
-            token, scores = self._pick(law, lengths + place, tries)
+            token, scores = self._pick(law, lengths + place, round_number)
             is_draft = place < room if self._coupling == "gumbel" else is_going
             drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
             laws.append(law)
@@ -203,13 +198,13 @@ class DraftModelDrafter:
             return None
         return torch.zeros(len(tokens), 0, self._draft.vocab_size, device=tokens.device)
 
-    def _pick(self, law: Tensor, positions: Tensor, tries: int) -> tuple[Tensor, Tensor]:
+    def _pick(self, law: Tensor, positions: Tensor, round_number: int) -> tuple[Tensor, Tensor]:
         """A draft [B] from `law` [B, V], and the scores [B, V] that it is the argmax of or not."""
         where = positions.clamp(max=self._num_tokens - 1)[:, None]
         if self._coupling == "gumbel":
             scores = law + self._noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
             return scores.argmax(-1), scores
-        uniforms = self._noise.uniform(where, "draft", tries)[:, 0]
+        uniforms = self._noise.uniform(where, "draft", round_number)[:, 0]
         return draw(law.exp(), uniforms), law
 
     def observe(self, chain: Round, verdict: Verdict) -> None:

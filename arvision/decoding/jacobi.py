@@ -74,7 +74,7 @@ class JacobiDrafter:
         self._prior: Tensor | None = None
         self._num_held = torch.zeros(len(noise), dtype=torch.int64)
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         batch, device = len(tokens), tokens.device
         drafts = torch.zeros(batch, num, dtype=torch.int64, device=device)
@@ -93,7 +93,7 @@ class JacobiDrafter:
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
             places = torch.arange(place, min(place + stride, num), device=device)
-            token, law = self._first_drafts(tokens, drafts, lengths, places, tries)
+            token, law = self._first_drafts(tokens, drafts, lengths, places, round_number)
             is_new = places >= held[:, None]
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
@@ -101,7 +101,7 @@ class JacobiDrafter:
         return TokenTree(drafts, laws)
 
     def _first_drafts(
-        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, tries: int
+        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, round_number: int
     ) -> tuple[Tensor, Tensor]:
         """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
         positions = lengths[:, None] + places
@@ -109,7 +109,7 @@ class JacobiDrafter:
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
             return (law + noise).argmax(-1), law
-        uniforms = self._noise.uniform(positions, "init", tries)
+        uniforms = self._noise.uniform(positions, "init", round_number)
         wide = law.exp().expand(-1, len(places), -1)
         return draw(wide, uniforms), law
 

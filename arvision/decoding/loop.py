@@ -26,7 +26,7 @@ class Drafter(Protocol):
         """A new batch of images begins."""
         ...
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """Drafts for the positions after the known ones: a chain or a tree of at most `num`.
 
         Where a row has fewer than others there is -1.
@@ -35,7 +35,7 @@ class Drafter(Protocol):
             tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
             lengths: [B].
             num: drafts wanted.
-            tries: number of the round.
+            round_number: of this round; the prefill is 0.
         """
         ...
 
@@ -54,7 +54,7 @@ class NoDrafter:
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Nothing to prepare."""
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """No drafts, [B, 0]."""
         return TokenTree(tokens[:, :0])
 
@@ -241,7 +241,8 @@ def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) ->
     if verdict.path is None:
         kept = torch.arange(num, device=counts.device).expand(run.num_in_state, num)
     else:
-        path = torch.cat([torch.zeros_like(verdict.path[:, :1]), verdict.path + 1], dim=1)
+        root = verdict.path.new_zeros(len(verdict.path), 1)
+        path = torch.cat([root, verdict.path + 1], dim=1)
         kept = run.spread(path)
     state.commit(kept, run.spread(counts))
 

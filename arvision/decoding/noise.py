@@ -1,8 +1,8 @@
-"""Noise as a function of identity: seed, image, position, purpose and number of the try.
+"""Noise as a function of identity: seed, image, position, purpose and number of the round.
 
 It never depends on batch size, device count, rank or the order of calls, so image k of a run is the
 same image however it is made. The bits are Philox4x32-10: the key is the seed, the counter is
-(image, position, lane, purpose and try).
+(image, position, lane, purpose and round).
 """
 
 from __future__ import annotations
@@ -85,38 +85,47 @@ class Noise:
         chosen._memo = None if self._memo is None else self._memo[rows]
         return chosen
 
-    def _bits(self, positions: Tensor, lanes: Tensor, purpose: str, tries: Tensor | int) -> Tensor:
+    def _bits(
+        self, positions: Tensor, lanes: Tensor, purpose: str, round_number: Tensor | int
+    ) -> Tensor:
         """Words [B, T, L, 4] of positions [B, T] and lanes [L]."""
         low, high, image = (word[:, None, None] for word in self._words.unbind(1))
-        use = torch.as_tensor(tries, device=positions.device) * 256 + PURPOSES[purpose]
+        use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
         use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
         return philox4x32((image, positions[..., None], lanes, use), (low, high))
 
     def uniform(
-        self, positions: Tensor, purpose: str, tries: Tensor | int = 0, num: int | None = None
+        self,
+        positions: Tensor,
+        purpose: str,
+        round_number: Tensor | int = 0,
+        num: int | None = None,
     ) -> Tensor:
         """Uniform numbers in (0, 1), float64.
 
         Args:
             positions: [B, T] int64.
             purpose: a name in `PURPOSES`.
-            tries: number of the try, [B, T] int64 or one integer below 2^24.
+            round_number: the round that the number is for, where a rule needs fresh randomness each
+                time a position is judged: [B, T] int64 or one integer below 2^24.
             num: numbers per position.
 
         Returns:
             [B, T], or [B, T, num].
         """
         lanes = torch.arange(-(-(num or 1) // 4), device=positions.device)
-        words = self._bits(positions, lanes, purpose, tries).flatten(-2)
+        words = self._bits(positions, lanes, purpose, round_number).flatten(-2)
         uniforms = (words.double() + 0.5) * 2.0**-32
         return uniforms[..., 0] if num is None else uniforms[..., :num]
 
-    def normal(self, positions: Tensor, num: int, purpose: str, tries: Tensor | int = 0) -> Tensor:
+    def normal(
+        self, positions: Tensor, num: int, purpose: str, round_number: Tensor | int = 0
+    ) -> Tensor:
         """Standard normal numbers [B, T, num] float64 of positions [B, T].
 
         Number i depends on i and not on `num`. Arguments as in `uniform`.
         """
-        pairs = self.uniform(positions, purpose, tries, num + num % 2).unflatten(-1, (-1, 2))
+        pairs = self.uniform(positions, purpose, round_number, num + num % 2).unflatten(-1, (-1, 2))
         radius, angle = (-2 * pairs[..., 0].log()).sqrt(), 2 * torch.pi * pairs[..., 1]
         both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
         return both.flatten(-2)[..., :num]
@@ -124,7 +133,7 @@ class Noise:
     def gumbel(self, positions: Tensor, num: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Standard Gumbel numbers [B, T, num] for the tokens at positions [B, T].
 
-        They have no try: every pass, window and sampler sees the same ones.
+        They have no round: every pass, window and sampler sees the same ones.
         """
         furthest = int(positions.max()) + 1
         memo = self._memo

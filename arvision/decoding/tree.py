@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, StateError
 
 
 def check_parents(parents: Tensor, num: int) -> None:
@@ -33,6 +33,34 @@ def check_parents(parents: Tensor, num: int) -> None:
             f"candidate {child} has parent {int(parents[child])}: expected -1 (the committed "
             f"prefix) or an earlier candidate"
         )
+
+
+def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, batch: int) -> None:
+    """Refuse candidates to keep that are not a path behind the committed prefix.
+
+    Args:
+        kept: [B, K] int64, indices into the candidates.
+        counts: [B] int64, how many of each row count.
+        parents: [T] int64 of the candidates; None for a chain.
+        num: T.
+        batch: B.
+
+    Raises:
+        StateError: other shapes, an index out of range, or a parent that is not kept.
+    """
+    if kept.dim() != 2 or len(kept) != batch or counts.shape != (batch,):
+        raise StateError(
+            f"kept {tuple(kept.shape)} and counts {tuple(counts.shape)}: expected [{batch}, K] and "
+            f"[{batch}]"
+        )
+    places = torch.arange(kept.shape[1], device=kept.device)
+    used = places < counts[:, None]
+    if int(counts.max()) > kept.shape[1] or bool((used & ((kept < 0) | (kept >= num))).any()):
+        raise StateError(f"kept must name candidates 0..{num - 1}, as many as counts says")
+    before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
+    parent = kept - 1 if parents is None else parents.to(kept.device)[kept.clamp(0, num - 1)]
+    if bool((used & (parent != before)).any()):
+        raise StateError("kept is not a path: each kept candidate must follow its parent")
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:

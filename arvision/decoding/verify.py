@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import renamed, unknown_name
 from ..kernels import verify as kernel
 from ..kernels.verify import reference
 from ..kernels.verify.reference import first_change
@@ -43,7 +43,7 @@ class Round:
         target_logp: [B, m + 1, V]; `greedy` is content with logits.
         positions: [B, m + 1] int64, the places (in the image, in the text) that the laws are for.
         noise: of the B images.
-        tries: number of this round, for randomness that must be fresh in every round.
+        number: which round of the run this is, from 0, for randomness that must be fresh in every round.
         topology: of the drafts; None for a chain.
         hidden: [B, m + 1, C], what the target's last layer says at each candidate, for drafters and
             rules that look at it; None where the state does not tell.
@@ -54,7 +54,7 @@ class Round:
     target_logp: Tensor
     positions: Tensor
     noise: Noise
-    tries: int
+    number: int
     topology: Topology | None = None
     hidden: Tensor | None = None
 
@@ -158,7 +158,7 @@ def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
 
     A lossy rule puts the logarithm of another ratio [B, m] in the place of p / q.
     """
-    uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries)
+    uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number)
     ratio = acceptance_log_ratio(chain) if log_ratio is None else log_ratio
     return (uniforms.log() < ratio) & (chain.drafts >= 0)
 
@@ -166,13 +166,13 @@ def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
 def recover(chain: Round) -> Tensor:
     """A draw from the normalised (p - q)+ at every draft, [B, m]."""
     assert chain.draft_logp is not None
-    uniforms = chain.noise.uniform(chain.positions[:, :-1], "recover", chain.tries)
-    return reference.recover(chain.draft_logp, chain.target_logp, uniforms)
+    uniforms = chain.noise.uniform(chain.positions[:, :-1], "recover", chain.number)
+    return reference.recover(chain.drafts, chain.draft_logp, chain.target_logp, uniforms)
 
 
 def fresh(chain: Round) -> Tensor:
     """An independent draw from the target's law at every position, [B, m + 1]."""
-    uniforms = chain.noise.uniform(chain.positions, "token", chain.tries)
+    uniforms = chain.noise.uniform(chain.positions, "token", chain.number)
     return draw(chain.target_logp.exp(), uniforms)
 
 
@@ -181,9 +181,9 @@ def _couple(chain: Round, coupling: str) -> Verdict:
     assert chain.draft_logp is not None
     places = chain.positions
     uniforms = [
-        chain.noise.uniform(places[:, :-1], "accept", chain.tries),
-        chain.noise.uniform(places[:, :-1], "recover", chain.tries),
-        chain.noise.uniform(places, "token", chain.tries),
+        chain.noise.uniform(places[:, :-1], "accept", chain.number),
+        chain.noise.uniform(places[:, :-1], "recover", chain.number),
+        chain.noise.uniform(places, "token", chain.number),
     ]
     laws = (chain.draft_logp.to(chain.target_logp.dtype), chain.target_logp)
     return Verdict(*kernel.verify(chain.drafts, *laws, *uniforms, coupling=coupling))
@@ -241,12 +241,22 @@ COUPLINGS: dict[str, Rule] = {
 }
 
 
-def get_coupling(name: str) -> Rule:
-    """The coupling of that name.
+OLD_COUPLINGS = {"speculative": "independent"}
+"""Words of earlier releases for couplings; they go with the next one."""
+
+
+def coupling_name(name: str) -> str:
+    """The name in `COUPLINGS` of what the caller wrote; an old word gives a `FutureWarning`.
 
     Raises:
         InputError: no such coupling.
     """
+    name = renamed("coupling", name, OLD_COUPLINGS)
     if name not in COUPLINGS:
         raise unknown_name("coupling", name, COUPLINGS)
-    return COUPLINGS[name]
+    return name
+
+
+def get_coupling(name: str) -> Rule:
+    """The coupling of that name, see `coupling_name`."""
+    return COUPLINGS[coupling_name(name)]

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..contracts import Conditions
 from ..contracts import Sampler as SamplerLike
 from ..errors import InputError
-from ..files import replacing
+from ..files import write_text
 
 WINDOWS = (1, 4, 8, 16, 32, 64)
 """Windows that `window="auto"` chooses from."""
@@ -261,8 +261,7 @@ def _read(path: Path) -> dict[str, dict[int, list[list[float]]]]:
 def _write(path: Path, key: str, table: dict[int, list[list[float]]]) -> None:
     tables = _read(path) | {key: table}
     try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(tables, indent=1, sort_keys=True))
+        write_text(path, json.dumps(tables, indent=1, sort_keys=True))
     except (OSError, InputError) as error:
         warnings.warn(f"cost table not saved to {path} ({error})", stacklevel=2)
 

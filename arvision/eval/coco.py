@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import write_text
 
 
 def choose_captions(
@@ -55,5 +55,4 @@ def choose_captions(
 
 def write_captions(records: list[dict[str, Any]], path: str | Path) -> None:
     """Records as JSON lines, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import optional
-from ..files import replacing
+from ..files import replacing, write_json, write_text
 from .classifier import class_consistency
 from .equivalence import TestResult, log_likelihoods, permutation_mmd, same_tokens, token_law
 from .equivalence import verdict as verdict_of
@@ -19,7 +19,7 @@ from .extract import FeatureSet, extract
 from .features import Extractor
 from .report import git_commit, machine, package_versions
 from .score import Score
-from .shards import ShardFolder, write_json
+from .shards import ShardFolder
 from .sources import Source
 
 METRICS = ("frechet", "precision", "recall")
@@ -214,7 +214,7 @@ def write_demo(
         "versions": package_versions(),
         "commit": git_commit(),
     }
-    write_json(place / "report.json", report)
+    write_json(place / "report.json", report, indent=2)
     title = f"# {facts['model']}: samplers compared\n\n"
     note = (
         f"{facts['num']:,} samples of each against {judge.goals[0].name} "
@@ -222,7 +222,6 @@ def write_demo(
         "table only. ± is half of the 95 % interval. Passes and seconds are of one image at a "
         "time.\n\n"
     )
-    with replacing(place / "report.md") as temporary:
-        picture = "\n![quality against speed](quality-speed.png)\n"
-        temporary.write_text(title + note + to_table(rows, distances) + picture)
+    picture = "\n![quality against speed](quality-speed.png)\n"
+    write_text(place / "report.md", title + note + to_table(rows, distances) + picture)
     return report

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..files import replacing
+from ..files import write_json, write_text
 from .features import Extractor
 from .protocols import PIXEL_PRESETS, PROTOCOLS, Protocol
 from .score import Score
-from .shards import config_hash, write_json
+from .shards import config_hash
 
 PACKAGES = ("arvision", "torch", "diffusers", "transformers", "timm", "torchmetrics", "numpy")
 FORMAT = "arvision-report/v1"
@@ -143,7 +143,6 @@ def _short(value: Any) -> str:
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """`report.json` and `report.md` in `folder`, each whole or not at all."""
     place = Path(folder)
-    write_json(place / "report.json", dict(report))
-    with replacing(place / "report.md") as temporary:
-        temporary.write_text(to_markdown(report))
+    write_json(place / "report.json", dict(report), indent=2)
+    write_text(place / "report.md", to_markdown(report))
     return place / "report.json", place / "report.md"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StateError
-from ..files import replacing
+from ..files import sweep, write_bytes, write_json
 
 BLOCK_SIZE = 500
 
@@ -33,34 +33,6 @@ def config_hash(config: dict[str, Any]) -> str:
     """A hash of plain JSON settings, whatever their order."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON that appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -137,6 +109,8 @@ class ShardFolder:
         if path.exists():
             known = self.config
             if config_hash(known) == config_hash(config):
+                for place in (self.folder, self.blocks):
+                    sweep(place)
                 return
             if not self.is_empty():
                 keys, missing = sorted(set(known) | set(config)), object()
@@ -148,7 +122,7 @@ class ShardFolder:
         elif self.blocks.exists() and any(self.blocks.iterdir()):
             raise InputError(f"{self.folder} holds blocks but no run.json: expected a new folder")
         self.blocks.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"config": config, "config_hash": config_hash(config)})
+        write_json(path, {"config": config, "config_hash": config_hash(config)}, indent=2)
         self._config = config
 
     def is_empty(self) -> bool:
@@ -237,7 +211,7 @@ class ShardFolder:
         ):
             if array is not None:
                 data = npy_bytes(array)
-                write_durably(path, data)
+                write_bytes(path, data, durable=True)
                 hashes[slot] = hashlib.sha256(data).hexdigest()
         entry = {
             "block": block,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from ..files import replacing
+from ..errors import InputError, StateError
+from ..files import making_folder, replacing
 from .sources import Source, iterate
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -72,32 +71,24 @@ def write_pictures(
         InputError: the folder exists and is not empty, or JPEG without leave.
     """
     _check_format(file_format, allow_jpeg)
-
-    def fill(place: Path) -> None:
+    with making_folder(folder) as place:
         for start, images in iterate(source):
             for offset, image in enumerate(images):
                 name = f"{start + offset:06d}.{file_format}"
                 (place / name).write_bytes(_encode(image, file_format))
+        _check_pictures(place, len(source))
+    return Path(folder)
 
-    return _folder(folder, fill)
 
+def _check_pictures(place: Path, num: int) -> None:
+    """Refuse to give a folder its name unless it holds as many pictures as were to be written.
 
-def _folder(folder: str | Path, fill: Callable[[Path], None]) -> Path:
-    """Let `fill` write into a temporary folder, then give it its name."""
-    goal = Path(folder)
-    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
-        raise InputError(f"{goal} exists and is not an empty folder: expected a new name")
-    place = goal.with_name(f".{goal.name}.tmp")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        fill(place)
-        if goal.exists():
-            goal.rmdir()
-        place.rename(goal)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-    return goal
+    Raises:
+        StateError: see above.
+    """
+    found = sum(path.suffix in (".png", ".jpg") for path in place.rglob("*"))
+    if found != num:
+        raise StateError(f"{found} pictures were written: expected {num}")
 
 
 def write_tar(source: Source, path: str | Path) -> Path:
@@ -185,7 +176,10 @@ def export_layout(
         raise InputError(f"{layout} takes {needed} image(s) of each prompt, not {per_prompt}")
     if layout == "hpsv2" and any("style" not in record for record in records):
         raise InputError("hpsv2 records need a style: expected JSON lists by style")
-    return _folder(folder, lambda place: writers[layout](source, records, place, per_prompt))
+    with making_folder(folder) as place:
+        writers[layout](source, records, place, per_prompt)
+        _check_pictures(place, len(records) if layout == "dpg-bench" else len(source))
+    return Path(folder)
 
 
 def _geneval(source: Source, records: Sequence[Any], place: Path, per_prompt: int) -> None:

@@ -14,6 +14,14 @@ from .llamagen import (
 )
 from .mar import MAR, MARAutoencoder, MARTransformer
 from .nextstep import NextStep, NextStepAutoencoder, NextStepTransformer
+from .transformers_image import (
+    Chameleon,
+    ChameleonDecoder,
+    Emu3,
+    GlmImage,
+    Janus,
+    TransformersImageModel,
+)
 from .var import VAR, VARStudent, VARStudentTransformer, VARTokenizer, VARTransformer
 
 if TYPE_CHECKING:  # they live with the text; their old names stay
@@ -35,8 +43,13 @@ FAMILIES.register("VARStudentTransformer", kind="student", teacher="VARTransform
 
 __all__ = [
     "FAMILIES",
+    "Chameleon",
+    "ChameleonDecoder",
+    "Emu3",
+    "GlmImage",
     "HFCausalLM",
     "ImagePrompt",
+    "Janus",
     "LlamaGen",
     "LlamaGenStudent",
     "LlamaGenStudentTransformer",
@@ -48,6 +61,7 @@ __all__ = [
     "NextStep",
     "NextStepAutoencoder",
     "NextStepTransformer",
+    "TransformersImageModel",
     "VAR",
     "VARStudent",
     "VARStudentTransformer",

@@ -42,7 +42,8 @@ class ImagePrompt:
     Attributes:
         prompt: a caption, or token ids [L] of a whole prompt, behind which the drawing starts.
         negative: what guidance leads away from, of the same kind; None for the model's own.
-        images: pictures that the prompt speaks of (PIL images), for models that edit.
+        images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
+            for models that edit.
     """
 
     prompt: Any

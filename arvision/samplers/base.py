@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -83,12 +84,57 @@ def _options(cls: type) -> list[str]:
     return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
 
+def parse_value(text: str) -> Any:
+    """A number, boolean or None where the text is one, else the text."""
+    try:
+        return json.loads({"none": "null"}.get(text.lower(), text.lower()))
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_sampler(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a sampler written as "name" or "name:option=value:option=value".
+
+    This is the one grammar for samplers in text: `get_sampler`, `sample`, `compare` and `eval`
+    understand it. Whether the name and the options exist is for `get_sampler` to say.
+
+    Raises:
+        InputError: an option without a value, or given twice.
+    """
+    name, *parts = spec.strip().split(":")
+    options: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"sampler {spec!r}: expected option=value, found {part!r}")
+        options = join_options(spec, options, {key: parse_value(value)})
+    return name, options
+
+
+def join_options(spec: str, own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The options of a sampler `spec` and further ones.
+
+    Raises:
+        InputError: one is given twice.
+    """
+    for name in more:
+        if name in own:
+            raise InputError(f"sampler {spec!r}: option {name!r} is given twice")
+    return own | more
+
+
 def get_sampler(name: str, **options: Any) -> BaseSampler:
     """Make the sampler `name`.
 
+    Args:
+        name: a registered name, or one with options: "sjd:window=32:coupling=maximal".
+        **options: further options.
+
     Raises:
-        InputError: an unknown name or option, or an option out of range.
+        InputError: an unknown name or option, one given twice, or one out of range.
     """
+    spec, (name, own) = name, parse_sampler(name)
+    options = join_options(spec, own, options)
     cls = SAMPLERS[name]
     known = _options(cls)
     for option in options:

@@ -12,11 +12,10 @@ from ..decoding.draft_model import (
     Calibration,
     DraftModelDrafter,
     check_draft,
-    get_draft_coupling,
 )
 from ..decoding.logits import check_guidance_scale
 from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
-from ..decoding.verify import Rule
+from ..decoding.verify import Rule, coupling_name, get_coupling
 from ..errors import InputError, check_count
 from .base import DraftHolder, TokenSampler, register
 
@@ -31,14 +30,15 @@ class DraftSampler(DraftHolder, TokenSampler):
       the position. The picture is token for token the one that `ar` draws for the same seed (up to
       float ties), whatever the draft, its length and the batch; hence the default. A draft is
       accepted with probability >= (1 - TV) / (1 + TV).
-    - "speculative": accept with probability min(1, p / q), else draw from the normalised (p - q)+.
+    - "independent", "maximal": accept with probability min(1, p / q), else draw from the normalised (p - q)+.
       A picture of the same law, which depends on the draft; accepted with probability 1 - TV, the
-      most that any rule can reach for one draft.
+      most that any rule can reach for one draft. The two differ in what they do behind the first
+      rejection, where a chain that is drafted anew has nothing to keep.
 
     A chain ends early when one of its drafts will probably be rejected: the draft's confidence is
     turned into a probability of acceptance by a calibration that a trained draft brings along.
 
-    Law: exact with both. Cost: N / tokens-per-pass passes of at most `max_draft + 1` tokens, and as
+    Law: exact with all. Cost: N / tokens-per-pass passes of at most `max_draft + 1` tokens, and as
     many passes of the draft as tokens are drafted. Models: token models, the draft one of the same
     vocabulary and grid.
 
@@ -82,7 +82,7 @@ class DraftSampler(DraftHolder, TokenSampler):
             raise InputError(f"stop_threshold {stop_threshold}: expected 0 <= stop_threshold <= 1")
         if draft_guidance_scale is not None:
             check_guidance_scale(draft_guidance_scale)
-        get_draft_coupling(coupling)
+        self.register_to_config(coupling=coupling_name(coupling))
         self.shaping()
         self._calibration = UNCALIBRATED
         self.take_draft(draft)
@@ -109,7 +109,7 @@ class DraftSampler(DraftHolder, TokenSampler):
 
     def rule(self, model: TokenModel) -> Rule:
         """The configured coupling."""
-        return get_draft_coupling(self.config["coupling"])
+        return get_coupling(self.config["coupling"])
 
     def policy(self, model: TokenModel) -> WindowPolicy:
         """The last known token and the drafts."""

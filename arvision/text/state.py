@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..decoding.cache import KVCache
 from ..decoding.transformers_cache import CacheView, TextSizes
-from ..decoding.tree import check_parents, topology
+from ..decoding.tree import check_parents, check_path, topology
 from ..errors import InputError, StateError
 
 if TYPE_CHECKING:
@@ -235,13 +235,7 @@ class HFState:
         num = self.cache.num_pending
         if num == 0 or self._is_draft:
             raise StateError("commit without candidates: call extend first")
-        places = torch.arange(kept.shape[1], device=kept.device)
-        used = places < counts[:, None]
-        before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
-        index = kept.clamp(0, num - 1)
-        parent = index - 1 if self._parents is None else self._parents[index]
-        if bool((used & ((parent != before) | (kept != index))).any()):
-            raise StateError("kept is not a path: each kept candidate must follow its parent")
+        check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(kept, counts)
         self.lengths = self.lengths + counts
 

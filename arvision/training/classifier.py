@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..card import FASHION, write_card
 from ..errors import InputError
 from ..eval.classifier import FashionClassifier, class_consistency
-from ..files import replacing
+from ..files import write_bytes, write_json
 from .data import load_fashion
 
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 4e-3
 SMOOTHING = 0.05
 MAX_SHIFT = 2
-
-CARD = """---
-license: apache-2.0
-tags: [image-classification, fashion-mnist]
----
-# fashion-classifier
-
-A small convolutional network ({parameters:,} parameters) that sorts grey 32x32 garments into the
-ten classes of Fashion-MNIST. `arvision.eval` uses it to ask whether a generated picture shows the
-class it was asked for, and takes its penultimate layer (128 numbers) as a feature space. It is a
-measuring tool for small demonstration models, not a product: its features are **not** FID
-features, and its opinion of pictures far from Fashion-MNIST means nothing.
-
-- **Data**: the 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence),
-  padded to 32x32.
-- **Recipe**: `arvision train --recipe fashion-classifier`: {epochs} epochs, batch {batch}, AdamW
-  with one cycle (peak {rate}), label smoothing {smoothing}, random flips and shifts of up to
-  {shift} pixels, seed {seed}.
-- **Wall time**: {minutes:.1f} minutes, {threads} CPU thread(s).
-- **Measured** (10,000 test images, weights as stored in half precision): accuracy
-  **{accuracy:.4f}** (95 % interval {low:.4f} to {high:.4f}). Per class: {per_class}.
-- **Files**: `model.safetensors` (half precision), `config.json`.
-"""
 
 
 def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,12 +34,6 @@ def augment(grey: Tensor, generator: torch.Generator) -> Tensor:
     columns = (side[None] + shifts[:, 1:]).clamp(0, last)
     batch = torch.arange(count).view(-1, 1, 1)
     return grey[:, 0][batch, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def _fit(model: FashionClassifier, epochs: int, seed: int, progress: bool) -> None:
@@ -136,28 +107,37 @@ def train_classifier(
     seconds = time.perf_counter() - started
     measured = {**_measure(model), "seconds": seconds, "epochs": epochs, "seed": seed}
     weights = {name: value.contiguous() for name, value in model.half().state_dict().items()}
-    _write(out / "model.safetensors", save(weights))
+    write_bytes(out / "model.safetensors", save(weights))
     config = {"kind": "fashion-classifier", "architecture": model.config, "measured": measured}
-    _write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    _write(out / "README.md", _card(measured).encode())
+    write_json(out / "config.json", config, indent=2)
+    _card(out, measured)
     return measured
 
 
-def _card(measured: dict[str, Any]) -> str:
-    """The model card with the measured numbers filled in."""
+def _card(folder: Path, measured: dict[str, Any]) -> None:
+    """Write the model card with the measured numbers filled in."""
     low, high = measured["accuracy_interval"]
-    return CARD.format(
-        parameters=measured["parameters"],
-        epochs=measured["epochs"],
-        seed=measured["seed"],
-        batch=BATCH_SIZE,
-        rate=PEAK_LEARNING_RATE,
-        smoothing=SMOOTHING,
-        shift=MAX_SHIFT,
-        minutes=measured["seconds"] / 60,
-        threads=torch.get_num_threads(),
-        accuracy=measured["accuracy"],
-        low=low,
-        high=high,
-        per_class=", ".join(f"{c}: {share:.3f}" for c, share in measured["per_class"].items()),
+    classes = ", ".join(f"{c}: {share:.3f}" for c, share in measured["per_class"].items())
+    description = (
+        f"A small convolutional network ({measured['parameters']:,} parameters) that sorts grey "
+        "32x32 garments into the ten classes of Fashion-MNIST. `arvision.eval` uses it to ask "
+        "whether a generated picture shows the class it was asked for, and takes its penultimate "
+        "layer (128 numbers) as a feature space. It is a measuring tool for small demonstration "
+        "models, not a product: its features are **not** FID features, and its opinion of pictures "
+        "far from Fashion-MNIST means nothing."
     )
+    facts = {
+        "Data": f"the 60,000 training images of {FASHION}, padded to 32x32.",
+        "Recipe": f"`arvision train --recipe fashion-classifier`: {measured['epochs']} epochs, batch "
+        f"{BATCH_SIZE}, AdamW with one cycle (peak {PEAK_LEARNING_RATE}), label smoothing "
+        f"{SMOOTHING}, random flips and shifts of up to {MAX_SHIFT} pixels, seed "
+        f"{measured['seed']}.",
+        "Wall time": f"{measured['seconds'] / 60:.1f} minutes, {torch.get_num_threads()} CPU "
+        "thread(s).",
+        "Measured": f"on 10,000 test images, weights as stored in half precision: accuracy "
+        f"**{measured['accuracy']:.4f}** (95 % interval {low:.4f} to {high:.4f}). Per class: "
+        f"{classes}.",
+        "Files": "`model.safetensors` (half precision), `config.json`.",
+    }
+    tags = ("image-classification", "fashion-mnist")
+    write_card(folder, description, facts, tags=tags, licence="apache-2.0")

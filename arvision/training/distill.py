@@ -146,6 +146,7 @@ def distill(
     if method == "dd2" and settings.init is not None:
         student = _given_student(settings.init, family, pipe)
     else:
+        torch.manual_seed(settings.fit.seed)  # layers that the teacher lacks start at random
         student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
         figures |= run.from_pairs(student)
     if method == "dd2":

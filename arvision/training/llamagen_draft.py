@@ -8,7 +8,6 @@ Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge D
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.draft_model import COUPLINGS, confidence_features
+from ..decoding.draft_model import MEASURED, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
 from ..errors import InputError, unknown_name
+from ..files import write_json
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
 from .llamagen_samples import Drawn, draw_from_target, together
-from .loop import FitConfig, Objective, fit, shortened
+from .loop import FitConfig, Objective, shortened
+from .stages import Stage, run_stages, stage_seconds
 
 DIVERGENCES = {
     "forward_kl": "KL(p, q): the draft covers everything that the target does",
@@ -109,7 +110,7 @@ def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> di
         "features" [M, N, 4].
     """
     found: dict[str, dict[str, list[Tensor]]] = {
-        name: {"acceptance": [], "features": []} for name in COUPLINGS
+        name: {"acceptance": [], "features": []} for name in MEASURED
     }
     objective = DraftObjective(transformer.eval(), drawn, "forward_kl")
     for index in torch.arange(len(drawn.tokens)).split(64):
@@ -163,6 +164,74 @@ def calibrate(features: Tensor, acceptance: Tensor, steps: int = 30) -> list[flo
     return [round(value, 4) for value in weights.tolist()]
 
 
+@dataclass
+class _Work:
+    """What the stages of one run hand to each other.
+
+    Attributes:
+        target: whose drafts are made.
+        training: settings.
+        drawn: samples to learn from.
+        held_out: samples to measure on.
+        drafts: finished ones by their stage.
+        pilots: measured acceptance by divergence.
+    """
+
+    target: LlamaGen
+    training: DraftTraining
+    drawn: Drawn
+    held_out: Drawn
+    drafts: dict[str, LlamaGenTransformer] = field(default_factory=dict)
+    pilots: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def best(self) -> str:
+        """The divergence whose pilot's drafts were accepted most.
+
+        Judged where drafts are used most: the first of the guidance scales, both couplings alike.
+        """
+        scale = f"at guidance {next(iter(self.training.samples)):g}"
+        sums = {
+            name: sum(found[f"{coupling} {scale}"] for coupling in MEASURED)
+            for name, found in self.pilots.items()
+        }
+        return max(sums, key=lambda name: sums[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftStage(Stage[_Work]):
+    """The draft from scratch, or from where another stage left it.
+
+    Attributes:
+        divergence: a name in `DIVERGENCES`; None for the pilots' best.
+        start: stage whose weights it starts from; None for random ones.
+    """
+
+    divergence: str | None = None
+    start: str | None = None
+
+    def objective(self, work: _Work) -> DraftObjective:
+        """Divergence of the draft's guided laws from the target's."""
+        sizes = {k: v for k, v in work.target.transformer.config.items() if not k.startswith("_")}
+        draft = LlamaGenTransformer(**sizes | work.training.sizes)
+        if self.start is not None:
+            draft.load_state_dict(work.drafts[self.start].state_dict())
+        return DraftObjective(draft, work.drawn, self.divergence or work.best())
+
+    def finish(self, work: _Work, objective: DraftObjective) -> None:
+        """The draft."""
+        work.drafts[self.name] = objective.transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotStage(DraftStage):
+    """A short trial of a divergence, measured on the samples held out."""
+
+    def finish(self, work: _Work, objective: DraftObjective) -> None:
+        """The measured acceptance."""
+        measured = measure(objective.transformer, work.held_out)
+        work.pilots[objective.divergence] = acceptance_figures(measured, work.held_out.scales)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftTraining:
     """Settings of `train_draft`.
@@ -209,6 +278,15 @@ class DraftTraining:
                 f"{self.samples} samples with {self.held_out} held out and divergences "
                 f"{self.divergences}: expected more samples than held out, and a divergence"
             )
+
+    def stages(self) -> list[DraftStage]:
+        """A common start, a pilot of each divergence, the final run of the best."""
+        first = DraftStage(name="start", fit=self.start_fit, divergence=self.divergences[0])
+        pilots = [
+            PilotStage(name=f"pilot-{name}", fit=self.pilot_fit, divergence=name, start="start")
+            for name in self.divergences
+        ]
+        return [first, *pilots, DraftStage(name="final", fit=self.final_fit, start="start")]
 
 
 @dataclass(frozen=True)
@@ -259,60 +337,23 @@ def train_draft(
         )
         held_out.append(part.rows(slice(0, training.held_out)))
         drawn.append(part.rows(slice(training.held_out, None)))
-    run = _Distillation(target, out, training, together(drawn), together(held_out), progress)
-    start = run.stage("start", training.divergences[0], training.start_fit, None)
-    pilots = {
-        name: run.acceptance(run.stage(f"pilot-{name}", name, training.pilot_fit, start))
-        for name in training.divergences
-    }
-    # Judged where drafts are used most: the first of the guidance scales, both couplings alike.
-    scale = f"at guidance {next(iter(training.samples)):g}"
-    best = max(pilots, key=lambda name: sum(pilots[name][f"{c} {scale}"] for c in COUPLINGS))
-    final = run.stage("final", best, training.final_fit, start)
-    measured = measure(final, run.held_out)
+    work = _Work(target, training, together(drawn), together(held_out))
+    stages = training.stages()
+    run_stages(stages, work, out, progress=progress)
+    final = work.drafts["final"]
+    measured = measure(final, work.held_out)
     figures = {
-        "divergence": best,
-        "pilots": pilots,
-        "acceptance": acceptance_figures(measured, run.held_out.scales),
+        "divergence": work.best(),
+        "pilots": work.pilots,
+        "acceptance": acceptance_figures(measured, work.held_out.scales),
         "parameters": final.num_parameters(),
         "target_parameters": target.transformer.num_parameters(),
         "samples": {f"{scale:g}": num for scale, num in training.samples.items()},
-        "seconds": run.seconds,
+        "seconds": stage_seconds(out, stages),
     }
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(out / "figures.json", figures)
     calibration = {name: calibrate(**numbers) for name, numbers in measured.items()}
     return DraftResult(final, calibration, figures)
-
-
-@dataclass
-class _Distillation:
-    """Stages of one run: the same draft, another divergence or length."""
-
-    target: LlamaGen
-    out: Path
-    training: DraftTraining
-    drawn: Drawn
-    held_out: Drawn
-    progress: bool
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def stage(
-        self, name: str, divergence: str, config: FitConfig, start: LlamaGenTransformer | None
-    ) -> LlamaGenTransformer:
-        """Train (or resume) a draft, from the weights of `start` or from scratch."""
-        torch.manual_seed(config.seed)
-        sizes = {k: v for k, v in self.target.transformer.config.items() if not k.startswith("_")}
-        draft = LlamaGenTransformer(**sizes | self.training.sizes)
-        if start is not None:
-            draft.load_state_dict(start.state_dict())
-        objective = DraftObjective(draft, self.drawn, divergence)
-        log = fit(objective, config, self.out / name, progress=self.progress)
-        self.seconds[name] = log[-1]["seconds"]
-        return draft.eval()
-
-    def acceptance(self, draft: LlamaGenTransformer) -> dict[str, float]:
-        """Measured acceptance on the samples held out."""
-        return acceptance_figures(measure(draft, self.held_out), self.held_out.scales)
 
 
 @dataclass(frozen=True, kw_only=True)

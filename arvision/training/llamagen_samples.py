@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from ..decoding.logits import Shaping
 from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
 from ..decoding.verify import gumbel_coupling
 from ..models.llamagen import LlamaGen
+from .saved import load_state, save_state
 
 SMALLEST_LOGP = -40.0
 
@@ -60,10 +60,8 @@ def draw_from_target(
     for scale, first, size in tqdm(jobs, disable=not progress, desc="target samples"):
         path = folder / f"guidance{scale:g}-{first:06d}-{size}.pt"
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            torch.save(_draw_batch(target, scale, first, size), temporary)
-            os.replace(temporary, path)
-        parts.append(torch.load(path, weights_only=True, mmap=True))
+            save_state(path, _draw_batch(target, scale, first, size))
+        parts.append(load_state(path, "delete it to draw its samples again", mmap=True))
     names = ("tokens", "logp", "labels", "scales")
     return Drawn(*(torch.cat([part[name] for part in parts]) for name in names))
 

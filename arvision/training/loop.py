@@ -7,7 +7,6 @@ the step, so a resumed run takes the very steps that an uninterrupted one takes.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, InputError
+from ..files import sweep, write_text
+from .saved import load_state, save_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,10 @@ class FitConfig:
 
 
 class WeightAverage:
-    """Running average of the trained weights; young averages follow faster."""
+    """Running average of the trained weights; young averages follow faster.
+
+    diffusers' `EMAModel` rounds otherwise and forgets the first weights altogether.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -181,6 +185,7 @@ def fit(
         CheckpointError: the checkpoint belongs to another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     accelerator = _accelerator(config.mixed_precision)
     optimizer = torch.optim.AdamW(
         _parameter_groups(objective, config.weight_decay), lr=0.0, betas=config.betas
@@ -261,7 +266,7 @@ def _save(
     folder: Path,
     average: WeightAverage | None,
 ) -> None:
-    """Write the checkpoint and the log, each under a temporary name first."""
+    """Write the checkpoint and the log."""
     state = {
         "model": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -271,12 +276,8 @@ def _save(
     }
     if average is not None:
         state["average"] = average.weights
-    temporary = folder / "checkpoint.pt.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "checkpoint.pt")
-    temporary = folder / "log.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
-    os.replace(temporary, folder / "log.jsonl")
+    save_state(folder / "checkpoint.pt", state)
+    write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
 def _resume(
@@ -289,7 +290,7 @@ def _resume(
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0, []
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    state = load_state(path, "delete it to train this stage from its start")
     if state["config"] != config.to_json():
         raise CheckpointError(
             f"{path} was made with other settings ({state['config']}): expected "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from ..decoding.latents.schedule import Schedule
 from ..errors import InputError
 from ..models.mar.model import MAR
 from ..models.mar.transformer import MARTransformer
-from .data import load_fashion
-from .loop import FitConfig, Objective, fit
+from .loop import FitConfig, Objective
 from .mar import MARObjective, encode_moments, initialise
+from .stages import Recipe, Stage, Work
 
 
 class MARDraftObjective(Objective):
@@ -62,28 +61,14 @@ class MARDraftObjective(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MARDraftRecipe:
+class MARDraftStage(Stage[Work]):
     """A draft for a MAR target, on the images that the target was trained on.
 
     Attributes:
-        target: name of the embedded target.
         sizes: arguments of `MARTransformer` that differ from the target's.
-        fit: settings of the one stage.
-        num_images: training images used.
-        card: "kind", "conditions", "summary" and "draft_for".
     """
 
-    target: str
-    card: dict[str, str]
-    sizes: dict[str, Any] = field(
-        default_factory=lambda: {
-            "hidden_size": 128,
-            "encoder_depth": 1,
-            "decoder_depth": 2,
-            "head_width": 128,
-            "head_depth": 1,
-        }
-    )
+    name: str = "transformer"
     fit: FitConfig = FitConfig(
         steps=1500,
         batch_size=32,
@@ -94,41 +79,40 @@ class MARDraftRecipe:
         log_every=50,
         average_decay=0.995,
     )
-    num_images: int = 60_000
+    sizes: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "encoder_depth": 1,
+            "decoder_depth": 2,
+            "head_width": 128,
+            "head_depth": 1,
+        }
+    )
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages, which are their folders."""
-        return ("transformer",)
-
-    def shortened(self, steps: int, num_images: int) -> MARDraftRecipe:
-        """The same recipe with at most `steps` steps on `num_images` images."""
-        cut = dataclasses.replace(self.fit, steps=min(steps, self.fit.steps))
-        return dataclasses.replace(self, fit=cut, num_images=num_images)
-
-    def run(self, target: MAR, folder: Path, *, progress: bool = True) -> MARTransformer:
-        """Train (or resume) the draft under `folder`.
+    def objective(self, work: Work) -> MARDraftObjective:
+        """Noise estimates like the target's.
 
         Raises:
             InputError: a target without an autoencoder.
         """
+        target: MAR = work.target
         if target.tokenizer is None:
             raise InputError("the target has no autoencoder: expected one to encode the images")
-        images, labels = (part[: self.num_images] for part in load_fashion("train"))
         scale = target.tokenizer.config["scaling_factor"]
-        mean, deviation = (scale * part for part in encode_moments(target.tokenizer, images))
         given = {k: v for k, v in target.transformer.config.items() if not k.startswith("_")}
-        torch.manual_seed(self.fit.seed)
-        draft = MARTransformer(**given | self.sizes)
+        draft = MARTransformer(**given | dict(self.sizes))
         initialise(draft)
-        data = MARObjective(target.transformer, mean, deviation, labels)
-        objective = MARDraftObjective(draft, target.transformer, data)
-        fit(objective, self.fit, folder / "transformer", progress=progress)
-        return draft.eval()
+        mean, deviation = (scale * part for part in encode_moments(target.tokenizer, work.images))
+        data = MARObjective(target.transformer, mean, deviation, work.labels)
+        return MARDraftObjective(draft, target.transformer, data)
+
+    def finish(self, work: Work, objective: MARDraftObjective) -> None:
+        """The draft."""
+        work.parts["transformer"] = objective.draft
 
 
-MAR_DRAFT_RECIPES: dict[str, MARDraftRecipe] = {
-    "mar-fashion-draft": MARDraftRecipe(
+MAR_DRAFT_RECIPES: dict[str, Recipe] = {
+    "mar-fashion-draft": Recipe(
         target="mar-fashion",
         card={
             "kind": "continuous",
@@ -136,5 +120,6 @@ MAR_DRAFT_RECIPES: dict[str, MARDraftRecipe] = {
             "summary": "Small MAR that drafts latents for mar-fashion",
             "draft_for": "mar-fashion",
         },
+        stages=[MARDraftStage()],
     )
 }

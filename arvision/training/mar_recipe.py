@@ -1,38 +1,38 @@
-"""How the embedded MAR models are made: autoencoder, then transformer; each stage resumable."""
+"""How the embedded MAR models are made: autoencoder, then transformer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
-from .data import CLASS_NAMES, load_fashion
-from .loop import FitConfig, fit, shortened
+from .data import CLASS_NAMES
+from .loop import FitConfig
 from .mar import AutoencoderObjective, MARObjective, encode_moments, initialise
+from .stages import Recipe, Stage, Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class MARRecipe:
-    """KL autoencoder, then MAR, on Fashion-MNIST.
+class AutoencoderStage(Stage[Work]):
+    """The KL autoencoder.
 
     Attributes:
-        autoencoder_sizes: arguments of `MARAutoencoder`.
-        transformer_sizes: arguments of `MARTransformer`.
-        autoencoder_fit: settings of the autoencoder stage.
-        transformer_fit: settings of the transformer stage.
-        num_images: training images used.
-        card: "kind", "conditions" and "summary" of the model.
-        settings: recommended settings, arguments of the pipeline.
+        sizes: arguments of `MARAutoencoder`.
     """
 
-    card: dict[str, str]
-    settings: dict[str, Any]
-    autoencoder_sizes: dict[str, Any] = field(
+    name: str = "autoencoder"
+    fit: FitConfig = FitConfig(
+        steps=2800,
+        batch_size=32,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        betas=(0.9, 0.99),
+        mixed_precision="bf16",
+        log_every=100,
+    )
+    sizes: Mapping[str, Any] = field(
         default_factory=lambda: {
             "ch": 32,
             "ch_mult": (1, 1, 2),
@@ -40,7 +40,42 @@ class MARRecipe:
             "latent_dim": 4,
         }
     )
-    transformer_sizes: dict[str, Any] = field(
+
+    def objective(self, work: Work) -> AutoencoderObjective:
+        """Reconstruction, and latents near a Gaussian."""
+        return AutoencoderObjective(MARAutoencoder(**self.sizes), work.images)
+
+    def finish(self, work: Work, objective: AutoencoderObjective) -> None:
+        """The autoencoder with its scaling factor, and the moments of the images' latents."""
+        autoencoder = objective.autoencoder
+        mean, deviation = encode_moments(autoencoder, work.images[:5000])
+        spread = (mean.var() + deviation.square().mean()).sqrt()
+        scale = float(1 / spread)
+        autoencoder.register_to_config(scaling_factor=scale)
+        work.parts["tokenizer"] = autoencoder
+        work.codes = tuple(scale * part for part in encode_moments(autoencoder, work.images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MARTransformerStage(Stage[Work]):
+    """The transformer with its diffusion head.
+
+    Attributes:
+        sizes: arguments of `MARTransformer`.
+    """
+
+    name: str = "transformer"
+    fit: FitConfig = FitConfig(
+        steps=2400,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.02,
+        clip_norm=3.0,
+        mixed_precision="bf16",
+        log_every=50,
+        average_decay=0.999,
+    )
+    sizes: Mapping[str, Any] = field(
         default_factory=lambda: {
             "latent_dim": 4,
             "grid": (8, 8),
@@ -56,67 +91,26 @@ class MARRecipe:
             "noisiest": 980,
         }
     )
-    autoencoder_fit: FitConfig = FitConfig(
-        steps=2800,
-        batch_size=32,
-        learning_rate=2e-3,
-        weight_decay=1e-4,
-        betas=(0.9, 0.99),
-        mixed_precision="bf16",
-        log_every=100,
-    )
-    transformer_fit: FitConfig = FitConfig(
-        steps=2400,
-        batch_size=64,
-        learning_rate=1e-3,
-        weight_decay=0.02,
-        clip_norm=3.0,
-        mixed_precision="bf16",
-        log_every=50,
-        average_decay=0.999,
-    )
-    num_images: int = 60_000
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages, which are their folders."""
-        return ("autoencoder", "transformer")
-
-    def shortened(self, steps: int, num_images: int) -> MARRecipe:
-        """The same recipe with at most `steps` steps per stage on `num_images` images."""
-        return shortened(self, steps, num_images=num_images)
-
-    def run(self, folder: Path, *, progress: bool = True) -> dict[str, Any]:
-        """Train (or resume) both stages under `folder` and return the trained parts."""
-        images, labels = (part[: self.num_images] for part in load_fashion("train"))
-        autoencoder = self._autoencoder(images, folder, progress)
-        scale = autoencoder.config["scaling_factor"]
-        means, deviations = (scale * part for part in encode_moments(autoencoder, images))
-        torch.manual_seed(self.transformer_fit.seed)
-        transformer = MARTransformer(**self.transformer_sizes)
+    def objective(self, work: Work) -> MARObjective:
+        """Noise on masked latents."""
+        transformer = MARTransformer(**self.sizes)
         initialise(transformer)
-        objective = MARObjective(transformer, means, deviations, labels)
-        fit(objective, self.transformer_fit, folder / "transformer", progress=progress)
-        return {"transformer": transformer.eval(), "tokenizer": autoencoder}
+        return MARObjective(transformer, *work.codes, work.labels)
 
-    def _autoencoder(self, images: Tensor, folder: Path, progress: bool) -> MARAutoencoder:
-        torch.manual_seed(self.autoencoder_fit.seed)
-        autoencoder = MARAutoencoder(**self.autoencoder_sizes)
-        objective = AutoencoderObjective(autoencoder, images)
-        fit(objective, self.autoencoder_fit, folder / "autoencoder", progress=progress)
-        mean, deviation = encode_moments(autoencoder.eval(), images[:5000])
-        spread = (mean.var() + deviation.square().mean()).sqrt()
-        autoencoder.register_to_config(scaling_factor=float(1 / spread))
-        return autoencoder
+    def finish(self, work: Work, objective: MARObjective) -> None:
+        """The transformer."""
+        work.parts["transformer"] = objective.transformer
 
 
-MAR_RECIPES: dict[str, MARRecipe] = {
-    "mar-fashion": MARRecipe(
+MAR_RECIPES: dict[str, Recipe] = {
+    "mar-fashion": Recipe(
         card={
             "kind": "continuous",
             "conditions": "class",
             "summary": "Class-conditional MAR on Fashion-MNIST, 32x32 pixels in 8x8 latents of 4 numbers",
         },
+        stages=[AutoencoderStage(), MARTransformerStage()],
         settings={
             "class_names": list(CLASS_NAMES),
             "guidance_scale": 3.0,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,20 @@ import torch
 from torch import Tensor
 
 from ..api import load, sample
+from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
+from ..decoding.draft_model import MEASURED
 from ..errors import unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
+from ..files import making_folder
 from ..pipeline import ARPipeline
 from .captions import BRIGHTNESS, GARMENTS, measure_brightness
 from .classifier import train_classifier
 from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
-from .mar_draft import MAR_DRAFT_RECIPES, MARDraftRecipe
-from .recipes import RECIPES, stage_seconds
+from .mar_draft import MAR_DRAFT_RECIPES
+from .recipes import RECIPES
+from .stages import Recipe, stage_seconds
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -32,20 +35,23 @@ def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings:
         folder: to write.
         card: "kind", "conditions" and "summary", for `list_models`.
         settings: recommended settings, arguments of `ARPipeline`.
+
+    Raises:
+        InputError: `folder` holds something else than a published model.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipe = ARPipeline(**parts, **settings)
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, torch.float16)
-    pipe.save_pretrained(temporary)
-    for weights in temporary.rglob("*.safetensors"):
-        weights.chmod(0o644)
-    (temporary / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    with making_folder(folder, is_ours=_is_model_folder, durable=True) as place:
+        pipe.save_pretrained(place)
+        for weights in place.rglob("*.safetensors"):
+            weights.chmod(0o644)
+        (place / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def _is_model_folder(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("model_index.json", "card.json"))
 
 
 def run_recipe(
@@ -90,13 +96,14 @@ def run_recipe(
         return publish_draft(result, out / name, draft, draft.target, min(100, card_samples))
     if name in MAR_DRAFT_RECIPES:
         small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
-        network = small.run(load(small.target, device="cpu").model, out, progress=progress)
+        pipe = load(str(small.target), device="cpu")
+        network = small.run(out, target=pipe.model, progress=progress)["transformer"]
         seconds = stage_seconds(out, small.stages)
-        return publish_mar_draft(network, out / name, small, seconds, min(100, card_samples))
+        return publish_mar_draft(network, pipe, out / name, small, seconds, min(100, card_samples))
     recipe = RECIPES[name].shortened(*limits) if is_short else RECIPES[name]
     parts = recipe.run(out, progress=progress)
     publish(parts, out / name, recipe.card, recipe.settings)
-    return write_card(out / name, name, stage_seconds(out, recipe.stages), card_samples)
+    return card_model(out / name, name, stage_seconds(out, recipe.stages), card_samples)
 
 
 def draw(pipe: ARPipeline, prompts: list[Any], batch_size: int = 125) -> Tensor:
@@ -167,7 +174,7 @@ def measure_model(folder: Path, num: int = 1000) -> dict[str, Any]:
     return figures
 
 
-def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], num: int) -> dict:
+def card_model(folder: Path, recipe: str, training_seconds: dict[str, float], num: int) -> dict:
     """Measure a published model and write its README.md; returns the figures.
 
     Args:
@@ -177,61 +184,61 @@ def write_card(folder: Path, recipe: str, training_seconds: dict[str, float], nu
         num: samples to measure on.
     """
     figures = measure_model(folder, num)
-    facts = json.loads((folder / "card.json").read_text())
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    stages = ", ".join(
-        f"{name} {seconds / 60:.0f} min" for name, seconds in training_seconds.items()
-    )
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: arvision",
-        "tags: [text-to-image, autoregressive, fashion-mnist]",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"{facts['summary']}. **A small demonstration model**: it exists so that samplers can be tried "
-        "and tested in seconds on a CPU, not for its pictures.",
-        "",
-        "- **Data**: the 60,000 training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT "
-        "licence), padded to 32x32.",
-        "- **Licence of the weights**: Apache-2.0.",
-        f"- **Recipe**: `arvision train --recipe {recipe} --out runs/{recipe}` (settings in "
-        "`arvision/training`).",
-        f"- **Wall time**: {stages} (shared two-core CPU, one or two threads).",
-        f"- **Size**: {size / 1e6:.1f} MB, half precision.",
-        f"- **Measured** on {figures['samples']} plain samples at the recommended settings "
-        f"({_settings(load(folder))}):",
-    ]
     names = {
         "class_consistency": "samples that the project's classifier sorts into the class asked for",
         "garment": "samples that show the garment of the caption (same classifier)",
         "brightness": "samples as dark, grey or light as the caption says (mean of garment pixels)",
         "real_test_images": "real test images, for comparison",
     }
-    lines += [f"  - {text}: {figures[key]:.3f}" for key, text in names.items() if key in figures]
-    lines += [
-        f"  - reconstruction of test images by the tokenizer: {figures['reconstruction_psnr']:.1f} dB",
-        f"  - distance to the nearest training image (RMS grey levels of 255): median "
+    measured = [
+        f"on {figures['samples']} plain samples at the recommended settings "
+        f"({settings_in_words(load(folder).config)}):",
+        *(f"{text}: {figures[key]:.3f}" for key, text in names.items() if key in figures),
+        f"reconstruction of test images by the tokenizer: {figures['reconstruction_psnr']:.1f} dB",
+        f"distance to the nearest training image (RMS grey levels of 255): median "
         f"{figures['nearest_training_median']:.1f}, smallest {figures['nearest_training_min']:.1f}; "
         f"real test images have a median of {figures['nearest_training_median_of_test_images']:.1f}. "
         f"Copies (below 4.0): {figures['copies']}.",
-        "",
     ]
-    (folder / "README.md").write_text("\n".join(lines))
+    facts: dict[str, Any] = {
+        "Data": f"the 60,000 training images of {FASHION}, padded to 32x32.",
+        "Recipe": f"`arvision train --recipe {recipe} --out runs/{recipe}` (settings in "
+        "`arvision/training`).",
+        "Wall time": f"{_minutes(training_seconds, 0)} (shared two-core CPU, one or two threads).",
+        "Size": f"{megabytes(folder)}, half precision.",
+        "Measured": measured,
+    }
+    purpose = "samplers can be tried and tested in seconds on a CPU, not for its pictures."
+    write_demonstration_card(
+        folder, f"{DEMONSTRATION} {purpose}", facts, ("text-to-image", "autoregressive")
+    )
     return figures
 
 
-def _settings(pipe: ARPipeline) -> str:
-    """Recommended settings that differ from plain sampling, in words."""
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    words = [f"guidance {pipe.config['guidance_scale']:g}"]
-    words += [
-        f"{name.replace('_', '-')} {pipe.config[name]:g}"
-        for name, value in plain.items()
-        if pipe.config[name] != value
-    ]
-    return ", ".join(words)
+def write_demonstration_card(
+    folder: Path, description: str, facts: dict[str, Any], tags: Sequence[str]
+) -> None:
+    """The card of a small model on Fashion-MNIST; `card.json` says what it is.
+
+    Args:
+        folder: of the model.
+        description: what follows its summary.
+        facts: see `arvision.card.write_card`; the licence is put behind the data.
+        tags: of the Hub.
+    """
+    summary = json.loads((folder / "card.json").read_text())["summary"]
+    data = {"Data": facts["Data"], "Licence of the weights": "Apache-2.0."}
+    write_card(
+        folder,
+        f"{summary}. {description}",
+        data | facts,
+        tags=[*tags, "fashion-mnist"],
+        licence="apache-2.0",
+    )
+
+
+def _minutes(seconds: dict[str, float], digits: int) -> str:
+    return ", ".join(f"{name} {value / 60:.{digits}f} min" for name, value in seconds.items())
 
 
 def publish_draft(
@@ -254,9 +261,9 @@ def publish_draft(
     publish({"transformer": result.transformer}, folder, recipe.card, settings)
     draft = load(folder, device="cpu")
     figures = dict(result.figures)
-    for coupling in ("gumbel", "speculative"):
+    for coupling in MEASURED:
         figures[coupling] = _draft_figures(pipe, draft, coupling, num)
-    (folder / "README.md").write_text(_draft_card(folder, recipe, figures, num))
+    _card_draft(folder, recipe, figures, num)
     return figures
 
 
@@ -283,59 +290,52 @@ def _draft_figures(pipe: ARPipeline, draft: ARPipeline, coupling: str, num: int)
     }
 
 
-def _draft_card(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num: int) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num: int) -> None:
     ratio = figures["target_parameters"] / figures["parameters"]
     samples = ", ".join(f"{n} at guidance {scale}" for scale, n in figures["samples"].items())
-    stages = ", ".join(f"{name} {s / 60:.1f} min" for name, s in figures["seconds"].items())
     first = f"at guidance {next(iter(figures['samples']))}"
     pilots = "; ".join(
-        f"{name} {accepted[f'speculative {first}']:.3f} speculative, "
+        f"{name} {accepted[f'independent {first}']:.3f} independent, "
         f"{accepted[f'gumbel {first}']:.3f} Gumbel"
         for name, accepted in figures["pilots"].items()
     )
-    held_out = "; ".join(f"{name} {value:.3f}" for name, value in figures["acceptance"].items())
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: arvision",
-        "tags: [speculative-decoding, draft-model, autoregressive, fashion-mnist]",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"{recipe.card['summary']}. **A small demonstration model**: it exists so that "
-        f'`sampler="draft"` can be tried and tested in seconds on a CPU. It draws tokens for '
-        f"`{recipe.target}` to verify; it has no image tokenizer and no merit of its own.",
-        "",
-        f"- **Data**: {recipe.target}'s own samples ({samples}), each with the target's guided law "
-        "of every token. The target was trained on Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT "
-        "licence).",
-        "- **Licence of the weights**: Apache-2.0.",
-        f"- **Recipe**: `arvision train --recipe {folder.name} --out runs/{recipe.target}` (settings "
-        "in `arvision/training/draft.py`): the guided draft is fitted to the guided target "
+    facts: dict[str, Any] = {
+        "Data": f"{recipe.target}'s own samples ({samples}), each with the target's guided law of "
+        f"every token. The target was trained on {FASHION}.",
+        "Recipe": f"`arvision train --recipe {folder.name} --out runs/{recipe.target}` (settings in "
+        "`arvision/training/llamagen_draft.py`): the guided draft is fitted to the guided target "
         f"(DistillSpec) with the divergence `{figures['divergence']}`, whose drafts were accepted "
         f"most in short pilots ({first}: {pilots}).",
-        f"- **Wall time**: {stages}, besides the sampling (one thread of a shared two-core CPU).",
-        f"- **Size**: {figures['parameters']:,} parameters, 1/{ratio:.1f} of the target's; "
-        f"{size / 1e6:.1f} MB, half precision.",
-        f"- **Probability that one draft is accepted**, on samples held out: {held_out}.",
-        f"- **Measured** on {num} images, one by one, at the recommended settings of model and sampler:",
-    ]
-    if "note" in figures:
-        lines.insert(-1, f"- **Note**: {figures['note']}")
-    lines += [
-        f'  - `coupling="{name}"`: {100 * figures[name]["acceptance_rate"]:.1f} % of '
-        f"{figures[name]['drafted']:,} drafts accepted, {figures[name]['tokens_per_pass']:.2f} "
-        "tokens per pass of the target"
-        for name in ("gumbel", "speculative")
-    ]
-    return "\n".join([*lines, ""])
+        "Wall time": f"{_minutes(figures['seconds'], 1)}, besides the sampling (one thread of a "
+        "shared two-core CPU).",
+        "Size": f"{figures['parameters']:,} parameters, 1/{ratio:.1f} of the target's; "
+        f"{megabytes(folder)}, half precision.",
+        "Probability that one draft is accepted": "on samples held out: "
+        + "; ".join(f"{name} {value:.3f}" for name, value in figures["acceptance"].items())
+        + ".",
+        "Measured": [
+            f"on {num} images, one by one, at the recommended settings of model and sampler:",
+            *(
+                f'`coupling="{name}"`: {100 * figures[name]["acceptance_rate"]:.1f} % of '
+                f"{figures[name]['drafted']:,} drafts accepted, "
+                f"{figures[name]['tokens_per_pass']:.2f} tokens per pass of the target"
+                for name in MEASURED
+            ),
+        ],
+    }
+    purpose = (
+        f'`sampler="draft"` can be tried and tested in seconds on a CPU. It draws tokens for '
+        f"`{recipe.target}` to verify; it has no image tokenizer and no merit of its own."
+    )
+    tags = ("speculative-decoding", "draft-model", "autoregressive")
+    write_demonstration_card(folder, f"{DEMONSTRATION} {purpose}", facts, tags)
 
 
 def publish_mar_draft(
     network: torch.nn.Module,
+    pipe: ARPipeline,
     folder: Path,
-    recipe: MARDraftRecipe,
+    recipe: Recipe,
     seconds: dict[str, float],
     num: int = 100,
 ) -> dict[str, Any]:
@@ -343,12 +343,12 @@ def publish_mar_draft(
 
     Args:
         network: the trained transformer.
+        pipe: its target, whose settings the draft takes over.
         folder: to write; its name is that of the recipe.
         recipe: what was trained.
         seconds: wall time of each stage.
         num: images to measure the acceptance on, one by one.
     """
-    pipe = load(recipe.target, device="cpu")
     names = ("class_names", "guidance_scale", "temperature", "num_threads")
     publish({"transformer": network}, folder, recipe.card, {n: pipe.config[n] for n in names})
     sizes = [sum(p.numel() for p in part.parameters()) for part in (network, pipe.transformer)]
@@ -367,34 +367,27 @@ def publish_mar_draft(
             totals = {key: value + out.stats[key] for key, value in totals.items()}
         judged = totals["accepted"] + totals["rejected"]
         figures[name] = (totals["accepted"] / judged, totals["forward_passes"] / num)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    stages = ", ".join(f"{name} {s / 60:.1f} min" for name, s in seconds.items())
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: arvision",
-        "tags: [speculative-decoding, draft-model, autoregressive, fashion-mnist]",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"{recipe.card['summary']}. **A small demonstration model**: it exists so that "
+    facts: dict[str, Any] = {
+        "Data": f"the training images of {FASHION} in {recipe.target}'s latents, with the outputs of "
+        "its diffusion head as goals.",
+        "Recipe": f"`arvision train --recipe {folder.name} --out runs/{folder.name}` (settings in "
+        "`arvision/training/mar_draft.py`).",
+        "Wall time": f"{_minutes(seconds, 1)} (one thread of a shared two-core CPU).",
+        "Size": f"{sizes[0]:,} parameters, 1/{sizes[1] / sizes[0]:.1f} of the target's; "
+        f"{megabytes(folder)}, half precision.",
+        "Measured": [
+            f'on {num} images, one by one, with drafting="sequential":',
+            *(
+                f"{name}: {100 * figures[name][0]:.1f} % of judged drafts accepted, "
+                f"{figures[name][1]:.1f} passes of the target"
+                for name in ("published, verified", "trajectory, batched")
+            ),
+        ],
+    }
+    purpose = (
         f'`sampler="cspd"` can be tried and tested in seconds on a CPU. It drafts for '
-        f"`{recipe.target}`; it has no autoencoder and no merit of its own.",
-        "",
-        "- **Data**: the training images of Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; MIT licence) "
-        f"in {recipe.target}'s latents, with the outputs of its diffusion head as goals.",
-        "- **Licence of the weights**: Apache-2.0.",
-        f"- **Recipe**: `arvision train --recipe {folder.name} --out runs/{folder.name}` (settings "
-        "in `arvision/training/mar_draft.py`).",
-        f"- **Wall time**: {stages} (one thread of a shared two-core CPU).",
-        f"- **Size**: {sizes[0]:,} parameters, 1/{sizes[1] / sizes[0]:.1f} of the target's; "
-        f"{size / 1e6:.1f} MB, half precision.",
-        f'- **Measured** on {num} images, one by one, with drafting="sequential":',
-    ]
-    lines += [
-        f"  - {name}: {100 * figures[name][0]:.1f} % of judged drafts accepted, "
-        f"{figures[name][1]:.1f} passes of the target"
-        for name in ("published, verified", "trajectory, batched")
-    ]
-    (folder / "README.md").write_text("\n".join([*lines, ""]))
+        f"`{recipe.target}`; it has no autoencoder and no merit of its own."
+    )
+    tags = ("speculative-decoding", "draft-model", "autoregressive")
+    write_demonstration_card(folder, f"{DEMONSTRATION} {purpose}", facts, tags)
     return figures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..api import load, sample
+from ..card import FASHION, megabytes
 from ..eval.classifier import class_consistency
 from ..eval.pixels import to_uint8
-from ..files import replacing
+from ..files import replacing, write_json
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
 from ..sheet import labelled_rows
 from .data import CLASS_NAMES
-from .publish import publish
+from .publish import publish, write_demonstration_card
 
 
 def draw_sheet(
@@ -82,10 +82,8 @@ def publish_student(
             for steps in range(1, len(student.timesteps) + 1)
         }
     figures["parameters"] = sum(p.numel() for p in student.transformer.parameters())
-    with replacing(folder / "README.md") as path:
-        path.write_text(_card(folder, card, figures, num))
-    with replacing(folder.parent / "figures.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    _card(folder, figures, num)
+    write_json(folder.parent / "figures.json", figures)
     return figures
 
 
@@ -99,13 +97,10 @@ def _draw(pipe: ARPipeline, labels: Tensor, steps: int, batch_size: int = 125) -
     return torch.cat(images)
 
 
-def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _card(folder: Path, figures: dict[str, Any], num: int) -> None:
     teacher, is_fashion = figures["teacher"], "class_consistency" in figures
-    origin = (
-        " (trained on Fashion-MNIST; Xiao, Rasul, Vollgraf 2017; MIT licence)" if is_fashion else ""
-    )
-    data, measured = [], []
+    origin = f" (trained on {FASHION})" if is_fashion else ""
+    data, measured = [], {}
     if "pairs" in figures:
         agreed = ", ".join(
             f"{share:.3f} {'from noise alone' if known == '0' else f'behind {known} known units'}"
@@ -115,43 +110,34 @@ def _card(folder: Path, card: dict[str, str], figures: dict[str, Any], num: int)
             f"{figures['pairs']:,} pairs of noise and tokens drawn by the teacher `{teacher}` at its "
             f"recommended settings through the flow-matching map{origin}"
         )
-        measured.append(
-            f"- **Agreement** with the teacher's tokens for the same noise, on held-out pairs: "
-            f"{agreed}; chance (other noise, same class): {figures['chance']:.3f}."
+        measured["Agreement"] = (
+            f"with the teacher's tokens for the same noise, on held-out pairs: {agreed}; chance "
+            f"(other noise, same class): {figures['chance']:.3f}."
         )
     if "log_likelihood" in figures:
         found = figures["log_likelihood"]
         data.append(f"the scores of the teacher `{teacher}` along its own samples{origin}")
-        measured.append(
-            f"- **Log-likelihood** of a token under the teacher: {found['after']:.2f} (before score "
-            f"distillation {found['before']:.2f}, of the teacher's own samples {found['teacher']:.2f})."
+        measured["Log-likelihood"] = (
+            f"of a token under the teacher: {found['after']:.2f} (before score distillation "
+            f"{found['before']:.2f}, of the teacher's own samples {found['teacher']:.2f})."
         )
+    if is_fashion:
+        shares = ", ".join(f"{v:.3f} at steps={k}" for k, v in figures["class_consistency"].items())
+        measured["Class consistency"] = f"of {num} samples (the project's classifier): {shares}."
     command = f"arvision distill --teacher {teacher} --out runs/{folder.name}"
     if figures["method"] != "dd1":
         command += f" --method {figures['method']}"
-    lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: arvision",
-        "tags: [text-to-image, autoregressive, distillation, fashion-mnist]",
-        "---",
-        f"# {folder.name}",
-        "",
-        f"{card['summary']}. **A small demonstration model**, and a lossy one: it approximates its "
-        "teacher's law.",
-        "",
-        f"- **Data**: {'; '.join(data)}.",
-        "- **Licence of the weights**: Apache-2.0.",
-        f"- **Recipe**: `{command}`.",
-        f"- **Wall time** of the training, without the pairs: {figures['seconds'] / 60:.0f} min (one "
-        "thread of a shared two-core CPU).",
-        f"- **Size**: {figures['parameters']:,} parameters; with the image tokenizer {size / 1e6:.1f} "
-        "MB, half precision.",
-        *measured,
-    ]
-    if is_fashion:
-        shares = ", ".join(f"{v:.3f} at steps={k}" for k, v in figures["class_consistency"].items())
-        lines.append(
-            f"- **Class consistency** of {num} samples (the project's classifier): {shares}."
-        )
-    return "\n".join([*lines, ""])
+    facts = {
+        "Data": f"{'; '.join(data)}.",
+        "Recipe": f"`{command}`.",
+        "Wall time": f"{figures['seconds'] / 60:.0f} min of training, without the pairs (one thread "
+        "of a shared two-core CPU).",
+        "Size": f"{figures['parameters']:,} parameters; with the image tokenizer "
+        f"{megabytes(folder)}, half precision.",
+    }
+    write_demonstration_card(
+        folder,
+        "**A small demonstration model**, and a lossy one: it approximates its teacher's law.",
+        facts | measured,
+        ("text-to-image", "autoregressive", "distillation"),
+    )

@@ -41,13 +41,15 @@ def test_batch_order_and_calls_do_not_matter():
     positions = torch.arange(40).expand(5, 40)
     whole = Noise(seeds)
     gumbel = whole.gumbel(positions, 100)
-    uniform = whole.uniform(positions, "accept", tries=3)
+    uniform = whole.uniform(positions, "accept", round_number=3)
     for row, seed in enumerate(seeds):
         alone = Noise([seed])
         alone.uniform(positions[:1], "init")
         some = torch.tensor([[33, 2, 39]])
         assert torch.equal(alone.gumbel(some, 100)[0], gumbel[row, [33, 2, 39]])
-        assert torch.equal(alone.uniform(some, "accept", tries=3)[0], uniform[row, [33, 2, 39]])
+        assert torch.equal(
+            alone.uniform(some, "accept", round_number=3)[0], uniform[row, [33, 2, 39]]
+        )
     chosen = whole.select(torch.tensor([4, 1]))
     assert torch.equal(chosen.gumbel(positions[:2], 100), gumbel[[4, 1]])
     assert torch.equal(
@@ -67,7 +69,7 @@ def test_every_part_of_the_identity_matters():
     numbers = [Noise([seed]).uniform(position, "accept") for seed in (1, 2, (1, 1), 2**32 + 1)]
     numbers += [Noise([1]).uniform(position + 1, "accept")]
     numbers += [Noise([1]).uniform(position, purpose) for purpose in PURPOSES]
-    numbers += [Noise([1]).uniform(position, "accept", tries=n) for n in (1, 2)]
+    numbers += [Noise([1]).uniform(position, "accept", round_number=n) for n in (1, 2)]
     assert len({float(n) for n in numbers}) == len(numbers) - 1  # "accept" stands there twice
 
 

@@ -43,7 +43,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """Two small runs: plain sampling with seed 0, maximal coupling with seed 1."""
     place = tmp_path_factory.mktemp("runs")
     run("generate", *MODEL, "--num", 24, "--out", place / "ar", "--quiet", "--batch-size", 12)
-    options = ("--sampler", "sjd", "--option", "coupling=maximal", "--option", "window=8")
+    options = ("--sampler", "sjd:coupling=maximal", "--option", "window=8")
     run("generate", *MODEL, "--num", 24, "--seed", 1, "--out", place / "sjd", "--quiet", *options)
     return {"ar": place / "ar", "sjd": place / "sjd"}
 

@@ -65,7 +65,13 @@ def test_again_it_draws_nothing(found, fashion, monkeypatch):
     assert again["scores"] == report["scores"]
     with pytest.raises(InputError, match="seed=3, asked for seed=4"):
         arvision.evaluate(
-            fashion, out=out, extractor="fashion-classifier", seed=4, window=8, progress=False, **DRAW
+            fashion,
+            out=out,
+            extractor="fashion-classifier",
+            seed=4,
+            window=8,
+            progress=False,
+            **DRAW,
         )
 
 

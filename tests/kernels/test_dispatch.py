@@ -101,7 +101,7 @@ def test_verify_is_the_couplings(window, dtype):
     drafts = torch.randint(-1, 9, (50, window))
     positions = torch.arange(window + 1).expand(50, window + 1)
     noise = Noise(list(range(50)))
-    chain = decoding.Round(drafts, draft, target, positions, noise, tries=3)
+    chain = decoding.Round(drafts, draft, target, positions, noise, number=3)
     fresh = decoding.fresh(chain)
     kept = torch.where(decoding.accept(chain), drafts, decoding.recover(chain))
     maximal = torch.cat([kept, fresh[:, -1:]], dim=1)

@@ -24,8 +24,8 @@ from arvision.testing import (
 
 ALPHA = 1e-4
 NUM = 100_000
-COUPLINGS = sorted(draft_model.COUPLINGS)
-WEIGHTS = dict.fromkeys(COUPLINGS, (1.5, 0.5, -1.0, 0.5))
+COUPLINGS = sorted(verify.COUPLINGS)
+WEIGHTS = dict.fromkeys(draft_model.MEASURED, (1.5, 0.5, -1.0, 0.5))
 
 
 def table_pair(seed, kind: Any = DroppingTableModel):
@@ -65,7 +65,7 @@ def test_joint_law_with_adaptive_chains(coupling, seed):
     out = sampler(target, [None] * NUM, seeds=seeds)
     assert law_p_value(target.number(out.tokens), target.joint(sampler.shaping())) > ALPHA
     assert 0.3 < out.stats.acceptance_rate < 0.95
-    if coupling == "speculative" and seed > 0:
+    if coupling != "gumbel" and seed > 0:
         padded = out.stats.candidates - sum(out.stats.passes_per_image) - out.stats.drafted
         assert padded > NUM / 10, "rows were meant to stop at different lengths"
 
@@ -101,13 +101,13 @@ def clinging(chain):
     verdict = verify.gumbel_coupling(chain)
     if chain.drafts.shape[1] == 0:
         return verdict
-    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries) < 0.05
+    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number) < 0.05
     tokens = verdict.tokens.clone()
     tokens[:, :-1] = torch.where(holds & (chain.drafts >= 0), chain.drafts, tokens[:, :-1])
     return verify.Verdict(tokens, verify.first_change(chain.drafts, tokens))
 
 
-@pytest.mark.parametrize(("coupling", "mutant"), [("speculative", generous), ("gumbel", clinging)])
+@pytest.mark.parametrize(("coupling", "mutant"), [("independent", generous), ("gumbel", clinging)])
 def test_a_mutant_that_is_five_percent_off_is_found(coupling, mutant):
     target, draft = table_pair(1)
     sampler = get_sampler("draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55)
@@ -120,8 +120,8 @@ def test_a_chain_that_hides_its_last_draft_is_found(monkeypatch):
     """Stopping may look at a draft that is verified, never at one that is then withheld."""
 
     class Withholding(draft_model.DraftModelDrafter):
-        def propose(self, tokens, lengths, num, tries):
-            tree = super().propose(tokens, lengths, num, tries)
+        def propose(self, tokens, lengths, num, round_number):
+            tree = super().propose(tokens, lengths, num, round_number)
             drafts, laws = tree.tokens, tree.logq
             assert laws is not None
             if drafts.shape[1]:
@@ -131,7 +131,7 @@ def test_a_chain_that_hides_its_last_draft_is_found(monkeypatch):
 
     monkeypatch.setattr(draft_module, "DraftModelDrafter", Withholding)
     target, draft = table_pair(1)
-    sampler = get_sampler("draft", draft=draft, coupling="speculative", max_draft=3)
+    sampler = get_sampler("draft", draft=draft, coupling="independent", max_draft=3)
     samples = draw_joint(sampler, target, NUM, seed=1)
     assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
 
@@ -160,7 +160,7 @@ def test_speculative_pictures_do_not_depend_on_the_batch(model):
     """Rows stop where their own drafts look doubtful, whatever stands beside them."""
     classes, seeds = [k % 3 for k in range(7)], [(8, k) for k in range(7)]
     sampler = get_sampler(
-        "draft", draft=disturbed(model, 0.1), coupling="speculative", stop_threshold=0.6
+        "draft", draft=disturbed(model, 0.1), coupling="independent", stop_threshold=0.6
     )
     batch = sampler(model, classes, seeds=seeds, guidance_scale=2.0)
     assert len(set(batch.stats.passes_per_image)) > 1, "the batch was meant to be ragged"
@@ -201,7 +201,7 @@ class Untouchable(TableModel):
         ({"max_draft": 0}, "max_draft 0: expected an integer >= 1"),
         ({"max_draft": 1.5}, "max_draft 1.5"),
         ({"stop_threshold": 1.5}, "stop_threshold 1.5: expected 0 <= stop_threshold <= 1"),
-        ({"coupling": "speculativ"}, "unknown coupling 'speculativ': did you mean 'speculative'"),
+        ({"coupling": "independant"}, "unknown coupling 'independant': did you mean 'independent'"),
         ({"draft": 3}, "draft int: expected a model name"),
         ({"draft_guidance_scale": -1}, "guidance_scale -1"),
         ({}, "no draft: expected a token model"),
@@ -249,3 +249,17 @@ def test_the_name_of_a_draft_is_saved_and_a_loaded_one_is_kept(tmp_path):
     changed = bound.with_options(max_draft=2)
     assert isinstance(changed, DraftSampler)
     assert not changed.wants_draft
+
+
+def test_the_old_word_of_a_coupling_still_works_for_a_release(model):
+    options = {"draft": disturbed(model, 0.3), "max_draft": 3}
+    with pytest.warns(FutureWarning, match="coupling 'speculative' is called 'independent' now"):
+        old = get_sampler("draft", coupling="speculative", **options)
+    assert old.config["coupling"] == "independent"
+    new = get_sampler("draft", coupling="independent", **options)
+    maximal = get_sampler("draft", coupling="maximal", **options)
+    tokens = [one(model, [0, 1], seeds=[3, 4]).tokens for one in (old, new, maximal)]
+    assert torch.equal(tokens[0], tokens[1])
+    # A calibration that was published with the old word is read as before.
+    weights = {"gumbel": (1.0, 0, 0, 0), "speculative": (2.0, 0, 0, 0)}
+    assert draft_model.Calibration(weights).weights["independent"] == (2.0, 0, 0, 0)

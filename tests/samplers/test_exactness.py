@@ -124,7 +124,7 @@ def clinging(chain):
     verdict = verify.gumbel_coupling(chain)
     if chain.drafts.shape[1] == 0:
         return verdict
-    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries) < 0.05
+    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number) < 0.05
     tokens = verdict.tokens.clone()
     tokens[:, :-1] = torch.where(holds, chain.drafts, tokens[:, :-1])
     return verify.Verdict(tokens, verify.first_change(chain.drafts, tokens))

@@ -46,7 +46,7 @@ class TableDrafter:
     def select(self, rows):
         self.noise = self.noise.select(rows)
 
-    def propose(self, tokens, lengths, num, tries):
+    def propose(self, tokens, lengths, num, round_number):
         vocab, num = self.table.vocab_size, len(self.shape.parents)
         places = torch.arange(tokens.shape[1])
         known = torch.where(places < lengths[:, None], tokens, 0)
@@ -65,7 +65,7 @@ class TableDrafter:
             )
             logq = self.table.table[row].log_softmax(-1)
             uniforms = self.noise.uniform(
-                depth[parent][:, None], "draft", tries * 16 + law, len(own)
+                depth[parent][:, None], "draft", round_number * 16 + law, len(own)
             )[:, 0]
             left = logq.exp()
             for place, child in enumerate(own):
@@ -97,7 +97,8 @@ def drawn(rule, parents, draws, seed=0, num=NUM):
 CASES = [
     pytest.param("gumbel", "chain", "chosen", marks=pytest.mark.slow),
     ("gumbel", "mixed", "distinct"),
-    ("chain", "chain", "independent"),
+    ("independent", "chain", "independent"),
+    ("maximal", "chain", "independent"),
     ("block", "chain", "independent"),
     pytest.param("multi_round", "chain", "independent", marks=pytest.mark.slow),
     pytest.param("multi_round", "wide", "independent", marks=pytest.mark.slow),
@@ -145,7 +146,7 @@ class GenerousNoise:
 @pytest.mark.parametrize(
     ("name", "tree", "draws"),
     [
-        ("chain", "chain", "independent"),
+        ("independent", "chain", "independent"),
         ("block", "chain", "independent"),
         ("multi_round", "mixed", "independent"),
         ("multi_round", "mixed", "chosen"),
@@ -167,7 +168,7 @@ def test_a_walk_that_clings_to_drafts_is_found():
         laws = topology(tuple(TREES["mixed"]), torch.device("cpu")).laws
         if batch.topology is None:
             return verify.gumbel_coupling(batch)
-        holds = batch.noise.uniform(batch.positions[:, 1:], "accept", batch.tries) < 0.05
+        holds = batch.noise.uniform(batch.positions[:, 1:], "accept", batch.number) < 0.05
         return verify.deepest(batch, (batch.drafts == choice[:, laws]) | holds, choice)
 
     assert drawn(clinging, TREES["mixed"], "distinct")[0] < ALPHA
@@ -181,7 +182,7 @@ def test_rules_with_the_wrong_drafts_are_found():
 
 
 def test_block_verification_accepts_at_least_what_the_chain_rule_does():
-    chain = drawn(RULES["chain"].make(), TREES["chain"], "independent", num=50_000)[1]
+    chain = drawn(RULES["independent"].make(), TREES["chain"], "independent", num=50_000)[1]
     block = drawn(RULES["block"].make(), TREES["chain"], "independent", num=50_000)[1]
     assert block.stats.tokens_per_pass > chain.stats.tokens_per_pass
 
@@ -190,6 +191,11 @@ def test_block_verification_accepts_at_least_what_the_chain_rule_does():
 def test_the_gumbel_walk_gives_the_tokens_of_plain_sampling(tree):
     tree_tokens = drawn(verify.gumbel_coupling, TREES[tree], "distinct", num=500)[1].tokens
     assert torch.equal(tree_tokens, drawn(verify.gumbel_coupling, [], "chosen", num=500)[1].tokens)
+
+
+def test_the_old_word_of_a_rule_still_works_for_a_release():
+    with pytest.warns(FutureWarning, match="rule 'chain' is called 'independent' now"):
+        assert choose_rule("chain", "independent", 1.0).name == "independent"
 
 
 def hand_made(drafts, laws, parents=None):

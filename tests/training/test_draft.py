@@ -91,7 +91,7 @@ def test_a_whole_run_and_its_resumption(target, training, tmp_path):
     assert figures["parameters"] == done.transformer.num_parameters()
     assert set(figures["acceptance"]) == {
         f"{coupling} at guidance {scale}"
-        for coupling in ("gumbel", "speculative")
+        for coupling in ("gumbel", "independent")
         for scale in (1, 3)
     }
     assert json.loads((tmp_path / "figures.json").read_text()) == figures

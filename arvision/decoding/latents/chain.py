@@ -79,15 +79,15 @@ class Trajectory:
 
 
 def chain_noise(
-    noise: Noise, positions: Tensor, head: LatentHead, purpose: str, tries: Tensor | int = 0
+    noise: Noise, positions: Tensor, head: LatentHead, purpose: str, round_number: Tensor | int = 0
 ) -> Tensor:
     """Normal numbers [K + 1, B, T, D] of the chains of positions [B, T].
 
-    Each is a function of (seed, image, position, diffusion step) and the try: the draft's chain and
+    Each is a function of (seed, image, position, diffusion step) and the round: the draft's chain and
     the target's see the same ones.
     """
     rows, dim = head.num_steps + 1, head.latent_dim
-    numbers = noise.normal(positions, rows * dim, purpose, tries)
+    numbers = noise.normal(positions, rows * dim, purpose, round_number)
     return numbers.unflatten(-1, (rows, dim)).permute(2, 0, 1, 3)
 
 

@@ -57,18 +57,18 @@ class Slots:
         return head.law(self.z, self.scales)
 
     def noise(
-        self, noise: Noise, head: LatentHead, purpose: str, tries: Tensor | int = 0
+        self, noise: Noise, head: LatentHead, purpose: str, round_number: Tensor | int = 0
     ) -> Tensor:
-        """Normal numbers [K + 1, M, D] of their chains; `tries` is one number, or [M]."""
-        own = tries[:, None] if isinstance(tries, Tensor) else tries
+        """Normal numbers [K + 1, M, D] of their chains; `round_number` is one integer, or [M]."""
+        own = round_number[:, None] if isinstance(round_number, Tensor) else round_number
         numbers = chain_noise(
             noise.select(self.images), self.positions[:, None], head, purpose, own
         )
         return numbers[:, :, 0].to(self.z)
 
-    def uniform(self, noise: Noise, purpose: str, tries: Tensor | int) -> Tensor:
+    def uniform(self, noise: Noise, purpose: str, round_number: Tensor | int) -> Tensor:
         """Uniform numbers [M], float64."""
-        own = tries[:, None] if isinstance(tries, Tensor) else tries
+        own = round_number[:, None] if isinstance(round_number, Tensor) else round_number
         return noise.select(self.images).uniform(self.positions[:, None], purpose, own)[:, 0]
 
 
@@ -198,13 +198,14 @@ class Verifier:
         while len(pending):
             num = min(num, self.max_tries - tried)
             rows = pending.repeat_interleave(num)
-            tries = tried + torch.arange(num, device=out.device).repeat(len(pending))
+            # Each try of the rejection loop is a round of its own.
+            rounds = tried + torch.arange(num, device=out.device).repeat(len(pending))
             some = slots.select(rows)
-            numbers = some.noise(self.noise, self.target, "recover", tries)
+            numbers = some.noise(self.noise, self.target, "recover", rounds)
             path = draw_chain(some.law(self.target), numbers, self.temperature, last_noise=True)
             law = self.draft.law(z_draft[rows], some.scales)
             log_ratio = path_log_ratio(path_under(law, path, self.temperature), path)
-            uniforms = some.uniform(self.noise, "residual", tries)
+            uniforms = some.uniform(self.noise, "residual", rounds)
             passed = log_ratio.isfinite() & (uniforms < 1 - log_ratio.exp())
             passed = passed.view(-1, num)
             tried += num

@@ -26,7 +26,7 @@ def verify(
         return fresh, torch.ones_like(fresh[:, 0])
     ratio = log_ratio(drafts, draft_logp, target_logp)
     accepted = (accept_uniforms.log() < ratio) & (drafts >= 0)
-    recovered = recover(draft_logp, target_logp, recover_uniforms)
+    recovered = recover(drafts, draft_logp, target_logp, recover_uniforms)
     if coupling == "maximal":
         tokens = torch.where(accepted, drafts, recovered)
         tokens = torch.cat([tokens, fresh], dim=1)
@@ -51,8 +51,8 @@ def log_ratio(drafts: Tensor, draft_logp: Tensor, target_logp: Tensor) -> Tensor
     return (target_logp[:, :-1].gather(-1, index) - draft_logp.gather(-1, index))[..., 0]
 
 
-def recover(draft_logp: Tensor, target_logp: Tensor, uniforms: Tensor) -> Tensor:
-    """A draw from the normalised (p - q)+ at every draft, [B, m].
+def recover(drafts: Tensor, draft_logp: Tensor, target_logp: Tensor, uniforms: Tensor) -> Tensor:
+    """A draw from the normalised (p - q)+ at every draft, [B, m]; from p where a row has none (-1).
 
     Where the two laws are the same the residual is empty and a rejection has probability zero; p
     stands in, so that nothing divides by zero.
@@ -60,7 +60,7 @@ def recover(draft_logp: Tensor, target_logp: Tensor, uniforms: Tensor) -> Tensor
     target = target_logp[:, :-1].exp()
     residual = (target - draft_logp.exp()).clamp(min=0)
     empty = residual.sum(-1, keepdim=True) <= 0
-    return draw(torch.where(empty, target, residual), uniforms)
+    return draw(torch.where(empty | (drafts < 0)[..., None], target, residual), uniforms)
 
 
 def first_change(drafts: Tensor, tokens: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def _settle(
             )
             total += tl.sum(p.to(tl.float64), 0)
             residual += tl.sum(tl.maximum(p - tl.exp(q), 0.0).to(tl.float64), 0)
-        # An empty residual is never wanted except by rounding; then the target stands in.
-        is_empty = residual <= 0
+        # The target stands in where there is no draft, and for a residual that rounding emptied.
+        is_empty = (residual <= 0) | (own < 0)
         share = uniform * tl.where(is_empty, total, residual)
         carry = tl.zeros([], tl.float64)
         found = tl.full([], 1 << 40, tl.int64)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
-from ...decoding.tree import ancestor_mask, check_parents
+from ...decoding.tree import ancestor_mask, check_parents, check_path
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -175,24 +175,9 @@ class LlamaGenState:
         num = self.cache.num_pending
         if num == 0:
             raise StateError("commit without candidates: call extend first")
-        self._check_kept(kept, counts, num)
+        check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(self._doubled(kept), self._doubled(counts))
         self.lengths = self.lengths + counts
-
-    def _check_kept(self, kept: Tensor, counts: Tensor, num: int) -> None:
-        if kept.dim() != 2 or len(kept) != len(self.lengths) or counts.shape != self.lengths.shape:
-            raise StateError(
-                f"kept {tuple(kept.shape)} and counts {tuple(counts.shape)}: expected "
-                f"[{len(self.lengths)}, K] and [{len(self.lengths)}]"
-            )
-        places = torch.arange(kept.shape[1], device=kept.device)
-        used = places < counts[:, None]
-        if int(counts.max()) > kept.shape[1] or bool((used & ((kept < 0) | (kept >= num))).any()):
-            raise StateError(f"kept must name candidates 0..{num - 1}, as many as counts says")
-        before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
-        parent = kept - 1 if self._parents is None else self._parents[kept.clamp(0, num - 1)]
-        if bool((used & (parent != before)).any()):
-            raise StateError("kept is not a path: each kept candidate must follow its parent")
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""

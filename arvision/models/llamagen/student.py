@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
-from ...contracts import Conditions
-from ...decoding.student import check_codebook, codebook_mark
+from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ..conditions import resolve_class
+from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .layers import Block, ClassEmbedding, RMSNorm, rotary_table
 from .model import LlamaGen
@@ -32,20 +30,6 @@ OFFICIAL_PLANS = {
     (24, 1024): ((0, 80), 130),
 }
 """What the published students LlamaGen-B and -L were trained for; not in their tensors."""
-
-
-class VectorHead(nn.Module):
-    """Features to the vector that stands at a position, modulated by the condition."""
-
-    def __init__(self, width: int, code_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, code_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, C] and the class row [B, 1, C] to [B, N, D]."""
-        shift, scale = (self.scale_shift_table[None] + condition).chunk(2, dim=1)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
 class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
@@ -100,10 +84,7 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
-        num_tokens = grid[0] * grid[1]
-        steps = list(timesteps)
-        if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] >= num_tokens:
-            raise InputError(f"timesteps {steps}: expected 0 first, growing, below {num_tokens}")
+        check_timesteps(timesteps, grid[0] * grid[1])
         hidden = intermediate_size or -(-(8 * hidden_size // 3) // 256) * 256
         self.cls_embedding = ClassEmbedding(num_classes, hidden_size)
         self.tok_embeddings = nn.Linear(code_dim, hidden_size)
@@ -197,6 +178,10 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
         """Image tokens of one sample."""
         return self.config["grid"][0] * self.config["grid"][1]
 
+    def ends(self) -> tuple[int, ...]:
+        """Tokens up to the end of each unit, which is a token."""
+        return tuple(range(1, self.num_tokens + 1))
+
     def rotary(self) -> Tensor:
         """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -228,43 +213,17 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
         return (logits, out) if logits.dtype == torch.float64 else (logits.float(), out.float())
 
 
-class LlamaGenStudent:
-    """A LlamaGen student with its image tokenizer; see `arvision.contracts.StudentModel`.
+class LlamaGenStudent(Student):
+    """A LlamaGen student with its image tokenizer; its units are tokens, see `Student`."""
 
-    Args:
-        transformer: the network.
-        tokenizer: its teacher's image tokenizer.
-        class_names: names of the classes, in the order of their ids.
+    fits = {"vocab_size": "codebook_size", "code_dim": "code_dim"}
+    transformer: LlamaGenStudentTransformer
+    tokenizer: LlamaGenTokenizer
 
-    Raises:
-        InputError: another tokenizer than the one that the student was trained for.
-    """
-
-    def __init__(
-        self,
-        transformer: LlamaGenStudentTransformer,
-        tokenizer: LlamaGenTokenizer | None,
-        class_names: Sequence[str] | None = None,
-    ) -> None:
-        config = transformer.config
-        if tokenizer is None:
-            raise InputError("a student needs its image tokenizer: its codes are what it is fed")
-        for ours, theirs in (("vocab_size", "codebook_size"), ("code_dim", "code_dim")):
-            if tokenizer.config[theirs] != config[ours]:
-                raise InputError(
-                    f"the tokenizer has {theirs} {tokenizer.config[theirs]}: expected {config[ours]}, "
-                    "that of the student's teacher"
-                )
-        self.transformer, self.tokenizer = transformer, tokenizer
-        self.class_names = list(class_names or [])
-        self.vocab_size: int = config["vocab_size"]
-        self.num_tokens = transformer.num_tokens
-        self.grid: tuple[int, int] = tuple(config["grid"])
-        self.timesteps: tuple[int, ...] = tuple(config["timesteps"])
-        self.unit_ends = tuple(range(1, self.num_tokens + 1))
-        self.split: int = self.num_tokens if config["split"] is None else config["split"]
-        self.teacher_name: str | None = config["teacher_name"]
-        check_codebook(self.codebook, config["codebook_mark"])
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return tuple(self.transformer.config["grid"])
 
     @classmethod
     def from_teacher(
@@ -308,46 +267,6 @@ class LlamaGenStudent:
         """
         network = LlamaGenStudentTransformer.from_official(transformer, **sizes)
         return cls(network, LlamaGenTokenizer.from_official(tokenizer))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the transformer."""
-        return self.transformer.dtype
-
-    @property
-    def codebook(self) -> Tensor:
-        """Codes of the tokenizer [V, D], of unit length."""
-        return self.tokenizer.quantize.codes().detach()
-
-    def to(self, *args: Any, **kwargs: Any) -> LlamaGenStudent:
-        """Move or cast both networks, as `nn.Module.to` does; returns the model itself."""
-        self.transformer.to(*args, **kwargs)
-        self.tokenizer.to(*args, **kwargs)
-        return self
-
-    @torch.no_grad()
-    def predict(self, conditions: Conditions, vectors: Tensor, known: int) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, V] and vectors [B, N, D] of all positions from one pass.
-
-        Args:
-            conditions: one per image, class ids or names.
-            vectors: [B, N, D], codes of the first `known` tokens, then noise.
-            known: one of `timesteps`.
-
-        Raises:
-            InputError: no conditions, or one that the model does not know.
-        """
-        if len(conditions) == 0:
-            raise InputError("no conditions: expected at least one")
-        num_classes = self.transformer.config["num_classes"]
-        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        classes = torch.tensor(ids, device=self.device)
-        return self.transformer(classes, vectors, torch.full_like(classes, known))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

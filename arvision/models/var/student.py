@@ -13,11 +13,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
-from ...contracts import Conditions
-from ...decoding.student import check_codebook, codebook_mark
+from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ..conditions import resolve_class
+from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
 from .layers import Block, HeadNorm, ScaleCache, SharedProjection, modulated_norm
 from .model import VAR
@@ -50,20 +49,6 @@ class StudentBlock(Block):
         if told is not None:
             x = x + told
         return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
-
-
-class VectorHead(nn.Module):
-    """Features to the vector that stands at a position, modulated by the condition."""
-
-    def __init__(self, width: int, code_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, code_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, C] and the class row [B, 1, C] to [B, N, D]."""
-        shift, scale = (self.scale_shift_table[None] + condition).chunk(2, dim=1)
-        return self.linear(modulated_norm(x, scale, shift, 1e-6))
 
 
 class VARStudentTransformer(ModelMixin, ConfigMixin):
@@ -124,9 +109,8 @@ class VARStudentTransformer(ModelMixin, ConfigMixin):
         if hidden_size % num_heads:
             raise InputError(f"num_heads {num_heads}: expected a divisor of {hidden_size}")
         self.scales = check_scales(patch_nums)
-        steps, most = list(timesteps), len(self.scales)
-        if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] >= most:
-            raise InputError(f"timesteps {steps}: expected 0 first, growing, below {most} scales")
+        most = len(self.scales)
+        check_timesteps(timesteps, most, " scales")
         if split is not None and not 0 <= split <= most:
             raise InputError(f"split {split}: expected a number of scales in 0..{most}")
         self.word_embed = Linear(z_channels, hidden_size)
@@ -268,19 +252,16 @@ def _without_class_row(tensors: StateDict, name: str) -> StateDict:
     return tensors | trimmed
 
 
-class VARStudent:
-    """A VAR student with its image tokenizer; see `arvision.contracts.StudentModel`.
-
-    Its units are scales.
-
-    Args:
-        transformer: the network.
-        tokenizer: its teacher's image tokenizer.
-        class_names: names of the classes, in the order of their ids.
+class VARStudent(Student):
+    """A VAR student with its image tokenizer; its units are scales, see `Student`.
 
     Raises:
         InputError: another tokenizer than the one that the student was trained for.
     """
+
+    fits = {"codebook_size": "codebook_size", "z_channels": "z_channels"}
+    transformer: VARStudentTransformer
+    tokenizer: VARTokenizer
 
     def __init__(
         self,
@@ -288,29 +269,12 @@ class VARStudent:
         tokenizer: VARTokenizer | None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        config = transformer.config
-        if tokenizer is None:
-            raise InputError("a student needs its image tokenizer: its codes are what it is fed")
-        for name in ("codebook_size", "z_channels"):
-            if tokenizer.config[name] != config[name]:
-                raise InputError(
-                    f"the tokenizer has {name} {tokenizer.config[name]}: expected {config[name]}, "
-                    "that of the student's teacher"
-                )
-        if tokenizer.scales != transformer.scales:
+        if tokenizer is not None and tokenizer.scales != transformer.scales:
             raise InputError(
                 f"the tokenizer has scales {list(tokenizer.scales)}: expected "
                 f"{list(transformer.scales)}, those of the student's teacher"
             )
-        self.transformer, self.tokenizer = transformer, tokenizer
-        self.class_names = list(class_names or [])
-        self.vocab_size: int = config["codebook_size"]
-        self.num_tokens = transformer.num_tokens
-        self.timesteps: tuple[int, ...] = tuple(config["timesteps"])
-        self.unit_ends = transformer.ends()
-        self.split: int = len(self.unit_ends) if config["split"] is None else config["split"]
-        self.teacher_name: str | None = config["teacher_name"]
-        check_codebook(self.codebook, config["codebook_mark"])
+        super().__init__(transformer, tokenizer, class_names)
 
     @classmethod
     def from_teacher(
@@ -346,46 +310,6 @@ class VARStudent:
         """
         network = VARStudentTransformer.from_official(transformer, **sizes)
         return cls(network, VARTokenizer.from_official(tokenizer, patch_nums=network.scales))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the transformer."""
-        return self.transformer.dtype
-
-    @property
-    def codebook(self) -> Tensor:
-        """Codes of the tokenizer [V, D]."""
-        return self.tokenizer.quantize.codes().detach()
-
-    def to(self, *args: Any, **kwargs: Any) -> VARStudent:
-        """Move or cast both networks, as `nn.Module.to` does; returns the model itself."""
-        self.transformer.to(*args, **kwargs)
-        self.tokenizer.to(*args, **kwargs)
-        return self
-
-    @torch.no_grad()
-    def predict(self, conditions: Conditions, vectors: Tensor, known: int) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, V] and vectors [B, N, D] of all positions from one pass.
-
-        Args:
-            conditions: one per image, class ids or names.
-            vectors: [B, N, D], codes of the first `known` scales, then noise.
-            known: one of `timesteps`.
-
-        Raises:
-            InputError: no conditions, or one that the model does not know.
-        """
-        if len(conditions) == 0:
-            raise InputError("no conditions: expected at least one")
-        num_classes = self.transformer.config["num_classes"]
-        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        classes = torch.tensor(ids, device=self.device)
-        return self.transformer(classes, vectors, torch.full_like(classes, known))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

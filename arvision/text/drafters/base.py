@@ -72,7 +72,7 @@ class TextDrafter:
         """Tokens and parents of at most `num` candidates for an active row."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it drafts")
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         rows = [self.tree_of(row, num) for row in range(len(lengths))]
@@ -189,11 +189,11 @@ class Combined(TextDrafter):
         for part in self.parts:
             part.attach(state, conditions)
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         few = max(1, round(self.share * num))
-        first = self.first.propose(tokens, lengths, min(few, num), tries)
-        second = without_padding(self.second.propose(tokens, lengths, num, tries))
+        first = self.first.propose(tokens, lengths, min(few, num), round_number)
+        second = without_padding(self.second.propose(tokens, lengths, num, round_number))
         return union(first, second, num)
 
     def observe(self, batch: Round, verdict: Verdict) -> None:

@@ -116,7 +116,7 @@ class DraftTree(TextDrafter):
         super().select(rows)
         self._state.select(rows)
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         root = tokens.gather(1, lengths[:, None] - 1)
@@ -124,14 +124,14 @@ class DraftTree(TextDrafter):
         if self.expansion == "dyspec":
             return self._greedy_expansion(root, law, lengths, num)
         if self.expansion == "beam" and self.draws == "distinct":
-            return self._beam(root, law, lengths, tries)
+            return self._beam(root, law, lengths, round_number)
         if self.expansion in DRAWN:
             parents = parents_of(self.branching)[:num]
         elif self.expansion == "chain":
             parents = torch.arange(-1, min(num, self.max_depth) - 1)
         else:
             parents = best_tree(self.ranks, num, self.max_depth)
-        return self._fill(root, law, lengths, parents, tries)
+        return self._fill(root, law, lengths, parents, round_number)
 
     def _scores(self, law: Tensor, positions: Tensor) -> Tensor:
         """What chosen drafts are ranked by, [B, V]: log q, plus the noise where tokens are drawn."""
@@ -140,11 +140,15 @@ class DraftTree(TextDrafter):
         where = positions[:, None].clamp(max=self.num_tokens - 1)
         return law + self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
 
-    def _siblings(self, law: Tensor, positions: Tensor, num: int, tries: int, place: int) -> Tensor:
+    def _siblings(
+        self, law: Tensor, positions: Tensor, num: int, round_number: int, place: int
+    ) -> Tensor:
         """`num` children [B, num] of one node, whose law is `law` [B, V]."""
         if self.draws == "chosen":
             return self._scores(law, positions).topk(num, dim=-1).indices
-        uniforms = self.noise.uniform(positions[:, None], "draft", tries * LANES + place, num)[:, 0]
+        uniforms = self.noise.uniform(
+            positions[:, None], "draft", round_number * LANES + place, num
+        )[:, 0]
         left, chosen = law.exp(), []
         for number in range(num):
             # Where fewer tokens than siblings are possible the others are no drafts.
@@ -156,7 +160,7 @@ class DraftTree(TextDrafter):
         return torch.stack(chosen, dim=1)
 
     def _fill(
-        self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, tries: int
+        self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, round_number: int
     ) -> TokenTree:
         """Fill a fixed tree level by level."""
         shape = topology(tuple(parents.tolist()), torch.device("cpu"))
@@ -172,7 +176,7 @@ class DraftTree(TextDrafter):
                 if not children or node not in laws:
                     continue
                 positions = lengths + level
-                found = self._siblings(laws[node], positions, len(children), tries, place)
+                found = self._siblings(laws[node], positions, len(children), round_number, place)
                 drafts[:, children] = found
                 if node >= 0:
                     drafts[:, children] = found.where(drafts[:, node : node + 1] >= 0, -1)
@@ -239,7 +243,7 @@ class DraftTree(TextDrafter):
         noise = self.noise if len(self.noise) == 1 else self.noise.select(rows)
         return law[0] + noise.gumbel(position, law.shape[-1], law.dtype)[0, 0]
 
-    def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, tries: int) -> TokenTree:
+    def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
         """Stochastic beam search; a node's place is its path of child numbers, so rows may differ.
 
         The perturbed log-probability of a path is Gumbel noise around its own, conditioned to have
@@ -263,7 +267,7 @@ class DraftTree(TextDrafter):
             nodes = laws.shape[1]
             positions = (lengths + level)[:, None]
             uniforms = self.noise.uniform(
-                positions, "draft", tries * LANES + level, num=nodes * vocab
+                positions, "draft", round_number * LANES + level, num=nodes * vocab
             )
             noise = -(-uniforms.view(batch, nodes, vocab).log()).log()
             path = total[..., None] + laws

@@ -118,7 +118,7 @@ class HeadDrafter(TextDrafter):
         return places if self.vocabulary is None else self.vocabulary[places]
 
     @torch.no_grad()
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         root = tokens.gather(1, lengths[:, None] - 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict
 from ...errors import CheckpointError, InputError, unknown_name
-from ...files import replacing
+from ...files import write_bytes, write_json
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -187,21 +187,18 @@ def make_heads(kind: str, hidden_size: int, num_heads: int) -> DraftHeads:
 
 def save_heads(heads: DraftHeads, vocabulary: Tensor, folder: str | Path, **facts: Any) -> None:
     """Write heads and the tokens they guess, [W], into a folder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in heads.state_dict().items()}
-    with replacing(folder / "heads.safetensors") as path:
-        save_file({**weights, "vocabulary": vocabulary.cpu()}, path)
+    write_bytes(folder / "heads.safetensors", save({**weights, "vocabulary": vocabulary.cpu()}))
     config = {
         "kind": heads.kind,
         "hidden_size": heads.hidden_size,
         "num_heads": heads.num_heads,
         **facts,
     }
-    with replacing(folder / "heads.json") as path:
-        path.write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "heads.json", config)
 
 
 def load_heads(folder: str | Path) -> tuple[DraftHeads, Tensor]:

@@ -98,7 +98,7 @@ class TokenRecycling(TextDrafter):
             self._trees[num] = parents, levels
         return self._trees[num]
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """The tree filled from the matrix."""
         assert self.matrix is not None
         self.follow(tokens, lengths)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import InputError
-from ...files import replacing
+from ...files import write_bytes, write_json
 from ...training.loop import FitConfig, Objective, fit
 from ..rules.lossy import JUDGE_FILE, JudgeHead
 from .data import hidden_states, question_ids
@@ -177,10 +177,8 @@ def train_judge(
         "wrong_refused": _share(~called, held.fine == 0),
         "seconds": log[-1]["seconds"],
     }
-    with replacing(out / JUDGE_FILE) as path:
-        save_file(head.state_dict(), path)
-    with replacing(out / "judge.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    write_bytes(out / JUDGE_FILE, save(head.state_dict()))
+    write_json(out / "judge.json", figures)
     return figures
 
 

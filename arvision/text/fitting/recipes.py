@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import InputError, unknown_name
-from ...files import replacing
+from ...files import write_text
 from .. import load_text_model
 from ..drafters.heads import KINDS
 from .data import Answers, answer, question_ids
@@ -49,9 +49,8 @@ def answers_of(
         if kept["wanted"] == wanted:
             return Answers(kept["texts"], kept["starts"])
     made = answer(network, prompts, num_tokens=num_tokens, progress=progress)
-    with replacing(file) as path:
-        content = {"wanted": wanted, "texts": made.texts, "starts": made.starts}
-        path.write_text(json.dumps(content))
+    content = {"wanted": wanted, "texts": made.texts, "starts": made.starts}
+    write_text(file, json.dumps(content))
     return made
 
 

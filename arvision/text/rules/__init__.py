@@ -6,8 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ...decoding.verify import Rule, greedy, gumbel_coupling, independent_redraw
-from ...errors import InputError, unknown_name
+from ...decoding.verify import (
+    Rule,
+    greedy,
+    gumbel_coupling,
+    independent_redraw,
+    maximal_coupling,
+)
+from ...errors import InputError, renamed, unknown_name
 from .block import block_verification
 from .lossy import judge, typical
 from .tree import k_sequential, multi_round, without_replacement
@@ -46,12 +52,19 @@ RULES: dict[str, RuleEntry] = {
         True,
         "plain sampling's own tokens, whatever is drafted",
     ),
-    "chain": RuleEntry(
+    "independent": RuleEntry(
         _always(independent_redraw),
         True,
         ("independent", "distinct"),
         False,
         "chain speculative sampling (Leviathan et al., Chen et al. 2023)",
+    ),
+    "maximal": RuleEntry(
+        _always(maximal_coupling),
+        True,
+        ("independent", "distinct"),
+        False,
+        "likewise: it differs behind the first rejection, which text drafts anew",
     ),
     "block": RuleEntry(
         _always(block_verification),
@@ -72,6 +85,9 @@ RULES: dict[str, RuleEntry] = {
     "typical": RuleEntry(typical, False, ANY, True, "typical acceptance (Medusa)"),
     "judge": RuleEntry(judge, False, ANY, True, "a learned judge (Judge Decoding)"),
 }
+OLD_RULES = {"chain": "independent"}
+"""Words of earlier releases for rules; they go with the next one."""
+
 LOSSLESS = {"chosen": "gumbel", "independent": "multi_round", "distinct": "without_replacement"}
 """What "lossless" means for each kind of draft when tokens are drawn (greedy when they are not)."""
 
@@ -105,6 +121,7 @@ def choose_rule(name: str, draws: str, temperature: float, **options: Any) -> Ch
     Raises:
         InputError: an unknown rule, or one that such drafts cannot be judged by.
     """
+    name = renamed("rule", name, OLD_RULES)
     if name not in RULES and name != "lossless":
         raise unknown_name("rule", name, [*RULES, "lossless"])
     if name == "lossless":

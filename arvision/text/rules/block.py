@@ -28,7 +28,7 @@ def block_verification(chain: Round) -> Verdict:
     target, draft = chain.target_logp.double().exp(), chain.draft_logp.double().exp()
     ratio = acceptance_log_ratio(chain).double().exp()
     weight = torch.ones_like(ratio[:, 0])
-    uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.tries)
+    uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number)
     length = torch.zeros_like(chain.drafts[:, 0])
     best = weight
     for place in range(num):
@@ -51,6 +51,6 @@ def block_verification(chain: Round) -> Verdict:
     is_usable = has_next & (residual.sum(-1) > 0)
     residual = torch.where(is_usable[:, None], residual, law)
     position = chain.positions.gather(1, length[:, None])
-    recovered = draw(residual, chain.noise.uniform(position, "recover", chain.tries)[:, 0])
+    recovered = draw(residual, chain.noise.uniform(position, "recover", chain.number)[:, 0])
     tokens = torch.cat([chain.drafts, bonus], dim=1).scatter(1, length[:, None], recovered[:, None])
     return Verdict(tokens, length + 1)

@@ -74,13 +74,13 @@ def walk(batch: Round, step: Step) -> Verdict:
                 valid=valid,
                 target=target,
                 draft=None if draft is None else draft[rows, first].double().exp(),
-                uniforms=noise.uniform(position, "accept", batch.tries, width)[:, 0],
+                uniforms=noise.uniform(position, "accept", batch.number, width)[:, 0],
             )
             accepted, residual = step(siblings)
         goes_on = accepted >= 0
         ends = ~goes_on
         if bool(ends.any()):
-            uniforms = noise.uniform(position, "recover", batch.tries)[:, 0]
+            uniforms = noise.uniform(position, "recover", batch.number)[:, 0]
             tokens[rows[ends], level] = draw(residual[ends], uniforms[ends])
             counts[rows[ends]] = level + 1
         rows, accepted = rows[goes_on], accepted[goes_on]

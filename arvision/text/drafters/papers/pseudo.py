@@ -23,7 +23,7 @@ from ....checkpoint import load_strictly, read_state_dict
 from ....decoding.tree import TokenTree
 from ....decoding.verify import Round, Verdict
 from ....errors import CheckpointError, InputError, unknown_name
-from ....files import replacing
+from ....files import write_bytes, write_json
 from ..base import TextDrafter, register
 
 
@@ -103,17 +103,15 @@ KINDS: dict[str, Any] = {cls.kind: cls for cls in (PromptTokens, HiddenTransfer)
 
 def save_pseudo(module: Any, folder: str | Path, **facts: Any) -> None:
     """Write pseudo tokens into a folder."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "pseudo.safetensors") as path:
-        save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+    weights = {name: value.contiguous() for name, value in module.state_dict().items()}
+    write_bytes(folder / "pseudo.safetensors", save(weights))
     config = {
         name: getattr(module, name) for name in ("kind", "hidden_size", "num_guesses", "layer")
     }
-    with replacing(folder / "pseudo.json") as path:
-        path.write_text(json.dumps({**config, **facts}, indent=1) + "\n")
+    write_json(folder / "pseudo.json", {**config, **facts})
 
 
 def load_pseudo(folder: str | Path) -> Any:
@@ -201,7 +199,7 @@ class PseudoDrafter(TextDrafter):
         self._guesses: Tensor | None = None
         self._num_chain = 0
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         guesses = tokens[:, :0] if self._guesses is None else self._guesses

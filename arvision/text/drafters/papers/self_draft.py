@@ -44,7 +44,7 @@ class ShortTarget(TextDrafter):
         """Laws [B, V] after the last of candidates [B, T]; subclasses pick the layers."""
         raise NotImplementedError
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """A chain that ends where every row is unsure; see `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         fed = tokens.gather(1, lengths[:, None] - 1)
@@ -153,11 +153,11 @@ class LayerSkip(ShortTarget):
         """See `ShortTarget`."""
         return self.shaped(self.state.draft(tokens, layers=self.layers)[:, -1])
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """Try a set of layers now and then, and draft with the best."""
         if self._given is None and self._num_skipped and len(self._found) < self.trials:
             self._try(tokens, lengths)
-        return super().propose(tokens, lengths, num, tries)
+        return super().propose(tokens, lengths, num, round_number)
 
     def _try(self, tokens: Tensor, lengths: Tensor) -> None:
         if int(self.state.lengths.min()) < self.context:

@@ -59,7 +59,7 @@ class Superposed(ShortTarget):
         skipped = num_skipped(num, self.skip)
         return spread_layers(num, skipped) if skipped else None
 
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, tries: int) -> TokenTree:
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """The best paths as a tree; see `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         embed = self.state.model.network.get_input_embeddings()

@@ -1,0 +1,326 @@
+"""Decode state of an image model of transformers: our cache, masks and positions, its network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...decoding.cache import KVCache
+from ...decoding.logits import guide
+from ...decoding.transformers_cache import CacheView, TextSizes
+from ...decoding.tree import Topology, check_parents, check_path, topology
+from ...errors import InputError, StateError
+from .layout import Expansion
+
+if TYPE_CHECKING:
+    from .model import TransformersImageModel
+
+TREE_ROOM = 128
+"""Cache positions beyond the last token, so that a tree fits near the end of an image."""
+
+IMAGE_GUIDANCE = 1.2
+"""Weight of the images of a prompt, where it is guided by images and text apart (Chameleon)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt as the cache takes it.
+
+    Attributes:
+        ids: [L] int64.
+        positions: [A, L] int64.
+        next: first position after the prompt.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    next: int
+
+    @classmethod
+    def plain(cls, ids: Tensor) -> Row:
+        """A prompt at positions 0, 1, 2, ... of one axis."""
+        return cls(ids, torch.arange(len(ids), device=ids.device)[None], len(ids))
+
+
+def combine(logits: Tensor, branches: int, scale: float) -> Tensor:
+    """Guided logits [B, T, V] out of those of all cache rows, [branches * B, T, V].
+
+    One branch is taken as it is. Two are the conditional and the null rows. Three are these and,
+    between them, the rows that know the images of the prompt only.
+    """
+    if branches == 1:
+        return logits
+    conditional, *others = logits.chunk(branches)
+    null = others[-1]
+    if branches == 2:
+        return guide(conditional, null, scale)
+    images = others[0]
+    return guide(images, null, IMAGE_GUIDANCE) + scale * (conditional - images)
+
+
+class ImageState:
+    """Committed prompts and image tokens of B images; see `arvision.contracts.TokenState`.
+
+    The cache holds `branches` rows per image, all conditional ones first. Prompts are padded on the
+    left, so that the images of a batch stand at the same place until their rows are ragged.
+
+    Args:
+        model: whose network runs.
+        rows: prompts of all branches, `branches * B`.
+        branches: 1, 2 or 3, see `combine`.
+        guidance_scale: weight of the conditional logits.
+    """
+
+    allows_overrun = True
+
+    def __init__(
+        self,
+        model: TransformersImageModel,
+        rows: Sequence[Row],
+        branches: int,
+        guidance_scale: float,
+    ) -> None:
+        self._model, self._layout = model, model.layout
+        self._branches, self._scale = branches, guidance_scale
+        device = model.device
+        self._num_prompt = max(len(row.ids) for row in rows)
+        self._is_open = torch.zeros(len(rows), self._num_prompt, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            self._is_open[place, self._num_prompt - len(row.ids) :] = True
+        sizes = TextSizes.of(model.base)
+        self.cache = KVCache(
+            sizes.num_layers,
+            len(rows),
+            sizes.num_kv_heads,
+            self._num_prompt + model.layout.num_places + TREE_ROOM,
+            sizes.head_dim,
+            device=device,
+            dtype=model.dtype,
+            open_columns=self._is_open,
+        )
+        self._seen = CacheView(self.cache)
+        self._offsets = model.layout.offsets.to(device)
+        self._next = torch.tensor([row.next for row in rows], device=device)
+        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
+        self._parents: Tensor | None = None
+        self._expansion: Expansion | None = None
+        self.lengths = torch.zeros(len(rows) // branches, dtype=torch.int64, device=device)
+
+    def prefill(self, rows: Sequence[Row]) -> Tensor:
+        """Run the prompts; guided logits [B, V] of the first token."""
+        num, device = self._num_prompt, self.cache.keys.device
+        ids = torch.stack(
+            [torch.cat([row.ids[:1].expand(num - len(row.ids)), row.ids]) for row in rows]
+        )
+        positions = torch.stack(
+            [torch.nn.functional.pad(row.positions, (num - len(row.ids), 0)) for row in rows], dim=1
+        )
+        self.cache.begin(num)
+        order = torch.arange(num)
+        sees = self._is_open[:, None] & (order <= order[:, None])
+        # A row of the mask that bars everything would make all numbers NaN under eager attention.
+        sees |= torch.eye(num, dtype=torch.bool)
+        mask = self.cache.keys.new_zeros(len(rows), 1, num, num)
+        mask.masked_fill_(~sees[:, None].to(device), float("-inf"))
+        inputs = self._model.prompt_inputs(ids.to(device))
+        hidden = self._model.run(inputs, positions.to(device), mask, self._seen)[:, -1:]
+        every = torch.arange(num, device=device).expand(len(rows), num)
+        self.cache.commit(every, torch.full_like(every[:, 0], num))
+        return self._guided(hidden)[:, 0]
+
+    def _guided(self, hidden: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of hidden states [R, T, C]."""
+        logits = self._model.code_logits(hidden)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if bool(logits.sum().isnan()):
+            raise InputError("the model's logits hold NaN: check its weights and dtype")
+        return combine(logits, self._branches, self._scale)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """Values [B, ...] laid out over the rows of the cache."""
+        return rows if self._branches == 1 else rows.repeat(self._branches, *[1] * (rows.dim() - 1))
+
+    def _host_lengths(self) -> np.ndarray:
+        """Committed tokens [B], or [1] where all rows are alike."""
+        batch = 1 if self.cache.is_uniform else len(self.lengths)
+        places = np.asarray(self.cache.host_lengths[:batch]) - self._num_prompt
+        return self._layout.tokens_before(places)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Guided logits [B, T, V] of what follows each candidate.
+
+        Args:
+            tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+
+        Raises:
+            InputError: a shape or a parent that does not fit, or logits that are not numbers.
+            StateError: a tree larger than the room left.
+        """
+        if tokens.dim() != 2 or len(tokens) != len(self.lengths) or tokens.shape[1] < 1:
+            raise InputError(
+                f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
+            )
+        num, shape = tokens.shape[1], None
+        if parents is not None:
+            check_parents(parents, num)
+            shape = topology(tuple(parents.tolist()), tokens.device)
+        self._parents = parents
+        depths = np.arange(num) if shape is None else shape.depths.cpu().numpy()
+        numbers = self._host_lengths()[:, None] + depths
+        self._expansion = expansion = self._layout.expand(numbers)
+        places = self._layout.place(numbers) if expansion is None else expansion.places
+        ancestors = None if shape is None else self._ancestors(shape)
+        width = num if expansion is None else expansion.own.shape[1]
+        _, mask = self.cache.begin(width, ancestors)
+        if mask is None:
+            # Without a mask some networks would make one of their own.
+            mask = self._nothing_barred[..., : self.cache.host_lengths[0] + 1]
+        codes, forced = self._fed(tokens, expansion)
+        hidden = self._run(codes, forced, torch.from_numpy(places), mask)
+        if expansion is not None:
+            hidden = _gather(hidden, torch.from_numpy(expansion.end), self._branches)
+        return self._guided(hidden)
+
+    def _ancestors(self, shape: Topology) -> Tensor:
+        """[R or 1, S, S] bool, who of the things that are fed looks at whom."""
+        if self._expansion is None:
+            return shape.ancestors
+        own = torch.from_numpy(self._expansion.own).to(shape.ancestors.device)
+        steps = torch.arange(own.shape[1], device=own.device)
+        is_same = own[:, :, None] == own[:, None]
+        above = shape.ancestors[own[:, :, None], own[:, None]]
+        sees = torch.where(is_same, steps <= steps[:, None], above)
+        return sees if len(sees) == 1 else self._spread(sees)
+
+    def _fed(self, tokens: Tensor, expansion: Expansion | None) -> tuple[Tensor, Tensor | None]:
+        """Codes [B, S], and ids [b, S] that stand in their place (-1 for none)."""
+        if expansion is None:
+            return tokens, None
+        own = torch.from_numpy(expansion.own).to(tokens.device).expand(len(tokens), -1)
+        return tokens.gather(1, own), torch.from_numpy(expansion.forced).to(tokens.device)
+
+    def _run(self, codes: Tensor, forced: Tensor | None, places: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [R, S, C] after the cache was told where things stand.
+
+        Args:
+            codes: [B, S].
+            forced: [b, S], ids in the place of codes; -1 for none.
+            places: [b, S] in the sequence of the image, b = B or 1.
+            mask: [R or 1, 1, S, ...].
+        """
+        rows = len(self._next)
+        last = self._offsets.shape[1] - 1
+        # Past the end of the image positions do not matter.
+        offsets = self._offsets[:, places.clamp(max=last).to(codes.device)]
+        if offsets.shape[1] != 1:
+            offsets = offsets.repeat(1, self._branches, 1)
+        positions = self._next[:, None] + offsets
+        forced = None if forced is None else self._spread(forced.expand(len(codes), -1))
+        inputs = self._model.inputs(self._spread(codes), forced)
+        return self._model.run(inputs, positions, mask.expand(rows, -1, -1, -1), self._seen)
+
+    @torch.no_grad()
+    def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of what follows tokens at positions of the caller's choice.
+
+        What hangs on a token is fed with it, and visible exactly where it is.
+
+        Args:
+            tokens: [B, T] int64.
+            positions: [B, T] int64, numbers of tokens; -1 for padding, whose logits mean nothing.
+            visible: [B, T, N] bool, the tokens that a candidate looks at besides the conditions and
+                itself.
+
+        Raises:
+            InputError: shapes that do not fit, or a position out of range.
+        """
+        batch, num_tokens = len(self.lengths), self._layout.num_tokens
+        shape = (batch, tokens.shape[-1])
+        if tokens.shape != shape or positions.shape != shape:
+            raise InputError(
+                f"tokens {tuple(tokens.shape)} at positions {tuple(positions.shape)}: expected "
+                f"[{batch}, T] both"
+            )
+        if visible.shape != (*shape, num_tokens):
+            raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
+        if bool(((positions < -1) | (positions >= num_tokens)).any()):
+            raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
+        numbers = positions.cpu().numpy()
+        # Nothing hangs on the last token, so it stands for padding here.
+        expansion = self._layout.expand(np.where(numbers < 0, num_tokens - 1, numbers))
+        own = positions.new_tensor(
+            np.arange(shape[1])[None] if expansion is None else expansion.own
+        )
+        own = own.expand(batch, -1)
+        steps = torch.arange(own.shape[1], device=own.device)
+        is_padding = positions.gather(1, own) < 0
+        if expansion is None:
+            places = torch.from_numpy(self._layout.place(numbers.clip(0))).to(own.device)
+        else:
+            places = torch.from_numpy(expansion.places).to(own.device)
+            ends = torch.from_numpy(expansion.end[:, -1:]).to(own.device)
+            is_padding = is_padding | (steps > ends)
+        sees = self._sees_at(visible, own, places, is_padding)
+        slots = torch.where(is_padding, self.cache.capacity - 1, places + self._num_prompt)
+        mask = self.cache.begin_at(self._spread(slots), self._spread(sees))
+        codes, forced = self._fed(tokens, expansion)
+        hidden = self._run(codes, forced, places, mask)
+        if expansion is not None:
+            hidden = _gather(hidden, torch.from_numpy(expansion.end), self._branches)
+        return self._guided(hidden)
+
+    def _sees_at(self, visible: Tensor, own: Tensor, places: Tensor, is_padding: Tensor) -> Tensor:
+        """[B, S, P + M] bool, what each thing that is fed looks at in the cache."""
+        owner, within = (torch.from_numpy(part).to(own.device) for part in self._layout.owners())
+        wide = own[..., None].expand(-1, -1, visible.shape[2])
+        drawn = visible.gather(1, wide)[..., owner]  # [B, S, M]
+        # Of its own token and what hangs on that, a thing sees what stands before it, and itself.
+        mine = places.clamp(max=len(owner) - 1)
+        is_mine = owner[mine][..., None] == owner
+        drawn = torch.where(is_mine, within <= within[mine][..., None], drawn)
+        drawn = drawn & ~is_padding[..., None]
+        prompt = drawn.new_ones(*drawn.shape[:2], self._num_prompt)
+        return torch.cat([prompt, drawn], dim=2)
+
+    def commit(self, kept: Tensor, counts: Tensor) -> None:
+        """Keep some of the last candidates and forget the rest.
+
+        Args:
+            kept: [B, K] int64, indices into the candidates, parents before children.
+            counts: [B] int64, how many of each row of `kept` count; rows may differ.
+
+        Raises:
+            StateError: no candidates are pending, or a parent was not kept.
+        """
+        if self.cache.num_pending == 0:
+            raise StateError("commit without candidates: call extend first")
+        expansion = self._expansion
+        num = self.cache.num_pending if expansion is None else expansion.begin.shape[1]
+        check_path(kept, counts, self._parents, num, len(self.lengths))
+        self.lengths = self.lengths + counts
+        if expansion is not None:
+            kept, counts = expansion.kept(kept, counts)
+        self.cache.commit(self._spread(kept), self._spread(counts))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows` [B'] and drop the others."""
+        batch = len(self.lengths)
+        every = torch.cat([rows + branch * batch for branch in range(self._branches)])
+        self.cache.select(every)
+        self._next = self._next[every]
+        self.lengths = self.lengths[rows]
+
+
+def _gather(hidden: Tensor, ends: Tensor, branches: int) -> Tensor:
+    """Hidden states [R, S, C] at places `ends` [b, T], b = B or 1."""
+    batch = len(hidden) // branches
+    index = ends.to(hidden.device).expand(batch, -1).repeat(branches, 1)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
