@@ -44,6 +44,7 @@ def test_it_does_what_the_commands_do(found, tmp_path: Path):
     assert np.array_equal(mine.read(0, 24), theirs.read(0, 24))
     reference = ("--reference", "fashion-test", "--extractor", "fashion-classifier")
     told = run("report", "--samples", samples, *reference, "--out", tmp_path / "report", *shown)
+    report = json.loads(json.dumps(report))  # numbers of classes become text
     assert report["scores"] == told["scores"]
     assert set(report["scores"]) >= {"class_consistency", "precision", "recall"}
     for name in ("run", "config_hash", "reference", "extractor", "protocol", "num"):
@@ -113,7 +114,7 @@ def test_any_pipeline_and_any_module(tiny_pipeline, tmp_path: Path):
     pictures = np.random.default_rng(0).integers(0, 256, (40, side, side, 3), dtype=np.uint8)
     np.savez(reference, arr_0=pictures)
     report = arvision.evaluate(
-        *(tiny_pipeline,),
+        tiny_pipeline,
         out=tmp_path / "out",
         protocol="free",
         num=12,
@@ -124,4 +125,5 @@ def test_any_pipeline_and_any_module(tiny_pipeline, tmp_path: Path):
         progress=False,
     )
     assert report["run"]["model"] == type(tiny_pipeline.transformer).__name__
-    assert report["scores"]["frechet"]["value"] > 0
+    (score,) = report["scores"].values()
+    assert score["value"] > 0
