@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import samplers as samplers
     from . import text as text
-    from .api import ARPipeline, SampleOutput, load, sample
+    from .api import load, sample
     from .catalog import list_models, list_samplers
     from .comparison import compare
     from .errors import (
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         StateError,
     )
     from .evaluation import evaluate
+    from .models import Prompt
+    from .pipeline import ARPipeline, SampleOutput
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -46,6 +48,7 @@ __all__ = [
     "DiskError",
     "InputError",
     "MissingDependencyError",
+    "Prompt",
     "SampleOutput",
     "StateError",
     "TextOutput",
