@@ -69,8 +69,10 @@ def compare(
     """Draw the same seeds with several samplers; write a sheet, tables and a plot."""
     from ..api import load
     from ..comparison import compare as run
-    from ..errors import InputError
+    from ..errors import InputError, optional
 
+    with optional("plot", "the plot of arvision compare"):  # said before the work, not after it
+        import matplotlib  # noqa: F401
     specs = [spec for spec in samplers.split(",") if spec.strip()]
     pipe = load(model)
     num_images = num_images or (4 if prompt else 1)
