@@ -71,7 +71,7 @@ def test_the_size_of_the_recipe(pictures):
     stages = INFINITY_RECIPES["infinity-fashion"].stages
     objective = stages[0].objective(Work(*pictures))
     assert isinstance(objective, BitTokenizerObjective)
-    counted = [objective]
+    counted: list[torch.nn.Module] = [objective]
     work = Work(*pictures)
     work.parts["tokenizer"], work.codes = objective.tokenizer, torch.zeros(64, BITS, 8, 8)
     counted.append(stages[1].objective(work))
