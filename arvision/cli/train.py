@@ -51,8 +51,10 @@ def train(
     """Train (or resume) an embedded model from its recipe."""
     import torch
 
+    from ..files import check_out
     from ..training.publish import run_recipe
 
+    check_out(out, is_folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     figures = run_recipe(
