@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import check_out
 from . import eval_demo
 from .fashion import FashionFolder
 
@@ -106,6 +107,7 @@ def generate(
     writers = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if write is not None and write not in writers:
         raise unknown_name("sample format", write, writers)
+    check_out(out, is_folder=True)
     with processes() as rank:
         shards = draw_samples(
             model,
@@ -258,6 +260,7 @@ def report(
     from ..evaluation import open_reference
     from ..evaluation import report as run
 
+    check_out(out, is_folder=True)
     with processes() as rank:
         source, goal = open_source(samples, allow_jpeg=allow_jpeg), open_reference(reference)
         found = run(
@@ -342,6 +345,7 @@ def coco(
     """Choose the captions of the COCO-30k protocol: one per image."""
     from ..eval.coco import choose_captions, write_captions
 
+    check_out(out)
     records = choose_captions(annotations, num, seed)
     write_captions(records, out)
     facts = {"captions": len(records), "out": str(out)}
@@ -384,6 +388,8 @@ def export(
         raise unknown_name("layout", layout, (*plain, *LAYOUTS))
     if out.is_file():
         raise InputError(f"{out} exists: expected a new file or folder")
+    suffixes = [f".{layout}"] if layout in ("npz", "tar") else []
+    check_out(out, suffixes=suffixes, is_folder=not suffixes)
     source = open_source(samples)
     if layout in plain:
         written = plain[layout](source, out)
@@ -393,6 +399,19 @@ def export(
         written = export_layout(layout, source, read_prompts(prompts), out, per_prompt)
     facts = {"images": len(source), "out": str(written)}
     typer.echo(json.dumps(facts) if as_json else f"{len(source)} images -> {written}")
+
+
+@app.command()
+def repair(
+    samples: Annotated[Path, typer.Option(help="Folder of `arvision eval generate`.")],
+    as_json: Json = False,
+) -> None:
+    """Forget the blocks of a run whose files are missing or damaged; generate makes them again."""
+    from ..eval.shards import ShardFolder
+
+    blocks = ShardFolder(samples).repair()
+    found = ", ".join(map(str, blocks)) or "none"
+    typer.echo(json.dumps({"forgotten": blocks}) if as_json else f"blocks forgotten: {found}")
 
 
 @app.command()

@@ -93,8 +93,10 @@ def demo(
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
     from ..eval.sources import ShardSource, TensorSource
+    from ..files import check_out
     from ..training.data import fashion_folder, load_fashion
 
+    check_out(out, is_folder=True)
     fashion_folder()
     with optional("plot", "the plot of arvision eval demo"):
         import matplotlib  # noqa: F401
