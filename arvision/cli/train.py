@@ -20,6 +20,8 @@ arvision train --recipe llamagen-fashion-draft --out runs/llamagen-fashion
 
 arvision train --recipe var-fashion --out runs/var-fashion
 
+arvision train --recipe infinity-fashion --out runs/infinity-fashion
+
 arvision train --recipe mar-fashion --out runs/mar-fashion
 
 arvision train --recipe fashion-classifier --out runs
