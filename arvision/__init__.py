@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import samplers as samplers
     from . import text as text
+    from .acceleration import accelerate, restore
     from .api import ARPipeline, SampleOutput, load, sample
     from .catalog import list_models, list_samplers
     from .comparison import compare
@@ -50,6 +51,7 @@ __all__ = [
     "SampleOutput",
     "StateError",
     "TextOutput",
+    "accelerate",
     "compare",
     "custom_generate",
     "distill",
@@ -59,5 +61,6 @@ __all__ = [
     "list_models",
     "list_samplers",
     "load",
+    "restore",
     "sample",
 ]

@@ -16,7 +16,8 @@ from torch import Tensor
 from .api import load, sample
 from .errors import InputError
 from .files import replacing, write_text
-from .pipeline import ARPipeline, expand_prompts
+from .inputs import expand_prompts
+from .pipeline import ARPipeline
 from .samplers import BaseSampler, get_sampler
 from .sheet import labelled_rows
 

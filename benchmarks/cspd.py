@@ -67,9 +67,7 @@ class Study:
     def sampler(self, spec: str) -> Any:
         """A sampler at the model's recommended temperature, with its draft."""
         sampler = get_sampler(spec).with_options(temperature=self.pipe.config["temperature"])
-        if hasattr(sampler, "bind_draft"):
-            sampler.bind_draft(self.draft)
-        return sampler
+        return sampler.bind(draft=self.draft) if "draft" in sampler.needs else sampler
 
     def run(self, sampler: Any, first: int, count: int, seed: int) -> Any:
         """Samples of `count` classes from `first` on."""

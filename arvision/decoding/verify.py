@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import renamed, unknown_name
+from ..kernels import dispatch
 from ..kernels import verify as kernel
 from ..kernels.verify import reference
 from ..kernels.verify.reference import first_change
@@ -148,7 +150,15 @@ def gumbel_coupling(batch: Round) -> Verdict:
         return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
     law = batch.target_logp
     gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
-    return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
+    return Verdict(*_core(law).verify_gumbel(batch.drafts, law, gumbel))
+
+
+def _core(laws: Tensor) -> Any:
+    """What judges a chain: on a CPU the reference itself, elsewhere what `kernels.verify` chooses."""
+    if not laws.is_cpu:
+        return kernel
+    dispatch.LAST["verify"] = dispatch.ON_CPU
+    return reference
 
 
 def acceptance_log_ratio(chain: Round) -> Tensor:
@@ -190,7 +200,7 @@ def _couple(chain: Round, coupling: str) -> Verdict:
         chain.noise.uniform(places, "token", chain.number),
     ]
     laws = (chain.draft_logp.to(chain.target_logp.dtype), chain.target_logp)
-    return Verdict(*kernel.verify(chain.drafts, *laws, *uniforms, coupling=coupling))
+    return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
 
 def maximal_coupling(chain: Round) -> Verdict:

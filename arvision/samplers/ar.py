@@ -8,12 +8,21 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, Schedule, TokenModel
+from ..contracts import (
+    Conditions,
+    ContinuousModel,
+    Samples,
+    ScaleModel,
+    Schedule,
+    TokenModel,
+    codebook_of,
+)
 from ..decoding.flow import FlowMap, flow_pick, flow_rule
 from ..decoding.latents.loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
+from ..decoding.run import Run
 from ..decoding.scale_loop import ScalePlan, decode_scales
-from ..decoding.verify import Rule, gumbel_coupling
+from ..decoding.verify import Rule, gumbel_coupling, gumbel_draw
 from ..errors import InputError
 from .base import TokenSampler, register
 
@@ -142,13 +151,13 @@ class ARSampler(TokenSampler):
 
     @staticmethod
     def _flow_map(model: Any) -> FlowMap:
-        codebook = getattr(model, "codebook", None)
+        codebook = codebook_of(model)
         if codebook is None:
             raise InputError("noise 'flow': this model has no codebook to flow to")
         return FlowMap(codebook)
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
-        """Run the loop of the model's kind; `run` holds `seeds`, `guidance_scale` and `on_step`.
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
+        """Run the loop of the model's kind.
 
         Raises:
             InputError: an option that the model's kind does not know.
@@ -156,15 +165,14 @@ class ARSampler(TokenSampler):
         if isinstance(model, ContinuousModel):
             self._refuse_others("continuous")
             self.shaping()  # refuses a list of temperatures
-            return decode_latents(model, conditions, plan=self._plan, **run)
+            return decode_latents(model, conditions, run, plan=self._plan)
         if isinstance(model, ScaleModel):
             self._refuse_others("scale")
             shape, plan = self.scale_shaping(model), self._scale_plan
-            if self._flows:
-                run["pick"] = flow_pick(self._flow_map(model))
-            return decode_scales(model, conditions, shape=shape, plan=plan, **run)
+            pick = flow_pick(self._flow_map(model)) if self._flows else gumbel_draw
+            return decode_scales(model, conditions, run, shape=shape, pick=pick, plan=plan)
         self._refuse_others("token")
-        return super().decode(model, conditions, **run)
+        return super().decode(model, conditions, run)
 
     def _refuse_others(self, kind: str) -> None:
         """Refuse a changed option that models of this kind do not have."""

@@ -7,13 +7,14 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples, ScaleModel, Schedule
+from ..decoding.run import Run
 from ..decoding.scale_loop import decode_scales
 from ..errors import InputError, check_count
-from .base import DraftHolder, TokenSampler, register
+from .base import TokenSampler, register
 
 
 @register("code", exact=False, drives="scale")
-class CoDeSampler(DraftHolder, TokenSampler):
+class CoDeSampler(TokenSampler):
     """The first scales from a draft model (the large one), the others from the model itself.
 
     Most tokens lie in the last scales and most of the difficulty in the first, so a small model may
@@ -38,7 +39,7 @@ class CoDeSampler(DraftHolder, TokenSampler):
     2024, section 3.3 (without the fine-tuning of both models to their scales).
     """
 
-    draft_contract, draft_noun = ScaleModel, "a scale model"
+    needs = {"draft": ScaleModel}
 
     @register_to_config
     def __init__(
@@ -51,15 +52,15 @@ class CoDeSampler(DraftHolder, TokenSampler):
     ) -> None:
         check_count("draft_scales", draft_scales)
         self.check_shaping()
-        self.take_draft(draft)
+        self.take("draft", draft)
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Draw the first scales with the draft and the others with `model`.
 
         Raises:
             InputError: no draft, one of other scales or vocabulary, or scales left for nobody.
         """
-        draft, count = self.needed_draft(), self.config["draft_scales"]
+        draft, count = self.bound("draft"), self.config["draft_scales"]
         for what in ("scales", "vocab_size", "num_bits"):
             own, wanted = getattr(draft, what, None), getattr(model, what, None)
             if own != wanted:
@@ -67,10 +68,5 @@ class CoDeSampler(DraftHolder, TokenSampler):
         if count >= len(model.scales):
             raise InputError(f"draft_scales {count}: expected 1 to {len(model.scales) - 1}")
         return decode_scales(
-            model,
-            conditions,
-            shape=self.scale_shaping(model),
-            draft=draft,
-            draft_scales=count,
-            **run,
+            model, conditions, run, shape=self.scale_shaping(model), draft=draft, draft_scales=count
         )

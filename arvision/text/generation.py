@@ -15,6 +15,7 @@ from torch import Tensor
 from ..contracts import Stats
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
+from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
 from . import HFCausalLM, load_text_model
@@ -144,13 +145,16 @@ def generate(
     samples = decode_tokens(
         lm,
         ids,
+        Run(
+            len(ids),
+            max_new_tokens,
+            [(seed, row) for row in range(len(ids))],
+            flow.on_step if flow.is_wanted else None,
+        ),
         drafter=proposer,
         rule=chosen.rule,
         shape=shape,
         policy=policy,
-        seeds=[(seed, row) for row in range(len(ids))],
-        on_step=flow.on_step if flow.is_wanted else None,
-        num_tokens=max_new_tokens,
         stop=end if end.is_needed else None,
     )
     lengths = samples.stats["lengths"]

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from ..api import load
+from ..decoding.student import check_teacher
 from ..errors import InputError, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
-from ..samplers import DDSampler, get_sampler
+from ..samplers import get_sampler
 from .distill_objective import DistillObjective, PictureLoss, agreement
 from .loop import FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
@@ -167,10 +168,8 @@ def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
     student = load(path, device="cpu").to(teacher.device).model
     if not isinstance(student, family):
         raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
-    sampler = cast(DDSampler, get_sampler("dd"))
-    sampler.bind_teacher(teacher)
     try:
-        sampler.check_teacher(student)
+        check_teacher(teacher.model, student)
     except InputError as error:
         raise InputError(f"init {path}: a student of another teacher: {error}") from error
     student.transformer.float()
