@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from . import samplers as samplers
     from . import text as text
     from .acceleration import accelerate, restore
-    from .api import ARPipeline, SampleOutput, load, sample
+    from .api import load, sample
     from .catalog import list_models, list_samplers
     from .comparison import compare
     from .errors import (
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         MissingDependencyError,
         StateError,
     )
+    from .evaluation import evaluate
     from .models import Prompt
+    from .pipeline import ARPipeline, SampleOutput
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -55,6 +57,7 @@ __all__ = [
     "compare",
     "custom_generate",
     "distill",
+    "evaluate",
     "generate",
     "get_sampler",
     "list_drafters",

@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
+    "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
+    | GROUND,
     "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
