@@ -35,6 +35,7 @@ def custom_generate(
     rule_options: dict[str, Any] | None = None,
     seed: int | None = None,
     text_tokenizer: Any = None,
+    text_streamer: Any = None,
     record: Callable[[Stats], None] | None = None,
     **model_kwargs: Any,
 ) -> Any:
@@ -57,6 +58,8 @@ def custom_generate(
         rule_options: see `arvision.generate`.
         seed: of the draws; None takes one from torch's generator, so that `torch.manual_seed` counts.
         text_tokenizer: for stop strings.
+        text_streamer: a streamer of transformers, for one prompt; generate keeps its own `streamer`
+            from every custom loop.
         record: takes the statistics of the run.
         **model_kwargs: what transformers hands to its loops; `attention_mask` tells the padding.
 
@@ -100,6 +103,7 @@ def custom_generate(
         num_draft=num_draft,
         drafter_options=drafter_options,
         rule_options=rule_options,
+        streamer=text_streamer,
         **law,
     )
     if record is not None:
