@@ -20,7 +20,7 @@ from ..contracts import (
 )
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, check_parents, topology
+from .tree import TokenTree, Topology, topology
 from .verify import Round, Rule, Verdict
 
 
@@ -212,7 +212,6 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     num = tree.tokens.shape[1]
     if tree.parents is None:
         return None, torch.arange(num + 1, device=device), None
-    check_parents(tree.parents, num)
     shape = topology(tuple(tree.parents.tolist()), device)
     root = tree.parents.new_full((1,), -1)
     parents = torch.cat([root, tree.parents + 1]).to(device)

@@ -92,6 +92,10 @@ class TokenTree:
     parents: Tensor | None = None
     edit: Edit | None = None
 
+    def __post_init__(self) -> None:
+        if self.parents is not None:
+            check_parents(self.parents, self.tokens.shape[1])
+
 
 @dataclass(frozen=True)
 class Topology:
