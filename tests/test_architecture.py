@@ -31,7 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"card", "models", "samplers", "folders", "inputs"} | GROUND,
     "catalog": {"folders", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers", "folders"} | GROUND,
+    "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
+    "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
+    | GROUND,
     "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,

@@ -94,10 +94,12 @@ def sample(
 ) -> None:
     """Draw pictures from a prompt."""
     from .. import Prompt, api
-    from ..files import replacing
+    from ..files import check_out, replacing
     from ..samplers.base import parse_value
-    from ..sheet import contact_sheet, enlarge
+    from ..sheet import PICTURES, contact_sheet, enlarge
 
+    if out is not None:
+        check_out(out, suffixes=PICTURES)
     options = parse_options(option or [])
     if window is not None:
         options["window"] = parse_value(window)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import Stats
 from ..errors import InputError
 from .generation import generate
 
@@ -16,6 +17,9 @@ WARPERS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
 
 CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria"}
 """Criteria whose meaning we take from the generation config."""
+
+TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position"}
+"""Tensors that transformers hands to its loops for any text."""
 
 
 def custom_generate(
@@ -31,6 +35,8 @@ def custom_generate(
     rule_options: dict[str, Any] | None = None,
     seed: int | None = None,
     text_tokenizer: Any = None,
+    text_streamer: Any = None,
+    record: Callable[[Stats], None] | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Continue prompts with several tokens per pass: an entry for transformers' `generate`.
@@ -52,6 +58,9 @@ def custom_generate(
         rule_options: see `arvision.generate`.
         seed: of the draws; None takes one from torch's generator, so that `torch.manual_seed` counts.
         text_tokenizer: for stop strings.
+        text_streamer: a streamer of transformers, for one prompt; generate keeps its own `streamer`
+            from every custom loop.
+        record: takes the statistics of the run.
         **model_kwargs: what transformers hands to its loops; `attention_mask` tells the padding.
 
     Returns:
@@ -60,7 +69,7 @@ def custom_generate(
 
     Raises:
         InputError: beams or several answers per prompt, scores, a logits processor or a criterion
-            that has no counterpart here.
+            that has no counterpart here; inputs besides the text, such as images.
     """
     config = generation_config
     _refuse("logits processor", logits_processor, WARPERS)
@@ -72,6 +81,7 @@ def custom_generate(
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise InputError(f"{name}: not kept by speculative decoding, expected False")
+    _refuse_inputs(model_kwargs)
     mask = model_kwargs.get("attention_mask")
     kept = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[own.bool()].cpu() for row, own in zip(input_ids, kept, strict=True)]
@@ -93,8 +103,11 @@ def custom_generate(
         num_draft=num_draft,
         drafter_options=drafter_options,
         rule_options=rule_options,
+        streamer=text_streamer,
         **law,
     )
+    if record is not None:
+        record(out.stats)
     longest = max(map(len, out.tokens))
     pad = getattr(config, "pad_token_id", None)
     fill = input_ids.new_full((len(rows), longest), 0 if pad is None else int(pad))
@@ -113,6 +126,18 @@ def _refuse(noun: str, given: Iterable[Any] | None, known: set[str]) -> None:
         name = type(entry).__name__
         if name not in known:
             raise InputError(f"{noun} {name}: expected one of {', '.join(sorted(known))}")
+
+
+def _refuse_inputs(given: dict[str, Any]) -> None:
+    """Refuse inputs besides the text, which would be dropped in silence."""
+    names = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 0]
+    names = sorted(set(names) - TEXT_INPUTS)
+    names += [f"mm_encoder_outputs[{name!r}]" for name in given.get("mm_encoder_outputs") or ()]
+    if names:
+        raise InputError(
+            f"{', '.join(names)}: custom_generate reads text alone, expected input_ids and "
+            "attention_mask"
+        )
 
 
 def _stop_strings(config: Any, tokenizer: Any) -> Any:

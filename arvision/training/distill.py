@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..api import load
 from ..decoding.student import check_teacher
 from ..errors import InputError, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
+from ..files import working_in
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
@@ -125,7 +127,7 @@ def distill(
 
     Raises:
         InputError: an unknown method, a teacher of another kind, a student of another teacher, or
-            several processes for "dd2".
+            several processes for "dd2", or another run that works in `out`.
         CheckpointError: pairs or checkpoints of another teacher or other settings.
 
     Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
@@ -137,6 +139,16 @@ def distill(
     processes, out = PartialState(), Path(out)
     if method == "dd2" and processes.num_processes > 1:
         raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
+    is_main = processes.is_main_process
+    with working_in(out) if is_main else contextlib.nullcontext():
+        return _distill(teacher, out, settings, method, progress)
+
+
+def _distill(
+    teacher: str | Path, out: Path, settings: DistillSettings, method: str, progress: bool
+) -> dict[str, Any]:
+    """`distill`, in a folder that no other run works in."""
+    processes = PartialState()
     pipe = load(teacher, device="cpu").to(processes.device)
     family = student_family(pipe)
     config = pipe.config

@@ -150,8 +150,8 @@ def generate_pairs(
         seeds = [(settings.seed, image) for image in images.tolist()]
         tokens = teacher_tokens(model, labels.tolist(), seeds, settings)
         content = {"labels": labels.int(), "tokens": tokens.cpu().int()}
-        with replacing(path) as temporary:
-            save_file(content, temporary, metadata=header)
+        with replacing(path, durable=True) as temporary:
+            save_file(content, temporary, metadata=header | {"sha256": _digest(content)})
 
 
 def read_pairs(model: Any, settings: PairSettings, folder: Path, num: int) -> Pairs:
@@ -183,6 +183,13 @@ def _header(model: Any, settings: PairSettings) -> dict[str, str]:
     return {"teacher": teacher_hash(model), "settings": json.dumps(asdict(settings))}
 
 
+def _digest(content: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(content):
+        digest.update(content[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as shard:
@@ -197,6 +204,10 @@ def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: a pair shard with {name} {found.get(name)}, expected {value}"
             )
+    if found.get("sha256") != _digest(content):
+        raise CheckpointError(
+            f"{path}: is damaged (its sha256 does not fit); delete it to make it again"
+        )
     if path.stem.split("-")[2] != str(len(content["tokens"])):
         raise CheckpointError(
             f"{path}: holds {len(content['tokens'])} pairs, not what its name says"
