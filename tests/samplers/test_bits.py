@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from arvision import InputError, get_sampler
+from arvision.decoding.run import Run
 from arvision.decoding.scale_loop import decode_scales
 from arvision.decoding.verify import gumbel_draw
 from arvision.errors import StateError
@@ -54,8 +55,8 @@ def test_a_mutant_whose_bits_hang_together_is_found():
         return torch.where(holds[..., None], drawn[..., :1], drawn)
 
     shape = get_sampler("ar").shaping()
-    seeds = [(3, image) for image in range(NUM)]
-    out = decode_scales(table(), [None] * NUM, shape=shape, seeds=seeds, pick=clinging)
+    run = Run(NUM, 3, [(3, image) for image in range(NUM)])
+    out = decode_scales(table(), [None] * NUM, run, shape=shape, pick=clinging)
     assert out.tokens.shape == (NUM, 3, 2)
     assert law_p_value(table().number(out.tokens), table().joint(shape)) < ALPHA
 
