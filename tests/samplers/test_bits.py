@@ -55,8 +55,10 @@ def test_a_mutant_whose_bits_hang_together_is_found():
         return torch.where(holds[..., None], drawn[..., :1], drawn)
 
     shape = get_sampler("ar").shaping()
-    run = Run(NUM, 3, [(3, image) for image in range(NUM)])
-    out = decode_scales(table(), [None] * NUM, run, shape=shape, pick=clinging)
+    seeds = [(3, image) for image in range(NUM)]
+    out = decode_scales(
+        table(), [None] * NUM, Run(NUM, table().num_tokens, seeds), shape=shape, pick=clinging
+    )
     assert out.tokens.shape == (NUM, 3, 2)
     assert law_p_value(table().number(out.tokens), table().joint(shape)) < ALPHA
 
