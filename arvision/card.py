@@ -47,7 +47,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     place = Path(folder)
-    known = {"license": licence} if licence else {}
+    known: dict[str, Any] = {"license": licence} if licence else {}
     data = ModelCardData(library_name="arvision", tags=list(tags), **known)
     rows = [(title, [text] if isinstance(text, str) else text) for title, text in facts.items()]
     card = ModelCard.from_template(
