@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..contracts import Stats
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
+from ..decoding.noise import parse_seeds
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
 from . import HFCausalLM, load_text_model
@@ -22,6 +24,7 @@ from .chat import chat_ids
 from .costs import pass_costs
 from .drafters import DRAFTERS, TextDrafter, combine
 from .model import as_text_model
+from .processors import Prefixes, own_prefixes
 from .rules import choose_rule
 from .stop import TextEnd
 
@@ -60,8 +63,10 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: Any = 0,
     stop: str | Sequence[str] | None = None,
+    stop_token_ids: Sequence[int] = (),
+    attention_mask: Any = None,
     chat: bool = False,
     num_draft: int | str | None = None,
     drafter_options: dict[str, Any] | None = None,
@@ -69,16 +74,22 @@ def generate(
     logits_hook: Callable[[Tensor], Tensor] | None = None,
     stream: OnText | None = None,
     streamer: Any = None,
+    prepared: Prepared | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> TextOutput:
     """Continue prompts with a causal language model, several tokens per pass.
 
+    At temperature 0 the tokens are those of `model.generate(do_sample=False)`: the model's own
+    generation config acts as it does there (end tokens, stop strings, repetition penalty, forbidden
+    and forced tokens, least lengths), on every candidate with the candidate's own prefix.
+
     Args:
         model: a causal language model of transformers, an `HFCausalLM`, or the name of one: a
             folder, a GGUF file, a hub id.
         prompts: a string, a list of strings, a list of messages (dicts with "role" and "content"),
-            a list of such lists, or ids [B, L] (or a list of id lists).
+            a list of such lists, or ids: [B, L] or [L], lists of them, arrays, or what a tokenizer
+            of transformers returns.
         tokenizer: for strings; a model given by name brings its own.
         drafter: what proposes tokens: None for plain decoding, a name of `list_drafters()`, two
             names joined by "+", or a drafter.
@@ -88,8 +99,10 @@ def generate(
         temperature: divides the logits; 0 is greedy.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
-        seed: of the draws; row k has noise of its own.
+        seed: of the draws; row k has noise of its own, (seed, k). Or one seed or pair per row.
         stop: strings that end a text.
+        stop_token_ids: tokens that end a text, besides the model's own.
+        attention_mask: [B, L], 0 where ids [B, L] are padding.
         chat: take strings for a user's message and wrap them in the model's chat template.
         num_draft: candidates per pass; None for what the drafter recommends, "auto" for what
             promises the most tokens per second (the cost of a pass is measured once per model).
@@ -97,7 +110,8 @@ def generate(
         rule_options: of the rule.
         logits_hook: changes logits [..., V] before they become laws: a mask, a bias.
         stream: told row and text as they come.
-        streamer: a streamer of transformers (one prompt only).
+        streamer: a streamer of transformers (one prompt only); it is told the end in any case.
+        prepared: for `custom_generate`: takes the place of the model's generation config.
         device: for a model given by name.
         dtype: for a model given by name.
 
@@ -114,7 +128,8 @@ def generate(
     if hasattr(proposer, "shaping"):
         proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
     draws = getattr(proposer, "draws", "chosen")
-    chosen = choose_rule(rule, draws, temperature, **(rule_options or {}))
+    branches = getattr(proposer, "branches", False)
+    chosen = choose_rule(rule, draws, temperature, branches=branches, **(rule_options or {}))
     fitting = getattr(proposer, "rules", None)
     if fitting is not None and chosen.name not in fitting:
         raise InputError(
@@ -125,15 +140,20 @@ def generate(
         model, own = _load(str(model), str(device or "cpu"), dtype)
         tokenizer = tokenizer or own
     lm = as_text_model(model, max_new_tokens)
-    ids = encode(prompts, tokenizer, chat)
+    ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
     check_drafter(proposer, lm)
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
     policy = _policy(proposer, num_draft, lm)
     strings = [stop] if isinstance(stop, str) else list(stop or ())
+    if prepared is None:
+        prepared = Prepared.of(lm.network, ids, max_new_tokens)
+        strings += prepared.strings
     decode = None if tokenizer is None else _decoder(tokenizer)
-    end = TextEnd(len(ids), end_ids(lm.network), strings, decode)
+    ends = [*prepared.end_ids, *check_token_ids(stop_token_ids, lm.vocab_size)]
+    end = TextEnd(len(ids), ends, strings, decode, prepared.criterion)
+    lm.prefixes = prepared.prefixes
     flow = _Flow(decode, stream, streamer, strings, ids)
 
     def shape(logits: Tensor) -> Tensor:
@@ -141,22 +161,26 @@ def generate(
             logits = logits_hook(logits)
         return logits if chosen.wants_logits else shaping(logits)
 
-    samples = decode_tokens(
-        lm,
-        ids,
-        drafter=proposer,
-        rule=chosen.rule,
-        shape=shape,
-        policy=policy,
-        seeds=[(seed, row) for row in range(len(ids))],
-        on_step=flow.on_step if flow.is_wanted else None,
-        num_tokens=max_new_tokens,
-        stop=end if end.is_needed else None,
-    )
-    lengths = samples.stats["lengths"]
-    tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
+    try:
+        samples = decode_tokens(
+            lm,
+            ids,
+            drafter=proposer,
+            rule=chosen.rule,
+            shape=shape,
+            policy=policy,
+            seeds=row_seeds(seed, len(ids)),
+            on_step=flow.on_step if flow.is_wanted else None,
+            num_tokens=max_new_tokens,
+            stop=end if end.is_needed else None,
+        )
+        lengths = samples.stats["lengths"]
+        tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
+        flow.tell_rest(tokens)
+    finally:
+        # Whoever reads along in another thread waits for the end, also for that of a failed run.
+        flow.end()
     texts = None if decode is None else [until(decode(row), strings) for row in tokens]
-    flow.finish(tokens)
     seconds = time.perf_counter() - started
     total = sum(lengths)
     passes = samples.stats["passes_per_image"]
@@ -173,6 +197,62 @@ def generate(
         lossless=chosen.lossless,
     )
     return TextOutput(tokens, texts, stats)
+
+
+@dataclass
+class Prepared:
+    """What acts on a run besides its arguments.
+
+    Attributes:
+        end_ids: tokens that end a text.
+        strings: texts that end it.
+        prefixes: logits processors; None for none.
+        criterion: see `TextEnd`.
+    """
+
+    end_ids: list[int]
+    strings: list[str] = field(default_factory=list)
+    prefixes: Prefixes | None = None
+    criterion: Callable[[int, list[int]], bool] | None = None
+
+    @classmethod
+    def of(cls, network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Prepared:
+        """What a model's own generation config asks for."""
+        strings = getattr(getattr(network, "generation_config", None), "stop_strings", None) or []
+        return cls(
+            end_ids=end_ids(network),
+            strings=[strings] if isinstance(strings, str) else list(strings),
+            prefixes=own_prefixes(network, ids, max_new_tokens),
+        )
+
+
+def row_seeds(seed: Any, num: int) -> list[Any]:
+    """A seed or pair (seed, image) for each of `num` rows.
+
+    Raises:
+        InputError: another number of seeds than of rows; or entries that are no seeds.
+    """
+    if isinstance(seed, Sequence | Tensor | np.ndarray) and np.ndim(seed) > 0:
+        seeds = [tuple(one) if np.ndim(one) else one for one in np.asarray(seed).tolist()]
+        if len(seeds) != num:
+            raise InputError(f"{len(seeds)} seeds for {num} prompts: expected one each")
+        return list(parse_seeds(seeds))
+    value = seed.item() if isinstance(seed, np.generic | np.ndarray | Tensor) else seed
+    parse_seeds([value])
+    return [(value, row) for row in range(num)]
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Tokens that end a text, as integers.
+
+    Raises:
+        InputError: an entry that is no token of the model.
+    """
+    found = torch.as_tensor(ids).flatten().tolist()
+    for token in found:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InputError(f"stop_token_ids {token!r}: expected integers in 0..{vocab_size - 1}")
+    return found
 
 
 def as_draft(
@@ -254,23 +334,32 @@ def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) ->
         )
 
 
-def encode(prompts: Any, tokenizer: Any, chat: bool = False) -> list[Tensor]:
+def encode(
+    prompts: Any, tokenizer: Any, chat: bool = False, attention_mask: Any = None
+) -> list[Tensor]:
     """Prompts as id tensors [L]; see `generate`.
 
     Raises:
-        InputError: no prompt, strings without a tokenizer, or something else.
+        InputError: no prompt, strings without a tokenizer, a mask that does not fit, or something
+            else than text or ids.
     """
-    if isinstance(prompts, Tensor) or (
-        isinstance(prompts, list | tuple)
-        and prompts
-        and isinstance(prompts[0], list | tuple | Tensor)
-        and len(prompts[0])
-        and not isinstance(prompts[0][0], dict)
-    ):
-        ids = [torch.as_tensor(row) for row in prompts]
-        if any(row.dim() != 1 or row.is_floating_point() for row in ids):
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        found = prompts.get("attention_mask")
+        attention_mask = found if attention_mask is None else attention_mask
+        prompts = prompts["input_ids"]
+    if isinstance(prompts, np.ndarray | Tensor):
+        prompts = prompts.tolist()
+    if isinstance(prompts, list | tuple) and prompts and not _is_text(prompts[0]):
+        rows = [prompts] if isinstance(prompts[0], int | np.integer) else prompts
+        try:
+            ids = [torch.as_tensor(np.asarray(row)) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise InputError("prompts: expected ids [B, L] or a list of id lists") from error
+        if any(row.dim() != 1 or (len(row) and row.is_floating_point()) for row in ids):
             raise InputError("prompts: expected ids [B, L] or a list of id lists")
-        return [row.to(torch.int64) for row in ids]
+        return _without_padding([row.to(torch.int64) for row in ids], attention_mask)
+    if attention_mask is not None:
+        raise InputError("attention_mask with prompts that are text: expected ids [B, L]")
     single = isinstance(prompts, str) or (
         isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
     )
@@ -280,6 +369,26 @@ def encode(prompts: Any, tokenizer: Any, chat: bool = False) -> list[Tensor]:
     if tokenizer is None:
         raise InputError("prompts are text: pass tokenizer=..., or ids [B, L]")
     return [torch.tensor(_encode_one(row, tokenizer, chat), dtype=torch.int64) for row in rows]
+
+
+def _is_text(entry: Any) -> bool:
+    """Whether an entry of a list of prompts is a string, a message, or a list of messages."""
+    return isinstance(entry, str | dict) or (
+        isinstance(entry, list | tuple) and len(entry) > 0 and isinstance(entry[0], dict)
+    )
+
+
+def _without_padding(ids: list[Tensor], attention_mask: Any) -> list[Tensor]:
+    """Prompts [L] without the places where the mask is 0."""
+    if attention_mask is None:
+        return ids
+    mask = torch.as_tensor(np.asarray(attention_mask))
+    mask = mask[None] if mask.dim() == 1 else mask
+    if mask.dim() != 2 or [mask.shape[1]] * len(mask) != [len(row) for row in ids]:
+        raise InputError(
+            f"attention_mask {tuple(mask.shape)}: expected [{len(ids)}, {len(ids[0])}], as the ids"
+        )
+    return [row[own.bool()] for row, own in zip(ids, mask, strict=True)]
 
 
 def _encode_one(prompt: Any, tokenizer: Any, chat: bool) -> list[int]:
@@ -319,12 +428,24 @@ def _policy(drafter: Any, num_draft: int | str | None, model: HFCausalLM) -> Win
     if isinstance(drafter, NoDrafter):
         return FixedWindow(1)
     if num_draft is None:
-        return FixedWindow(getattr(drafter, "num_draft", 10) + 1)
+        return WholeTree(getattr(drafter, "num_draft", 10) + 1)
     if num_draft == "auto":
         return GoodputWindow(CostTable(pass_costs(model, MOST_DRAFTS)))
     if isinstance(num_draft, str | bool) or not 1 <= num_draft <= 120:
         raise InputError(f'num_draft {num_draft!r}: expected an integer in 1..120 or "auto"')
-    return FixedWindow(num_draft + 1)
+    return WholeTree(num_draft + 1)
+
+
+class WholeTree(FixedWindow):
+    """As many candidates to the very end of a text.
+
+    A tree cut to what is left of the longest row would be another tree than the one that a shorter
+    row gets alone, and with it the row's draws. The state has room for candidates past the end.
+    """
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The window."""
+        return self.window
 
 
 class _Flow:
@@ -361,10 +482,13 @@ class _Flow:
                 is_last=False,
             )
 
-    def finish(self, tokens: list[list[int]]) -> None:
-        """The run is over."""
+    def tell_rest(self, tokens: list[list[int]]) -> None:
+        """All tokens are there."""
         if self.is_wanted:
             self._tell(tokens, is_last=True)
+
+    def end(self) -> None:
+        """The run is over."""
         if self._streamer is not None:
             self._streamer.end()
 
