@@ -49,5 +49,5 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "arvision needs Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; $(GET_VENV) && $(PYTHON) -m venv .venv; } || \
 		{ echo "python3 has no venv module: install python3-venv" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,all]"
 	@touch $@

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from . import models as models
     from . import samplers as samplers
     from . import text as text
-    from .api import ARPipeline, SampleOutput, load, sample
+    from .acceleration import accelerate, restore
+    from .api import load, sample
     from .catalog import list_models, list_samplers
     from .comparison import compare
     from .errors import (
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
         MissingDependencyError,
         StateError,
     )
+    from .evaluation import evaluate
+    from .models import Prompt
+    from .pipeline import ARPipeline, SampleOutput
     from .samplers import get_sampler
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
@@ -45,17 +49,21 @@ __all__ = [
     "DiskError",
     "InputError",
     "MissingDependencyError",
+    "Prompt",
     "SampleOutput",
     "StateError",
     "TextOutput",
+    "accelerate",
     "compare",
     "custom_generate",
     "distill",
+    "evaluate",
     "generate",
     "get_sampler",
     "list_drafters",
     "list_models",
     "list_samplers",
     "load",
+    "restore",
     "sample",
 ]

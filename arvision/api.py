@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
-from .errors import CheckpointError, InputError
-from .folders import ASSETS, find_model, parse_device, parse_dtype
-from .pipeline import ARPipeline, SampleOutput
+from .contracts import Schedule
+from .errors import InputError
+from .folders import parse_device, parse_dtype
+from .pipeline import ARPipeline, SampleOutput, open_cached, open_pipeline
 from .samplers import BaseSampler, get_sampler
 from .samplers.base import join_options, parse_sampler
 
@@ -37,58 +32,7 @@ def load(
         InputError: an unknown name, device or dtype.
         CheckpointError: a folder that is not a complete pipeline.
     """
-    place = parse_device(device)
-    kind = parse_dtype(dtype, place)
-    return _load(str(find_model(name_or_path)), kind).to(place)
-
-
-def _load(source: str, dtype: torch.dtype) -> ARPipeline:
-    try:
-        with _quietly():
-            shared = _shared_parts(Path(source), dtype)
-            return ARPipeline.from_pretrained(source, dtype=dtype, **shared)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
-
-
-def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
-    card = folder / "card.json"
-    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
-    parts = {}
-    for part, owner in shared.items():
-        if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
-            parts[part] = whole.components[part]
-    return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' bars over two or three small components."""
-    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
-    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
-    for switch, _ in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in switches:
-            if was_shown:
-                switch.enable_progress_bar()
-
-
-@lru_cache(maxsize=4)
-def _load_cached(name: str, device: str, dtype: torch.dtype) -> ARPipeline:
-    return load(name, device, dtype)
-
-
-def _find_draft(name: str, device: torch.device, dtype: torch.dtype) -> ARPipeline:
-    return _load_cached(name, str(device), dtype)
-
-
-ARPipeline.find = staticmethod(_find_draft)
+    return open_pipeline(name_or_path, device, dtype)
 
 
 def sample(
@@ -98,8 +42,8 @@ def sample(
     *,
     num_images: int = 1,
     seed: Any = 0,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
+    guidance_scale: Schedule | None = None,
+    temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     device: str | torch.device | None = None,
@@ -112,14 +56,16 @@ def sample(
 
     Args:
         model: an embedded name, a folder, a hub id, or a loaded pipeline.
-        prompt: a class id, class name or caption, or a list of them.
+        prompt: a class id, class name or caption, or a list of them; for models that take text also
+            `arvision.Prompt(caption, negative=...)`.
         sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
             sampler object; None for the model's own kind of
             sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
-        guidance_scale: weight of the condition; None for the model's recommendation, as below.
-        temperature: divides the logits; 0 is greedy.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
+            models also take a list, one number for each scale.
+        temperature: divides the logits; 0 is greedy; scale models also take a list.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         device: for a model given by name; None for an accelerator where there is one.
@@ -143,7 +89,7 @@ def sample(
             raise InputError("device and dtype belong to load: this pipeline is loaded already")
     else:
         place = parse_device(device)
-        pipe = _load_cached(str(model), str(place), parse_dtype(dtype, place))
+        pipe = open_cached(str(model), str(place), parse_dtype(dtype, place))
     own = pipe.sampler.name
     usual = "sjd" if own == "ar" and pipe.kind == "token" else own
     wanted = usual if sampler is None else sampler

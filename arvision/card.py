@@ -65,10 +65,17 @@ def megabytes(folder: str | Path) -> str:
 def settings_in_words(config: Mapping[str, Any]) -> str:
     """A pipeline's recommended settings that differ from plain sampling, such as "guidance 3"."""
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    words = [f"guidance {config['guidance_scale']:g}"]
+    words = [f"guidance {_number(config['guidance_scale'])}"]
     words += [
-        f"{name.replace('_', '-')} {config[name]:g}"
+        f"{name.replace('_', '-')} {_number(config[name])}"
         for name, value in plain.items()
         if config[name] != value
     ]
     return ", ".join(words)
+
+
+def _number(value: Any) -> str:
+    """ "3", or "1, 2, 3 (scale by scale)"."""
+    if isinstance(value, Sequence):
+        return f"{', '.join(f'{entry:g}' for entry in value)} (scale by scale)"
+    return f"{value:g}"

@@ -18,6 +18,9 @@ from .errors import CheckpointError, unknown_name
 
 StateDict = dict[str, Tensor]
 
+INDEX = ".index.json"
+"""End of the name of a file that says which shard holds which tensor."""
+
 
 def read_state_dict(
     source: str | Path | Mapping[str, object], wrappers: Iterable[str]
@@ -25,7 +28,8 @@ def read_state_dict(
     """The tensors of a checkpoint, by name.
 
     Args:
-        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, the `.index.json` of shards, or a dict.
+        source: a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, a folder of shards or their index
+            (`*.index.json`), or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
 
@@ -39,9 +43,11 @@ def read_state_dict(
     else:
         path = Path(source)
         name = str(path)
+        if path.is_dir():
+            path = _index_in(path)
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file")
-        content = _read_shards(path) if path.suffix == ".json" else _read(path)
+        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
     if isinstance(content, Mapping):
         for wrapper in wrappers:
             inner: object = content
@@ -59,6 +65,18 @@ def read_state_dict(
             f"{name}: expected tensors, at the top or under one of {', '.join(wrappers)}; found {found}"
         )
     return tensors
+
+
+def _index_in(folder: Path) -> Path:
+    """The one index of shards, or the one file of tensors, in a folder."""
+    for pattern in (f"*{INDEX}", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found[:4])
+            raise CheckpointError(f"{folder}: {names}: expected one *{INDEX} or one *.safetensors")
+    raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
 
 
 def _read(path: Path) -> object:

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from .api import load, sample
-from .errors import InputError
+from .errors import InputError, optional
 from .files import replacing, write_text
-from .pipeline import ARPipeline, expand_prompts
+from .inputs import expand_prompts
+from .pipeline import ARPipeline
 from .samplers import BaseSampler, get_sampler
 from .sheet import labelled_rows
 
@@ -151,7 +152,8 @@ class Comparison:
 
         A large number marks a place where guesses stood: an easy pixel.
         """
-        from matplotlib.figure import Figure
+        with optional("plot", "the map of easy tokens"):
+            from matplotlib.figure import Figure
 
         rows = [row for row in self.rows if row.commit_pass]
         assert self.grid is not None

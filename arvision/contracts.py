@@ -25,19 +25,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 Conditions = Sequence[Any]
-"""One entry per image: a class id, a class name or caption, `None`, or caption features [T, C]."""
+"""One entry per image: a class id, a class name or caption, `None`, caption features [T, C], or a
+`Prompt` of captions or features."""
 
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
+Schedule: TypeAlias = "float | Sequence[float]"
+"""A number for all scales of a scale model, or one for each of them, coarse to fine."""
+
 StepCallback = Callable[[int, dict[str, Any]], Any]
-"""Called after every pass with the pass number and {"finished", "total", "accepted"} (token models
-add "tokens" [B, N] and "lengths" [B]); a true answer stops the run."""
+"""Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
+"accepted" (tokens that the pass made final, of each image that took part)}; the token loop adds
+"tokens" [B, N] and "lengths" [B]. A true answer stops the run."""
 
 
 class Stats(dict[str, Any]):
@@ -55,7 +60,8 @@ class Samples:
     """What a sampler returns.
 
     Attributes:
-        tokens: [B, N] int64 (token and scale models) or [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] of 0 and 1 where tokens are bits) or
+            [B, N, D] float (continuous models).
         stats: see `arvision.pipeline.SampleOutput`.
         embeddings: [B, N, D] vectors that are decoded in the place of the tokens' codes, where a
             sampler leaves the codebook; None where the tokens say it all.
@@ -85,27 +91,80 @@ class TokenState(Protocol):
 
 
 @runtime_checkable
+class DropsRows(Protocol):
+    """A state whose finished rows can leave the batch."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows` [B'] and drop the others."""
+        ...
+
+
+@runtime_checkable
+class Overruns(Protocol):
+    """A state that may accept candidates past the last token (their logits mean nothing)."""
+
+    allows_overrun: bool
+
+
+@runtime_checkable
+class TellsHidden(Protocol):
+    """A state that tells what the network's last layer says of the last candidates."""
+
+    hidden: Tensor | None
+    """[B, T, C]."""
+
+
+@runtime_checkable
+class FeedsAnywhere(Protocol):
+    """A state that takes tokens at any positions of the image, not only behind a prefix."""
+
+    def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of what follows tokens [B, T] at positions [B, T].
+
+        Row t is the law of position `positions[b, t] + 1`. What is fed stays where it is until the
+        position is fed again; candidate t looks at the conditions, at itself, and at the positions
+        that `visible` [B, T, N] marks (fed earlier, or in the same call), so the caller alone says
+        what counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or
+        by `extend_at`.
+        """
+        ...
+
+
+@runtime_checkable
+class HasCodebook(Protocol):
+    """A model whose tokens stand for vectors, whose distances say which tokens look alike."""
+
+    codebook: Tensor | None
+    """[V, D]; None where a model of this family has none."""
+
+
+def codebook_of(model: Any) -> Tensor | None:
+    """The codebook [V, D] of a model that has one, else None."""
+    return model.codebook if isinstance(model, HasCodebook) else None
+
+
+@runtime_checkable
+class TellsCost(Protocol):
+    """A model that names what a pass of it costs."""
+
+    cost_key: str
+    """Everything the cost depends on apart from the machine: sizes, device, dtype."""
+
+
+@runtime_checkable
+class TellsCalibration(Protocol):
+    """A draft model that knows how likely its drafts are accepted."""
+
+    calibration: dict[str, list[float]] | None
+    """Weights, see `arvision.decoding.draft_model.Calibration`."""
+
+
+@runtime_checkable
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer more, which samplers use where it exists:
-
-    - `select(rows)` keeps the given batch rows and drops the others.
-    - A true `allows_overrun` says that `extend` accepts candidates past the last token (their
-      logits mean nothing).
-    - `extend_at(tokens [B, T], positions [B, T], visible [B, T, N]) -> [B, T, V]` feeds tokens at
-      any positions of the image, not only behind a committed prefix. Row t of the guided logits is
-      the law of position `positions[b, t] + 1`. What is fed stays where it is until the position
-      is fed again; candidate t looks at the conditions, at itself, and at the positions that
-      `visible[b, t]` marks (fed earlier, or in the same call), so the caller alone says what
-      counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or by
-      `extend_at`.
-
-    So may a model: `codebook` [V, D], the vectors behind the tokens, whose distances say which
-    tokens look alike (None where there are none); `cost_key`, a string that names everything the
-    cost of a pass depends on apart from the machine (sizes, device, dtype); `calibration`, weights
-    that tell how likely its drafts are accepted when it drafts for another model, see
-    `arvision.decoding.draft_model.Calibration`.
+    A state may offer more, which samplers use where it exists: `DropsRows`, `Overruns`,
+    `TellsHidden`, `FeedsAnywhere`. So may a model: `HasCodebook`, `TellsCost`, `TellsCalibration`.
     """
 
     vocab_size: int
@@ -126,15 +185,12 @@ class TokenModel(Protocol):
 class ScaleState(Protocol):
     """Decode state of a scale model: all images of a batch stand at the same scale.
 
-    A state may offer more, which samplers use where it exists:
-
-    - `catch_up(tokens [B, n])` takes the tokens of the first scales, drawn elsewhere, all at once.
-    - `next_pruned(share)` is `next` with a share of the tokens interpolated instead of computed.
-    - `computed_tokens` counts the tokens of an image that went through the network.
+    A state may offer more, which samplers use where it exists: `catch_up(tokens [B, n])`, which
+    takes the tokens of the first scales, drawn elsewhere, all at once; `Prunes`; `CountsComputed`.
     """
 
     def next(self) -> Tensor:
-        """Guided logits [B, n, V] of the tokens of the next scale, raster order."""
+        """Guided logits [B, n, V] of the tokens of the next scale, raster order; see `num_bits`."""
         ...
 
     def feed(self, tokens: Tensor) -> None:
@@ -143,21 +199,52 @@ class ScaleState(Protocol):
 
 
 @runtime_checkable
+class Prunes(Protocol):
+    """A scale state that can leave tokens out."""
+
+    def next_pruned(self, share: float) -> Tensor:
+        """`ScaleState.next` with a share of the tokens restored in every layer, not computed."""
+        ...
+
+    def next_reference(self) -> Tensor:
+        """`ScaleState.next`, and keep what pruned tokens of later scales are restored from."""
+        ...
+
+
+@runtime_checkable
+class CountsComputed(Protocol):
+    """A scale state that counts the tokens of an image that went through the network."""
+
+    computed_tokens: int
+
+
+@runtime_checkable
 class ScaleModel(Protocol):
     """A model that draws all tokens of one resolution at a time.
 
-    `codebook` [V, D] are the vectors behind the tokens.
+    A model may have `codebook` [V, D], the vectors behind the tokens; or `num_bits`, d: its tokens
+    are d bits each, independent given the coarser scales. `vocab_size` is then 2, logits are
+    [B, n, d, 2], and tokens are [B, n, d] of 0 and 1 wherever a contract says [B, n].
     """
 
     vocab_size: int
-    num_tokens: int
-    scales: tuple[int, ...]
-    """Side lengths, growing; scale k has `scales[k] ** 2` tokens."""
 
-    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> ScaleState:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image, over all scales."""
+        ...
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """Sizes of the scales, growing: sides of square maps, or pairs (height, width)."""
+        ...
+
+    def start(self, conditions: Conditions, guidance_scale: Any = 1.0) -> ScaleState:
         """A state in which nothing is drawn.
 
-        Guidance grows linearly from 1 at the first scale to `guidance_scale` at the last.
+        `guidance_scale` is a number, whose meaning at each scale is the family's (VAR grows it
+        linearly from 1 at the first scale, Infinity takes it everywhere), or a list with the weight
+        of each scale.
         """
         ...
 
@@ -192,6 +279,15 @@ class LatentState(Protocol):
             known: [R, N] bool; rows may know different numbers of latents.
             images: [R] int64, which image of the batch a context belongs to.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsFeatures(Protocol):
+    """A latent state that can reuse features of earlier passes."""
+
+    def keep_features(self, refresh: int, reuse_guidance: bool) -> None:
+        """Compute everything anew every `refresh` passes only; see `LatentPlan`."""
         ...
 
 

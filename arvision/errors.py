@@ -5,9 +5,10 @@ A message is one line: what was given, what was expected, the nearest names that
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class ArvisionError(Exception):
@@ -32,6 +33,25 @@ class DiskError(ArvisionError, OSError):
 
 class MissingDependencyError(ArvisionError, ImportError):
     """An optional package is needed; the message names the install line."""
+
+
+@contextlib.contextmanager
+def optional(extra: str, purpose: str) -> Iterator[None]:
+    """Around imports of packages that not every user needs.
+
+    Args:
+        extra: of this package, that brings them; see `pyproject.toml`.
+        purpose: what needs them, the subject of the message.
+
+    Raises:
+        MissingDependencyError: one is not installed; names the install line.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f'{purpose} needs {error.name}: pip install "arvision[{extra}]"'
+        ) from error
 
 
 def check_count(name: str, value: object) -> None:

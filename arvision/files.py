@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ except ImportError:  # no such locks on this system: nothing is swept, nothing i
     fcntl = None
 
 MARK = ".arvision-"
+LONGEST_NAME = 255
 SEAL = b"\nsha256 "
 SEAL_LENGTH = len(SEAL) + 64
 
@@ -90,6 +91,61 @@ def making_folder(
             _take_name(temporary, goal)
         if durable:
             _sync(goal.parent)
+
+
+def check_out(path: str | Path, *, suffixes: Sequence[str] = (), is_folder: bool = False) -> None:
+    """Refuse a goal that could not be written, before any work for it is done; nothing is made.
+
+    Args:
+        path: of a file, or of a folder.
+        suffixes: that a file's name may have, such as ".png"; none for any.
+        is_folder: whether it is a folder.
+
+    Raises:
+        InputError: see above.
+    """
+    goal = _followed(path)
+    if suffixes and goal.suffix.lower() not in suffixes:
+        raise InputError(f"out {path}: expected a name that ends in {', '.join(suffixes)}")
+    if os.path.lexists(goal) and os.path.isdir(goal) != is_folder:
+        there, wanted = ("file", "folder") if is_folder else ("folder", "file name")
+        raise InputError(f"out {path} is a {there}: expected a {wanted}")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in goal.parts):
+        raise InputError(f"out {str(path)[:60]}...: expected names of at most {LONGEST_NAME} bytes")
+    above = goal if is_folder else goal.parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not os.path.isdir(above):
+        raise InputError(f"out {path}: {above} is a file, expected a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"out {path}: nobody may write into {above}, expected another place")
+
+
+@contextlib.contextmanager
+def working_in(folder: str | Path) -> Iterator[None]:
+    """Make a folder and hold it against other processes; what killed ones left is swept first.
+
+    Raises:
+        InputError: another run works in it.
+    """
+    place = Path(folder)
+    with _refused(place):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{place} cannot be made ({error.strerror})") from error
+    try:
+        lock = _lock(place, wait=False)
+    except BlockingIOError:
+        raise InputError(
+            f"another run works in {place}: wait until it has ended, or give another folder"
+        ) from None
+    try:
+        sweep(place)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _followed(path: str | Path) -> Path:
@@ -178,7 +234,10 @@ def sweep(folder: str | Path, name: str | None = None) -> None:
         is_ours = mark and len(end) == 8 and (start + mark).startswith(pattern)
         if not is_ours or place.is_symlink() or not place.is_dir():
             continue
-        lock = _lock(place, wait=False)
+        try:
+            lock = _lock(place, wait=False)
+        except BlockingIOError:
+            continue  # its owner lives
         if lock is None:
             continue
         for old in place.glob("old/*"):  # killed between two renames: the old folder goes back
@@ -189,7 +248,11 @@ def sweep(folder: str | Path, name: str | None = None) -> None:
 
 
 def _lock(folder: Path, wait: bool = True) -> int | None:
-    """A descriptor that holds the folder until it is closed; None where it cannot be had."""
+    """A descriptor that holds the folder until it is closed; None where there are no locks.
+
+    Raises:
+        BlockingIOError: without waiting, if somebody holds it.
+    """
     if fcntl is None:
         return None
     try:
@@ -198,6 +261,9 @@ def _lock(folder: Path, wait: bool = True) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise
     except OSError:
         os.close(handle)
         return None
@@ -261,6 +327,18 @@ def write_bytes(path: str | Path, data: bytes, *, durable: bool = False) -> None
 def write_json(path: str | Path, content: Any, *, indent: int = 1) -> None:
     """Write JSON that appears whole or not at all, see `replacing`."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Put a line at the end of a file, and on the disk; a last line that a crash tore is ended."""
+    with _refused(path), open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def seal(path: str | Path) -> None:

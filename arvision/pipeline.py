@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
-from .contracts import Conditions, Stats
-from .errors import InputError, check_count
+from .contracts import Schedule, Stats
+from .errors import CheckpointError, InputError
+from .folders import ASSETS, find_model, parse_device, parse_dtype
+from .inputs import expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
@@ -31,7 +37,8 @@ class SampleOutput(BaseOutput):
     Attributes:
         images: PIL images, or [B, H, W, 3] float array ("np") or [B, 3, H, W] float tensor ("pt")
             in [0, 1], or the tokens ("latent").
-        tokens: [B, N] int64 (token and scale models), [B, N, D] float (continuous models).
+        tokens: [B, N] int64 (token and scale models; [B, N, d] where tokens are bits), [B, N, D]
+            float (continuous models).
         stats: a dict that can also be read by attribute: `forward_passes` (model calls on image
             tokens; prefill not counted), `tokens` (per image), `tokens_per_pass`, `seconds` (whole
             call), `seconds_per_image`, `seeds`, and what the sampler adds.
@@ -55,8 +62,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: of a text-conditional model.
         text_tokenizer: of the text encoder.
         class_names: names of the classes, in the order of their ids.
-        guidance_scale: recommended guidance scale.
-        temperature: recommended temperature.
+        guidance_scale: recommended guidance scale; scale models also take a list, one for each scale.
+        temperature: recommended temperature, likewise.
         top_k: recommended top-k, 0 for all.
         top_p: recommended top-p.
         num_threads: CPU threads at which the model measures fastest; None leaves torch's setting.
@@ -64,9 +71,6 @@ class ARPipeline(DiffusionPipeline):
         calibration: of a draft model, how its confidence tells that a draft will be accepted; see
             `arvision.decoding.draft_model.Calibration`.
     """
-
-    find: ClassVar[Callable[[str, torch.device, torch.dtype], ARPipeline] | None] = None
-    """From the name of a model to its pipeline; `arvision.api`, which knows names, fills it in."""
 
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
@@ -81,8 +85,8 @@ class ARPipeline(DiffusionPipeline):
         text_encoder: Any = None,
         text_tokenizer: Any = None,
         class_names: Sequence[str] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: Schedule = 1.0,
+        temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         num_threads: int | None = None,
@@ -140,23 +144,22 @@ class ARPipeline(DiffusionPipeline):
         """How a draft model's confidence tells that a draft will be accepted."""
         return self.config["calibration"]
 
-    def _bind_draft(self, sampler: Any) -> None:
-        """Load the draft model of a sampler that names one, on this pipeline's device and dtype."""
-        if not getattr(sampler, "wants_draft", False):
-            return
-        name = sampler.config["draft"] or self.config["draft"]
-        find = type(self).find
-        if name is not None and find is not None:
-            sampler.bind_draft(find(name, self.device, self.dtype))
+    def bind(self, sampler: BaseSampler, model: Any) -> BaseSampler:
+        """The sampler with all that it needs besides the model, loaded on this device and dtype.
 
-    def _bind_teacher(self, sampler: Any, model: Any) -> None:
-        """Load the teacher of a student for a sampler that draws some tokens with it."""
-        if not hasattr(sampler, "wants_teacher") or not sampler.wants_teacher(model):
-            return
-        name = sampler.config["teacher"] or getattr(model, "teacher_name", None)
-        find = type(self).find
-        if name is not None and find is not None:
-            sampler.bind_teacher(find(name, self.device, self.dtype))
+        What it does not name itself is what the model recommends: its `draft`, its `teacher`.
+        """
+        recommended = {
+            "draft": self.config["draft"],
+            "teacher": getattr(model, "teacher_name", None),
+        }
+        names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
+        found = {
+            need: open_cached(name, str(self.device), self.dtype)
+            for need, name in names.items()
+            if name is not None
+        }
+        return sampler.bind(**found)
 
     @property
     def kind(self) -> str:
@@ -189,8 +192,8 @@ class ARPipeline(DiffusionPipeline):
         prompt: Any,
         *,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
+        guidance_scale: Schedule | None = None,
+        temperature: Schedule | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -203,9 +206,11 @@ class ARPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            prompt: a class id, class name or caption (or caption features [T, C]), or a list.
+            prompt: a class id, class name or caption (or caption features [T, C], or a `Prompt` with a
+                negative), or a list.
             num_images_per_prompt: images of each prompt.
-            guidance_scale: null + scale * (cond - null); None for the model's recommendation.
+            guidance_scale: null + scale * (cond - null); None for the model's recommendation; scale
+                models also take a list, one for each scale.
             temperature: None for the sampler's own value.
             top_k: likewise.
             top_p: likewise.
@@ -234,10 +239,9 @@ class ARPipeline(DiffusionPipeline):
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes:
             chosen = chosen.with_options(**changes)
-        self._bind_draft(chosen)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         model = self.model
-        self._bind_teacher(chosen, model)
+        chosen = self.bind(chosen, model)
         self._interrupt = False
         started = time.perf_counter()
         with self._threads(), self._bar(len(conditions) * model.num_tokens) as bar:
@@ -289,46 +293,51 @@ class ARPipeline(DiffusionPipeline):
         return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
 
 
-def expand_prompts(prompt: Any, num_images_per_prompt: int) -> Conditions:
-    """One condition per image, images of a prompt side by side.
-
-    Raises:
-        InputError: no prompt, an empty one, or fewer than one image of each.
-    """
-    check_count("num_images", num_images_per_prompt)
-    prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
-    if not prompts:
-        raise InputError("no prompt: expected at least one")
-    for entry in prompts:
-        if isinstance(entry, str) and not entry.strip():
-            raise InputError("empty prompt: expected a class id, a class name or a caption")
-    return [entry for entry in prompts for _ in range(num_images_per_prompt)]
-
-
-def resolve_seeds(
-    seed: Any, generator: torch.Generator | Sequence[torch.Generator] | None, num: int
-) -> list[tuple[int, int]]:
-    """Identity (seed, image) of each of `num` images; see `ARPipeline.__call__`.
-
-    Raises:
-        InputError: both a seed and a generator, or lists of another length.
-    """
-    if seed is not None and generator is not None:
-        raise InputError("both seed and generator were given: expected one of them")
-    if isinstance(generator, (list, tuple)):
-        seed = [_seed_from(one) for one in generator]
-    elif seed is None:
-        seed = _seed_from(generator)
-    if isinstance(seed, int):
-        return [(seed, image) for image in range(num)]
-    if isinstance(seed, Tensor):
-        seed = seed.tolist()
-    pairs = [entry if isinstance(entry, tuple) else (entry, 0) for entry in seed]
-    if len(pairs) != num:
-        raise InputError(f"{len(pairs)} seeds for {num} images: expected one each")
-    return pairs
+def open_pipeline(
+    name_or_path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> ARPipeline:
+    """Load a pipeline; see `arvision.load`."""
+    place = parse_device(device)
+    kind = parse_dtype(dtype, place)
+    source = str(find_model(name_or_path))
+    try:
+        with _quietly():
+            shared = _shared_parts(Path(source), kind)
+            pipe = ARPipeline.from_pretrained(source, dtype=kind, **shared)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
+    return pipe.to(place)
 
 
-def _seed_from(generator: Any) -> int:
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=device))
+open_cached = lru_cache(maxsize=4)(open_pipeline)
+"""`open_pipeline` that keeps the last few; call it with strings and a dtype."""
+
+
+def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
+    card = folder / "card.json"
+    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
+    parts = {}
+    for part, owner in shared.items():
+        if not (folder / part).exists():
+            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
+            parts[part] = whole.components[part]
+    return parts
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the libraries' bars over two or three small components."""
+    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
+    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
+    for switch, _ in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch, was_shown in switches:
+            if was_shown:
+                switch.enable_progress_bar()

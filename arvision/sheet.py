@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""Suffixes of the formats that sheets are written in."""
 SMALLEST_SIDE = 96
 """Images below this many pixels are enlarged by a whole factor, without smoothing."""
 GAP = 4

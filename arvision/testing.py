@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Conditions
-from .errors import InputError, StateError
+from .errors import InputError, StateError, optional
 from .models import LlamaGen, LlamaGenTokenizer, LlamaGenTransformer
 
 
@@ -158,42 +158,47 @@ class ScaleTable:
 
     Args:
         vocab_size: V.
-        scales: side lengths.
+        scales: side lengths, or pairs (height, width).
         seed: of the random tables.
         sharpness: scale of the logits; larger is more peaked.
+        num_bits: d for a model whose tokens are d bits (V is then 2); None for one of codes.
     """
 
     def __init__(
         self,
         vocab_size: int = 3,
-        scales: tuple[int, ...] = (1, 2),
+        scales: tuple[Any, ...] = (1, 2),
         seed: int = 0,
         sharpness: float = 1.5,
+        num_bits: int | None = None,
     ) -> None:
-        self.vocab_size, self.scales = vocab_size, scales
-        self.num_tokens = sum(side * side for side in scales)
+        self.vocab_size, self.scales, self.num_bits = vocab_size, scales, num_bits
+        pairs = [size if isinstance(size, tuple) else (size, size) for size in scales]
+        self.counts = [height * width for height, width in pairs]
+        self.num_tokens = sum(self.counts)
         generator = torch.Generator().manual_seed(seed)
         self.tables, done = [], 0
-        for side in scales:
-            shape = (vocab_size**done, side * side, vocab_size)
+        for count in self.counts:
+            places = (count,) if num_bits is None else (count, num_bits)
+            shape = (vocab_size**done, *places, vocab_size)
             logits = torch.randn(shape, generator=generator, dtype=torch.float64)
             self.tables.append(sharpness * logits)
-            done += side * side
+            done += count * (num_bits or 1)
 
-    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> _ScaleTableState:
+    def start(self, conditions: Conditions, guidance_scale: Any = 1.0) -> _ScaleTableState:
         """Conditions are ignored, apart from their number."""
         return _ScaleTableState(self, len(conditions))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """A grey picture [B, 3, 1, N] of the tokens."""
-        grey = tokens.float() / max(1, self.vocab_size - 1) * 2 - 1
+        grey = tokens.flatten(1).float() / max(1, self.vocab_size - 1) * 2 - 1
         return grey[:, None, None, :].expand(-1, 3, -1, -1)
 
     def joint(self, shape: Any) -> Tensor:
-        """The enumerated joint law [V^N] float64 under `shape`; see `TableModel.joint`."""
+        """The enumerated joint law float64 under `shape`; see `TableModel.joint`."""
         joint = torch.ones(1, dtype=torch.float64)
         for table in self.tables:
-            laws = shape(table).exp()  # [prefixes, n, V], independent within a scale
+            laws = shape(table).exp().flatten(1, -2)  # [prefixes, n, V], independent in a scale
             for place in range(laws.shape[1]):
                 repeats = len(joint) // len(laws)
                 law = laws[:, place].repeat_interleave(repeats, dim=0)
@@ -201,8 +206,8 @@ class ScaleTable:
         return joint
 
     def number(self, tokens: Tensor) -> Tensor:
-        """Sequences [B, N] as numbers in base V, the order of `joint`."""
-        return _in_base(tokens, self.vocab_size)
+        """Sequences [B, N] or [B, N, d] as numbers in base V, the order of `joint`."""
+        return _in_base(tokens.flatten(1), self.vocab_size)
 
 
 class _ScaleTableState:
@@ -214,14 +219,14 @@ class _ScaleTableState:
         return self._model.tables[self._scale][self._prefixes]
 
     def feed(self, tokens: Tensor) -> None:
-        base = self._model.vocab_size
-        self._prefixes = self._prefixes * base ** tokens.shape[1] + _in_base(tokens, base)
+        base, flat = self._model.vocab_size, tokens.flatten(1)
+        self._prefixes = self._prefixes * base ** flat.shape[1] + _in_base(flat, base)
         self._scale += 1
 
     def catch_up(self, tokens: Tensor) -> None:
         done = 0
         while done < tokens.shape[1]:
-            num = self._model.scales[self._scale] ** 2
+            num = self._model.counts[self._scale]
             self.feed(tokens[:, done : done + num])
             done += num
 
@@ -238,7 +243,8 @@ def law_p_value(samples: Tensor, law: Tensor) -> float:
     Raises:
         InputError: an outcome that the law rules out, or fewer than 2 cells.
     """
-    from scipy import stats
+    with optional("eval", "a test of a law"):
+        from scipy import stats
 
     counts = torch.bincount(samples, minlength=len(law)).double()
     if bool((counts[law == 0] > 0).any()):

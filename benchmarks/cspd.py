@@ -17,6 +17,7 @@ with MAR-H and MAR-B at batch 256).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ class Study:
 
     Args:
         num: images of a draw.
+        specs: samplers, "ar" among them.
     """
 
-    def __init__(self, num: int) -> None:
+    def __init__(self, num: int, specs: Sequence[str] = SAMPLERS) -> None:
+        self.specs = specs
         self.pipe = arvision.load("mar-fashion", device="cpu")
         self.draft = arvision.load("mar-fashion-draft", device="cpu")
         self.classes = torch.arange(num) % 10
@@ -64,9 +67,7 @@ class Study:
     def sampler(self, spec: str) -> Any:
         """A sampler at the model's recommended temperature, with its draft."""
         sampler = get_sampler(spec).with_options(temperature=self.pipe.config["temperature"])
-        if hasattr(sampler, "bind_draft"):
-            sampler.bind_draft(self.draft)
-        return sampler
+        return sampler.bind(draft=self.draft) if "draft" in sampler.needs else sampler
 
     def run(self, sampler: Any, first: int, count: int, seed: int) -> Any:
         """Samples of `count` classes from `first` on."""
@@ -80,7 +81,14 @@ class Study:
     def draw(self, spec: str, seed: int, batch_size: int = 50) -> tuple[Tensor, dict[str, Any]]:
         """Classifier features of all classes, and passes, acceptance and class consistency."""
         sampler, images = self.sampler(spec), []
-        totals = {"passes": 0, "accepted": 0, "rejected": 0, "exhausted": 0, "nonfinite": 0}
+        totals = {
+            "passes": 0,
+            "head_steps": 0,
+            "accepted": 0,
+            "rejected": 0,
+            "exhausted": 0,
+            "nonfinite": 0,
+        }
         for first in range(0, len(self.classes), batch_size):
             out = self.run(sampler, first, min(batch_size, len(self.classes) - first), seed)
             images.append(to_uint8(self.pipe.model.decode(out.tokens), value_range="signed"))
@@ -96,6 +104,7 @@ class Study:
         return features, {
             "passes": totals["passes"] / len(self.classes),
             "acceptance": totals["accepted"] / judged if judged else None,
+            "head_steps": totals["head_steps"] / len(range(0, len(self.classes), batch_size)),
             "exhausted": totals["exhausted"],
             "nonfinite": totals["nonfinite"],
             "class_consistency": float(class_consistency(pixels, self.classes)),
@@ -105,7 +114,7 @@ class Study:
         """A row per sampler, and one for a second run of `ar`."""
         reference, _ = self.draw("ar", seed=1)
         rows = []
-        for spec, seed in (("ar", 2), *((spec, 0) for spec in SAMPLERS)):
+        for spec, seed in (("ar", 2), *((spec, 0) for spec in self.specs)):
             features, row = self.draw(spec, seed)
             distance = frechet_from_features(features, reference)
             name = "ar, other seeds" if seed == 2 else spec
@@ -125,7 +134,7 @@ class Study:
             for first in firsts:
                 self.run(sampler, first, batch, 0)
 
-        tasks = {spec: (lambda one=self.sampler(spec): draw(one)) for spec in SAMPLERS}
+        tasks = {spec: (lambda one=self.sampler(spec): draw(one)) for spec in self.specs}
         found = {}
         for spec, seconds in alternate(tasks, rounds).items():
             found[spec] = summary([value / (batch * len(firsts)) for value in seconds])

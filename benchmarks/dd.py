@@ -74,9 +74,7 @@ class Study:
 
     def dd(self, steps: int) -> Any:
         """The sampler with so many steps."""
-        sampler = get_sampler("dd", steps=steps, **self.laws)
-        sampler.bind_teacher(self.pipe)
-        return sampler
+        return get_sampler("dd", steps=steps, **self.laws).bind(teacher=self.pipe)
 
     def _by_class(self, tokens: Tensor) -> Tensor:
         return torch.stack([tokens[self.classes == label] for label in range(10)])

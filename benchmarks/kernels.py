@@ -20,7 +20,7 @@ from torch import Tensor
 from arvision.kernels.compaction import compact_
 from arvision.kernels.nearest_code import nearest_code
 from arvision.kernels.philox import philox4x32
-from arvision.kernels.sampling import sample_gumbel
+from arvision.kernels.sampling import Shaping, sample_gumbel
 from arvision.kernels.tree_attention import tree_attention
 from arvision.kernels.tree_attention.reference import visible
 from arvision.kernels.verify import verify
@@ -106,9 +106,10 @@ def bench_sampling(size: int) -> dict[str, Any]:
     """Guidance, temperature, top-k 2000, top-p 0.9 and a Gumbel draw of 16 rows."""
     logits, null = 3 * torch.randn(2, 16, size, device=DEVICE)
     identity = torch.randint(1 << 32, (16, 4), device=DEVICE)
-    law = {"null_logits": null, "guidance_scale": 4.0, "top_k": 2000, "top_p": 0.9}
+    how = Shaping(top_k=2000, top_p=0.9)
+    law = {"null_logits": null, "guidance_scale": 4.0}
     tasks: Tasks = {
-        b: (lambda b=b: sample_gumbel(logits, identity, backend=b, **law)) for b in BACKENDS
+        b: (lambda b=b: sample_gumbel(logits, identity, how, backend=b, **law)) for b in BACKENDS
     }
     for task in tasks.values():
         agree(task(), tasks["reference"](), 0)

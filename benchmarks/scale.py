@@ -90,8 +90,8 @@ def main() -> None:
         name = "var-fashion-small" if "small" in spec or spec.startswith("code") else "var-fashion"
         study = studies[name]
         sampler = get_sampler(spec.split(" ")[0])
-        if hasattr(sampler, "bind_draft"):
-            sampler.bind_draft(large)
+        if "draft" in sampler.needs:
+            sampler = sampler.bind(draft=large)
         tokens, passes = study.draw(sampler, seed=0)
         row = {"sampler": spec, "model": name, "lossless": sampler.is_exact, "passes": passes}
         # Distances are always from var-fashion itself.

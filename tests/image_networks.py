@@ -326,3 +326,100 @@ def chameleon_prompts(lengths, seed=0, sides=None):
     if sides is not None:
         opening += [CHAMELEON["size"] + side // 2 for side in sides]
     return [torch.cat([torch.tensor([0]), row, torch.tensor(opening)]) for row in rows]
+
+
+def glm_processor() -> Any:
+    """A `GlmImageProcessor` whose words are single characters."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    t: Any = transformers
+    special = {
+        "<start>": GLM["start"],
+        "<end>": GLM["end"],
+        "<|image|>": GLM["place"],
+        "<sop>": 66,
+        "<eop>": 67,
+        "<pad>": GLM["pad"],
+    }
+    letters = {chr(32 + k): 70 + k for k in range(95)}
+    core = Tokenizer(models.WordLevel({**special, **letters}, unk_token=" "))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token=" ",
+        bos_token="<start>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        padding_side="left",
+        additional_special_tokens=["<|image|>", "<sop>", "<eop>"],
+        extra_special_tokens={
+            "image_token": "<|image|>",
+            "grid_bos_token": "<sop>",
+            "grid_eos_token": "<eop>",
+        },
+    )
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
+        "<start><|image|><end>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    pictures = t.GlmImageImageProcessor(
+        patch_size=16,
+        temporal_patch_size=1,
+        merge_size=1,
+        size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
+    )
+    return t.GlmImageProcessor(pictures, tokenizer, chat_template=template)
+
+
+def tiny_glm_pipeline(seed=0) -> Any:
+    """A `GlmImagePipeline` of diffusers with random weights."""
+    import diffusers
+    import transformers
+    from diffusers.pipelines.glm_image import GlmImagePipeline
+
+    d: Any = diffusers
+    t: Any = transformers
+    torch.manual_seed(seed)
+    encoder = t.T5EncoderModel(
+        t.T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    )
+    vae = d.AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 8, 8],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = d.GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=16,
+        condition_dim=8,
+        prior_vq_quantizer_codebook_size=GLM["codes"],
+    )
+    network = tiny_glm(seed).float()
+    network.generation_config.top_k = 1
+    network.generation_config.suppress_tokens = list(range(GLM["codes"], 80))
+    pipe = GlmImagePipeline(
+        tokenizer=t.ByT5Tokenizer(),
+        processor=glm_processor(),
+        text_encoder=encoder.eval(),
+        vision_language_encoder=network,
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=d.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    network.double()
+    return pipe

@@ -77,6 +77,42 @@ def check_refused(done, message: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("sample --model llamagen-fashion --prompt 1 --out a.txt", "expected a name that ends in"),
+        ("sample --model none --prompt 1 --out a.png/../b/c.doc", "expected a name that ends in"),
+        ("compare --model none --samplers ar --out FILE", "is a file: expected a folder"),
+        ("train --recipe var-fashion --out FILE/run", "is a file, expected a folder"),
+        ("distill --teacher none --out FILE", "is a file: expected a folder"),
+        ("eval generate --model none --out FILE", "is a file: expected a folder"),
+        ("eval export --samples none --layout npz --out a.tar", "a name that ends in .npz"),
+    ],
+)
+def test_out_is_checked_before_any_work(arguments, message, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("mine")
+    done = cli(*arguments.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_an_output_that_is_full_or_closed_is_one_line_and_exit_1():
+    command = [sys.executable, "-m", "arvision.cli", "samplers"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "arvision: the output cannot be written: No space left on device\n"
+    receiver, sender = os.pipe()
+    os.close(receiver)
+    done = subprocess.run(command, stdout=sender, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(sender)
+    assert done.returncode == 1
+    assert done.stderr == "arvision: the output was closed\n"
+
+
 def test_an_interrupted_sample_leaves_no_file(tmp_path):
     command = [sys.executable, "-m", "arvision.cli", "sample", "--model", "llamagen-fashion"]
     command += ["--prompt", "bag", "--num-images", "1000", "--sampler", "ar"]

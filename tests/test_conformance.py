@@ -15,10 +15,7 @@ OPTIONS = {"draft": {"draft": "itself"}}
 
 def make(name, model):
     sampler = get_sampler(name)
-    bind = getattr(sampler, "bind_draft", None)
-    if bind is not None:
-        bind(model)
-    return sampler
+    return sampler.bind(draft=model) if "draft" in sampler.needs else sampler
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from arvision.cli import main
 from arvision.errors import CheckpointError, DiskError, InputError
 from arvision.files import (
+    check_out,
     check_seal,
     making_folder,
     replacing,
     seal,
     sweep,
+    working_in,
     write_bytes,
     write_json,
     write_text,
@@ -271,3 +273,54 @@ def test_a_sealed_file_tells_cut_and_changed_bytes(tmp_path):
     goal.write_bytes(b"abc")
     seal(goal)
     check_seal(goal, "")
+
+
+def _work(folder: Path, ready: Any) -> None:
+    with working_in(folder), replacing(folder / "part"):
+        ready.set()
+        time.sleep(60)
+
+
+def test_the_second_run_in_a_folder_says_so(tmp_path):
+    place = tmp_path / "run"
+    ready = FORK.Event()
+    child = FORK.Process(target=_work, args=(place, ready))
+    child.start()
+    assert ready.wait(30)
+    with pytest.raises(InputError, match=r"another run works in .*run: wait until it has ended"):
+        working_in(place).__enter__()
+    assert len(names(place)) == 1
+    child.kill()
+    child.join()
+    with working_in(place):
+        assert names(place) == set()  # and the leftovers are swept
+    with working_in(place):  # once more, since it was given back
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("a.txt", {"suffixes": (".png", ".jpg")}, "expected a name that ends in .png, .jpg"),
+        ("folder", {}, "is a folder: expected a file name"),
+        ("file", {"is_folder": True}, "is a file: expected a folder"),
+        ("file/b.png", {}, "file is a file, expected a folder"),
+        ("a" * 256, {}, "expected names of at most 255 bytes"),
+        ("é" * 128 + "/b", {}, "expected names of at most 255 bytes"),
+        ("locked/new/b.png", {}, "nobody may write into"),
+    ],
+)
+def test_an_out_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name, given, message):
+    for folder in ("folder", "locked"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("mine")
+    access = os.access  # the tests may run as root, who may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        check_out(tmp_path / name, **given)
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(os, "access", access)
+    check_out(tmp_path / "new" / "a.PNG", suffixes=(".png",))
+    check_out(tmp_path / "new" / "folder", is_folder=True)
+    assert sorted(tmp_path.rglob("*")) == before

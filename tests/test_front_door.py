@@ -85,7 +85,7 @@ def test_every_public_name_is_there_and_listed():
     assert set(arvision.__all__) <= set(dir(arvision))
     for name in dir(arvision):
         assert getattr(arvision, name) is not None
-    for name in ("distill", "compare", "generate", "sample", "load"):
+    for name in ("distill", "compare", "evaluate", "generate", "sample", "load"):
         assert callable(getattr(arvision, name))
     assert arvision.models.LlamaGen is FAMILIES["LlamaGenTransformer"]
 

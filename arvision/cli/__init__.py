@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -54,13 +57,37 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _one_line
     try:
-        app()
-    except ArvisionError as error:
-        print(f"arvision: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(1 if isinstance(error, DiskError) else 2) from None
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # how typer leaves a closed output
+            _drop_output()
+            _end("the output was closed", 1)
+        raise end from None
     except KeyboardInterrupt:
-        print("arvision: interrupted, nothing half written", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
+        _end("interrupted, nothing half written", 130)
+    except ArvisionError as error:
+        _end(str(error), 1 if isinstance(error, DiskError) else 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _drop_output()
+        _end(f"{error.filename or 'the output'} cannot be written: {error.strerror}", 1)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """One line on stderr, and the exit status."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"arvision: {message}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(status) from None
+
+
+def _drop_output() -> None:
+    """Let what a broken stdout still holds go nowhere, else Python complains when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

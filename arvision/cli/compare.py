@@ -69,8 +69,12 @@ def compare(
     """Draw the same seeds with several samplers; write a sheet, tables and a plot."""
     from ..api import load
     from ..comparison import compare as run
-    from ..errors import InputError
+    from ..errors import InputError, optional
+    from ..files import check_out
 
+    with optional("plot", "the plot of arvision compare"):  # said before the work, not after it
+        import matplotlib  # noqa: F401
+    check_out(out, is_folder=True)
     specs = [spec for spec in samplers.split(",") if spec.strip()]
     pipe = load(model)
     num_images = num_images or (4 if prompt else 1)
@@ -108,8 +112,9 @@ def demo(
     from ..api import load
     from ..catalog import list_models
     from ..comparison import compare as run
-    from ..files import replacing
+    from ..files import check_out, replacing
 
+    check_out(out, is_folder=True)
     specs = samplers.split(",")
     for name in list_models():
         prompts = DEMO_PROMPTS.get(name)

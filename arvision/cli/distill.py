@@ -60,10 +60,12 @@ def distill(
     """Distil a model into a student that draws an image in one or two passes."""
     import torch
 
+    from ..files import check_out
     from ..samplers.base import parse_value
     from ..training.distill import DistillSettings
     from ..training.distill import distill as run
 
+    check_out(out, is_folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     fit: dict[str, Any] = {

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import check_out
 from . import eval_demo
-from .eval_binding import draw_samples, likelihood, open_reference, read_captions
 from .fashion import FashionFolder
 
 app = typer.Typer(
@@ -98,16 +98,17 @@ def generate(
 ) -> None:
     """Draw the samples of a protocol into OUT, resumable and the same for any number of GPUs."""
     from ..errors import unknown_name
-    from ..eval.distributed import connect, disconnect
+    from ..eval.distributed import processes
     from ..eval.generate import run_facts
     from ..eval.sources import ShardSource
     from ..eval.writers import write_npz, write_pictures, write_tar
+    from ..evaluation import draw_samples
 
     writers = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if write is not None and write not in writers:
         raise unknown_name("sample format", write, writers)
-    rank, _ = connect()
-    try:
+    check_out(out, is_folder=True)
+    with processes() as rank:
         shards = draw_samples(
             model,
             out,
@@ -132,8 +133,6 @@ def generate(
                     writers[write](ShardSource(out), path)
                 facts["written"] = str(path)
             typer.echo(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
-    finally:
-        disconnect()
 
 
 FID_EPILOG = """Examples:
@@ -167,12 +166,12 @@ def fid(
     quiet: Quiet = False,
 ) -> None:
     """FID, sFID, IS, precision, recall and more of samples against a reference."""
-    from ..eval.distributed import connect, disconnect
+    from ..eval.distributed import processes
     from ..eval.evaluate import evaluate
     from ..eval.sources import open_source
+    from ..evaluation import open_reference
 
-    rank, _ = connect()
-    try:
+    with processes() as rank:
         source, goal = open_source(samples, allow_jpeg=allow_jpeg), open_reference(reference)
         network = _extractor(extractor, weights, download, size)
         scores = evaluate(
@@ -188,8 +187,6 @@ def fid(
         )
         if rank == 0 and scores is not None:
             _print_scores(scores, as_json, extractor=network.facts.to_dict())
-    finally:
-        disconnect()
 
 
 CLIP_EPILOG = """Example:
@@ -212,8 +209,9 @@ def clip(
     quiet: Quiet = False,
 ) -> None:
     """CLIP score of samples and their captions."""
-    from ..eval.clip_score import clip_score
+    from ..eval.clip import clip_score
     from ..eval.sources import open_source
+    from ..evaluation import read_captions
 
     source = open_source(samples)
     captions, _ = read_captions(prompts, per_prompt)
@@ -256,18 +254,20 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Score samples and write one JSON and one Markdown report."""
-    from ..eval.distributed import connect, disconnect
-    from ..eval.full_report import full_report
-    from ..eval.report import to_markdown, write_report
+    from ..eval.distributed import processes
+    from ..eval.report import to_markdown
     from ..eval.sources import open_source
+    from ..evaluation import open_reference
+    from ..evaluation import report as run
 
-    rank, _ = connect()
-    try:
+    check_out(out, is_folder=True)
+    with processes() as rank:
         source, goal = open_source(samples, allow_jpeg=allow_jpeg), open_reference(reference)
-        found = full_report(
+        found = run(
             source,
             goal,
             _extractor(extractor, weights, download, size),
+            out,
             metrics=metrics.split(",") if metrics else None,
             batch_size=batch_size,
             allow_jpeg=allow_jpeg,
@@ -275,11 +275,8 @@ def report(
             crop=crop,
             progress=not quiet,
         )
-        if rank == 0 and found is not None:
-            write_report(found, out)
+        if rank == 0:
             typer.echo(json.dumps(found) if as_json else to_markdown(found))
-    finally:
-        disconnect()
 
 
 EQUIVALENCE_EPILOG = """Example:
@@ -306,6 +303,7 @@ def equivalence(
     """Is the sampler of run B equal to that of run A? Exit status 0 whatever the answer."""
     from ..eval.compare_runs import compare_runs
     from ..eval.sources import ShardSource
+    from ..evaluation import likelihood, open_reference
 
     runs = ShardSource(a), ShardSource(b)
     goal = None if reference is None else open_reference(reference)
@@ -347,6 +345,7 @@ def coco(
     """Choose the captions of the COCO-30k protocol: one per image."""
     from ..eval.coco import choose_captions, write_captions
 
+    check_out(out)
     records = choose_captions(annotations, num, seed)
     write_captions(records, out)
     facts = {"captions": len(records), "out": str(out)}
@@ -389,6 +388,8 @@ def export(
         raise unknown_name("layout", layout, (*plain, *LAYOUTS))
     if out.is_file():
         raise InputError(f"{out} exists: expected a new file or folder")
+    suffixes = [f".{layout}"] if layout in ("npz", "tar") else []
+    check_out(out, suffixes=suffixes, is_folder=not suffixes)
     source = open_source(samples)
     if layout in plain:
         written = plain[layout](source, out)
@@ -398,6 +399,19 @@ def export(
         written = export_layout(layout, source, read_prompts(prompts), out, per_prompt)
     facts = {"images": len(source), "out": str(written)}
     typer.echo(json.dumps(facts) if as_json else f"{len(source)} images -> {written}")
+
+
+@app.command()
+def repair(
+    samples: Annotated[Path, typer.Option(help="Folder of `arvision eval generate`.")],
+    as_json: Json = False,
+) -> None:
+    """Forget the blocks of a run whose files are missing or damaged; generate makes them again."""
+    from ..eval.shards import ShardFolder
+
+    blocks = ShardFolder(samples).repair()
+    found = ", ".join(map(str, blocks)) or "none"
+    typer.echo(json.dumps({"forgotten": blocks}) if as_json else f"blocks forgotten: {found}")
 
 
 @app.command()

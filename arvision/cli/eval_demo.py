@@ -89,13 +89,17 @@ def demo(
     import torch
 
     from ..catalog import list_samplers
-    from ..errors import unknown_name
+    from ..errors import optional, unknown_name
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
     from ..eval.sources import ShardSource, TensorSource
+    from ..files import check_out
     from ..training.data import fashion_folder, load_fashion
 
+    check_out(out, is_folder=True)
     fashion_folder()
+    with optional("plot", "the plot of arvision eval demo"):
+        import matplotlib  # noqa: F401
     started = time.perf_counter()
     listed = list_samplers(model)
     lossless = {str(name): bool(name.facts["lossless"]) for name in listed}
@@ -217,7 +221,7 @@ def _one_thread() -> None:
 
 def _generate(entry: Entry, model: str, out: Path, num: int) -> None:
     """What `arvision eval generate` does, in this process."""
-    from .eval_binding import draw_samples
+    from ..evaluation import draw_samples
 
     options = entry.options | entry.draw
     draw_samples(
@@ -241,7 +245,7 @@ def _likelihoods(model: str, baseline: Path) -> Callable[[Any], Any]:
     """Log-likelihoods of a run's tokens under plain sampling's law, kept once computed."""
     import numpy as np
 
-    from .eval_binding import likelihood
+    from ..evaluation import likelihood
 
     score, known = likelihood(model, baseline), {}
 

@@ -16,6 +16,8 @@ arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --num-
 
 arvision sample --model llamagen-fashion-dd --prompt boot --steps 1 --out boot.png
 
+arvision sample --model ./infinity-2b --prompt "a red fox" --negative "blurry" --guidance-scale 3
+
 arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
 
@@ -34,6 +36,19 @@ def parse_seed(text: str) -> Any:
         raise InputError(f"seed {text!r}: expected a number, or seed:image such as 0:3")
     numbers = tuple(int(part) for part in parts)
     return numbers[0] if len(numbers) == 1 else [numbers]
+
+
+def parse_schedule(name: str, text: str | None) -> Any:
+    """ "3" to 3.0, and "1,2" to [1.0, 2.0]."""
+    from ..errors import InputError
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{name} {text!r}: expected a number, or numbers as in 1,2,3") from error
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -59,8 +74,13 @@ def sample(
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     seed: Annotated[str, typer.Option(help="Seed, or seed:image for one image of a run.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to lead away from (text).")] = None,
+    guidance_scale: Annotated[
+        str | None, typer.Option(help="Weight of the prompt, or one for each scale: 1,2,3.")
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option(help="0 is greedy; or one for each scale: 1,0.5,0.5.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Tokens kept, 0 for all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass kept, 1 for all.")] = None,
     window: Annotated[str | None, typer.Option(help="Tokens per pass, or auto (sjd).")] = None,
@@ -73,11 +93,13 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Draw pictures from a prompt."""
-    from .. import api
-    from ..files import replacing
+    from .. import Prompt, api
+    from ..files import check_out, replacing
     from ..samplers.base import parse_value
-    from ..sheet import contact_sheet, enlarge
+    from ..sheet import PICTURES, contact_sheet, enlarge
 
+    if out is not None:
+        check_out(out, suffixes=PICTURES)
     options = parse_options(option or [])
     if window is not None:
         options["window"] = parse_value(window)
@@ -85,14 +107,15 @@ def sample(
         options["coupling"] = coupling
     if steps is not None:
         options["steps"] = steps
+    prompts = prompt if negative is None else [Prompt(text, negative) for text in prompt]
     result = api.sample(
         model,
-        prompt if len(prompt) > 1 else prompt[0],
+        prompts if len(prompts) > 1 else prompts[0],
         sampler,
         num_images=num_images,
         seed=parse_seed(seed),
-        guidance_scale=guidance_scale,
-        temperature=temperature,
+        guidance_scale=parse_schedule("guidance-scale", guidance_scale),
+        temperature=parse_schedule("temperature", temperature),
         top_k=top_k,
         top_p=top_p,
         device=device,

@@ -20,6 +20,8 @@ arvision train --recipe llamagen-fashion-draft --out runs/llamagen-fashion
 
 arvision train --recipe var-fashion --out runs/var-fashion
 
+arvision train --recipe infinity-fashion --out runs/infinity-fashion
+
 arvision train --recipe mar-fashion --out runs/mar-fashion
 
 arvision train --recipe fashion-classifier --out runs
@@ -49,8 +51,10 @@ def train(
     """Train (or resume) an embedded model from its recipe."""
     import torch
 
+    from ..files import check_out
     from ..training.publish import run_recipe
 
+    check_out(out, is_folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     figures = run_recipe(

@@ -51,9 +51,11 @@ def train_draft(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Fit draft heads, pseudo tokens or a small draft model on a frozen target."""
+    from ..files import check_out
     from ..text.fitting.recipes import fit_draft
     from .generate import dtype_of
 
+    check_out(out, is_folder=True)
     figures: dict[str, Any] = fit_draft(
         model,
         prompts,

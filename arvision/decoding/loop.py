@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, Samples, Seeds, Stats, StepCallback, TokenModel
-from ..errors import InputError
+from ..contracts import (
+    Conditions,
+    DropsRows,
+    Overruns,
+    Samples,
+    TellsHidden,
+    TokenModel,
+    TokenState,
+)
 from .noise import Noise
-from .tree import TokenTree, Topology, is_chain, topology
+from .run import Run
+from .tree import TokenTree, Topology, check_parents, is_chain, topology
 from .verify import Round, Rule, Verdict
 
 
 class Drafter(Protocol):
-    """Proposes the tokens that the target verifies.
-
-    A drafter may also offer `attach(state, conditions)`, called once after the prefill, if it looks
-    at the prompts or drafts with the help of the target's own state.
-    """
+    """Proposes the tokens that the target verifies; see also `Attached`."""
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch of images begins."""
@@ -45,6 +49,15 @@ class Drafter(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`, the others are finished."""
+        ...
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """A drafter that looks at the prompts, or drafts with the help of the target's own state."""
+
+    def attach(self, state: Any, conditions: Conditions) -> None:
+        """Called once, after the prefill."""
         ...
 
 
@@ -99,15 +112,12 @@ StopCheck = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
 def decode_tokens(
     model: TokenModel,
     conditions: Conditions,
+    run: Run,
     *,
     drafter: Drafter,
     rule: Rule,
     shape: Callable[[Tensor], Tensor],
     policy: WindowPolicy,
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
-    on_step: StepCallback | None = None,
-    num_tokens: int | None = None,
     stop: StopCheck | None = None,
 ) -> Samples:
     """Draw one image per condition.
@@ -119,96 +129,77 @@ def decode_tokens(
     Args:
         model: a token model.
         conditions: one per image.
+        run: the ledger; its `num_tokens` is how many tokens of a row are drawn. Tokens that are not
+            drawn because `on_step` stopped the run stay 0.
         drafter: proposes chains or trees.
         rule: decides what is final.
         shape: guided logits to log-probabilities.
         policy: length of a pass.
-        seeds: one per image.
-        guidance_scale: weight of the conditional logits.
-        on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
-        num_tokens: tokens of a row, those of the model by default.
         stop: ends rows early.
 
     Returns:
-        Tokens [B, N]; stats: `forward_passes` (model calls on image tokens, without the prefill),
-        `tokens` (N), `tokens_per_pass` (N over the mean number of passes that an image took part
-        in), `passes_per_image` [B], `commit_pass` [B][N] (the pass that made each token final, 0
-        for the prefill), `candidates` (tokens fed, all rows and passes), `windows` (candidates
-        per image of each pass), `lengths` [B] (tokens drawn).
+        Tokens [B, N]; the statistics of `Run.stats`, `candidates` (tokens fed, all rows and passes)
+        and `windows` (candidates per image of each pass).
 
     Raises:
-        InputError: another number of seeds than of conditions.
+        InputError: a law made of NaN or infinity.
     """
-    if len(seeds) != len(conditions):
-        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
-    state, logits = model.start(conditions, guidance_scale)
-    num_tokens = num_tokens or model.num_tokens
-    run = _Run(logits.device, len(conditions), num_tokens, seeds, stop)
-    drafter.start(run.noise, model.vocab_size, num_tokens)
-    if hasattr(drafter, "attach"):
-        drafter.attach(state, conditions)  # pyright: ignore[reportAttributeAccessIssue]
-    prefill = _prefill_chain(logits, shape, run.noise, getattr(state, "hidden", None))
-    first = run.curtail(rule(prefill))
-    going = run.record(first, pass_number=0)
+    state, logits = model.start(conditions, run.guidance_scale)
+    run.begin(logits.device)
+    rows = _Rows(run, state, stop)
+    drafter.start(run.noise, model.vocab_size, run.num_tokens)
+    if isinstance(drafter, Attached):
+        drafter.attach(state, conditions)
+    prefill = _prefill_chain(logits, shape, run.noise, _hidden(state))
+    run.watch_laws(prefill.target_logp)
+    first = rows.settle(rule(prefill))
     drafter.observe(prefill, first)
-    _leave(run, state, drafter, going)
-    can_overrun = getattr(state, "allows_overrun", False)
-    passes, candidates = 0, 0
+    rows.leave(drafter)
+    can_overrun = isinstance(state, Overruns) and state.allows_overrun
+    candidates = 0
     windows: list[int] = []
-    while run.num_active:
-        passes += 1
-        room = run.room()
+    while rows.num_active and not run.stopped:
+        known, lengths = rows.known()
+        room = run.num_tokens - lengths
         # With a draft even for the last token, an image does not depend on how long others take.
-        most = int(room.max()) + 1 if can_overrun else min(int(room.min()), run.frozen_room)
-        num = max(1, policy.next(run.num_active, most))
-        known, lengths = run.known()
-        tree = drafter.propose(known, lengths, num - 1, passes)
-        drafts = tree.tokens
+        most = int(room.max()) + 1 if can_overrun else min(int(room.min()), rows.frozen_room)
+        num = max(1, policy.next(rows.num_active, most))
+        tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
-        num = drafts.shape[1] + 1
+        num = tree.tokens.shape[1] + 1
+        run.next_pass(rows.active)
         root = known.gather(1, lengths[:, None] - 1)
-        fed = run.spread(torch.cat([root, drafts.clamp(min=0)], dim=1))
-        parents, offsets, shape_of_tree = _layout(tree, lengths.device)
+        fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
+        parents, offsets, branches = _layout(tree, lengths.device)
         logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = shape(logits[run.in_state])
+        laws = shape(logits[rows.in_state])
+        run.watch_laws(laws)
         candidates += laws.shape[0] * num
         windows.append(num)
-        positions = lengths[:, None] + offsets
-        hidden = getattr(state, "hidden", None)
-        hidden = None if hidden is None else hidden[run.in_state]
-        batch = Round(drafts, tree.logq, laws, positions, run.noise, passes, shape_of_tree, hidden)
+        hidden = _hidden(state)
+        batch = Round(
+            tree.tokens,
+            tree.logq,
+            laws,
+            lengths[:, None] + offsets,
+            rows.noise,
+            run.num_passes,
+            branches,
+            None if hidden is None else hidden[rows.in_state],
+        )
         verdict = rule(batch)
-        useful = (num_tokens - lengths).clamp(max=num)
+        useful = room.clamp(max=num)
         counts = torch.minimum(verdict.counts, useful)
-        verdict = run.curtail(Verdict(verdict.tokens, counts, verdict.path))
+        verdict = rows.settle(Verdict(verdict.tokens, counts, verdict.path))
         policy.observe(num, verdict.counts, useful)
-        going = run.record(verdict, pass_number=passes)
         drafter.observe(batch, verdict)
-        wants_stop = on_step is not None and on_step(passes, run.progress(verdict))
-        _commit(state, run, verdict, going, num)
-        _leave(run, state, drafter, going)
-        if wants_stop:
-            break
-    stats = Stats(
-        forward_passes=passes,
-        tokens=num_tokens,
-        tokens_per_pass=num_tokens / max(1e-9, float(run.passes.double().mean())),
-        passes_per_image=run.passes.tolist(),
-        commit_pass=run.commit_pass.tolist(),
-        candidates=candidates,
-        windows=windows,
-        lengths=run.final_lengths.tolist(),
-    )
-    return Samples(run.tokens, stats)
+        rows.commit(verdict, num)
+        rows.leave(drafter)
+    return run.samples(candidates=candidates, windows=windows)
 
 
-def _leave(run: _Run, state: Any, drafter: Drafter, going: Tensor) -> None:
-    """Let finished rows leave the run, the state and the drafter."""
-    if bool(going.all()):
-        return
-    keep = going.nonzero()[:, 0]
-    drafter.select(keep)
-    run.drop(state, keep)
+def _hidden(state: TokenState) -> Tensor | None:
+    return state.hidden if isinstance(state, TellsHidden) else None
 
 
 def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
@@ -219,6 +210,7 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     if own is None or is_chain(own):
         return None, torch.arange(num + 1, device=device), None
     assert tree.parents is not None
+    check_parents(tree.parents, num)
     shape = topology(own, device)
     root = tree.parents.new_full((1,), -1)
     parents = torch.cat([root, tree.parents + 1]).to(device)
@@ -234,58 +226,28 @@ def _prefill_chain(
     return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
-def _commit(state: Any, run: _Run, verdict: Verdict, going: Tensor, num: int) -> None:
-    """Keep the root and the accepted drafts; the last final token is the root of the next round.
+class _Rows:
+    """Which images of the run are still being drawn, and in which rows of the state they stand."""
 
-    Rows that are finished keep nothing: they leave, or wait where they are.
-    """
-    counts = torch.where(going, verdict.counts, 0)
-    if verdict.path is None:
-        kept = torch.arange(num, device=counts.device).expand(run.num_in_state, num)
-    else:
-        root = verdict.path.new_zeros(len(verdict.path), 1)
-        path = torch.cat([root, verdict.path + 1], dim=1)
-        kept = run.spread(path)
-    state.commit(kept, run.spread(counts))
-
-
-class _Run:
-    """Bookkeeping of a batch: what is final, which rows are still going, where they stand."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        batch: int,
-        num_tokens: int,
-        seeds: Seeds,
-        stop: StopCheck | None,
-    ) -> None:
-        self.num_tokens = num_tokens
-        self._stop, self._stopped = stop, None
-        self.final_lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
-        self.commit_pass = torch.zeros_like(self.tokens)
-        self.passes = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.noise = Noise(seeds, device)
-        self.active = torch.arange(batch, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
+        self._run, self._state, self._stop = run, state, stop
+        self.noise = run.noise
+        self.active = torch.arange(run.batch, device=run.tokens.device)
+        self.lengths = torch.zeros_like(self.active)
         self.in_state: Any = slice(None)
-        self.num_in_state = batch
-        self.frozen_room = num_tokens
+        self.num_in_state = run.batch
+        self.frozen_room = run.num_tokens
+        self._going = self.active >= 0
 
     @property
     def num_active(self) -> int:
         """Rows that are not finished."""
         return len(self.active)
 
-    def room(self) -> Tensor:
-        """Candidates [B'] that each active row can use: one per position still to be drawn."""
-        return self.num_tokens - self.lengths
-
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
-        whole = len(self.active) == len(self.tokens)
-        return (self.tokens if whole else self.tokens[self.active]), self.lengths
+        tokens = self._run.tokens
+        return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -295,50 +257,52 @@ class _Run:
         out[self.in_state] = rows
         return out
 
-    def curtail(self, verdict: Verdict) -> Verdict:
-        """What is left of a verdict where the run's `stop` ends a row."""
-        if self._stop is None:
-            return verdict
-        counts, self._stopped = self._stop(self.active, verdict.tokens, verdict.counts)
-        return Verdict(verdict.tokens, counts, verdict.path)
-
-    def record(self, verdict: Verdict, pass_number: int) -> Tensor:
-        """Write final tokens down; which active rows are still going, [B'] bool."""
-        num = verdict.tokens.shape[1]
-        offsets = torch.arange(num, device=self.lengths.device)
+    def settle(self, verdict: Verdict) -> Verdict:
+        """Write what is final into the ledger; what is left of a verdict where `stop` ends a row."""
+        stopped = None
+        if self._stop is not None:
+            counts, stopped = self._stop(self.active, verdict.tokens, verdict.counts)
+            verdict = Verdict(verdict.tokens, counts, verdict.path)
+        offsets = torch.arange(verdict.tokens.shape[1], device=self.lengths.device)
         rows, places = (offsets < verdict.counts[:, None]).nonzero(as_tuple=True)
-        where = (self.active[rows], self.lengths[rows] + places)
-        self.tokens[where] = verdict.tokens[rows, places]
-        self.commit_pass[where] = pass_number
-        if pass_number > 0:
-            self.passes[self.active] += 1
+        positions = self.lengths[rows] + places
+        self._run.record(self.active[rows], positions, verdict.tokens[rows, places])
         self.lengths = self.lengths + verdict.counts
-        self.final_lengths[self.active] = self.lengths
-        going = self.lengths < self.num_tokens
-        return going if self._stopped is None else going & ~self._stopped
+        self._going = self.lengths < self._run.num_tokens
+        if stopped is not None:
+            self._going &= ~stopped
+        run = self._run
+        run.report(verdict.counts, self.active, tokens=run.tokens, lengths=run.lengths)
+        return verdict
 
-    def drop(self, state: Any, keep: Tensor) -> None:
-        """Let the finished rows leave; rows `keep` of the active ones stay."""
-        if not hasattr(state, "select"):
+    def commit(self, verdict: Verdict, num: int) -> None:
+        """Keep the root and the accepted drafts; the last final token is the root of the next round.
+
+        Rows that are finished keep nothing: they leave, or wait where they are.
+        """
+        counts = torch.where(self._going, verdict.counts, 0)
+        if verdict.path is None:
+            kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
+        else:
+            root = verdict.path.new_zeros(len(verdict.path), 1)
+            path = torch.cat([root, verdict.path + 1], dim=1)
+            kept = self.spread(path)
+        self._state.commit(kept, self.spread(counts))
+
+    def leave(self, drafter: Drafter) -> None:
+        """Let finished rows leave the state and the drafter, or wait in the state where they are."""
+        if self._run.check(self._going) == self.num_active:
+            return
+        keep = self._going.nonzero()[:, 0]
+        drafter.select(keep)
+        if isinstance(self._state, DropsRows):
+            self._state.select(keep)
+            self.num_in_state = len(keep)
+        else:
             # They stay in the batch with what they had committed before their last pass.
             if isinstance(self.in_state, slice):
                 self.in_state = torch.arange(self.num_in_state, device=keep.device)
             self.in_state = self.in_state[keep]
-            waiting = int(state.lengths.max())
-            self.frozen_room = self.num_tokens - 1 - waiting
-        else:
-            state.select(keep)
-            self.num_in_state = len(keep)
+            self.frozen_room = self._run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
         self.noise = self.noise.select(keep)
-
-    def progress(self, verdict: Verdict) -> dict[str, Any]:
-        """Figures for progress bars."""
-        done = self.num_tokens * (len(self.tokens) - len(self.active)) + int(self.lengths.sum())
-        return {
-            "finished": done,
-            "total": self.tokens.numel(),
-            "accepted": verdict.counts.tolist(),
-            "tokens": self.tokens,
-            "lengths": self.final_lengths,
-        }

@@ -19,22 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, Samples, Seeds, Stats, StepCallback, TokenModel
+from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenModel
 from ..errors import InputError
 from .noise import Noise
+from .run import Run
 from .verify import first_change, gumbel_draw
 
 
 def decode_rows(
     model: TokenModel,
     conditions: Conditions,
+    run: Run,
     *,
     lead: int,
     window: int,
     shape: Callable[[Tensor], Tensor],
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
-    on_step: StepCallback | None = None,
 ) -> Samples:
     """Draw one image per condition, several rows at a time.
 
@@ -44,75 +43,56 @@ def decode_rows(
     Args:
         model: a token model with a grid, whose state has `extend_at`.
         conditions: one per image.
+        run: the ledger; tokens that are not drawn because `on_step` stopped the run stay 0.
         lead: tokens of a row that must be final before the next one starts; the first row is
             always finished before the second starts.
         window: candidates per row and pass, the last known token included; 1 drafts nothing.
         shape: guided logits to log-probabilities.
-        seeds: one per image.
-        guidance_scale: weight of the conditional logits.
-        on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
 
     Returns:
         Tokens [B, N] and the statistics of `arvision.decoding.loop.decode_tokens`; `windows` are
         the candidates per image of each pass, all rows together.
 
     Raises:
-        InputError: another number of seeds than of conditions, or a state without `extend_at`.
+        InputError: a state without `extend_at`, or a law made of NaN or infinity.
     """
-    if len(seeds) != len(conditions):
-        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
     assert model.grid is not None
-    state, logits = model.start(conditions, guidance_scale)
-    extend_at = getattr(state, "extend_at", None)
-    if extend_at is None:
+    state, logits = model.start(conditions, run.guidance_scale)
+    if not isinstance(state, FeedsAnywhere):
         raise InputError(
             f"{type(model).__name__} cannot be fed rows in parallel: its state has no `extend_at` "
-            "(see arvision.contracts.TokenModel)"
+            "(see arvision.contracts.FeedsAnywhere)"
         )
-    device, num_tokens = logits.device, model.num_tokens
-    known = _Rows(Noise(seeds, device), model.grid, lead, window, device)
-    known.begin(shape(logits))
-    active = torch.arange(len(conditions), device=device)
-    tokens = known.tokens.clone()
-    commit_pass = torch.zeros_like(tokens)
-    passes_per_image = torch.zeros_like(active)
-    passes, candidates, windows = 0, 0, []
-    while len(active) and bool(known.num_final().min() < num_tokens):
-        passes += 1
-        plan = known.plan()
-        laws = shape(extend_at(plan.tokens, plan.positions, plan.visible))
-        before = known.num_final()
-        images, positions = known.settle(plan, laws)
-        tokens[active] = known.tokens
-        commit_pass[active[images], positions] = passes
-        is_at_work = before < num_tokens
-        passes_per_image[active[is_at_work]] += 1
-        candidates += int((plan.positions >= 0).sum())
-        windows.append(plan.tokens.shape[1])
-        after = known.num_final()
-        finished = num_tokens * (len(tokens) - len(active)) + int(after.sum())
-        accepted = (after - before)[is_at_work].tolist()
-        figures = {"finished": finished, "total": tokens.numel(), "accepted": accepted}
-        if on_step is not None and on_step(passes, figures):
-            break
-        going = after < num_tokens
-        if hasattr(state, "select") and not bool(going.all()):
+    run.begin(logits.device)
+    known = _Rows(run.noise, model.grid, lead, window, logits.device)
+    active = torch.arange(run.batch, device=logits.device)
+    laws = shape(logits)
+    run.watch_laws(laws)
+    known.begin(laws)
+    run.record(active[:, None], torch.zeros_like(active)[:, None], known.tokens[:, :1])
+    run.report(known.num_final())
+    going = known.num_final() < run.num_tokens
+    candidates, windows = 0, []
+    while run.check(going) and not run.stopped:
+        if isinstance(state, DropsRows) and len(going) > int(going.sum()):
             keep = going.nonzero()[:, 0]
             known.select(keep)
             active = active[keep]
-            if len(active):
-                state.select(keep)  # type: ignore[attr-defined]
-                extend_at = state.extend_at  # type: ignore[attr-defined]
-    stats = Stats(
-        forward_passes=passes,
-        tokens=num_tokens,
-        tokens_per_pass=num_tokens / max(1e-9, float(passes_per_image.double().mean())),
-        passes_per_image=passes_per_image.tolist(),
-        commit_pass=commit_pass.tolist(),
-        candidates=candidates,
-        windows=windows,
-    )
-    return Samples(tokens, stats)
+            state.select(keep)
+        plan = known.plan()
+        before = known.num_final()
+        is_at_work = before < run.num_tokens
+        run.next_pass(active[is_at_work])
+        laws = shape(state.extend_at(plan.tokens, plan.positions, plan.visible))
+        run.watch_laws(laws)
+        images, positions = known.settle(plan, laws)
+        run.record(active[images], positions, known.tokens[images, positions])
+        candidates += int((plan.positions >= 0).sum())
+        windows.append(plan.tokens.shape[1])
+        after = known.num_final()
+        run.report((after - before)[is_at_work], active[is_at_work])
+        going = after < run.num_tokens
+    return run.samples(candidates=candidates, windows=windows)
 
 
 def check_row_parallel(model: TokenModel, sampler: str) -> tuple[int, int]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, Samples, ScaleModel, Seeds, Stats, StepCallback
+from ..contracts import Conditions, CountsComputed, Prunes, Samples, ScaleModel, codebook_of
 from ..errors import InputError, check_count
 from .noise import Noise
+from .run import Run
 from .verify import gumbel_draw
 
 Pick = Callable[[Tensor, Tensor, Noise], Tensor]
-"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]."""
+"""Log-probabilities [B, n, V] of tokens at flat positions [B, n], and noise, to tokens [B, n]; of
+bits [B, n, d, 2] to [B, n, d]."""
+
+Shape = Callable[[Tensor], Tensor]
+"""Guided logits to log-probabilities, same shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,8 @@ class ScalePlan:
     """How the scales are drawn where that is not one plain pass per scale.
 
     Attributes:
-        prune: share of the tokens of the last scales that is interpolated instead of computed.
+        prune: share of the tokens of the last scales that each layer restores from the last whole
+            scale instead of computing them.
         prune_scales: number of last scales that are pruned.
         more_smooth: mix the codes of likely tokens into each position instead of taking one.
 
@@ -47,7 +53,14 @@ class ScalePlan:
 
     def share(self, scale: int, num_scales: int) -> float:
         """Share of the tokens of a scale that is pruned; never of the first."""
-        return self.prune if max(1, num_scales - self.prune_scales) <= scale else 0.0
+        return self.prune if self._first(num_scales) <= scale else 0.0
+
+    def is_reference(self, scale: int, num_scales: int) -> bool:
+        """Whether pruned tokens are restored from this scale, the last one computed as a whole."""
+        return self.prune > 0 and scale == self._first(num_scales) - 1
+
+    def _first(self, num_scales: int) -> int:
+        return max(1, num_scales - self.prune_scales)
 
 
 PLAIN = ScalePlan()
@@ -57,11 +70,9 @@ PLAIN = ScalePlan()
 def decode_scales(
     model: ScaleModel,
     conditions: Conditions,
+    run: Run,
     *,
-    shape: Callable[[Tensor], Tensor],
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
-    on_step: StepCallback | None = None,
+    shape: Shape | Sequence[Shape],
     pick: Pick = gumbel_draw,
     plan: ScalePlan = PLAIN,
     draft: ScaleModel | None = None,
@@ -72,72 +83,79 @@ def decode_scales(
     Args:
         model: a scale model.
         conditions: one per image.
-        shape: guided logits to log-probabilities.
-        seeds: one per image; the noise of a token is a function of it and of the token's place
-            among the tokens of all scales.
-        guidance_scale: weight of the conditional logits.
-        on_step: called after each pass; a true answer stops the run, tokens not drawn yet stay 0.
+        run: the ledger; the noise of a token is a function of its image's seed and of its place
+            among the tokens of all scales. Tokens that are not drawn stay 0.
+        shape: guided logits to log-probabilities, for all scales or one for each.
         pick: from laws and noise to tokens; an exact draw by default.
         plan: see `ScalePlan`.
         draft: draws the first scales in place of the model.
         draft_scales: how many.
 
     Returns:
-        Tokens [B, N]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
-        Stats: `forward_passes` (both models), `tokens`, `tokens_per_pass`, `passes_per_image` [B],
-        `commit_pass` [B][N]; `draft_passes` with a draft; `computed_tokens` (per image, that went
-        through a network) where a state counts them.
+        Tokens [B, N], of bits [B, N, d]; with `more_smooth` also `embeddings` [B, N, D], which are what is decoded.
+        The statistics of `Run.stats` (passes of both models); `draft_passes` with a draft;
+        `computed_tokens` (per image, that went through a network) where a state counts them.
 
     Raises:
-        InputError: another number of seeds than of conditions, or a plan beyond the model.
+        InputError: a plan beyond the model, or a law made of NaN or infinity.
     """
-    if len(seeds) != len(conditions):
-        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
     num_scales = len(model.scales)
+    shapes = list(shape) if isinstance(shape, Sequence) else [shape] * num_scales
     states: list[Any] = []
-    run: _ScaleRun | None = None
-    passes = 0
+    vectors: list[Tensor] = []
+    done = 0
     for scale in range(num_scales):
         if scale in (0, draft_scales):
             drawer = draft if draft is not None and scale < draft_scales else model
-            states.append(drawer.start(conditions, guidance_scale))
-            if run is not None:
-                states[-1].catch_up(run.tokens[:, : run.done])
+            states.append(drawer.start(conditions, run.guidance_scale))
+            if done:
+                states[-1].catch_up(run.tokens[:, :done])
         state = states[-1]
         share = plan.share(scale, num_scales)
-        logits = state.next() if share == 0 else _next_pruned(state, share)
-        if run is None:
-            run = _ScaleRun(model, seeds, logits.device)
-        positions = run.positions(logits.shape[1])
-        laws = shape(logits)
+        logits = _logits(state, share, plan.is_reference(scale, num_scales))
+        if scale == 0:
+            run.begin(logits.device, logits.shape[2:-1])
+            images = torch.arange(run.batch, device=logits.device)[:, None]
+        positions = torch.arange(done, done + logits.shape[1], device=logits.device)
+        positions = positions.expand(run.batch, -1)
+        done += logits.shape[1]
+        laws = shapes[scale](logits)
+        run.next_pass()
+        run.watch_laws(laws)
         drawn = pick(laws, positions, run.noise)
         fed = drawn
         if plan.more_smooth:
             fed = smooth_codes(laws, positions, run.noise, model, scale / max(1, num_scales - 1))
+            vectors.append(fed)
+        run.record(images, positions, drawn)
+        run.check()
         state.feed(fed)
-        passes += 1
-        run.record(drawn, fed if plan.more_smooth else None, passes)
-        if on_step is not None and on_step(passes, run.progress(logits.shape[1])):
+        run.report(torch.full_like(run.lengths, logits.shape[1]))
+        if run.stopped:
             break
-    assert run is not None
-    stats = Stats(
-        forward_passes=passes,
-        tokens=model.num_tokens,
-        tokens_per_pass=model.num_tokens / passes,
-        passes_per_image=[passes] * len(run.tokens),
-        commit_pass=run.commit_pass.tolist(),
-    )
-    if draft is not None:
-        stats["draft_passes"] = min(passes, draft_scales)
-    if hasattr(states[-1], "computed_tokens"):
-        stats["computed_tokens"] = sum(state.computed_tokens for state in states)
-    return Samples(run.tokens, stats, embeddings=run.embeddings())
+    more = {} if draft is None else {"draft_passes": min(run.num_passes, draft_scales)}
+    if isinstance(states[-1], CountsComputed):
+        more["computed_tokens"] = sum(state.computed_tokens for state in states)
+    return run.samples(_embeddings(vectors, run.num_tokens), **more)
 
 
-def _next_pruned(state: Any, share: float) -> Tensor:
-    if not hasattr(state, "next_pruned"):
-        raise InputError(f"prune {share}: this model computes all tokens, expected 0")
-    return state.next_pruned(share)
+def _embeddings(vectors: list[Tensor], num_tokens: int) -> Tensor | None:
+    """Vectors [B, N, D] fed in the place of codes (0 where nothing was drawn), or None."""
+    if not vectors:
+        return None
+    drawn = torch.cat(vectors, dim=1)
+    out = drawn.new_zeros(len(drawn), num_tokens, drawn.shape[-1])
+    out[:, : drawn.shape[1]] = drawn
+    return out
+
+
+def _logits(state: Any, share: float, is_reference: bool) -> Tensor:
+    """Guided logits of the next scale, a share of whose tokens is pruned."""
+    if share == 0 and not is_reference:
+        return state.next()
+    if not isinstance(state, Prunes):
+        raise InputError("prune: this model computes all tokens, expected 0")
+    return state.next_reference() if is_reference else state.next_pruned(share)
 
 
 def smooth_codes(
@@ -157,50 +175,10 @@ def smooth_codes(
 
     Paper: none; the option `more_smooth` of VAR's sampler, with its constants.
     """
-    codebook = getattr(model, "codebook", None)
+    codebook = codebook_of(model)
     if codebook is None:
         raise InputError("more_smooth: this model has no codebook to mix codes of")
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     numbers = noise.gumbel(positions, laws.shape[-1], laws.dtype)
     mix = ((laws * (1 + progress) + numbers) / temperature).softmax(-1)
     return mix.to(codebook.dtype) @ codebook
-
-
-class _ScaleRun:
-    """Bookkeeping of a batch: all images move scale by scale."""
-
-    def __init__(self, model: ScaleModel, seeds: Seeds, device: torch.device) -> None:
-        self.noise = Noise(seeds, device)
-        shape = (len(self.noise), model.num_tokens)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.commit_pass = torch.zeros_like(self.tokens)
-        self.done = 0
-        self._vectors: list[Tensor] = []
-
-    def positions(self, num: int) -> Tensor:
-        """Places [B, n] of the next `num` tokens among those of all scales."""
-        places = torch.arange(self.done, self.done + num, device=self.tokens.device)
-        return places.expand(len(self.tokens), num)
-
-    def record(self, drawn: Tensor, vectors: Tensor | None, pass_number: int) -> None:
-        """Write the tokens [B, n] of a scale down, and the vectors that were fed in their place."""
-        end = self.done + drawn.shape[1]
-        self.tokens[:, self.done : end] = drawn
-        self.commit_pass[:, self.done : end] = pass_number
-        self.done = end
-        if vectors is not None:
-            self._vectors.append(vectors)
-
-    def embeddings(self) -> Tensor | None:
-        """Vectors [B, N, D] fed in the place of codes (0 where nothing was drawn), or None."""
-        if not self._vectors:
-            return None
-        vectors = torch.cat(self._vectors, dim=1)
-        out = vectors.new_zeros(*self.tokens.shape, vectors.shape[-1])
-        out[:, : vectors.shape[1]] = vectors
-        return out
-
-    def progress(self, num: int) -> dict[str, Any]:
-        """Figures of a pass that made `num` tokens of each image final."""
-        batch, total = self.tokens.shape
-        return {"finished": batch * self.done, "total": batch * total, "accepted": [num] * batch}

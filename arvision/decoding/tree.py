@@ -94,10 +94,6 @@ class TokenTree:
     logq: Tensor | None = None
     parents: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.parents is not None:
-            check_parents(self.parents, self.tokens.shape[1])
-
 
 @dataclass(frozen=True)
 class Topology:

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, renamed, unknown_name
+from ..kernels import dispatch
 from ..kernels import verify as kernel
 from ..kernels.verify import reference
 from ..kernels.verify.reference import first_change
@@ -129,8 +131,12 @@ def greedy(batch: Round) -> Verdict:
 
 
 def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
-    """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T]."""
-    return (logp + noise.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
+    """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T].
+
+    A position may also hold d laws of V values each, [B, T, d, V]: all d V numbers are its own.
+    """
+    numbers = noise.gumbel(positions, logp.shape[2:].numel(), logp.dtype)
+    return (logp + numbers.view(logp.shape)).argmax(-1)
 
 
 def gumbel_coupling(batch: Round) -> Verdict:
@@ -144,7 +150,15 @@ def gumbel_coupling(batch: Round) -> Verdict:
         return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
     law = batch.target_logp
     gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
-    return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
+    return Verdict(*_core(law).verify_gumbel(batch.drafts, law, gumbel))
+
+
+def _core(laws: Tensor) -> Any:
+    """What judges a chain: on a CPU the reference itself, elsewhere what `kernels.verify` chooses."""
+    if not laws.is_cpu:
+        return kernel
+    dispatch.LAST["verify"] = dispatch.ON_CPU
+    return reference
 
 
 def draft_laws(chain: Round) -> Tensor:
@@ -159,6 +173,8 @@ def draft_laws(chain: Round) -> Tensor:
             "this rule judges chains and the drafts branch: expected drafts without branches, or a "
             "rule for trees such as 'gumbel' or 'multi_round'"
         )
+    if chain.draft_logp is None and chain.drafts.shape[1] == 0:
+        return chain.target_logp[:, :0]
     if chain.draft_logp is None:
         raise InputError(
             "this rule needs the laws that drafts were drawn from, and these were chosen: expected "
@@ -203,7 +219,7 @@ def _couple(chain: Round, coupling: str) -> Verdict:
         chain.noise.uniform(places, "token", chain.number),
     ]
     laws = (draft_laws(chain).to(chain.target_logp.dtype), chain.target_logp)
-    return Verdict(*kernel.verify(chain.drafts, *laws, *uniforms, coupling=coupling))
+    return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
 
 def maximal_coupling(chain: Round) -> Verdict:

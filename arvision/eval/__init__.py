@@ -1,8 +1,10 @@
 """Evaluation that people can trust: images, or a callable that makes them, in; scores out."""
 
+from typing import TYPE_CHECKING
+
+from ..lazy import on_demand
 from . import extractors
 from .classifier import FashionClassifier, class_consistency, classify, load_classifier
-from .clip_score import CLIPScore, clip_score
 from .evaluate import evaluate, load_reference
 from .features import EXTRACTORS, Extractor, ExtractorFacts, get_extractor, list_extractors
 from .frechet import (
@@ -13,18 +15,23 @@ from .frechet import (
     frechet_jackknife,
 )
 from .generate import GenerateConfig, Made, generate
-from .metrics import (
-    ClassConsistency,
-    FrechetDistance,
-    InceptionScore,
-    KernelDistance,
-    PrecisionRecall,
-)
 from .moments import GroupedMoments, Moments, merge_all
 from .pixels import to_uint8
 from .score import Score
 from .scores import bootstrap_mean, inception_score, kernel_distance, precision_recall
 from .sources import open_source
+
+if TYPE_CHECKING:  # classes of torchmetrics, which not everybody has
+    from .clip import CLIPScore, clip_score
+    from .metrics import (
+        ClassConsistency,
+        FrechetDistance,
+        InceptionScore,
+        KernelDistance,
+        PrecisionRecall,
+    )
+
+__getattr__, __dir__ = on_demand(__name__)
 
 __all__ = [
     "EXTRACTORS",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import optional
 from ..files import replacing, write_json, write_text
 from .classifier import class_consistency
 from .equivalence import TestResult, log_likelihoods, permutation_mmd, same_tokens, token_law
@@ -164,8 +165,9 @@ def to_table(rows: Sequence[Row], frechet: Sequence[str]) -> str:
 
 def plot(rows: Sequence[Row], distance: str, path: str | Path) -> Path:
     """Quality against speed: a point per sampler, with the distance's 95 % interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with optional("plot", "the plot of quality against speed"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,18 +18,21 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def connect() -> tuple[int, int]:
-    """Join the process group (gloo) that a launcher describes, if any; rank and size."""
+@contextlib.contextmanager
+def processes() -> Iterator[int]:
+    """Join the process group (gloo) that a launcher describes, if any; gives this process's rank.
+
+    The group is left at the end of the block, unless it was joined before.
+    """
     rank, size = rank_and_size()
-    if size > 1 and not dist.is_initialized():
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("gloo")
-    return rank, size
-
-
-def disconnect() -> None:
-    """Leave the process group, if one was joined."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield rank
+    finally:
+        if joins:
+            dist.destroy_process_group()
 
 
 def barrier() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..files import working_in
 from .distributed import barrier, rank_and_size
 from .pixels import check_images
 from .protocols import interleaved_labels
@@ -109,19 +111,35 @@ def generate(
         The folder, complete once every process has returned.
 
     Raises:
-        InputError: the folder holds another run, or a damaged one.
+        InputError: the folder holds another run, or a damaged one, or another run works in it.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: expected at least 1")
     if prompts is not None and len(prompts) != config.num:
         raise InputError(f"{len(prompts)} prompts for {config.num} images: expected as many")
-    rank, size = rank_and_size()
+    rank, _ = rank_and_size()
     shards = ShardFolder(out)
     settings = config.to_dict()
-    if rank == 0:
+    with working_in(shards.folder) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            shards.open(settings)
+        barrier()
         shards.open(settings)
-    barrier()
-    shards.open(settings)
+        _make_blocks(make, config, shards, prompts, batch_size, progress)
+        barrier()
+    return shards
+
+
+def _make_blocks(
+    make: Maker,
+    config: GenerateConfig,
+    shards: ShardFolder,
+    prompts: Sequence[str] | None,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Draw the blocks of this process that are not there yet."""
+    rank, size = rank_and_size()
     done = shards.finished()
     mine = [b for b in range(rank, shards.num_blocks, size) if b not in done]
     total = sum(stop - start for start, stop in map(shards.range_of, mine))
@@ -135,8 +153,6 @@ def generate(
     ) as bar:
         for block in mine:
             _make_block(make, config, shards, block, prompts, batch_size, rank, bar)
-    barrier()
-    return shards
 
 
 def _make_block(

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
-from ..errors import InputError
+from ..errors import InputError, optional
 from .classifier import class_consistency
 from .features import Extractor, get_extractor
 from .frechet import frechet_distance
 from .moments import Moments, merge_all
 from .pixels import check_images
 from .scores import inception_score, kernel_distance, precision_recall
+
+with optional("eval", "a metric of a training loop"):
+    from torchmetrics import Metric
+    from torchmetrics.utilities.data import dim_zero_cat
 
 
 def _pack(moments: Moments) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StateError
-from ..files import sweep, write_bytes, write_json
+from ..files import append_line, sweep, working_in, write_bytes, write_json, write_text
 
 BLOCK_SIZE = 500
 
@@ -109,8 +108,7 @@ class ShardFolder:
         if path.exists():
             known = self.config
             if config_hash(known) == config_hash(config):
-                for place in (self.folder, self.blocks):
-                    sweep(place)
+                sweep(self.blocks)
                 return
             if not self.is_empty():
                 keys, missing = sorted(set(known) | set(config)), object()
@@ -168,18 +166,58 @@ class ShardFolder:
             InputError: a file that is missing or has another hash than its entry.
         """
         found = self.entries()
-        for block, entry in found.items():
-            self._check(self.path(block), entry.sha256)
-            if entry.tokens_sha256 is not None:
-                self._check(self.tokens_path(block), entry.tokens_sha256)
+        for entry in found.values():
+            self._check_files(entry)
         return found
+
+    def _check_files(self, entry: BlockEntry) -> None:
+        self._check(self.path(entry.block), entry.sha256)
+        if entry.tokens_sha256 is not None:
+            self._check(self.tokens_path(entry.block), entry.tokens_sha256)
 
     def _check(self, path: Path, wanted: str) -> None:
         if not path.exists():
-            raise InputError(f"{path} is in the manifest but missing: delete the manifest's line")
+            raise InputError(f"{path} is in the manifest but missing: {self._advice()}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != wanted:
-            raise InputError(f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...")
+            raise InputError(
+                f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...: "
+                f"{self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        return f"run `arvision eval repair --samples {self.folder}`, then generate again"
+
+    def repair(self) -> list[int]:
+        """Forget the blocks whose files are missing or damaged, so that they are made again.
+
+        Returns:
+            Their numbers.
+
+        Raises:
+            InputError: there is no readable run.json, or a run works in the folder.
+        """
+        num_blocks, forgotten = self.num_blocks, set()
+        with working_in(self.folder):
+            for path in sorted(self.folder.glob("manifest-*.jsonl")):
+                lines = path.read_text(errors="replace").splitlines()
+                kept = [line for line in lines if self._is_sound(line, num_blocks, forgotten)]
+                if len(kept) < len(lines):
+                    write_text(path, "".join(line + "\n" for line in kept), durable=True)
+        return sorted(forgotten - self.entries().keys())
+
+    def _is_sound(self, line: str, num_blocks: int, forgotten: set[int]) -> bool:
+        """Whether a manifest's line names files that are there and whole; else notes its block."""
+        try:
+            entry = BlockEntry(**json.loads(line))
+        except (ValueError, TypeError):
+            return False  # torn by a crash
+        try:
+            self._check_files(entry)
+        except InputError:
+            forgotten.add(entry.block)
+            return False
+        return entry.block < num_blocks
 
     def write(
         self,
@@ -220,18 +258,7 @@ class ShardFolder:
             "config": config_hash(self.config),
             "facts": facts,
         }
-        self._append(self.folder / f"manifest-{rank:04d}.jsonl", json.dumps(entry))
-
-    @staticmethod
-    def _append(path: Path, line: str) -> None:
-        with open(path, "ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash tore the last line
-                    file.write(b"\n")
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.folder / f"manifest-{rank:04d}.jsonl", json.dumps(entry))
 
     def check_complete(self) -> dict[int, BlockEntry]:
         """Entries of all blocks.

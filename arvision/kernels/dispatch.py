@@ -32,7 +32,8 @@ OPS = {
 """Every operation that has a reference and a Triton implementation."""
 
 _logger = logging.getLogger(__name__)
-_LAST: dict[str, Choice] = {}
+LAST: dict[str, Choice] = {}
+"""What the last call of each operation ran; see `last_run`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Choice:
     def is_triton(self) -> bool:
         """Whether the Triton implementation runs."""
         return self.implementation == "triton"
+
+
+ON_CPU = Choice("reference", "Triton does not compile for cpu tensors")
+"""What runs on a CPU wherever nobody asks for something else."""
 
 
 @functools.cache
@@ -103,7 +108,7 @@ def explain(device: torch.device | str, backend: str = "auto", limit: str | None
         return Choice("triton", "asked for")
     if device.type == "cpu":
         # The interpreter is for tests, and never chosen by itself.
-        return Choice("reference", "Triton does not compile for cpu tensors")
+        return ON_CPU
     if obstacle is not None:
         return Choice("reference", obstacle)
     return Choice("triton", f"Triton {triton_version()} compiles for {device.type}")
@@ -123,7 +128,7 @@ def choose(name: str, tensor: Tensor, backend: str = "auto", limit: str | None =
     choice = explain(tensor.device, backend, limit)
     if backend == "auto" and tensor.device.type == "cuda" and not choice.is_triton:
         _warn_once(f"{name} runs its reference on {tensor.device.type}: {choice.reason}")
-    _LAST[name] = choice
+    LAST[name] = choice
     return choice
 
 
@@ -140,4 +145,4 @@ def last_run(name: str) -> Choice | None:
     """
     if name not in OPS:
         raise unknown_name("operation", name, OPS)
-    return _LAST.get(name)
+    return LAST.get(name)

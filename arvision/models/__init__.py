@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from ..lazy import on_demand
 from ..registry import Registry
-from .conditions import ImagePrompt
+from .conditions import ImagePrompt, Prompt
+from .infinity import Infinity, InfinityTokenizer, InfinityTransformer
 from .llamagen import (
     LlamaGen,
     LlamaGenStudent,
@@ -32,6 +33,7 @@ __getattr__, __dir__ = on_demand(__name__)
 FAMILIES: Registry[type] = Registry("model family")
 """Name of a family's transformer class to the family; a pipeline finds its model class here."""
 
+FAMILIES.register("InfinityTransformer", kind="scale")(Infinity)
 FAMILIES.register("LlamaGenTransformer", kind="token")(LlamaGen)
 FAMILIES.register("LlamaGenStudentTransformer", kind="student", teacher="LlamaGenTransformer")(
     LlamaGenStudent
@@ -49,6 +51,9 @@ __all__ = [
     "GlmImage",
     "HFCausalLM",
     "ImagePrompt",
+    "Infinity",
+    "InfinityTokenizer",
+    "InfinityTransformer",
     "Janus",
     "LlamaGen",
     "LlamaGenStudent",
@@ -61,6 +66,7 @@ __all__ = [
     "NextStep",
     "NextStepAutoencoder",
     "NextStepTransformer",
+    "Prompt",
     "TransformersImageModel",
     "VAR",
     "VARStudent",

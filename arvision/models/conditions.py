@@ -6,7 +6,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with what belongs to it, for models that take text.
+
+    Attributes:
+        prompt: a caption, text features [T, C], or token ids [L] of a whole prompt, behind which the
+            drawing starts; what a model takes, it says.
+        negative: what guidance leads away from, of the same kind; None for the model's own.
+        images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
+            for models that edit.
+    """
+
+    prompt: Any
+    negative: Any = None
+    images: Sequence[Any] = ()
+
+
+ImagePrompt = Prompt
+"""The name for prompts that come with pictures."""
+
+
+def as_prompt(condition: Any) -> Prompt:
+    """A caption, text features or a `Prompt` of those as a `Prompt`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(condition, (str, Tensor)):
+        condition = Prompt(condition)
+    if not isinstance(condition, Prompt) or not isinstance(condition.prompt, (str, Tensor)):
+        raise InputError(
+            f"condition {condition!r}: expected a caption, text features [T, C], or "
+            "Prompt(caption or features, negative=...)"
+        )
+    if condition.images:
+        raise InputError(
+            f"{len(condition.images)} images beside the prompt: this model takes text alone"
+        )
+    return condition
 
 
 def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> int:
@@ -33,19 +76,3 @@ def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> 
     if len(by_last_word) == 1:
         return by_last_word[0]
     raise unknown_name("class", condition, names or [f"0..{num_classes - 1}"])
-
-
-@dataclass(frozen=True)
-class ImagePrompt:
-    """A prompt with what belongs to it.
-
-    Attributes:
-        prompt: a caption, or token ids [L] of a whole prompt, behind which the drawing starts.
-        negative: what guidance leads away from, of the same kind; None for the model's own.
-        images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
-            for models that edit.
-    """
-
-    prompt: Any
-    negative: Any = None
-    images: Sequence[Any] = ()

@@ -1,4 +1,4 @@
-"""Convolutional autoencoders of image tokenizers: the blocks, and the layout that VAR and MAR share.
+"""Convolutional autoencoders of image tokenizers: the blocks, and the layout that VAR, MAR and Infinity share.
 
 Parameter names are those of the published checkpoints (all descend from the autoencoder of latent
 diffusion).
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Normalisation over 32 groups."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    """Normalisation over 32 groups, or 24 where 32 do not divide the channels."""
+    return nn.GroupNorm(24 if channels % 32 else 32, channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -138,17 +138,21 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """The bottom of the network: block, attention, block."""
+    """The bottom of the network: block, attention where there is any, block."""
 
-    def __init__(self, channels: int, attention: Attention) -> None:
+    def __init__(self, channels: int, attention: Attention | None) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = attention(channels)
+        if attention is not None:
+            self.attn_1 = attention(channels)
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+        x = self.block_1(x)
+        if (attend := getattr(self, "attn_1", None)) is not None:
+            x = attend(x)
+        return self.block_2(x)
 
 
 class Encoder(nn.Module):
@@ -159,7 +163,7 @@ class Encoder(nn.Module):
         ch_mult: width multiplier of each level; every level but the last halves the side.
         num_blocks: residual blocks of a level.
         out_channels: width of the features.
-        attention: of the middle.
+        attention: of the middle; None for none.
         level_attention: of the deepest level; None for none.
     """
 
@@ -169,7 +173,7 @@ class Encoder(nn.Module):
         ch_mult: Sequence[int],
         num_blocks: int,
         out_channels: int,
-        attention: Attention,
+        attention: Attention | None,
         level_attention: Attention | None,
     ) -> None:
         super().__init__()
@@ -203,7 +207,7 @@ class Decoder(nn.Module):
         ch_mult: as in `Encoder`.
         num_blocks: residual blocks of an encoder level; a level has one more.
         in_channels: width of the features.
-        attention: of the middle.
+        attention: of the middle; None for none.
         level_attention: of the deepest level; None for none.
     """
 
@@ -213,7 +217,7 @@ class Decoder(nn.Module):
         ch_mult: Sequence[int],
         num_blocks: int,
         in_channels: int,
-        attention: Attention,
+        attention: Attention | None,
         level_attention: Attention | None,
     ) -> None:
         super().__init__()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, ContinuousModel, Samples, ScaleModel, TokenModel
+from ..contracts import (
+    Conditions,
+    ContinuousModel,
+    Samples,
+    ScaleModel,
+    Schedule,
+    TokenModel,
+    codebook_of,
+)
 from ..decoding.flow import FlowMap, flow_pick, flow_rule
 from ..decoding.latents.loop import LatentPlan, decode_latents
 from ..decoding.loop import Drafter, NoDrafter
+from ..decoding.run import Run
 from ..decoding.scale_loop import ScalePlan, decode_scales
-from ..decoding.verify import Rule, gumbel_coupling
+from ..decoding.verify import Rule, gumbel_coupling, gumbel_draw
 from ..errors import InputError
 from .base import TokenSampler, register
 
@@ -42,6 +52,7 @@ class ARSampler(TokenSampler):
     image, position): an exact draw from p, and the same one that every Gumbel-coupled sampler makes.
 
     Scale models: the same draw for all tokens of a scale at once; positions count over all scales.
+    Where tokens are bits, each bit is drawn so.
 
     Continuous models: `num_iter` sets of latents, few at first and more later (cosine schedule),
     each drawn by the model's head with noise that is a function of (seed, image, position, diffusion
@@ -57,12 +68,13 @@ class ARSampler(TokenSampler):
 
     Args:
         temperature: divides the logits, or multiplies the noise of a chain; 0 is greedy: the most
-            likely token, or the mean of each step.
+            likely token, or the mean of each step. Scale models also take a list, a number for each
+            scale.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         noise: "gumbel" or, for models with a codebook, "flow".
-        prune: scale models: share of the tokens of the last scales that is not computed but
-            interpolated from the coarser scale, which is lossy; 0 for none.
+        prune: scale models: share of the tokens of the last scales that each layer does not compute
+            but restores from the last whole scale (FastVAR), which is lossy; 0 for none.
         prune_scales: scale models: number of last scales that are pruned.
         more_smooth: scale models: mix likely codes into smoother pictures, for display; lossy.
         num_iter: continuous models: iterations, 1 to the number of latents; None for one latent at
@@ -87,7 +99,7 @@ class ARSampler(TokenSampler):
     @register_to_config
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         noise: str = "gumbel",
@@ -102,7 +114,7 @@ class ARSampler(TokenSampler):
         reuse_guidance: bool = False,
         final_head_steps: int | None = None,
     ) -> None:
-        self.shaping()
+        self.check_shaping()
         if noise not in ("gumbel", "flow"):
             raise InputError(f"noise {noise!r}: expected 'gumbel' or 'flow'")
         self._scale_plan = ScalePlan(
@@ -112,7 +124,7 @@ class ARSampler(TokenSampler):
             num_iter=num_iter,
             order=order,
             guidance_schedule=guidance_schedule,
-            temperature=temperature,
+            temperature=1.0 if isinstance(temperature, Sequence) else temperature,
             last_noise=last_noise,
             refresh=refresh,
             reuse_guidance=reuse_guidance,
@@ -139,28 +151,28 @@ class ARSampler(TokenSampler):
 
     @staticmethod
     def _flow_map(model: Any) -> FlowMap:
-        codebook = getattr(model, "codebook", None)
+        codebook = codebook_of(model)
         if codebook is None:
             raise InputError("noise 'flow': this model has no codebook to flow to")
         return FlowMap(codebook)
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
-        """Run the loop of the model's kind; `run` holds `seeds`, `guidance_scale` and `on_step`.
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
+        """Run the loop of the model's kind.
 
         Raises:
             InputError: an option that the model's kind does not know.
         """
         if isinstance(model, ContinuousModel):
             self._refuse_others("continuous")
-            return decode_latents(model, conditions, plan=self._plan, **run)
+            self.shaping()  # refuses a list of temperatures
+            return decode_latents(model, conditions, run, plan=self._plan)
         if isinstance(model, ScaleModel):
             self._refuse_others("scale")
-            shape, plan = self.shaping(), self._scale_plan
-            if self._flows:
-                run["pick"] = flow_pick(self._flow_map(model))
-            return decode_scales(model, conditions, shape=shape, plan=plan, **run)
+            shape, plan = self.scale_shaping(model), self._scale_plan
+            pick = flow_pick(self._flow_map(model)) if self._flows else gumbel_draw
+            return decode_scales(model, conditions, run, shape=shape, pick=pick, plan=plan)
         self._refuse_others("token")
-        return super().decode(model, conditions, **run)
+        return super().decode(model, conditions, run)
 
     def _refuse_others(self, kind: str) -> None:
         """Refuse a changed option that models of this kind do not have."""

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from typing_extensions import Self
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback, TokenModel
-from ..decoding.logits import Shaping, check_guidance_scale
+from ..contracts import (
+    Conditions,
+    ContinuousModel,
+    HasCodebook,
+    Samples,
+    ScaleModel,
+    Schedule,
+    Seeds,
+    StepCallback,
+    TokenModel,
+)
+from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
+from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, unknown_name
 from ..registry import Registry
@@ -41,16 +55,29 @@ def register(name: str, *, exact: bool, drives: str) -> Any:
     return mark
 
 
+NOUNS: dict[type, str] = {
+    TokenModel: "a token model",
+    ScaleModel: "a scale model",
+    ContinuousModel: "a continuous model",
+    HasCodebook: "a model with a codebook",
+}
+"""What messages call a model that a sampler needs, with its article."""
+
+
 class BaseSampler(SchedulerMixin, ConfigMixin):
     """A sampler: constructor arguments are its saved configuration.
 
-    Subclasses record their arguments with `register_to_config` and implement `__call__` as
-    `arvision.contracts.Sampler` says.
+    Subclasses record their arguments with `register_to_config`, declare what they need besides the
+    model in `needs`, and implement `decode`.
     """
 
     config_name = "sampler_config.json"
     has_compatibles = False
     name = ""
+
+    needs: ClassVar[dict[str, type]] = {}
+    """Models that the sampler needs besides the one it draws with: option to contract. The option
+    takes a name or folder, which a pipeline loads, a pipeline, or a model."""
 
     @property
     def is_exact(self) -> bool:
@@ -63,21 +90,114 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: float = 1.0,
+        guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Draw one sample per condition, see `arvision.contracts.Sampler`."""
+        """Draw one image per condition.
+
+        Args:
+            model: of a kind that the sampler drives.
+            conditions: one per image.
+            seeds: one per image, an integer or a pair (seed, image).
+            guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
+                also take a list with a weight for each scale.
+            on_step: called after each pass.
+
+        Returns:
+            Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
+            adds, and `lossless`.
+
+        Raises:
+            InputError: a negative guidance scale, another number of seeds than of conditions, or
+                what the sampler's class names.
+        """
+        run = Run(len(conditions), model.num_tokens, seeds, on_step, guidance_scale=guidance_scale)
+        samples = self.decode(model, conditions, run)
+        samples.stats["lossless"] = self.is_exact
+        return samples
+
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
+        """Draw one image per condition, keeping the books in `run`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it samples")
 
     def with_options(self, **options: Any) -> BaseSampler:
-        """The same sampler with some options changed.
+        """The same sampler with some options changed; it keeps the models that were bound to it.
 
         Raises:
             InputError: an option that this sampler does not have.
         """
         known = _options(type(self))
         current = {name: self.config[name] for name in known}
-        return get_sampler(self.name, **current | options)
+        changed = get_sampler(self.name, **current | options)
+        return changed.bind(**{k: v for k, v in self._bound.items() if k not in options})
+
+    @property
+    def _bound(self) -> dict[str, Any]:
+        """What was given for each of `needs`: a model, or a pipeline around one."""
+        return vars(self).get("_models", {})
+
+    def take(self, name: str, value: Any) -> None:
+        """Keep the constructor's option `name` of `needs`: a name, a path, a pipeline or a model.
+
+        Raises:
+            InputError: anything else.
+        """
+        if isinstance(value, Path):
+            self.register_to_config(**{name: str(value)})
+        elif value is not None and not isinstance(value, str):
+            # A model is no configuration: what is saved is a sampler that still asks for one.
+            self.register_to_config(**{name: None})
+            self._models = self._checked({name: value})
+
+    def bind(self, **models: Any) -> Self:
+        """This sampler with models for what it needs, a copy: `sampler.bind(draft=model)`.
+
+        Args:
+            **models: by the names of `needs`; models of the right kind, or pipelines around them.
+
+        Raises:
+            InputError: a name that is not needed, or a model of another kind.
+        """
+        bound = copy.copy(self)
+        bound._models = self._bound | self._checked(models)
+        return bound
+
+    def _checked(self, models: dict[str, Any]) -> dict[str, Any]:
+        for name, value in models.items():
+            if name not in self.needs:
+                raise unknown_name(f"model of sampler {self.name!r}:", name, self.needs)
+            noun = NOUNS[self.needs[name]]
+            if not isinstance(inner_model(value), self.needs[name]):
+                raise InputError(
+                    f"{name} {type(value).__name__}: expected a model name, a folder, a pipeline "
+                    f"around {noun}, or {noun}"
+                )
+        return models
+
+    def missing(self, model: Any) -> list[str]:
+        """Names of `needs` that this configuration lacks to draw with `model`."""
+        return [name for name in self.needs if name not in self._bound]
+
+    def bound(self, name: str) -> Any:
+        """The model that was given for `name` of `needs`.
+
+        Raises:
+            InputError: none was given yet.
+        """
+        if name not in self._bound:
+            given, noun = self.config[name], NOUNS[self.needs[name]]
+            what = (
+                f"no {name}" if given is None else f"{name} {given!r} is a name that is not loaded"
+            )
+            raise InputError(
+                f"{what}: expected {noun}, a pipeline, or a name and a pipeline to load it"
+            )
+        return inner_model(self._bound[name])
+
+
+def inner_model(value: Any) -> Any:
+    """The model of a pipeline; anything else as it is."""
+    return getattr(value, "model", value) if hasattr(value, "components") else value
 
 
 def _options(cls: type) -> list[str]:
@@ -150,11 +270,35 @@ class TokenSampler(BaseSampler):
     """
 
     def shaping(self) -> Shaping:
-        """The configured temperature, top-k and top-p."""
-        config = self.config
-        return Shaping(
-            temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
-        )
+        """The configured temperature, top-k and top-p.
+
+        Raises:
+            InputError: a value out of range, or a list of temperatures, which only scale models take.
+        """
+        return self._shaping(self.config["temperature"])
+
+    def scale_shaping(self, model: ScaleModel) -> list[Shaping]:
+        """The same for each scale of a model; a list of temperatures has one for each.
+
+        Raises:
+            InputError: a value out of range, or a list of another length.
+        """
+        listed = per_scale("temperature", self.config["temperature"], len(model.scales))
+        return [self._shaping(value) for value in listed]
+
+    def _shaping(self, temperature: float) -> Shaping:
+        top_k, top_p = self.config["top_k"] or 0, self.config["top_p"]
+        return Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def check_shaping(self) -> None:
+        """Refuse values out of range, for samplers that also take a list of temperatures.
+
+        Raises:
+            InputError: see above.
+        """
+        given = self.config["temperature"]
+        for value in given if isinstance(given, Sequence) else [given]:
+            self._shaping(value)
 
     def drafter(self, model: TokenModel) -> Drafter:
         """What proposes tokens."""
@@ -168,115 +312,14 @@ class TokenSampler(BaseSampler):
         """How long a pass is; one token by default."""
         return FixedWindow(1)
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Draw one image per condition.
-
-        Args:
-            model: a token model.
-            conditions: one per image.
-            seeds: one per image, an integer or a pair (seed, image).
-            guidance_scale: weight of the conditional logits; 1 is the plain conditional model.
-            on_step: called after each pass.
-
-        Returns:
-            Tokens [B, N] int64, the statistics of `decode_tokens`, and `lossless`.
-
-        Raises:
-            InputError: a negative guidance scale, or as many seeds as conditions are not given.
-        """
-        check_guidance_scale(guidance_scale)
-        samples = self.decode(
-            model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
-        )
-        samples.stats["lossless"] = self.is_exact
-        return samples
-
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
-        """Run the decoding loop; `run` holds `seeds`, `guidance_scale` and `on_step`."""
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
+        """Run the decoding loop."""
         return decode_tokens(
             model,
             conditions,
+            run,
             drafter=self.drafter(model),
             rule=self.rule(model),
             shape=self.shaping(),
             policy=self.policy(model),
-            **run,
         )
-
-
-class DraftHolder(BaseSampler):
-    """A sampler with an option `draft`: a name or folder to be loaded later, or a model.
-
-    Subclasses call `take_draft` in their constructor, and `needed_draft` when they draw.
-    """
-
-    draft_contract: ClassVar[type]
-    """What a draft must satisfy."""
-
-    draft_noun: ClassVar[str]
-    """What to call such a model in messages, with its article."""
-
-    _draft: Any = None
-
-    def take_draft(self, draft: Any) -> None:
-        """Keep the option `draft` of the constructor: a name, a path, a pipeline, a model or None.
-
-        Raises:
-            InputError: anything else.
-        """
-        if isinstance(draft, Path):
-            self.register_to_config(draft=str(draft))
-        elif draft is not None and not isinstance(draft, str):
-            # A model is no configuration: what is saved is a sampler whose draft is still to come.
-            self.register_to_config(draft=None)
-            self.bind_draft(draft)
-
-    @property
-    def wants_draft(self) -> bool:
-        """Whether a draft is still to be given by `bind_draft`."""
-        return self._draft is None
-
-    def bind_draft(self, draft: Any) -> None:
-        """Give the sampler its draft, a model of the right kind or a loaded pipeline around one.
-
-        Raises:
-            InputError: neither.
-        """
-        contract = self.draft_contract
-        model = draft if isinstance(draft, contract) else getattr(draft, "model", None)
-        if not isinstance(model, contract):
-            raise InputError(
-                f"draft {type(draft).__name__}: expected a model name, a folder, a pipeline around "
-                f"{self.draft_noun}, or {self.draft_noun}"
-            )
-        self._draft = model
-
-    def needed_draft(self) -> Any:
-        """The draft.
-
-        Raises:
-            InputError: none was given yet.
-        """
-        if self._draft is None:
-            name = self.config["draft"]
-            given = "no draft" if name is None else f"draft {name!r} is a name that is not loaded"
-            raise InputError(
-                f"{given}: expected {self.draft_noun}, a pipeline, or a name and a pipeline to "
-                "load it"
-            )
-        return self._draft
-
-    def with_options(self, **options: Any) -> DraftHolder:
-        """The same sampler with some options changed; it keeps its draft unless that is one."""
-        changed = cast("DraftHolder", super().with_options(**options))
-        if "draft" not in options:
-            changed._draft = self._draft
-        return changed

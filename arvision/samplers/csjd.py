@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, Seeds, StepCallback
+from ..contracts import Conditions, Samples
 from ..decoding.latents.jacobi import iterate_latents
 from ..decoding.latents.loop import LatentPlan
 from ..decoding.latents.speculation import Speculation, speculate_latents
-from ..decoding.logits import check_guidance_scale
+from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
 from .base import BaseSampler, register
 
@@ -87,47 +87,29 @@ class CSJDSampler(BaseSampler):
         """Whether this configuration draws from the model's own law."""
         return self.config["criterion"] == "trajectory"
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Draw one image per condition.
 
         Returns:
-            Latents [B, N, D], the statistics of `speculate_latents` or `iterate_latents`, and
-            `lossless`.
+            Latents [B, N, D] and the statistics of `speculate_latents` or `iterate_latents`.
 
         Raises:
-            InputError: an argument out of range, or a window above the number of latents.
+            InputError: a window above the number of latents.
         """
-        check_guidance_scale(guidance_scale)
-        window = self.config["window"]
+        window, tolerance = self.config["window"], self.config["tolerance"]
         if window > model.num_tokens:
             raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
-        run: dict[str, Any] = {
-            "plan": self._plan,
-            "seeds": seeds,
-            "guidance_scale": guidance_scale,
-            "on_step": on_step,
-        }
-        if self.is_exact:
-            how = Speculation(
-                max_draft=window,
-                criterion="trajectory",
-                context="batched",
-                drafting="parallel",
-                widening=1.0,
-                prefill=0.0,
-                max_tries=self.config["max_tries"],
+        if not self.is_exact:
+            return iterate_latents(
+                model, conditions, run, plan=self._plan, window=window, tolerance=tolerance
             )
-            samples = speculate_latents(model, None, conditions, how=how, **run)
-        else:
-            tolerance = self.config["tolerance"]
-            samples = iterate_latents(model, conditions, window=window, tolerance=tolerance, **run)
-        samples.stats["lossless"] = self.is_exact
-        return samples
+        how = Speculation(
+            max_draft=window,
+            criterion="trajectory",
+            context="batched",
+            drafting="parallel",
+            widening=1.0,
+            prefill=0.0,
+            max_tries=self.config["max_tries"],
+        )
+        return speculate_latents(model, None, conditions, run, plan=self._plan, how=how)

@@ -6,17 +6,18 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, ContinuousModel, Samples, Seeds, StepCallback
+from ..contracts import Conditions, ContinuousModel, Samples
 from ..decoding.latents.loop import LatentPlan
 from ..decoding.latents.speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
 from ..decoding.latents.verify import CRITERIA
 from ..decoding.logits import check_guidance_scale
+from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
-from .base import DraftHolder, register
+from .base import BaseSampler, register
 
 
 @register("cspd", exact=False, drives="continuous")
-class CSpDSampler(DraftHolder):
+class CSpDSampler(BaseSampler):
     """A smaller continuous model drafts latents, one pass of the target verifies them.
 
     Draft and target see the same noise in every denoising step, so that their chains stay close.
@@ -68,7 +69,7 @@ class CSpDSampler(DraftHolder):
     the product of deviations, and leaves zeros after 100 failed tries.
     """
 
-    draft_contract, draft_noun = ContinuousModel, "a continuous model"
+    needs = {"draft": ContinuousModel}
 
     @register_to_config
     def __init__(
@@ -123,41 +124,28 @@ class CSpDSampler(DraftHolder):
             prefill=prefill,
             max_tries=max_tries,
         )
-        self.take_draft(draft)
+        self.take("draft", draft)
 
     @property
     def is_exact(self) -> bool:
         """Whether this configuration draws from the target's own law."""
         return self._how.criterion == "trajectory" and self._how.context == "batched"
 
-    def __call__(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        seeds: Seeds,
-        guidance_scale: float = 1.0,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Draw one image per condition.
 
         Returns:
-            Latents [B, N, D], the statistics of `speculate_latents`, and `lossless`.
+            Latents [B, N, D] and the statistics of `speculate_latents`.
 
         Raises:
             InputError: no draft, one with other latents, or an argument out of range.
         """
-        check_guidance_scale(guidance_scale)
-        samples = speculate_latents(
+        return speculate_latents(
             model,
-            self.needed_draft(),
+            self.bound("draft"),
             conditions,
+            run,
             plan=self._plan,
             how=self._how,
-            seeds=seeds,
-            guidance_scale=guidance_scale,
             draft_guidance_scale=self.config["draft_guidance_scale"],
-            on_step=on_step,
         )
-        samples.stats["lossless"] = self.is_exact
-        return samples

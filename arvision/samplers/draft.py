@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import Conditions, Samples, TokenModel
+from ..contracts import Conditions, Samples, TellsCalibration, TokenModel
 from ..decoding.draft_model import (
     UNCALIBRATED,
     Calibration,
@@ -15,13 +15,14 @@ from ..decoding.draft_model import (
 )
 from ..decoding.logits import check_guidance_scale
 from ..decoding.loop import FixedWindow, WindowPolicy, decode_tokens
+from ..decoding.run import Run
 from ..decoding.verify import Rule, coupling_name, get_coupling
 from ..errors import InputError, check_count
-from .base import DraftHolder, TokenSampler, register
+from .base import TokenSampler, inner_model, register
 
 
 @register("draft", exact=True, drives="token")
-class DraftSampler(DraftHolder, TokenSampler):
+class DraftSampler(TokenSampler):
     """A smaller model drafts a chain, one pass of the target verifies it.
 
     Couplings:
@@ -45,7 +46,7 @@ class DraftSampler(DraftHolder, TokenSampler):
     Args:
         draft: the draft: name of a registered model or a folder (a pipeline loads it), a loaded
             pipeline, or any token model. None for the one that the pipeline recommends, or that is
-            given by `bind_draft`.
+            given by `bind`.
         coupling: see above.
         max_draft: tokens drafted per pass at most.
         stop_threshold: end a chain when the probability of at least one rejection exceeds this; 1
@@ -63,7 +64,7 @@ class DraftSampler(DraftHolder, TokenSampler):
     Speculative Sampling", 2023; Huang, Guo and Wang, "SpecDec++", 2024, for the length.
     """
 
-    draft_contract, draft_noun = TokenModel, "a token model"
+    needs = {"draft": TokenModel}
 
     @register_to_config
     def __init__(
@@ -84,28 +85,12 @@ class DraftSampler(DraftHolder, TokenSampler):
             check_guidance_scale(draft_guidance_scale)
         self.register_to_config(coupling=coupling_name(coupling))
         self.shaping()
-        self._calibration = UNCALIBRATED
-        self.take_draft(draft)
+        self.take("draft", draft)
 
-    def bind_draft(self, draft: Any) -> None:
-        """Give the sampler its draft.
-
-        Args:
-            draft: a token model, or a loaded pipeline around one (which may bring a calibration).
-
-        Raises:
-            InputError: neither.
-        """
-        super().bind_draft(draft)
-        weights = getattr(draft, "calibration", None) or getattr(self._draft, "calibration", None)
-        self._calibration = Calibration(weights) if weights else UNCALIBRATED
-
-    def with_options(self, **options: Any) -> DraftSampler:
-        """The same sampler with some options changed; it keeps its draft unless that is one."""
-        changed = cast("DraftSampler", super().with_options(**options))
-        if "draft" not in options:
-            changed._calibration = self._calibration
-        return changed
+    def _checked(self, models: dict[str, Any]) -> dict[str, Any]:
+        for draft in super()._checked(models).values():
+            _calibration(draft)
+        return models
 
     def rule(self, model: TokenModel) -> Rule:
         """The configured coupling."""
@@ -115,7 +100,7 @@ class DraftSampler(DraftHolder, TokenSampler):
         """The last known token and the drafts."""
         return FixedWindow(self.config["max_draft"] + 1)
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Run the decoding loop with the draft model.
 
         Returns:
@@ -125,26 +110,26 @@ class DraftSampler(DraftHolder, TokenSampler):
         Raises:
             InputError: no draft, or one of another vocabulary or grid; see also `TokenSampler`.
         """
-        draft = self.needed_draft()
+        draft = self.bound("draft")
         check_draft(draft, model)
         own_scale = self.config["draft_guidance_scale"]
         drafter = DraftModelDrafter(
             draft,
             conditions,
-            run["guidance_scale"] if own_scale is None else own_scale,
+            run.guidance_scale if own_scale is None else own_scale,
             self.shaping(),
             coupling=self.config["coupling"],
-            calibration=self._calibration,
+            calibration=_calibration(self._bound["draft"]),
             stop_threshold=self.config["stop_threshold"],
         )
         samples = decode_tokens(
             model,
             conditions,
+            run,
             drafter=drafter,
             rule=self.rule(model),
             shape=self.shaping(),
             policy=self.policy(model),
-            **run,
         )
         figures = drafter.figures
         samples.stats.update(
@@ -154,3 +139,11 @@ class DraftSampler(DraftHolder, TokenSampler):
             draft_passes=figures.passes,
         )
         return samples
+
+
+def _calibration(draft: Any) -> Calibration:
+    """How a draft's confidence becomes a probability of acceptance: a pipeline's word or its model's."""
+    for owner in (draft, inner_model(draft)):
+        if isinstance(owner, TellsCalibration) and owner.calibration:
+            return Calibration(owner.calibration)
+    return UNCALIBRATED

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples
 from ..decoding.row_parallel import check_lead, check_row_parallel, decode_rows, lead_of
+from ..decoding.run import Run
 from ..decoding.window import check_window
 from ..errors import InputError
 from .base import TokenSampler, register
@@ -62,14 +63,14 @@ class PJDSampler(TokenSampler):
         check_lead(local_window)
         self.shaping()
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Run the row-parallel loop."""
         columns = check_row_parallel(model, self.name)[1]
         return decode_rows(
             model,
             conditions,
+            run,
             lead=self.config["local_window"] or lead_of(columns),
             window=self.config["window"],
             shape=self.shaping(),
-            **run,
         )

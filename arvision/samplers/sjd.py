@@ -10,6 +10,7 @@ from ..contracts import Conditions, Samples, TokenModel
 from ..decoding.jacobi import JacobiDrafter, check_init
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
 from ..decoding.relaxed import check_relaxable, relaxed_rule
+from ..decoding.run import Run
 from ..decoding.verify import Rule, get_coupling
 from ..decoding.window import (
     CostTable,
@@ -118,11 +119,11 @@ class SJDSampler(TokenSampler):
             return GoodputWindow(CostTable(self.config["cost_table"]))
         return FixedWindow(clamp_window(self.config["window"], model.num_tokens))
 
-    def decode(self, model: Any, conditions: Conditions, **run: Any) -> Samples:
+    def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Run the decoding loop; for window "auto" measure the costs of a pass first if need be."""
         config = self.config
         if config["window"] != "auto":
-            return super().decode(model, conditions, **run)
+            return super().decode(model, conditions, run)
         sampler = self
         if config["cost_table"] is None and len(conditions):
             table = measured_costs(
@@ -130,10 +131,10 @@ class SJDSampler(TokenSampler):
                 f"{self.name} {config['coupling']} {config['init']}",
                 model,
                 conditions,
-                run["guidance_scale"],
+                run.guidance_scale,
                 config["cost_file"],
             )
             sampler = self.with_options(cost_table=table)
-        samples = TokenSampler.decode(cast(TokenSampler, sampler), model, conditions, **run)
+        samples = TokenSampler.decode(cast(TokenSampler, sampler), model, conditions, run)
         samples.stats["cost_table"] = sampler.config["cost_table"]
         return samples

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import Stats
 from ..errors import InputError
 from .generation import Prepared, generate
 from .processors import Criteria, Prefixes, check_usable
@@ -17,7 +18,15 @@ WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 """What transformers makes of a generation config's temperature, top_k and top_p, in this order. Where
 nothing else is asked for, one fused shaping does the same."""
 
-READ = {"attention_mask", "use_cache", "logits_to_keep", "cache", "past_key_values", "position_ids"}
+READ = {
+    "attention_mask",
+    "use_cache",
+    "logits_to_keep",
+    "cache",
+    "past_key_values",
+    "position_ids",
+    "cache_position",
+}
 """What transformers hands to every loop."""
 
 
@@ -33,6 +42,7 @@ def custom_generate(
     drafter_options: dict[str, Any] | None = None,
     rule_options: dict[str, Any] | None = None,
     seed: int | None = None,
+    record: Callable[[Stats], None] | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Continue prompts with several tokens per pass: an entry for transformers' `generate`.
@@ -54,6 +64,7 @@ def custom_generate(
         drafter_options: see `arvision.generate`.
         rule_options: see `arvision.generate`.
         seed: of the draws; None takes one from torch's generator, so that `torch.manual_seed` counts.
+        record: takes the statistics of the run.
         **model_kwargs: what transformers hands to its loops; `attention_mask` tells the padding.
 
     Returns:
@@ -100,6 +111,8 @@ def custom_generate(
         prepared=prepared,
         **shaping,
     )
+    if record is not None:
+        record(out.stats)
     # Rows that end together may have run ahead of the last one to meet a criterion.
     found = [tokens[: criteria.end] for tokens in out.tokens]
     longest = max(map(len, found))
@@ -152,9 +165,20 @@ def _check_config(config: Any) -> None:
 
 def _check_inputs(given: Mapping[str, Any], input_ids: Tensor) -> None:
     """Refuse inputs that a pass of ours would not read."""
-    for name, value in given.items():
-        if name not in READ and value is not None and value is not False:
-            raise InputError(f"{name}: not read by custom_generate, expected token ids alone")
+    names = sorted(
+        name
+        for name, value in given.items()
+        if name not in READ
+        and name != "mm_encoder_outputs"
+        and value is not None
+        and value is not False
+    )
+    names += [f"mm_encoder_outputs[{name!r}]" for name in given.get("mm_encoder_outputs") or ()]
+    if names:
+        raise InputError(
+            f"{', '.join(names)}: custom_generate reads text alone, expected input_ids and "
+            "attention_mask"
+        )
     cache = given.get("cache", given.get("past_key_values"))
     if cache is not None and cache.get_seq_length() > 0:
         raise InputError("a cache that holds tokens: expected an empty one with custom_generate")

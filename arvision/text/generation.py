@@ -17,11 +17,12 @@ from ..contracts import Stats
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
 from ..decoding.noise import parse_seeds
+from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
 from . import HFCausalLM, load_text_model
 from .chat import chat_ids
-from .costs import pass_costs
+from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
@@ -105,7 +106,8 @@ def generate(
         attention_mask: [B, L], 0 where ids [B, L] are padding.
         chat: take strings for a user's message and wrap them in the model's chat template.
         num_draft: candidates per pass; None for what the drafter recommends, "auto" for what
-            promises the most tokens per second (the cost of a pass is measured once per model).
+            promises the most tokens per second, drafting included, and for plain decoding where
+            drafts do not pay: rounds of the run's own size are measured once per model and drafter.
         drafter_options: of a drafter given by name.
         rule_options: of the rule.
         logits_hook: changes logits [..., V] before they become laws: a mask, a bias.
@@ -145,7 +147,8 @@ def generate(
     check_drafter(proposer, lm)
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
-    policy = _policy(proposer, num_draft, lm)
+    seeds = row_seeds(seed, len(ids))
+    check_num_draft(num_draft)
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     if prepared is None:
         prepared = Prepared.of(lm.network, ids, max_new_tokens)
@@ -153,7 +156,6 @@ def generate(
     decode = None if tokenizer is None else _decoder(tokenizer)
     ends = [*prepared.end_ids, *check_token_ids(stop_token_ids, lm.vocab_size)]
     end = TextEnd(len(ids), ends, strings, decode, prepared.criterion)
-    lm.prefixes = prepared.prefixes
     flow = _Flow(decode, stream, streamer, strings, ids)
 
     def shape(logits: Tensor) -> Tensor:
@@ -161,17 +163,37 @@ def generate(
             logits = logits_hook(logits)
         return logits if chosen.wants_logits else shaping(logits)
 
+    def fixed(window: int) -> Any:
+        """A run with that many candidates in every pass, to measure."""
+        return lambda model, conditions, *, seeds, guidance_scale, on_step: decode_tokens(
+            model,
+            conditions,
+            Run(len(conditions), max_new_tokens, seeds, on_step),
+            drafter=proposer,
+            rule=chosen.rule,
+            shape=shape,
+            policy=FixedWindow(window),
+        )
+
+    policy: WindowPolicy
+    if isinstance(proposer, NoDrafter):
+        policy = FixedWindow(1)
+    elif num_draft == "auto":
+        label = f"{label_of(proposer)} {chosen.name}"
+        proposer = Resting(proposer)
+        policy = GoodputWindow(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
+    else:
+        policy = WholeTree((num_draft or getattr(proposer, "num_draft", 10)) + 1)
+    lm.prefixes = prepared.prefixes
     try:
         samples = decode_tokens(
             lm,
             ids,
+            Run(len(ids), max_new_tokens, seeds, flow.on_step if flow.is_wanted else None),
             drafter=proposer,
             rule=chosen.rule,
             shape=shape,
             policy=policy,
-            seeds=row_seeds(seed, len(ids)),
-            on_step=flow.on_step if flow.is_wanted else None,
-            num_tokens=max_new_tokens,
             stop=end if end.is_needed else None,
         )
         lengths = samples.stats["lengths"]
@@ -424,16 +446,16 @@ def _load(name: str, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return load_text_model(name, device=device, dtype=dtype)
 
 
-def _policy(drafter: Any, num_draft: int | str | None, model: HFCausalLM) -> WindowPolicy:
-    if isinstance(drafter, NoDrafter):
-        return FixedWindow(1)
-    if num_draft is None:
-        return WholeTree(getattr(drafter, "num_draft", 10) + 1)
-    if num_draft == "auto":
-        return GoodputWindow(CostTable(pass_costs(model, MOST_DRAFTS)))
+def check_num_draft(num_draft: Any) -> None:
+    """Refuse what is no number of candidates.
+
+    Raises:
+        InputError: see above.
+    """
+    if num_draft is None or num_draft == "auto":
+        return
     if isinstance(num_draft, str | bool) or not 1 <= num_draft <= 120:
         raise InputError(f'num_draft {num_draft!r}: expected an integer in 1..120 or "auto"')
-    return WholeTree(num_draft + 1)
 
 
 class WholeTree(FixedWindow):

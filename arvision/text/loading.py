@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, InputError, MissingDependencyError
+from ..errors import CheckpointError, InputError, optional
 
 
 def load_text_model(
@@ -41,7 +41,8 @@ def load_text_model(
         files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
         if not files or not files[0].is_file():
             raise InputError(f"model {str(name)!r}: expected a folder with config.json, or a GGUF")
-        _check_gguf()
+        with optional("text", "a GGUF file"):
+            import gguf  # noqa: F401
         source, options = str(files[0].parent), {"gguf_file": files[0].name}
     elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
         raise InputError(f"model {str(name)!r}: no such folder")
@@ -54,12 +55,3 @@ def load_text_model(
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"model {str(name)!r} cannot be loaded: {first}") from error
     return network.to(device or "cpu").eval(), tokenizer
-
-
-def _check_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "GGUF files need the package gguf: pip install 'arvision[bench]'"
-        ) from error

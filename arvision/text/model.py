@@ -26,6 +26,11 @@ def check_network(network: Any) -> None:
     name = type(network).__name__
     if config is None or not hasattr(network, "get_output_embeddings"):
         raise InputError(f"{name}: expected a causal language model of transformers")
+    if name == "GlmImageForConditionalGeneration":
+        raise InputError(
+            f"{name} draws images, at positions of their own: expected arvision.models.GlmImage, or "
+            "arvision.accelerate"
+        )
     missing = []
     if getattr(config, "is_encoder_decoder", False):
         missing.append("a decoder without an encoder")
@@ -79,6 +84,25 @@ def device_of(network: Any) -> torch.device:
     raise InputError(
         f"{type(network).__name__} has weights on the device meta: expected loaded ones"
     )
+
+
+IMAGE_STARTS = {
+    "JanusForConditionalGeneration": "Janus",
+    "Emu3ForConditionalGeneration": "Emu3",
+    "ChameleonForConditionalGeneration": "Chameleon",
+}
+"""Networks that write text and draw images, and who draws them here."""
+
+
+def image_start_of(network: Any) -> int | None:
+    """The id behind which such a network draws an image; None for any other, or where none tells."""
+    name = type(network).__name__
+    if name == "JanusForConditionalGeneration":
+        settings = getattr(network.generation_config, "generation_kwargs", None) or {}
+        return settings.get("boi_token_id")
+    opening = {"Emu3": "<|image token|>", "Chameleon": "<racm3:break>"}
+    names = getattr(network.config, "vocabulary_map", None) or {}
+    return names.get(opening.get(IMAGE_STARTS.get(name, ""), ""))
 
 
 class HFCausalLM:
@@ -139,7 +163,7 @@ class HFCausalLM:
         Raises:
             InputError: an empty prompt, an id out of range, or no room for it.
         """
-        prompts = []
+        prompts, image_start = [], image_start_of(self.network)
         for row, condition in enumerate(conditions):
             ids = torch.as_tensor(condition, dtype=torch.int64, device=self.device)
             if ids.dim() != 1 or len(ids) == 0:
@@ -147,6 +171,12 @@ class HFCausalLM:
             if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
                 raise InputError(
                     f"prompt {row} holds the id {int(ids.max())}: expected 0..{self.vocab_size - 1}"
+                )
+            if image_start is not None and int(ids[-1]) == image_start:
+                family = IMAGE_STARTS[type(self.network).__name__]
+                raise InputError(
+                    f"prompt {row} ends where an image starts ({image_start}): a language model "
+                    f"writes text, expected arvision.models.{family}"
                 )
             if len(ids) >= self.sizes.num_positions:
                 raise InputError(

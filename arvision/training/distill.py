@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from ..api import load
+from ..decoding.student import check_teacher
 from ..errors import InputError, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
+from ..files import working_in
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
-from ..samplers import DDSampler, get_sampler
+from ..samplers import get_sampler
 from .distill_objective import DistillObjective, PictureLoss, agreement
 from .loop import FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
@@ -124,7 +127,7 @@ def distill(
 
     Raises:
         InputError: an unknown method, a teacher of another kind, a student of another teacher, or
-            several processes for "dd2".
+            several processes for "dd2", or another run that works in `out`.
         CheckpointError: pairs or checkpoints of another teacher or other settings.
 
     Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
@@ -136,6 +139,16 @@ def distill(
     processes, out = PartialState(), Path(out)
     if method == "dd2" and processes.num_processes > 1:
         raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
+    is_main = processes.is_main_process
+    with working_in(out) if is_main else contextlib.nullcontext():
+        return _distill(teacher, out, settings, method, progress)
+
+
+def _distill(
+    teacher: str | Path, out: Path, settings: DistillSettings, method: str, progress: bool
+) -> dict[str, Any]:
+    """`distill`, in a folder that no other run works in."""
+    processes = PartialState()
     pipe = load(teacher, device="cpu").to(processes.device)
     family = student_family(pipe)
     config = pipe.config
@@ -167,10 +180,8 @@ def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
     student = load(path, device="cpu").to(teacher.device).model
     if not isinstance(student, family):
         raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
-    sampler = cast(DDSampler, get_sampler("dd"))
-    sampler.bind_teacher(teacher)
     try:
-        sampler.check_teacher(student)
+        check_teacher(teacher.model, student)
     except InputError as error:
         raise InputError(f"init {path}: a student of another teacher: {error}") from error
     student.transformer.float()

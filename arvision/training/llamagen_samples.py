@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..contracts import TokenModel
 from ..decoding.logits import Shaping
 from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.run import Run
 from ..decoding.verify import gumbel_coupling
 from ..models.llamagen import LlamaGen
 from .saved import load_state, save_state
@@ -75,15 +76,15 @@ def _draw_batch(target: LlamaGen, scale: float, first: int, size: int) -> dict[s
         laws.append(law.view(size, -1).clamp(min=SMALLEST_LOGP).half())
         return law
 
+    seeds = [(first + k, round(1000 * scale)) for k in range(size)]
     drawn = decode_tokens(
         cast(TokenModel, target),
         labels.tolist(),
+        Run(size, target.num_tokens, seeds, guidance_scale=scale),
         drafter=NoDrafter(),
         rule=gumbel_coupling,
         shape=shape,
         policy=FixedWindow(1),
-        seeds=[(first + k, round(1000 * scale)) for k in range(size)],
-        guidance_scale=scale,
     )
     return {
         "tokens": drawn.tokens,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..decoding.logits import shape_logits
+from ..decoding.logits import Shaping
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .loop import Objective
 
@@ -189,7 +189,7 @@ class ConsistencyObjective(Objective):
         rows = self.base.rows(network, twice, is_null)
         logits = network.teacher_forced(rows, torch.cat([tokens, tokens]), mask)
         conditional, null = logits.chunk(2)
-        return shape_logits(conditional, null_logits=null, guidance_scale=self.guidance_scale)
+        return Shaping()(conditional, null, self.guidance_scale)
 
 
 def encode_captions(

@@ -6,6 +6,7 @@ the step, so a resumed run takes the very steps that an uninterrupted one takes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, InputError
-from ..files import sweep, write_text
+from ..files import working_in, write_text
 from .saved import load_state, save_state
 
 
@@ -182,11 +183,24 @@ def fit(
         The log: a dict per `log_every` steps with the step, loss, rate and seconds.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another configuration.
+        CheckpointError: the checkpoint belongs to another configuration, or is damaged.
+        InputError: another run works in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
     accelerator = _accelerator(config.mixed_precision)
+    with working_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        return _fit(objective, config, folder, accelerator, progress, stop_after, on_log)
+
+
+def _fit(
+    objective: Objective,
+    config: FitConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    progress: bool,
+    stop_after: int | None,
+    on_log: Callable[[dict[str, Any]], None] | None,
+) -> list[dict[str, Any]]:
+    """`fit`, in a folder that no other process works in."""
     optimizer = torch.optim.AdamW(
         _parameter_groups(objective, config.weight_decay), lr=0.0, betas=config.betas
     )

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..contracts import ScaleModel
+from ..contracts import ScaleModel, codebook_of
 from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, flow_noise, flow_pick, flow_rule
 from ..decoding.logits import Shaping
 from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
 from ..decoding.noise import Noise
+from ..decoding.run import Run
 from ..decoding.scale_loop import decode_scales
 from ..errors import CheckpointError, InputError
 from ..files import replacing
@@ -81,19 +82,23 @@ def teacher_tokens(
     Raises:
         InputError: a model without a codebook.
     """
-    codebook = getattr(model, "codebook", None)
+    codebook = codebook_of(model)
     if codebook is None:
         raise InputError("the teacher has no codebook, so noise cannot flow to its codes")
     flow_map = FlowMap(codebook, settings.num_evaluations)
-    run: dict[str, Any] = {
-        "shape": settings.shaping(),
-        "seeds": seeds,
-        "guidance_scale": settings.guidance_scale,
-    }
+    run = Run(len(labels), model.num_tokens, seeds, guidance_scale=settings.guidance_scale)
+    shape = settings.shaping()
     if isinstance(model, ScaleModel):
-        return decode_scales(model, labels, pick=flow_pick(flow_map), **run).tokens
-    plain: dict[str, Any] = {"drafter": NoDrafter(), "policy": FixedWindow(1)}
-    return decode_tokens(model, labels, rule=flow_rule(flow_map), **plain, **run).tokens
+        return decode_scales(model, labels, run, shape=shape, pick=flow_pick(flow_map)).tokens
+    return decode_tokens(
+        model,
+        labels,
+        run,
+        drafter=NoDrafter(),
+        rule=flow_rule(flow_map),
+        shape=shape,
+        policy=FixedWindow(1),
+    ).tokens
 
 
 def pair_noise(seed: int, images: Tensor, num_tokens: int, width: int) -> Tensor:
@@ -145,8 +150,8 @@ def generate_pairs(
         seeds = [(settings.seed, image) for image in images.tolist()]
         tokens = teacher_tokens(model, labels.tolist(), seeds, settings)
         content = {"labels": labels.int(), "tokens": tokens.cpu().int()}
-        with replacing(path) as temporary:
-            save_file(content, temporary, metadata=header)
+        with replacing(path, durable=True) as temporary:
+            save_file(content, temporary, metadata=header | {"sha256": _digest(content)})
 
 
 def read_pairs(model: Any, settings: PairSettings, folder: Path, num: int) -> Pairs:
@@ -178,6 +183,13 @@ def _header(model: Any, settings: PairSettings) -> dict[str, str]:
     return {"teacher": teacher_hash(model), "settings": json.dumps(asdict(settings))}
 
 
+def _digest(content: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(content):
+        digest.update(content[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as shard:
@@ -192,6 +204,10 @@ def _read_shard(path: Path, header: dict[str, str]) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: a pair shard with {name} {found.get(name)}, expected {value}"
             )
+    if found.get("sha256") != _digest(content):
+        raise CheckpointError(
+            f"{path}: is damaged (its sha256 does not fit); delete it to make it again"
+        )
     if path.stem.split("-")[2] != str(len(content["tokens"])):
         raise CheckpointError(
             f"{path}: holds {len(content['tokens'])} pairs, not what its name says"

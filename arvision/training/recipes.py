@@ -10,6 +10,7 @@ from ..models.llamagen.tokenizer import LlamaGenTokenizer
 from ..models.llamagen.transformer import LlamaGenTransformer
 from .captions import CaptionWriter, measure
 from .data import CLASS_NAMES
+from .infinity_recipe import INFINITY_RECIPES
 from .llamagen_text import build_text_encoder, build_text_tokenizer
 from .llamagen_tokenizer import TokenizerObjective, encode_all
 from .llamagen_transformer import CaptionObjective, ClassObjective, ConsistencyObjective
@@ -213,4 +214,4 @@ RECIPES: dict[str, Recipe] = {
         settings={"guidance_scale": GUIDANCE_SCALE, "num_threads": 1},
     ),
 }
-RECIPES |= VAR_RECIPES | MAR_RECIPES
+RECIPES |= VAR_RECIPES | MAR_RECIPES | INFINITY_RECIPES

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from arvision import InputError
-from arvision.decoding.logits import Shaping, shape_logits
+from arvision.decoding.logits import Shaping
 
 LOGITS = torch.tensor([2.0, 1.0, 1.0, 0.0, -1.0])
+
+
+def shape_logits(logits, null_logits=None, guidance_scale=1.0, **how):
+    return Shaping(**how)(logits, null_logits, guidance_scale)
 
 
 def kept(**options) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from arvision.eval import GenerateConfig, Made, generate
-from arvision.eval.distributed import connect, disconnect
+from arvision.eval.distributed import processes
 
 
 def make(indices, labels, seeds, delay: float = 0.0) -> Made:
@@ -38,10 +38,7 @@ def config(num: int, **changes) -> GenerateConfig:
 if __name__ == "__main__":
     out, num, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     delay = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
-    connect()
-    try:
+    with processes():
         generate(
             lambda i, x, s: make(i, x, s, delay), config(num), out, batch_size=batch, progress=False
         )
-    finally:
-        disconnect()

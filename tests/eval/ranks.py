@@ -10,7 +10,7 @@ import sys
 import torch
 
 from arvision.eval import FrechetDistance, get_extractor, open_source
-from arvision.eval.distributed import connect, disconnect
+from arvision.eval.distributed import processes, rank_and_size
 from arvision.eval.extract import extract
 
 
@@ -35,10 +35,8 @@ def metric_value(samples: str, rank: int, size: int) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rank, size = connect()
-    try:
+    with processes():
+        rank, size = rank_and_size()
         result = {"moments": moments(sys.argv[1]), "metric": metric_value(sys.argv[1], rank, size)}
         if rank == 0:
             torch.save(result, sys.argv[2])
-    finally:
-        disconnect()

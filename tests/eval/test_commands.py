@@ -16,9 +16,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from arvision.cli.eval import app
-from arvision.cli.eval_binding import likelihood, weights_sha256
 from arvision.errors import ArvisionError, InputError
 from arvision.eval.shards import ShardFolder
+from arvision.evaluation import likelihood, weights_sha256
 from arvision.training import data
 
 MODEL = ("--model", "llamagen-fashion", "--protocol", "fashion")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from typer.testing import CliRunner
 
+from arvision.cli import app
 from arvision.errors import InputError
 from arvision.eval import generate
 from arvision.eval.generate import run_facts
@@ -79,11 +82,14 @@ def start(out: Path, size: int, batch: int, delay: float) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to everything that `start` began."""
-    import os
-
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to everything that `start` began; torchrun's workers have sessions of their own."""
+    everything = [psutil.Process(process.pid)]
+    everything += everything[0].children(recursive=True)
+    for one in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+    psutil.wait_procs(everything, timeout=30)
 
 
 def wait_for_blocks(out: Path, count: int, process: subprocess.Popen) -> None:
@@ -154,6 +160,35 @@ def test_a_shard_that_disagrees_is_reported_and_kept(tmp_path: Path):
     with pytest.raises(InputError, match=r"00001\.npy: sha256"):
         generate(maker.make, maker.config(600), tmp_path, progress=False)
     assert path.read_bytes() == bytes(data)
+
+
+def test_damaged_and_missing_shards_are_made_again_after_a_repair(tmp_path: Path):
+    generate(maker.make, maker.config(1700), tmp_path, progress=False)
+    before = hashes(tmp_path)
+    (tmp_path / "blocks" / "00000.npy").unlink()
+    tokens = tmp_path / "blocks" / "00002.tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"arvision eval repair --samples .*, then generate again"):
+        generate(maker.make, maker.config(1700), tmp_path, progress=False)
+    done = CliRunner().invoke(app, ["eval", "repair", "--samples", str(tmp_path), "--json"])
+    assert json.loads(done.stdout) == {"forgotten": [0, 2]}
+    assert set(ShardFolder(tmp_path).finished()) == {1, 3}
+    generate(maker.make, maker.config(1700), tmp_path, progress=False)
+    assert hashes(tmp_path) == before
+    assert ShardFolder(tmp_path).repair() == []
+    with pytest.raises(InputError, match=r"run\.json: expected the settings of a run"):
+        ShardFolder(tmp_path / "none").repair()
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_second_run_in_a_folder_says_so(whole: Path, tmp_path: Path):
+    def make_and_try(indices, labels, seeds):
+        with pytest.raises(InputError, match="another run works in"):
+            generate(maker.make, maker.config(600), tmp_path, progress=False)
+        return maker.make(indices, labels, seeds)
+
+    generate(make_and_try, maker.config(600), tmp_path, batch_size=300, progress=False)
+    generate(maker.make, maker.config(600), tmp_path, progress=False)
 
 
 def test_a_missing_shard_is_reported(tmp_path: Path):

@@ -8,15 +8,39 @@ from scipy.stats import chi2
 
 from arvision import InputError, get_sampler
 from arvision.decoding import verify as decoding
-from arvision.decoding.logits import shape_logits
+from arvision.decoding.logits import Shaping
 from arvision.decoding.noise import Noise
-from arvision.kernels import dispatch
+from arvision.kernels import dispatch, sampling
 from arvision.kernels.nearest_code import nearest_code
-from arvision.kernels.sampling import sample_gumbel, sample_inverse, shape
 from arvision.kernels.tree_attention import tree_attention
 from arvision.kernels.tree_attention.reference import visible
 from arvision.kernels.verify import verify
 from arvision.testing import TableModel
+
+OPTIONS = ("temperature", "top_k", "top_p")
+
+
+def _split(given):
+    return Shaping(**{name: given.pop(name) for name in OPTIONS if name in given}), given
+
+
+def shape(logits, **given):
+    how, rest = _split(given)
+    return sampling.shape(logits, how, **rest)
+
+
+def sample_gumbel(logits, identity, **given):
+    how, rest = _split(given)
+    return sampling.sample_gumbel(logits, identity, how, **rest)
+
+
+def sample_inverse(logits, uniforms, **given):
+    how, rest = _split(given)
+    return sampling.sample_inverse(logits, uniforms, how, **rest)
+
+
+def shape_logits(logits, null_logits=None, guidance_scale=1.0, **how):
+    return Shaping(**how)(logits, null_logits, guidance_scale)
 
 
 def test_the_cpu_runs_references_and_says_so():
@@ -118,10 +142,10 @@ def test_verify_is_the_couplings(window, dtype):
 
 
 def test_samplers_shape_and_verify_through_the_kernels(monkeypatch):
-    monkeypatch.setattr(dispatch, "_LAST", {})
+    monkeypatch.setattr(dispatch, "LAST", {})
     model = TableModel(num_tokens=4, vocab_size=3, seed=0)
     get_sampler("sjd", window=2, coupling="maximal")(model, [0], seeds=[0])
-    assert {"sampling", "verify", "philox"} <= set(dispatch._LAST)
+    assert {"sampling", "verify", "philox"} <= set(dispatch.LAST)
 
 
 def rejects(tokens, law):

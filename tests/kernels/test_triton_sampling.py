@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from arvision.kernels import sampling
 from arvision.kernels.dispatch import is_interpreted
-from arvision.kernels.sampling import sample_gumbel, sample_inverse, shape
+from arvision.kernels.sampling import Shaping
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
 CASES = [
@@ -16,6 +17,27 @@ CASES = [
     {"top_k": 7, "top_p": 0.5503},
     {"top_k": 10**6, "top_p": 0.5},
 ]
+
+OPTIONS = ("temperature", "top_k", "top_p")
+
+
+def _split(given):
+    return Shaping(**{name: given.pop(name) for name in OPTIONS if name in given}), given
+
+
+def shape(logits, **given):
+    how, rest = _split(given)
+    return sampling.shape(logits, how, **rest)
+
+
+def sample_gumbel(logits, identity, **given):
+    how, rest = _split(given)
+    return sampling.sample_gumbel(logits, identity, how, **rest)
+
+
+def sample_inverse(logits, uniforms, **given):
+    how, rest = _split(given)
+    return sampling.sample_inverse(logits, uniforms, how, **rest)
 
 
 def assert_same_law(ours, expected):

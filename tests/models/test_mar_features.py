@@ -99,3 +99,20 @@ def test_bad_input():
         get_sampler("ar", refresh=0)
     with pytest.raises(InputError, match="refresh 2: a token model has no such option"):
         get_sampler("ar", refresh=2)(tiny_llamagen(), [0], seeds=[0])
+
+
+def test_fewer_denoising_steps_late_in_the_image():
+    model = MAR(network(1, 1))
+
+    def draw(**options):
+        sampler = get_sampler("ar", order="raster", **options)
+        assert sampler.is_exact == ("final_head_steps" not in options)
+        return sampler(model, [1, 2], seeds=[0, 1], guidance_scale=2.0)
+
+    plain, every, fewer = draw(), draw(final_head_steps=5), draw(final_head_steps=2)
+    assert torch.equal(plain.tokens, every.tokens)
+    assert torch.equal(plain.tokens[:, 0], fewer.tokens[:, 0])
+    assert not torch.allclose(plain.tokens[:, -1], fewer.tokens[:, -1])
+    assert fewer.stats.head_steps == sum(round(5 - 3 * place / 8) for place in range(9))
+    with pytest.raises(InputError, match="final_head_steps 6: expected 1 to 5"):
+        draw(final_head_steps=6)

@@ -165,7 +165,7 @@ def test_fewer_head_steps_late_in_the_image(model, pipe):
 def test_prompt_format(model):
     rows = model._format.rows(ImagePrompt("ab"), [], True)
     size = [49, 29, 36, 30, 50]
-    assert rows[0].tolist() == [0, 1, 37, *size]  # "ab " with the empty positive prompt
+    assert rows[0].tolist() == [0, 1, *size]
     assert rows[1].tolist() == size
     named = load(positive_prompt="c", negative_prompt="d")
     format_ = type(model._format)(named.transformer.config, text_tokenizer())
@@ -178,6 +178,9 @@ def test_prompt_format(model):
     assert rows[1].tolist() == [*picture, 4, *size]
     assert rows[2].tolist() == [4, *size]
     assert len(format_.rows(ImagePrompt("ab"), [], False)) == 1
+    plain = type(format_)(load(image_guidance_scale=1.0).transformer.config, text_tokenizer())
+    rows = plain.rows(ImagePrompt("a<image>b"), [(1, 2)], True)
+    assert [row.tolist() for row in rows] == [[0, *picture, 1, *size], size]
 
 
 def test_edits_have_three_branches_and_see_their_images(model, pipe):
@@ -212,7 +215,7 @@ def test_what_a_state_refuses(model):
         (torch.tensor([[50]]), 1.0, r"token ids \(1, 1\) of torch.int64"),
         (torch.tensor([0.5]), 1.0, "of torch.float32: expected integers"),
         ("a <image>", 3.0, "has 1 <image> for 0 images"),
-        ("a" * 600, 1.0, "prompt of 606 tokens: expected at most 500 beside the image"),
+        ("a" * 600, 1.0, "prompt of 605 tokens: expected at most 500 beside the image"),
     ],
 )
 def test_bad_prompts(model, condition, scale, message):
@@ -232,6 +235,8 @@ def test_bad_arguments(model, pipe):
         model.start([edit, "a cat"], 2.0)
     with pytest.raises(InputError, match="image of \\(4, 4\\) pixels: expected at least 8 a side"):
         model.start([ImagePrompt("<image>", images=[Image.new("RGB", (4, 4))])], 2.0)
+    with pytest.raises(InputError, match="image of type str: expected a PIL image"):
+        model.start([ImagePrompt("<image>", images=["cat.png"])], 2.0)
     plain = load()
     with pytest.raises(InputError, match="no text tokenizer, expected token ids"):
         plain.start(["a cat"], 1.0)
@@ -301,8 +306,10 @@ def test_bad_folders(tmp_path):
     with pytest.raises(CheckpointError, match=r"rope_scaling .* is not supported"):
         NextStep.from_official(folder)
     edit_config(folder, rope_scaling=None, use_gen_pos_embed=True)
-    with pytest.raises(CheckpointError, match="use_gen_pos_embed True is not supported"):
+    with pytest.raises(CheckpointError, match="key 'gen_pos_embed' is missing"):
         NextStep.from_official(folder)
+    with pytest.raises(InputError, match="gen_pos_embed has 1024 positions"):
+        NextStep.from_official(folder, grid=(33, 32))
     edit_config(folder, use_gen_pos_embed=False, num_hidden_layers=4)
     with pytest.raises(CheckpointError, match="its tensors say num_layers 3, not 4"):
         NextStep.from_official(folder)
@@ -352,3 +359,29 @@ def test_bad_shards(tmp_path):
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="expected an index of shards with a weight_map"):
         NextStep.from_official(folder)
+
+
+def test_the_autoencoder_may_lie_elsewhere(tmp_path):
+    folder = official_folder(tmp_path / "one", with_text=False)
+    (folder / "vae").rename(tmp_path / "vae")
+    assert NextStep.from_official(folder, **SIZES).tokenizer is None
+    assert NextStep.from_official(folder, tmp_path / "vae", **SIZES).tokenizer is not None
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        NextStep.from_official(folder, tmp_path / "nowhere", **SIZES)
+
+
+@torch.no_grad()
+def test_a_table_of_positions_is_added_where_the_configuration_says_so(tmp_path):
+    folder = official_folder(tmp_path / "one", with_text=False)
+    table = torch.randn(1, 1024, 64, generator=torch.Generator().manual_seed(0))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"gen_pos_embed": table}, folder / "model.safetensors")
+    ids = torch.tensor([3, 1, 50])
+    latents = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(1))
+    z = []
+    for is_used in (False, True):
+        edit_config(folder, use_gen_pos_embed=is_used)
+        state = NextStep.from_official(folder, **SIZES).start([ids], 1.0)
+        z.append(state.contexts(latents, torch.ones(1, 12, dtype=torch.bool), torch.tensor([0])))
+    weight = tensors["image_out_projector.weight"].float()
+    torch.testing.assert_close(z[1] - z[0], table[:, :12] @ weight.T, rtol=1e-4, atol=1e-4)

@@ -160,8 +160,7 @@ def test_with_a_perfect_student_every_number_of_steps_is_the_teacher(teacher, st
     options = {"top_p": 0.9, "temperature": 0.7}
     run = {"seeds": SEEDS, "guidance_scale": 2.0}
     expected = get_sampler("ar", noise="flow", **options)(teacher, [0, 1, 2], **run).tokens
-    sampler = get_sampler("dd", steps=steps, **options)
-    sampler.bind_teacher(teacher)
+    sampler = get_sampler("dd", steps=steps, **options).bind(teacher=teacher)
     out = sampler(perfect(teacher, student, options), [0, 1, 2], **run)
     assert torch.equal(out.tokens, expected)
     assert out.stats.forward_passes == steps
@@ -177,8 +176,7 @@ def test_with_a_perfect_student_every_number_of_steps_is_the_teacher(teacher, st
 def test_a_real_student_draws_images_one_by_one_as_in_a_batch(teacher, student, steps):
     assert isinstance(student, StudentModel)
     assert not isinstance(student, ScaleModel)
-    sampler = get_sampler("dd", steps=steps)
-    sampler.bind_teacher(teacher)
+    sampler = get_sampler("dd", steps=steps).bind(teacher=teacher)
     out = sampler(student, [0, 1, 2], seeds=SEEDS, guidance_scale=2.0)
     alone = sampler(student, [2], seeds=SEEDS[2:], guidance_scale=2.0)
     assert torch.equal(out.tokens[2:], alone.tokens)

@@ -59,7 +59,7 @@ class Oracle:
 def draw(sampler, model, **options):
     chosen = get_sampler(sampler, **options)
     if "teacher" in options:
-        chosen.bind_teacher(model.teacher)
+        chosen = chosen.bind(teacher=model.teacher)
     return chosen(model, [None] * len(SEEDS), seeds=SEEDS)
 
 

@@ -243,12 +243,12 @@ def test_the_name_of_a_draft_is_saved_and_a_loaded_one_is_kept(tmp_path):
     again = DraftSampler.from_pretrained(tmp_path)
     assert isinstance(again, DraftSampler)
     assert again.config["draft"] == "small"
-    assert again.wants_draft
+    assert again.missing(None) == ["draft"]
     bound = get_sampler("draft", draft=TableModel())
     bound.save_pretrained(tmp_path)
     changed = bound.with_options(max_draft=2)
     assert isinstance(changed, DraftSampler)
-    assert not changed.wants_draft
+    assert changed.missing(None) == []
 
 
 def test_the_old_word_of_a_coupling_still_works_for_a_release(model):

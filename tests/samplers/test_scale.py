@@ -7,6 +7,7 @@ import torch
 
 import arvision
 from arvision import InputError, get_sampler
+from arvision.decoding.run import Run
 from arvision.decoding.scale_loop import decode_scales
 from arvision.decoding.verify import gumbel_draw
 from arvision.errors import StateError
@@ -51,7 +52,9 @@ def test_a_mutant_that_is_five_percent_off_is_found():
 
     table, shape = ScaleTable(seed=3), get_sampler("ar").shaping()
     seeds = [(3, image) for image in range(NUM)]
-    out = decode_scales(table, [None] * NUM, shape=shape, seeds=seeds, pick=clinging)
+    out = decode_scales(
+        table, [None] * NUM, Run(NUM, table.num_tokens, seeds), shape=shape, pick=clinging
+    )
     assert law_p_value(table.number(out.tokens), table.joint(shape)) < ALPHA
 
 

@@ -13,6 +13,7 @@ from arvision import InputError
 from arvision.decoding import verify
 from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
+from arvision.decoding.run import Run
 from arvision.testing import DroppingTableModel, law_p_value
 from arvision.text.drafters import DRAFTERS
 from arvision.text.drafters.draft_tree import EXPANSIONS, DraftTree
@@ -31,11 +32,11 @@ def drafted(rule, drafter, num):
     out = decode_tokens(
         target,
         [[0]] * num,
+        Run(num, target.num_tokens, [(5, row) for row in range(num)]),
         drafter=drafter,
         rule=rule,
         shape=Shaping(),
         policy=FixedWindow(drafter.num_draft + 1),
-        seeds=[(5, row) for row in range(num)],
     )
     return law_p_value(target.number(out.tokens), target.joint(Shaping()))
 

@@ -14,6 +14,7 @@ from arvision import InputError
 from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.noise import Noise
+from arvision.decoding.run import Run
 from arvision.decoding.tree import TokenTree, best_tree, join_rows, topology, without_padding
 from arvision.testing import DroppingTableModel, law_p_value
 from arvision.text.drafters import (
@@ -146,11 +147,11 @@ def test_draft_trees_keep_the_law(expansion, branching, rule):
     out = decode_tokens(
         target,
         [[0]] * num,
+        Run(num, target.num_tokens, [(3, row) for row in range(num)]),
         drafter=drafter,
         rule=chosen.rule,
         shape=Shaping(),
         policy=FixedWindow(drafter.num_draft + 1),
-        seeds=[(3, row) for row in range(num)],
     )
     assert law_p_value(target.number(out.tokens), target.joint(Shaping())) > ALPHA
     assert out.stats.tokens_per_pass > 1.4

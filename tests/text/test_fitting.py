@@ -1,10 +1,17 @@
-"""Drafts fitted on a frozen target: they learn, resume, load, and never change the text."""
+"""Drafts fitted on a frozen target: they learn, resume, load, and never change the text.
+
+What is learnt is measured on prompts that no fit has seen, against the same module untrained, on a
+target whose answers do not loop. Margins are half of the gains that were measured, or less.
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
-from text_models import greedy_reference, random_prompts, tiny_llama
+from text_models import greedy_reference, random_prompts, walking_llama
 
 import arvision
 from arvision import CheckpointError, InputError
@@ -12,17 +19,17 @@ from arvision.text.drafters import HeadDrafter, PseudoDrafter
 from arvision.text.drafters.heads import KINDS, load_heads, make_heads
 from arvision.text.drafters.papers.pseudo import load_pseudo, make_pseudo, pseudo_layout
 from arvision.text.fitting.data import answer, frequent_tokens, head_examples, hidden_states
-from arvision.text.fitting.heads import HeadTraining, train_heads
-from arvision.text.fitting.pseudo import PseudoTraining, train_pseudo
-from arvision.text.fitting.small_model import train_small_model
+from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
+from arvision.text.fitting.pseudo import PseudoObjective, PseudoTraining, train_pseudo
+from arvision.text.fitting.small_model import small_copy, train_small_model
 from arvision.training.loop import FitConfig
 
-FIT = FitConfig(steps=40, batch_size=64, learning_rate=1e-2, warmup=5, log_every=10)
+FIT = FitConfig(steps=120, batch_size=64, learning_rate=1e-2, warmup=5, log_every=10)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return tiny_llama(num_hidden_layers=4).float().requires_grad_(False)
+    return walking_llama()
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,34 @@ def prompts():
 @pytest.fixture(scope="module")
 def answers(network, prompts):
     return answer(network, prompts, num_tokens=40, batch_size=8, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    return random_prompts([6] * 6, seed=10)
+
+
+@pytest.fixture(scope="module")
+def unseen_answers(network, unseen):
+    return answer(network, unseen, num_tokens=40, batch_size=6, progress=False)
+
+
+@pytest.fixture
+def tokens_per_pass(network, unseen, unseen_answers):
+    """Measures a drafter on greedy text of 30 tokens, which must be the target's own."""
+
+    def measure(drafter, **options) -> float:
+        out = arvision.generate(network, unseen, drafter=drafter, max_new_tokens=30, **options)
+        assert out.tokens == [text[6:36] for text in unseen_answers.texts]
+        return out.stats.tokens_per_pass
+
+    return measure
+
+
+def test_the_targets_answers_do_not_loop(unseen_answers):
+    for text in unseen_answers.texts:
+        # 39 steps, of which few are wrong and may jump back once.
+        assert len(set(itertools.pairwise(text[6:]))) > 25
 
 
 def test_answers_are_the_targets_own(network, prompts, answers):
@@ -54,22 +89,28 @@ def test_examples_hold_the_states_and_tokens_of_their_places(network, answers):
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_heads_learn_resume_and_keep_the_text(kind, network, prompts, answers, tmp_path):
-    training = HeadTraining(kind=kind, num_heads=2, num_vocabulary=48, fit=FIT)
-    figures = train_heads(network, answers, tmp_path / "a", training, progress=False)
+def test_heads_learn_resume_and_keep_the_text(
+    kind, network, prompts, answers, unseen_answers, tokens_per_pass, tmp_path
+):
+    training = HeadTraining(kind=kind, num_heads=2, num_vocabulary=60, fit=FIT)
+    train_heads(network, answers, tmp_path / "a", training, progress=False)
     fresh = make_heads(kind, 32, 2)
     heads, vocabulary = load_heads(tmp_path / "a")
     assert type(heads) is type(fresh)
-    assert figures["agreement"][0] > 0.2
-    assert len(vocabulary) <= 48
-    expected = [greedy_reference(network, ids, 30) for ids in prompts[:3]]
-    passes = {}
-    for shape in ("tree", "unit"):
-        drafter = HeadDrafter(tmp_path / "a", shape=shape, threshold=0.05)
-        out = arvision.generate(network, prompts[:3], drafter=drafter, max_new_tokens=30)
-        assert out.tokens == expected
-        passes[shape] = out.stats.tokens_per_pass
-    assert passes["tree"] > 1.2
+    assert len(vocabulary) == 60
+    examples = head_examples(network, unseen_answers, 2, progress=False)
+    weights = network.model.embed_tokens.weight, network.lm_head.weight
+    agreement = [
+        HeadObjective(one, examples, *weights, training).agreement(torch.arange(6 * 38))[0]
+        for one in (fresh, heads)
+    ]
+    assert agreement[1] > agreement[0] + 0.15
+    for shape, margin in (("tree", 0.3), ("unit", 0.1)):
+        passes = [
+            tokens_per_pass(HeadDrafter(one, shape=shape, threshold=0.05))
+            for one in (fresh, tmp_path / "a")
+        ]
+        assert passes[1] > passes[0] + margin
     plain = {"max_new_tokens": 30, "temperature": 0.9, "seed": 4}
     drawn = arvision.generate(network, prompts[:2], drafter=HeadDrafter(tmp_path / "a"), **plain)
     assert drawn.tokens == arvision.generate(network, prompts[:2], **plain).tokens
@@ -102,16 +143,15 @@ def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(network, answer
         assert torch.equal(a, b)
 
 
-def test_online_updates_make_heads_better(network, prompts):
+def test_online_updates_make_heads_better(network, prompts, tokens_per_pass):
     torch.manual_seed(0)
-    drafter = HeadDrafter(make_heads("hydra", 32, 2), online=1e-2, every=24)
-    first = arvision.generate(network, prompts[:4], drafter=drafter, max_new_tokens=30)
-    for _ in range(6):
+    heads = make_heads("hydra", 32, 2)
+    drafter = HeadDrafter(copy.deepcopy(heads), online=1e-2, every=8)
+    first = tokens_per_pass(HeadDrafter(heads))
+    for _ in range(10):
         arvision.generate(network, prompts[:12], drafter=drafter, max_new_tokens=30)
-    assert drafter.num_updates > 5
-    last = arvision.generate(network, prompts[:4], drafter=drafter, max_new_tokens=30)
-    assert last.tokens == first.tokens
-    assert last.stats.tokens_per_pass > first.stats.tokens_per_pass
+    assert drafter.num_updates > 10
+    assert tokens_per_pass(drafter) > first + 0.05
 
 
 def test_pseudo_tokens_stand_behind_every_place():
@@ -122,27 +162,36 @@ def test_pseudo_tokens_stand_behind_every_place():
 
 
 @pytest.mark.parametrize("kind", ["ppd", "hidden_transfer"])
-def test_pseudo_tokens_learn_and_keep_the_text(kind, network, prompts, answers, tmp_path):
-    fit = FitConfig(steps=30, batch_size=4, learning_rate=3e-2, warmup=3, log_every=1)
+def test_pseudo_tokens_learn_and_keep_the_text(
+    kind, network, prompts, answers, unseen_answers, tokens_per_pass, tmp_path
+):
+    fit = FitConfig(steps=60, batch_size=4, learning_rate=3e-2, warmup=3, log_every=1)
     training = PseudoTraining(kind=kind, num_guesses=2, num_places=8, length=40, fit=fit)
     before = [parameter.clone() for parameter in network.parameters()]
     figures = train_pseudo(network, answers, tmp_path / "p", training, progress=False)
     assert all(map(torch.equal, before, network.parameters()))
     log = (tmp_path / "p" / "fit" / "log.jsonl").read_text().splitlines()
     assert figures["loss"] < float(log[0].split('"loss": ')[1].split(",")[0])
-    expected = [greedy_reference(network, ids, 30) for ids in prompts[:3]]
-    drafter = PseudoDrafter(tmp_path / "p")
-    out = arvision.generate(network, prompts[:3], drafter=drafter, max_new_tokens=30)
-    assert out.tokens == expected
-    assert out.stats.tokens_per_pass > 1.05
+    trained = load_pseudo(tmp_path / "p")
+    fresh = make_pseudo(kind, 32, 2, trained.layer)
+    # Two vectors of 32 numbers (ppd) cannot turn many guesses, but bring their laws nearer.
+    losses = []
+    for one in (fresh, trained):
+        objective = PseudoObjective(one, network, unseen_answers, training)
+        loss = objective(torch.arange(6), torch.Generator().manual_seed(0))["loss"]
+        losses.append(loss.item())
+    drafter = PseudoDrafter(trained)
+    passes = [tokens_per_pass(one) for one in (PseudoDrafter(fresh), drafter)]
+    assert losses[1] < losses[0] - (0.6 if kind == "ppd" else 3.0)
+    assert passes[1] > passes[0] + (-0.1 if kind == "ppd" else 0.2)
     with pytest.raises(InputError, match=r"rule 'multi_round' with PseudoDrafter"):
         arvision.generate(
             network, prompts[:1], drafter=drafter, rule="multi_round", temperature=1.0
         )
 
 
-def test_a_small_model_drafts_for_its_target(network, prompts, answers, tmp_path):
-    fit = FitConfig(steps=20, batch_size=4, learning_rate=1e-3, warmup=2)
+def test_a_small_model_drafts_for_its_target(network, answers, tokens_per_pass, tmp_path):
+    fit = FitConfig(steps=40, batch_size=4, learning_rate=1e-2, warmup=2)
     figures = train_small_model(
         network, None, answers, tmp_path / "small", share=0.5, config=fit, progress=False
     )
@@ -150,15 +199,11 @@ def test_a_small_model_drafts_for_its_target(network, prompts, answers, tmp_path
     from transformers import AutoModelForCausalLM
 
     draft = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
-    out = arvision.generate(
-        network,
-        prompts[:2],
-        drafter="draft_model",
-        drafter_options={"draft": draft},
-        max_new_tokens=30,
-    )
-    assert out.tokens == [greedy_reference(network, ids, 30) for ids in prompts[:2]]
-    assert out.stats.tokens_per_pass > 1.2
+    passes = [
+        tokens_per_pass("draft_model", drafter_options={"draft": one})
+        for one in (small_copy(network, 0.5).eval(), draft)
+    ]
+    assert passes[1] > passes[0] + 1.0
 
 
 def test_bad_input_has_one_clear_message(network, answers, tmp_path):

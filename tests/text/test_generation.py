@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import BatchEncoding
 
 import arvision
 from arvision import InputError
-from arvision.text import HFCausalLM
+from arvision.text import HFCausalLM, costs
 from arvision.text import state as state_module
 from arvision.text.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
 
@@ -303,3 +304,47 @@ def test_a_seed_per_row_and_tokens_that_end_a_text(network):
     ):
         with pytest.raises(InputError, match=message):
             arvision.generate(network, rows, **options, **change)
+
+
+class SlowDraft:
+    """A draft model that is right about nothing and takes its time."""
+
+    def __init__(self, network):
+        self.network, self.calls = network, 0
+        network.register_forward_pre_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+        time.sleep(0.02)
+
+
+def test_auto_counts_whole_rounds_and_drops_a_draft_that_does_not_pay(network):
+    costs._MEASURED.clear()
+    slow = SlowDraft(tiny_llama(seed=5))
+    prompts = random_prompts([6])
+    options: dict[str, Any] = {"drafter": "draft_model", "num_draft": "auto", "max_new_tokens": 60}
+    options["drafter_options"] = {"draft": slow.network, "expansion": "chain"}
+    arvision.generate(network, prompts, **options)
+    slow.calls = 0
+    out = arvision.generate(network, prompts, **options)
+    assert out.tokens == arvision.generate(network, prompts, max_new_tokens=60).tokens
+    # Its prefill, and not one pass more.
+    assert slow.calls <= 1
+    assert set(out.stats.windows) == {1}
+    # A draft that costs next to nothing beside its target and is always right is kept.
+    costs._MEASURED.clear()
+    target = tiny_llama(num_hidden_layers=12)
+    lookup = arvision.generate(
+        target, [list(range(8)) * 4], drafter="token_recycling", num_draft="auto", max_new_tokens=60
+    )
+    assert max(lookup.stats.windows) > 1
+    table = costs.round_costs(
+        HFCausalLM(network, 20), "x", lambda _: plain_run, [torch.ones(3)] * 5, 4
+    )
+    assert sorted({int(row[0]) for row in table}) == [1, 4, 16]
+
+
+def plain_run(model, conditions, *, seeds, guidance_scale, on_step):
+    """As many passes as `time_passes` wants."""
+    for number in range(1, 6):
+        on_step(number, {"accepted": [1] * len(conditions)})

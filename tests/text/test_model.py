@@ -11,9 +11,7 @@ from text_models import greedy_reference, random_prompts, tiny_llama
 import arvision
 from arvision import InputError, StateError
 from arvision.contracts import TokenModel
-from arvision.decoding.window import CostTable
 from arvision.text import HFCausalLM, load_text_model
-from arvision.text.costs import pass_costs
 
 
 def other_network(kind):
@@ -232,11 +230,6 @@ def test_bad_use_has_one_clear_message():
     network.lm_head.weight.data[3] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         HFCausalLM(network, 4).start([[1]])
-
-
-def test_costs_are_a_cost_table():
-    table = CostTable(pass_costs(HFCausalLM(tiny_llama()), 8))
-    assert table.windows == [1, 2, 4, 8]
 
 
 def test_models_by_name(tmp_path):

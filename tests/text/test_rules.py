@@ -12,6 +12,7 @@ from arvision.decoding import verify
 from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.noise import Noise, draw
+from arvision.decoding.run import Run
 from arvision.decoding.tree import TokenTree, topology
 from arvision.decoding.verify import Round
 from arvision.testing import DroppingTableModel, law_p_value
@@ -85,11 +86,11 @@ def drawn(rule, parents, draws, seed=0, num=NUM):
     out = decode_tokens(
         target,
         [None] * num,
+        Run(num, target.num_tokens, [(seed, row) for row in range(num)]),
         drafter=drafter,
         rule=rule,
         shape=Shaping(),
         policy=FixedWindow(8),
-        seeds=[(seed, row) for row in range(num)],
     )
     return law_p_value(target.number(out.tokens), target.joint(Shaping())), out
 

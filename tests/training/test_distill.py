@@ -86,6 +86,11 @@ def test_bad_shards(done, teacher, tmp_path):
     shard.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"pairs-0000000-400.*cannot be read .*complete"):
         distill(teacher, tmp_path / "run", SETTINGS, progress=False)
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match=r"pairs-0000000-400.*is damaged .*; delete it"):
+        distill(teacher, tmp_path / "run", SETTINGS, progress=False)
     shard.write_bytes(whole)
     other = ARPipeline.from_model(tiny_llamagen(seed=1), guidance_scale=1.5)
     other.save_pretrained(tmp_path / "tiny")

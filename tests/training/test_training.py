@@ -101,6 +101,30 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, pictures):
         fit(make("class", pictures), FitConfig(steps=2, batch_size=4), tmp_path, progress=False)
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path, pictures):
+    config = FitConfig(steps=2, batch_size=4)
+    fit(make("class", pictures), config, tmp_path, progress=False, stop_after=1)
+    path = tmp_path / "checkpoint.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    for bad in (bytes(data), bytes(data[: len(data) // 2])):
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged .*: delete it to"):
+            fit(make("class", pictures), config, tmp_path, progress=False)
+    assert path.read_bytes() == bad
+
+
+def test_a_second_training_in_a_folder_says_so(tmp_path, pictures):
+    def try_another(_):
+        with pytest.raises(InputError, match="another run works in"):
+            fit(make("class", pictures), config, tmp_path, progress=False)
+        tried.append(True)
+
+    tried, config = [], FitConfig(steps=1, batch_size=4)
+    fit(make("class", pictures), config, tmp_path, progress=False, on_log=try_another)
+    assert tried == [True]
+
+
 def test_fits_of_one_process_may_differ_in_precision(tmp_path, pictures):
     for precision in ("no", "bf16", "no"):
         config = FitConfig(steps=1, batch_size=4, mixed_precision=precision)

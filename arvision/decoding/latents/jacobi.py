@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, StepCallback
+from ...contracts import Conditions, ContinuousModel, Samples
 from ...errors import InputError
-from ..noise import Noise
+from ..run import Run
 from .chain import LatentHead, draw_chain
-from .loop import LatentPlan, check_seeds
+from .loop import LatentPlan
 from .run import LatentRun, ragged
 
 
@@ -20,13 +20,11 @@ from .run import LatentRun, ragged
 def iterate_latents(
     model: ContinuousModel,
     conditions: Conditions,
+    run: Run,
     *,
     plan: LatentPlan,
     window: int,
     tolerance: float,
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
-    on_step: StepCallback | None = None,
 ) -> Samples:
     """Draw one image per condition.
 
@@ -39,59 +37,55 @@ def iterate_latents(
     Args:
         model: a continuous model.
         conditions: one per image.
+        run: the ledger; latents that are not drawn because `on_step` stopped the run stay 0.
         plan: order, iterations, guidance and temperature.
         window: iterations seen by a pass.
         tolerance: largest difference of an entry of a latent that counts as none.
-        seeds: one per image.
-        guidance_scale: the full one.
-        on_step: called after each pass; a true answer stops the run, latents not drawn stay 0.
 
     Returns:
         Latents [B, N, D]; the statistics of `decode_latents`; further `iterations`, `drafted`
         (guesses judged), `accepted`, `acceptance_rate`, `context_rows` (rows of all passes).
 
     Raises:
-        InputError: see `LatentPlan.ends`; a window above the number of latents; another number of
-            seeds than of conditions.
+        InputError: see `LatentPlan.ends`; a window above the number of latents; a latent that is
+            NaN or infinite.
     """
-    check_seeds(seeds, conditions)
     ends = plan.ends(model)
     if window > model.num_tokens:
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
-    noise = Noise(seeds, getattr(model, "device", "cpu"))
-    order = plan.orders(noise, model)
-    state = model.start(conditions, guidance_scale, order)
-    scales = plan.scales(ends, guidance_scale)
-    return _Run(state, model.head, order, ends, scales, plan, noise, (window, tolerance)).finish(
-        on_step
-    )
+    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    order = plan.orders(run.noise, model)
+    state = model.start(conditions, run.guidance_scale, order)
+    scales = plan.scales(ends, run.guidance_scale)
+    return _Iteration(
+        run, state, model.head, order, ends, scales, plan, (window, tolerance)
+    ).finish()
 
 
-class _Run(LatentRun):
+class _Iteration(LatentRun):
     """Where each image stands, and its guesses."""
 
     def __init__(
         self,
+        ledger: Run,
         state: Any,
         head: LatentHead,
         order: Tensor,
         ends: Sequence[int],
         scales: Sequence[float],
         plan: LatentPlan,
-        noise: Noise,
         how: tuple[int, float],
     ) -> None:
-        super().__init__(order, ends, head.latent_dim)
-        self._state, self._head, self._plan, self._noise = state, head, plan, noise
+        super().__init__(ledger, order, ends)
+        self._state, self._head, self._plan = state, head, plan
         self._window, self._tolerance = how
         self._scales = torch.tensor(scales, device=order.device)
         self._guesses = torch.zeros_like(self.latents)
         self._guessed = torch.zeros_like(self._done)
         self._drafted = self._accepted = 0
 
-    def round(self) -> None:
+    def round(self, images: Tensor) -> None:
         """See the iterations to come in their guessed contexts, draw them, keep what stands."""
-        images = self._going()
         left = self._num_iter - self._done[images]
         # As many rows as there are guesses to stand on, and one more.
         rows = torch.minimum(left, (self._guessed - self._done)[images] + 1).clamp(max=self._window)
@@ -102,8 +96,6 @@ class _Run(LatentRun):
             self._guesses[images[which]],
         )
         z = self._state.contexts(contexts, self._known(images[which], places), images[which])
-        self.passes += 1
-        self._passes[images] += 1
         self._rows += len(which)
         # Guesses for the next pass come from the same chain: all that its window may reach.
         reach = torch.minimum(left, rows + self._window - 1)
@@ -113,7 +105,7 @@ class _Run(LatentRun):
         slots.z = z[row, slots.positions]
         path = draw_chain(
             slots.law(self._head),
-            slots.noise(self._noise, self._head, "latent"),
+            slots.noise(self._ledger.noise, self._head, "latent"),
             self._plan.temperature,
             self._plan.last_noise,
         )
@@ -132,12 +124,11 @@ class _Run(LatentRun):
         self._drafted += int((rows - 1).sum())
         self._accepted += int(stop.sum())
 
-    def stats(self) -> Stats:
+    def figures(self) -> dict[str, Any]:
         """See `iterate_latents`."""
-        return Stats(
-            self._figures(),
-            head_steps=self.passes * self._head.num_steps,
-            drafted=self._drafted,
-            accepted=self._accepted,
-            acceptance_rate=self._accepted / max(1, self._drafted),
-        )
+        return {
+            "head_steps": self._ledger.num_passes * self._head.num_steps,
+            "drafted": self._drafted,
+            "accepted": self._accepted,
+            "acceptance_rate": self._accepted / max(1, self._drafted),
+        }

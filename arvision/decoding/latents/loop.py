@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, StepCallback
+from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples
 from ...errors import InputError, check_count, unknown_name
 from ..noise import Noise
+from ..run import Run
 from .chain import (
     GUIDANCE_SCHEDULES,
     LatentHead,
@@ -116,90 +116,54 @@ class LatentPlan:
         return noise.uniform(every, "order").argsort(1)
 
 
-def check_seeds(seeds: Seeds, conditions: Conditions) -> None:
-    """Refuse another number of seeds than of conditions.
-
-    Raises:
-        InputError: see above.
-    """
-    if len(seeds) != len(conditions):
-        raise InputError(f"{len(seeds)} seeds for {len(conditions)} conditions: expected one each")
-
-
 @torch.no_grad()
 def decode_latents(
     model: ContinuousModel,
     conditions: Conditions,
+    run: Run,
     *,
     plan: LatentPlan,
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
-    on_step: StepCallback | None = None,
 ) -> Samples:
     """Draw one image per condition, one set of latents per pass.
 
     Args:
         model: a continuous model.
         conditions: one per image.
+        run: the ledger; latents that are not drawn because `on_step` stopped the run stay 0.
         plan: order, iterations, guidance and temperature.
-        seeds: one per image.
-        guidance_scale: the full one.
-        on_step: called after each pass; a true answer stops the run, latents not drawn stay 0.
 
     Returns:
-        Latents [B, N, D]; stats: `forward_passes` (calls of the transformer), `tokens`,
-        `tokens_per_pass`, `passes_per_image` [B], `commit_pass` [B][N] (the pass that drew each
-        position) and `head_steps` (calls of the head in sequence).
+        Latents [B, N, D]; the statistics of `Run.stats`, and `head_steps` (calls of the head in
+        sequence).
 
     Raises:
-        InputError: another number of seeds than of conditions, or more iterations than latents.
+        InputError: more iterations than latents, or a latent that is NaN or infinite.
     """
-    check_seeds(seeds, conditions)
     ends = plan.ends(model)
-    scales, heads = plan.scales(ends, guidance_scale), plan.heads(model.head, ends)
-    noise = Noise(seeds, getattr(model, "device", "cpu"))
-    order = plan.orders(noise, model)
-    state = model.start(conditions, guidance_scale, order)
+    scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
+    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    order = plan.orders(run.noise, model)
+    state = model.start(conditions, run.guidance_scale, order)
     if plan.refresh > 1:
-        keep_features = getattr(state, "keep_features", None)
-        if keep_features is None:
+        if not isinstance(state, KeepsFeatures):
             raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
-        keep_features(plan.refresh, plan.reuse_guidance)
-    tokens = torch.zeros(*order.shape, model.head.latent_dim, device=order.device)
-    commit_pass = torch.zeros_like(order)
-    passes = head_steps = 0
+        state.keep_features(plan.refresh, plan.reuse_guidance)
+    images = torch.arange(run.batch, device=order.device)[:, None]
+    head_steps = 0
     for start, end, scale, head in zip([0, *ends[:-1]], ends, scales, heads, strict=True):
         positions = order[:, start:end]
         z = state.condition(end - start)
-        numbers = chain_noise(noise, positions, head, "latent").to(z)
+        run.next_pass()
+        numbers = chain_noise(run.noise, positions, head, "latent").to(z)
         law = head.law(z.flatten(0, 1), scale)
         path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
         drawn = path.latents.view(*positions.shape, -1)
+        run.watch(drawn)
+        run.record(images, positions, drawn)
+        run.check()
         state.feed(drawn)
-        passes += 1
         head_steps += head.num_steps
-        tokens = tokens.to(drawn)
-        tokens.scatter_(1, positions[..., None].expand_as(drawn), drawn)
-        commit_pass.scatter_(1, positions, passes)
-        if on_step is not None and on_step(passes, progress(end, order)):
+        run.report(torch.full_like(run.lengths, end - start))
+        if run.stopped:
             break
-    return Samples(
-        tokens,
-        Stats(
-            forward_passes=passes,
-            tokens=model.num_tokens,
-            tokens_per_pass=model.num_tokens / passes,
-            passes_per_image=[passes] * len(order),
-            commit_pass=commit_pass.tolist(),
-            head_steps=head_steps,
-        ),
-    )
-
-
-def progress(done: int, order: Tensor) -> dict[str, Any]:
-    """Figures for progress bars when `done` latents of every image are drawn."""
-    return {
-        "finished": done * len(order),
-        "total": order.numel(),
-        "accepted": [done] * len(order),
-    }
+    return run.samples(head_steps=head_steps)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Samples, Stats, StepCallback
+from ...contracts import Samples
+from ..run import Run
 from .verify import Slots
 
 
@@ -27,50 +28,44 @@ class LatentRun:
     """Bookkeeping of a ragged batch: each image has drawn a number of iterations of its own.
 
     Args:
+        ledger: of the run, begun.
         order: [B, N] int64, positions in the order of drawing.
         ends: latents drawn after each iteration.
-        latent_dim: D.
-
-    Attributes:
-        latents: [B, N, D], what is known; 0 elsewhere.
-        passes: of the model so far.
     """
 
-    def __init__(self, order: Tensor, ends: Sequence[int], latent_dim: int) -> None:
-        device = order.device
-        self._order, self._num_iter = order, len(ends)
-        self._bounds = torch.tensor([0, *ends], device=device)
+    def __init__(self, ledger: Run, order: Tensor, ends: Sequence[int]) -> None:
+        self._ledger, self._order, self._num_iter = ledger, order, len(ends)
+        self._bounds = torch.tensor([0, *ends], device=order.device)
         self._rank = order.argsort(1)
-        self.latents = torch.zeros(*order.shape, latent_dim, device=device)
-        self._done = torch.zeros(len(order), dtype=torch.int64, device=device)
-        self._commit_pass = torch.zeros_like(order)
-        self._passes = torch.zeros_like(self._done)
-        self.passes = self._rows = 0
-
-    def finish(self, on_step: StepCallback | None = None) -> Samples:
-        """One round after another; see `arvision.contracts.StepCallback`."""
-        while self.is_going:
-            self.round()
-            if on_step is not None and on_step(self.passes, self.progress()):
-                break
-        return Samples(self.latents, self.stats())
-
-    def round(self) -> None:
-        """One pass of the model, and what follows from it."""
-        raise NotImplementedError
-
-    def stats(self) -> Stats:
-        """Statistics of the run so far."""
-        raise NotImplementedError
+        self._done = torch.zeros_like(ledger.lengths)
+        self._rows = 0
 
     @property
-    def is_going(self) -> bool:
-        """Whether an image still lacks latents."""
-        return bool((self._done < self._num_iter).any())
+    def latents(self) -> Tensor:
+        """[B, N, D], what is known; 0 elsewhere."""
+        return self._ledger.tokens
 
-    def _going(self) -> Tensor:
-        """Images [A] that still lack latents."""
-        return (self._done < self._num_iter).nonzero()[:, 0]
+    def finish(self) -> Samples:
+        """One round after another, until all images are drawn or the run is stopped."""
+        going = self._done < self._num_iter
+        while self._ledger.check(going) and not self._ledger.stopped:
+            images = going.nonzero()[:, 0]
+            before = self._bounds[self._done[images]]
+            self._ledger.next_pass(images)
+            self.round(images)
+            self._ledger.report(self._bounds[self._done[images]] - before, images)
+            going = self._done < self._num_iter
+        return self._ledger.samples(
+            iterations=self._num_iter, context_rows=self._rows, **self.figures()
+        )
+
+    def round(self, images: Tensor) -> None:
+        """One pass of the model for `images` [A], and what follows from it."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        """Further statistics of the run so far."""
+        raise NotImplementedError
 
     def _slots(self, rows: Tensor, images: Tensor, places: Tensor, scales: Tensor) -> tuple:
         """One entry per latent of the iterations `places` after the known ones of `images`.
@@ -96,28 +91,5 @@ class LatentRun:
         return iterations - self._done[images, None]
 
     def _write(self, slots: Slots, latents: Tensor) -> None:
-        self.latents = self.latents.to(latents.dtype)
-        self.latents[slots.images, slots.positions] = latents
-        self._commit_pass[slots.images, slots.positions] = self.passes
-
-    def progress(self) -> dict[str, Any]:
-        """Figures for progress bars."""
-        drawn = self._bounds[self._done]
-        return {
-            "finished": int(drawn.sum()),
-            "total": self._order.numel(),
-            "accepted": drawn.tolist(),
-        }
-
-    def _figures(self) -> Stats:
-        """Statistics that every run has."""
-        num = self._order.shape[1]
-        return Stats(
-            forward_passes=self.passes,
-            tokens=num,
-            tokens_per_pass=num / max(1e-9, float(self._passes.double().mean())),
-            passes_per_image=self._passes.tolist(),
-            commit_pass=self._commit_pass.tolist(),
-            iterations=self._num_iter,
-            context_rows=self._rows,
-        )
+        self._ledger.watch(latents)
+        self._ledger.record(slots.images, slots.positions, latents)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, Samples, Seeds, Stats, StepCallback
+from ...contracts import Conditions, ContinuousModel, Samples
 from ...errors import InputError
-from ..noise import Noise
+from ..run import Run
 from .chain import Trajectory
-from .loop import LatentPlan, check_seeds
+from .loop import LatentPlan
 from .run import LatentRun, ragged
 from .verify import Slots, Verifier, join
 
@@ -64,13 +64,11 @@ def speculate_latents(
     model: ContinuousModel,
     draft: ContinuousModel | None,
     conditions: Conditions,
+    run: Run,
     *,
     plan: LatentPlan,
     how: Speculation,
-    seeds: Seeds,
-    guidance_scale: float = 1.0,
     draft_guidance_scale: float | None = None,
-    on_step: StepCallback | None = None,
 ) -> Samples:
     """Draw one image per condition.
 
@@ -84,13 +82,10 @@ def speculate_latents(
         draft: with the target's latents, grid and denoising steps. None: the target drafts for
             itself, from the conditions that its last pass gave for the places to come.
         conditions: one per image.
+        run: the ledger; latents that are not drawn because `on_step` stopped the run stay 0.
         plan: order, iterations, guidance and temperature.
         how: drafting and verification.
-        seeds: one per image.
-        guidance_scale: of the target.
         draft_guidance_scale: of the draft; None for the target's.
-        on_step: called after each pass of the target; a true answer stops the run, latents not drawn
-            stay 0.
 
     Returns:
         Latents [B, N, D]; the statistics of `decode_latents`; further `iterations`, `draft_passes`,
@@ -100,9 +95,8 @@ def speculate_latents(
 
     Raises:
         InputError: see `check_pair`, `LatentPlan.ends`; a draft length above the number of latents;
-            another number of seeds than of conditions.
+            a latent that is NaN or infinite.
     """
-    check_seeds(seeds, conditions)
     if draft is not None:
         check_pair(draft, model)
     ends = plan.ends(model)
@@ -110,9 +104,9 @@ def speculate_latents(
         raise InputError(
             f"max_draft {how.max_draft}: expected 1 to {model.num_tokens}, the latents"
         )
-    noise = Noise(seeds, getattr(model, "device", "cpu"))
-    order = plan.orders(noise, model)
-    own_scale = guidance_scale if draft_guidance_scale is None else draft_guidance_scale
+    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    order = plan.orders(run.noise, model)
+    own_scale = run.guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(
         target=model.head,
         draft=(draft or model).head,
@@ -120,25 +114,27 @@ def speculate_latents(
         temperature=plan.temperature,
         widening=how.widening,
         max_tries=how.max_tries,
-        noise=noise,
+        noise=run.noise,
     )
-    run = _Run(
-        model.start(conditions, guidance_scale, order),
+    rounds = _Rounds(
+        run,
+        model.start(conditions, run.guidance_scale, order),
         None if draft is None else draft.start(conditions, own_scale, order),
         order,
         ends,
-        (plan.scales(ends, guidance_scale), plan.scales(ends, own_scale)),
+        (plan.scales(ends, run.guidance_scale), plan.scales(ends, own_scale)),
         verifier,
         how,
     )
-    return run.finish(on_step)
+    return rounds.finish()
 
 
-class _Run(LatentRun):
+class _Rounds(LatentRun):
     """Where each image stands, and one round after another."""
 
     def __init__(
         self,
+        ledger: Run,
         target: Any,
         draft: Any,
         order: Tensor,
@@ -147,7 +143,7 @@ class _Run(LatentRun):
         verifier: Verifier,
         how: Speculation,
     ) -> None:
-        super().__init__(order, ends, verifier.target.latent_dim)
+        super().__init__(ledger, order, ends)
         self._target, self._draft, self._how, self._verifier = target, draft, how, verifier
         self._scales, self._draft_scales = (torch.tensor(s, device=order.device) for s in scales)
         self._prefill = -int(-how.prefill * len(ends) // 1)
@@ -157,9 +153,8 @@ class _Run(LatentRun):
             self._guessed = torch.empty(0)
             self._ahead: tuple[Slots, Trajectory] | None = None
 
-    def round(self) -> None:
+    def round(self, images: Tensor) -> None:
         """Draft, verify, write down."""
-        images = self._going()
         lengths = self._lengths(images)
         work = self.latents.clone()
         slots, paths = self._propose(images, lengths, work)
@@ -167,8 +162,6 @@ class _Run(LatentRun):
         extra_rows = has_extra.nonzero()[:, 0]
         rows, extra = self._slots(extra_rows, images[extra_rows], lengths[extra_rows], self._scales)
         extra.z = z[context[rows] + self._at(extra.places), extra.positions]
-        self.passes += 1
-        self._passes[images] += 1
         if self._draft is None:
             self._keep(images, z, context)
         if slots is None or paths is None:
@@ -229,7 +222,7 @@ class _Run(LatentRun):
         target = self._verifier.target
         if self._draft is not None:
             return self._verifier.draw(target, extra).latents
-        images = self._going()
+        images = (self._done < self._num_iter).nonzero()[:, 0]
         _, rows, places = ragged(self._lengths(images))
         _, slots = self._slots(rows, images[rows], places, self._draft_scales)
         slots.z = self._guessed[slots.images, slots.positions]
@@ -290,7 +283,7 @@ class _Run(LatentRun):
         scales = self._scales[self._done[slots.images] + slots.places]
         judged = Slots(slots.images, slots.positions, slots.places, z_target, scales)
         log_ratio, own, extra_latents = verifier.compare(judged, drafted, follow[1])
-        uniforms = judged.uniform(verifier.noise, "accept", self.passes)
+        uniforms = judged.uniform(verifier.noise, "accept", self._ledger.num_passes)
         accepted = uniforms.log() < log_ratio
         failed = torch.where(accepted, lengths[row], slots.places)
         stop = lengths.scatter_reduce(0, row, failed, "amin")
@@ -313,18 +306,17 @@ class _Run(LatentRun):
         elif len(wanted) or self._draft is None:
             self._write(extra, self._draw(extra))
 
-    def stats(self) -> Stats:
+    def figures(self) -> dict[str, Any]:
         """See `speculate_latents`."""
         counts = self._verifier.counts
-        return Stats(
-            self._figures(),
-            head_steps=counts.head_calls,
-            draft_passes=self._draft_passes,
-            drafted=counts.drafted,
-            accepted=counts.accepted,
-            rejected=counts.rejected,
-            acceptance_rate=counts.accepted / max(1, counts.accepted + counts.rejected),
-            proposals=counts.proposals,
-            exhausted=counts.exhausted,
-            nonfinite=counts.nonfinite,
-        )
+        return {
+            "head_steps": counts.head_calls,
+            "draft_passes": self._draft_passes,
+            "drafted": counts.drafted,
+            "accepted": counts.accepted,
+            "rejected": counts.rejected,
+            "acceptance_rate": counts.accepted / max(1, counts.accepted + counts.rejected),
+            "proposals": counts.proposals,
+            "exhausted": counts.exhausted,
+            "nonfinite": counts.nonfinite,
+        }

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError, InputError, optional
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, resize, safe_load
 
 ARCHITECTURE = "vit_large_patch14_dinov2.lvd142m"
@@ -47,6 +46,8 @@ class DINOv2(Extractor):
                 "extractor dinov2-vitl14 has no weights: give weights=PATH in timm's layout, "
                 f"or download=True to fetch {architecture}"
             )
+        with optional("eval", "extractor dinov2-vitl14"):
+            import timm
         network: Any = timm.create_model(
             architecture, pretrained=weights is None, num_classes=0, img_size=SIDE
         )

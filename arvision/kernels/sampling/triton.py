@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.random import philox_impl
 
 from ..inversion.triton import inversion_step
+from .reference import Shaping
 
 BLOCK = 2048
 SPLIT = 8192
@@ -262,12 +263,11 @@ class _Cut:
     def __init__(
         self,
         logits: Tensor,
+        how: Shaping,
         null_logits: Tensor | None,
         guidance_scale: float,
-        temperature: float,
-        top_k: int,
-        top_p: float,
     ) -> None:
+        temperature, top_k, top_p = how.temperature, how.top_k, how.top_p
         self.rows, self.size = logits.shape
         cond = logits.contiguous()
         null = cond if null_logits is None else null_logits.contiguous()
@@ -293,19 +293,28 @@ class _Cut:
             )  # fmt: skip
 
 
-def shape(**law: Any) -> Tensor:
+def shape(
+    logits: Tensor, how: Shaping, null_logits: Tensor | None, guidance_scale: float
+) -> Tensor:
     """See `arvision.kernels.sampling.shape`."""
-    cut = _Cut(**law)
-    out = torch.empty(cut.rows, cut.size, device=law["logits"].device, dtype=torch.float32)
+    cut = _Cut(logits, how, null_logits, guidance_scale)
+    out = torch.empty(cut.rows, cut.size, device=logits.device, dtype=torch.float32)
     if cut.rows:
         grid = (cut.rows, triton.cdiv(cut.size, cut.block))
         _write[grid](*cut.pointers, out, cut.size, *cut.scalars, **cut.options)
     return out
 
 
-def sample_gumbel(identity: Tensor, use: int, **law: Any) -> Tensor:
+def sample_gumbel(
+    logits: Tensor,
+    identity: Tensor,
+    how: Shaping,
+    use: int,
+    null_logits: Tensor | None,
+    guidance_scale: float,
+) -> Tensor:
     """See `arvision.kernels.sampling.sample_gumbel`."""
-    cut = _Cut(**law)
+    cut = _Cut(logits, how, null_logits, guidance_scale)
     split = max(cut.block, min(SPLIT, triton.next_power_of_2(cut.size)))
     num_splits = triton.cdiv(cut.size, split)
     scores = torch.empty(cut.rows, num_splits, device=identity.device, dtype=torch.float32)
@@ -318,9 +327,15 @@ def sample_gumbel(identity: Tensor, use: int, **law: Any) -> Tensor:
     return tokens.gather(1, scores.argmax(1, keepdim=True))[:, 0]
 
 
-def sample_inverse(uniforms: Tensor, **law: Any) -> Tensor:
+def sample_inverse(
+    logits: Tensor,
+    uniforms: Tensor,
+    how: Shaping,
+    null_logits: Tensor | None,
+    guidance_scale: float,
+) -> Tensor:
     """See `arvision.kernels.sampling.sample_inverse`."""
-    cut = _Cut(**law)
+    cut = _Cut(logits, how, null_logits, guidance_scale)
     tokens = torch.empty(cut.rows, device=uniforms.device, dtype=torch.int64)
     if cut.rows:
         _inverse[(cut.rows,)](

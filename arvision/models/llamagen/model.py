@@ -12,9 +12,10 @@ from torch import Tensor
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
+from ..captions import CaptionEncoder, text_features
 from ..conditions import resolve_class
 from .state import LlamaGenState
-from .text import CaptionEncoder
+from .text import clean_caption
 from .tokenizer import LlamaGenTokenizer
 from .transformer import LlamaGenTransformer
 
@@ -52,7 +53,7 @@ class LlamaGen:
         self.captions = None
         if text_encoder is not None and text_tokenizer is not None:
             length = transformer.config["caption_length"]
-            self.captions = CaptionEncoder(text_encoder, text_tokenizer, length)
+            self.captions = CaptionEncoder(text_encoder, text_tokenizer, length, clean_caption)
         if tokenizer is not None and tokenizer.config["codebook_size"] != self.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.config['codebook_size']} codes: expected "
@@ -155,7 +156,7 @@ class LlamaGen:
         length, width = config["caption_length"], config["caption_dim"]
         features = torch.zeros(len(conditions), length, width, device=self.device, dtype=self.dtype)
         valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=self.device)
-        for row, found in enumerate(self._features(conditions)):
+        for row, found in enumerate(text_features(conditions, self.captions)):
             if found.dim() != 2 or found.shape[1] != width or not 1 <= len(found) <= length:
                 raise InputError(
                     f"caption features {tuple(found.shape)}: expected [T, {width}] with T in "
@@ -165,27 +166,6 @@ class LlamaGen:
             valid[row, length - len(found) :] = True
         null = embed.uncond_embedding.to(features).expand_as(features)
         return embed(features), embed(null), valid
-
-    def _features(self, conditions: Conditions) -> list[Tensor]:
-        """Features [T_i, caption_dim] of each condition, captions encoded in one batch."""
-        texts = [c for c in conditions if isinstance(c, str)]
-        if texts and self.captions is None:
-            raise InputError(
-                f"caption {texts[0]!r}: this model has no text encoder; expected caption features "
-                "[T, caption_dim]"
-            )
-        encoded = iter(self.captions(texts) if texts and self.captions is not None else [])
-        features = []
-        for condition in conditions:
-            if isinstance(condition, str):
-                features.append(next(encoded))
-            elif isinstance(condition, Tensor):
-                features.append(condition)
-            else:
-                raise InputError(
-                    f"condition {condition!r}: expected a caption or caption features [T, caption_dim]"
-                )
-        return features
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ from ...errors import InputError
 from ...kernels.linear import Linear
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
-from .layers import Block, ClassEmbedding, RMSNorm, rotary_table
 from .model import LlamaGen
 from .tokenizer import LlamaGenTokenizer
-from .transformer import LlamaGenTransformer
+from .transformer import Block, ClassEmbedding, LlamaGenTransformer, RMSNorm, rotary_table
 
 STUDENT_WRAPPERS = ("ema", "model", "module", "state_dict")
 

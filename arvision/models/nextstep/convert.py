@@ -18,8 +18,8 @@ from ...checkpoint import (
 from ...errors import CheckpointError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-STRAY_KEYS = ("gen_pos_embed",)
-"""Fixed tables that some files hold and nothing here uses."""
+POSITION_TABLE = "gen_pos_embed"
+"""A fixed table that files hold whether it is used or not."""
 
 NETWORK_ALIASES = {
     "num_hidden_layers": "num_layers",
@@ -65,13 +65,10 @@ NETWORK_SIZES = (
     "positive_prompt",
     "negative_prompt",
     "image_guidance_scale",
+    "use_gen_pos_embed",
 )
 
-UNSUPPORTED = {
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "use_gen_pos_embed": (False, None),
-}
+UNSUPPORTED = {"mlp_bias": (False, None), "rope_scaling": (None,)}
 """What a configuration may say that the network here does not do, and what it may say instead."""
 
 AUTOENCODER_ALIASES = {"z_channels": "latent_channels", "psz": "patch_size"}
@@ -127,7 +124,9 @@ def network_files(
             raise CheckpointError(f"{name}: expected {' or '.join(WEIGHTS)} in it")
         name = str(found[0])
         tensors = read_state_dict(found[0], ())
-    return name, config, {k: v for k, v in tensors.items() if k not in STRAY_KEYS}
+    if not config.get("use_gen_pos_embed"):
+        tensors = {key: value for key, value in tensors.items() if key != POSITION_TABLE}
+    return name, config, tensors
 
 
 def network_sizes(

@@ -91,7 +91,8 @@ class NextStepLaw:
         z: [M, C]; with guidance [M, 2C], the conditional and the unconditional z side by side; for
             edits [M, 3C], between them that of the image alone.
         guidance_scale: s; v is null + s * (cond - null). One for all latents, or [M].
-        image_scale: r; with three branches v is null + r * (image - null) + s * (cond - image).
+        image_scale: r; with three branches v is null + r * (image - null) + s * (cond - image). It
+            is the same for all latents; in the released code a guidance schedule moves it, too.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,13 +72,19 @@ class NextStep:
 
     @classmethod
     def from_official(
-        cls, folder: str | Path, dtype: torch.dtype = torch.float32, **sizes: Any
+        cls,
+        folder: str | Path,
+        vae: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        **sizes: Any,
     ) -> NextStep:
         """Load a folder as the authors publish it.
 
         Args:
-            folder: with `config.json`, the weights (one file or shards), `vae/` and the text
-                tokenizer's files; the latter two may be missing.
+            folder: with `config.json`, the weights (one file or shards) and the text tokenizer's
+                files, which may be missing.
+            vae: folder of the autoencoder (`NextStep-1-f8ch16-Tokenizer`); None for `vae/` in
+                `folder`, where release 1.1 has it, or no autoencoder.
             dtype: of the language model and the head; the autoencoder stays in float32.
             **sizes: what the files do not tell: `grid`, `num_sampling_steps`, `shift`, `release`,
                 `use_norm`, `positive_prompt`, `negative_prompt`, `image_guidance_scale`.
@@ -87,8 +94,10 @@ class NextStep:
             InputError: a size that there is not, or out of range.
         """
         network = NextStepTransformer.from_official(folder, dtype, **sizes)
-        vae = Path(folder) / "vae"
-        autoencoder = NextStepAutoencoder.from_official(vae) if vae.is_dir() else None
+        inside = Path(folder) / "vae"
+        if vae is None and inside.is_dir():
+            vae = inside
+        autoencoder = None if vae is None else NextStepAutoencoder.from_official(vae)
         return cls(network, autoencoder, text_tokenizer=_text_tokenizer(Path(folder)))
 
     @property
@@ -171,19 +180,22 @@ class NextStep:
         return embeddings
 
     def _encode(self, image: Any) -> tuple[tuple[int, int], Tensor]:
-        """Grid and tokens [N, D] of a picture, cut to multiples of a token's side.
+        """Grid and tokens [N, D] of a picture, whose middle is cut to multiples of a token's side.
 
-        The autoencoder has normalised them; `use_norm` concerns what the head draws.
+        Tokens are those of the mean; the released code draws from the autoencoder's posterior. The
+        autoencoder has normalised them: `use_norm` concerns what the head draws.
         """
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to read images")
+        if not hasattr(image, "convert"):
+            raise InputError(f"image of type {type(image).__name__}: expected a PIL image")
         side = self.tokenizer.downscale
-        pixels = torch.tensor(list(image.convert("RGB").getdata()), dtype=torch.float32)
-        pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
         rows, columns = image.height // side, image.width // side
         if not (rows and columns):
             raise InputError(f"image of {image.size} pixels: expected at least {side} a side")
-        pixels = pixels[None, :, : rows * side, : columns * side]
+        top, left = (image.height - rows * side) // 2, (image.width - columns * side) // 2
+        pixels = pixels[None, :, top : top + rows * side, left : left + columns * side]
         tokens = self.tokenizer.encode(pixels.to(self.tokenizer.device, self.tokenizer.dtype))
         return (rows, columns), tokens[0].to(self.device)
 

@@ -1,6 +1,7 @@
 """NextStep's prompt format: caption, size of the picture, begin of image; then the latents.
 
-A row is `{caption} {positive}<|image_area|>{rows}*{columns}` and the begin of image. An edit's
+A row is `{caption} {positive}<|image_area|>{rows}*{columns}` and the begin of image; without a
+positive prompt there is no space either. An edit's
 caption has `<image>` in the place of each picture, which becomes that picture's own area, size,
 begin of image, placeholders and end of image; the placeholders' embeddings are the picture's tokens.
 Guidance leads away from the same row with the negative prompt as caption.
@@ -45,7 +46,8 @@ class PromptFormat:
     def rows(
         self, given: ImagePrompt, grids: Sequence[tuple[int, int]], is_guided: bool
     ) -> list[Tensor]:
-        """Token ids [L] of each branch of guidance: prompt, with images the images alone, negative.
+        """Token ids [L] of each branch of guidance: prompt, images alone (where they have a guidance
+        scale of their own), negative.
 
         Args:
             given: what the user wrote.
@@ -67,7 +69,8 @@ class PromptFormat:
                     f"prompt {caption!r} has {marks} {IMAGE_MARK} for {len(grids)} images: "
                     "expected one each"
                 )
-            caption = f"{caption} {self.config['positive_prompt']}"
+            positive = self.config["positive_prompt"]
+            caption = f"{caption} {positive}" if positive else caption
         elif grids:
             raise InputError(
                 f"images with a prompt of token ids: expected a caption with {IMAGE_MARK}"
@@ -80,7 +83,7 @@ class PromptFormat:
                 "guidance with a prompt of token ids: expected ImagePrompt(ids, negative=ids), the "
                 "negative prompt's ids"
             )
-        if grids:
+        if grids and self.config["image_guidance_scale"] != 1:
             rows.append(self._ids(IMAGE_MARK * len(grids) + str(negative), grids))
         return [*rows, self._ids(negative, ())]
 

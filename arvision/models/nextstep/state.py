@@ -63,7 +63,7 @@ class NextStepState:
         slots = torch.arange(padded.shape[1], device=padded.device).expand(len(padded), -1)
         hidden = self._run(padded, slots)
         rows = torch.arange(len(hidden), device=hidden.device)
-        z = self._transformer.image_out_projector(hidden[rows, self._starts - 1])
+        z = self._transformer.conditions(hidden[rows, self._starts - 1], torch.zeros_like(rows))
         self._z[:, 0] = torch.cat(z.chunk(len(prompts) // len(self.lengths)), dim=-1)
 
     def _run(self, embeddings: Tensor, slots: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class NextStepState:
         slots = slots.masked_fill(is_padding, self._spare).flatten(0, 1)
         branches = len(slots) // len(fed)
         embedded = self._transformer.embed_latents(fed).repeat(branches, 1, 1)
-        z = self._transformer.image_out_projector(self._run(embedded, slots))
+        following = (slots - self._starts[:, None] + 1).clamp(min=0)
+        z = self._transformer.conditions(self._run(embedded, slots), following)
         z = torch.cat(z.chunk(branches), dim=-1)[images]
         row, column = counted.nonzero(as_tuple=True)
         self._z[images[row], places[row, column] + 1] = z[row, column]

@@ -20,6 +20,9 @@ from ...errors import InputError
 from ..latent_head import HeadHolder
 from .convert import network_files, network_sizes
 
+NUM_GEN_POSITIONS = 32 * 32
+"""Rows of the table behind `use_gen_pos_embed`."""
+
 
 class Rotary(nn.Module):
     """Angles of the rotary embedding, always in float32 and without buffers that a cast could spoil.
@@ -60,7 +63,9 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
             fed and decoded.
         positive_prompt: follows every caption.
         negative_prompt: what guidance leads away from, where a prompt does not say.
-        image_guidance_scale: of edits, towards the images given.
+        image_guidance_scale: of edits, towards the images given; 1 for the prompt's guidance alone.
+        use_gen_pos_embed: whether a fixed table is added to the hidden states that latents are drawn
+            from; no released model does so.
 
     Raises:
         InputError: heads that do not fit the language models of transformers.
@@ -100,6 +105,7 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
         positive_prompt: str = "",
         negative_prompt: str = "",
         image_guidance_scale: float = 2.0,
+        use_gen_pos_embed: bool = False,
     ) -> None:
         super().__init__()
         width = hidden_size
@@ -113,6 +119,13 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         self.image_in_projector = nn.Linear(self.latent_dim, width)
         self.image_out_projector = nn.Linear(width, width)
+        if use_gen_pos_embed:
+            if self.num_tokens > NUM_GEN_POSITIONS:
+                raise InputError(
+                    f"grid {tuple(grid)}: gen_pos_embed has {NUM_GEN_POSITIONS} positions, expected no "
+                    "more tokens"
+                )
+            self.register_buffer("gen_pos_embed", torch.zeros(1, NUM_GEN_POSITIONS, width))
         self.image_head = HeadHolder(self.latent_dim, width, head_width, head_depth, 1)
         accepts = inspect.signature(type(trunk).forward).parameters
         self._cache_name = "cache" if "cache" in accepts else "past_key_values"
@@ -144,6 +157,13 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
         """What the language model is fed for tokens [..., D], normalised where the model does so."""
         weight = self.image_in_projector.weight
         return self.image_in_projector(self.normalised(latents).to(weight.dtype))
+
+    def conditions(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Conditions [..., W] of the latents at `places` [...], from the hidden states before them."""
+        if self.config["use_gen_pos_embed"]:
+            table = self.get_buffer("gen_pos_embed")[0]
+            hidden = hidden + table[places.clamp(max=len(table) - 1)].to(hidden.dtype)
+        return self.image_out_projector(hidden)
 
     def normalised(self, latents: Tensor) -> Tensor:
         """Tokens [..., D] as they are fed and decoded."""

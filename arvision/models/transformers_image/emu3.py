@@ -57,7 +57,58 @@ def grid_of(ratio: str, image_area: int) -> tuple[int, int]:
     return grid
 
 
-class Emu3(TransformersImageModel):
+class Emu3Sequence(TransformersImageModel):
+    """An `Emu3ForConditionalGeneration` with any layout of its codes, and prompts of any form.
+
+    Args:
+        network: the network.
+        processor: an `Emu3Processor`, or None.
+        layout: of one image.
+        grid: rows and columns; None where the layout is no grid.
+    """
+
+    family, network_class = "Emu3", "Emu3ForConditionalGeneration"
+
+    def __init__(
+        self, network: Any, processor: Any, layout: Layout, grid: tuple[int, int] | None
+    ) -> None:
+        codes = self.codes_of(base_of(network))
+        super().__init__(network, processor, codes=codes, layout=layout, grid=grid)
+
+    @classmethod
+    def codes_of(cls, base: Any) -> list[int]:
+        """Ids of the codes 0, 1, 2, ..., by their names `<|visual token 000000|>`.
+
+        Raises:
+            InputError: a code that has no id.
+        """
+        vocabulary = base.config.vocabulary_map or {}
+        names = [name for name in vocabulary if name.startswith("<|visual token")]
+        found = {int(name[-8:-2]): vocabulary[name] for name in names}
+        missing = [code for code in range(len(found)) if code not in found]
+        if missing or not found:
+            name = missing[0] if missing else 0
+            raise InputError(
+                f"{cls.family}: the configuration's vocabulary_map has no id of code {name}"
+            )
+        return [found[code] for code in range(len(found))]
+
+    def null_row(self, ids: Tensor) -> Row:
+        """The last id of the prompt."""
+        return Row.plain(ids[-1:])
+
+    @property
+    def body(self) -> nn.Module:
+        """The language model."""
+        return self.base.model.text_model
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codes [V, D] as they are."""
+        return self.base.model.vqmodel.quantize.embedding.weight.detach()
+
+
+class Emu3(Emu3Sequence):
     """An `Emu3ForConditionalGeneration` of transformers as a token model.
 
     The authors recommend guidance_scale 3, top_k 2048 and temperature 1, `QUALITY` behind every
@@ -78,8 +129,6 @@ class Emu3(TransformersImageModel):
 
     Paper: Wang et al., "Emu3: Next-Token Prediction is All You Need", 2024.
     """
-
-    family, network_class = "Emu3", "Emu3ForConditionalGeneration"
 
     def __init__(
         self,
@@ -105,14 +154,11 @@ class Emu3(TransformersImageModel):
             if known[name] is None and tokenizer is not None:
                 known[name] = tokenizer.convert_tokens_to_ids(getattr(tokenizer, token))
         self.ids = SpecialIds(self.family, known, ids)
-        names = [name for name in vocabulary if name.startswith("<|visual token")]
-        code_ids = {int(name[-8:-2]): vocabulary[name] for name in names}
-        codes = _in_order(code_ids, self.family)
         line_end = self.ids["line_end"]
         tail = [self.ids.find(name) for name in ("frame_end", "image_end", "eos")]
         layout = Layout.raster(*grid, line_end, [end for end in tail if end is not None])
         self._ratio, self._area, self._given = ratio, image_area, ids
-        super().__init__(network, processor, codes=codes, layout=layout, grid=grid)
+        super().__init__(network, processor, layout, grid)
 
     def resized(self, ratio: str = "1:1", image_area: int = 518400) -> Emu3:
         """The same network for another size."""
@@ -141,34 +187,7 @@ class Emu3(TransformersImageModel):
         if start is not None and len(ids) > 1 and not bool((ids == start).any()):
             raise InputError(f"the prompt holds no image start ({start})")
 
-    def null_row(self, ids: Tensor) -> Row:
-        """The last id of the prompt."""
-        return Row.plain(ids[-1:])
-
-    @property
-    def body(self) -> nn.Module:
-        """The language model."""
-        return self.base.model.text_model
-
-    @property
-    def codebook(self) -> Tensor:
-        """Codes [V, D] as they are."""
-        return self.base.model.vqmodel.quantize.embedding.weight.detach()
-
     def pixels(self, tokens: Tensor) -> Tensor:
         """Through the network's own decoder."""
         rows, columns = self.grid or (0, 0)
         return self.base.model.vqmodel.decode(tokens.unflatten(1, (rows, columns)))
-
-
-def _in_order(code_ids: Mapping[int, int], family: str) -> list[int]:
-    """Ids of the codes 0, 1, 2, ...
-
-    Raises:
-        InputError: a code that has no id.
-    """
-    missing = [code for code in range(len(code_ids)) if code not in code_ids]
-    if missing or not code_ids:
-        name = missing[0] if missing else 0
-        raise InputError(f"{family}: the configuration's vocabulary_map has no id of code {name}")
-    return [code_ids[code] for code in range(len(code_ids))]

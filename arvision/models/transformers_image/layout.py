@@ -116,6 +116,10 @@ class Layout:
         """Places in the sequence of tokens by their number, also past the last one."""
         return self._places[tokens.clip(max=self.num_tokens)] + (tokens - self.num_tokens).clip(0)
 
+    def places_before(self, num: int) -> int:
+        """Things that are settled once the first `num` tokens are: these, and what hangs on them."""
+        return int(self._places[num])
+
     def tokens_before(self, places: Ints) -> Ints:
         """Tokens that stand before each of some places, which are places of tokens."""
         return np.searchsorted(self._places, places)

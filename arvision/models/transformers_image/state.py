@@ -20,7 +20,7 @@ from .layout import Expansion
 if TYPE_CHECKING:
     from .model import TransformersImageModel
 
-TREE_ROOM = 128
+TREE_ROOM = 64
 """Cache positions beyond the last token, so that a tree fits near the end of an image."""
 
 IMAGE_GUIDANCE = 1.2

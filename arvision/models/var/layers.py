@@ -7,24 +7,14 @@ Prediction", 2024, section 3.3 and appendix, and the authors' published checkpoi
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...decoding.scale_state import Compute, ScaleCache, compute_all
 from ...kernels.linear import Linear
-
-MAX_LOG_SCALE = math.log(100)
-"""Largest logarithm of a head's query length."""
-
-
-class ScaleCache(Protocol):
-    """Where an attention layer puts its keys and values."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [R, H, T, D] and return everything so far, [R, H, S, D]."""
-        ...
+from ..adaptive import MAX_LOG_SCALE, FeedForward, modulated_norm, projection
 
 
 class Attention(nn.Module):
@@ -75,35 +65,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(rows, num, width))
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with a tanh-GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] to [..., C]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def _projection(width: int, num: int) -> Any:
-    """SiLU, then a linear layer from the condition [R, C] to `num` vectors."""
-    return nn.Sequential(nn.SiLU(), Linear(width, num * width))
-
-
-class SharedProjection(nn.Sequential):
-    """The projection of the condition that all blocks of a shared-AdaLN model start from."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(*_projection(width, 6))
-
-    def forward(self, condition: Tensor) -> Tensor:
-        """Condition [R, C] to [R, 1, 6, C]."""
-        return super().forward(condition).view(len(condition), 1, 6, -1)
-
-
 class Block(nn.Module):
     """A transformer block whose normalisations take scale, shift and gate from the condition.
 
@@ -127,7 +88,7 @@ class Block(nn.Module):
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
         else:
-            self.ada_lin = _projection(width, 6)
+            self.ada_lin = projection(width, 6)
 
     def shrink_gates(self) -> None:
         """For training from scratch: gates start almost closed, scales and shifts small."""
@@ -153,32 +114,26 @@ class Block(nn.Module):
         layer: int,
         mask: Tensor | None,
         cache: ScaleCache | None,
+        compute: Compute = compute_all,
     ) -> Tensor:
-        """[R, T, C] to [R, T, C]; `modulation` [R, 1, 6, C], the rest as in `Attention`."""
+        """[R, T, C] to [R, T, C].
+
+        Args:
+            x: [R, T, C].
+            modulation: [R, 1, 6, C].
+            layer: see `Attention`, and so mask and cache.
+            mask: see `Attention`.
+            cache: see `Attention`.
+            compute: runs each part, on all rows or some.
+        """
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        h = modulated_norm(x, scale1, shift1, self.eps)
-        x = x + gate1 * self.attn(h, layer, mask, cache)
-        return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
 
+        def attend(rows: Tensor, places: Tensor | None) -> Tensor:
+            h = modulated_norm(rows, scale1, shift1, self.eps)
+            return gate1 * self.attn(h, layer, mask, cache)
 
-class HeadNorm(nn.Module):
-    """The normalisation before the logits."""
+        def think(rows: Tensor, places: Tensor | None) -> Tensor:
+            return gate2 * self.ffn(modulated_norm(rows, scale2, shift2, self.eps))
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.ada_lin = _projection(width, 2)
-
-    def modulation(self, condition: Tensor) -> Tensor:
-        """Scale and shift [R, 1, 2, C] of the condition [R, C]."""
-        return self.ada_lin(condition).view(len(condition), 1, 2, -1)
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """[R, T, C] to [R, T, C]."""
-        scale, shift = modulation.unbind(2)
-        return modulated_norm(x, scale, shift, self.eps)
-
-
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Layer normalisation without weights of its own, then (1 + scale) and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+        x = x + compute((layer, "attend"), x, attend)
+        return x + compute((layer, "think"), x, think)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions
-from ...decoding.logits import check_guidance_scale
+from ...contracts import Conditions, Schedule
+from ...decoding.logits import per_scale
+from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
 from ..conditions import resolve_class
 from .quantizer import MultiScaleQuantizer
-from .state import VARState
+from .state import VARRun
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
 
@@ -118,19 +119,23 @@ class VAR:
         return self
 
     @torch.no_grad()
-    def start(self, conditions: Conditions, guidance_scale: float = 1.0) -> VARState:
+    def start(self, conditions: Conditions, guidance_scale: Schedule = 1.0) -> NextScaleState:
         """Prepare the conditions and, where guidance needs them, the null rows.
 
         Args:
             conditions: one per image, class ids or names; None for the null class.
             guidance_scale: at the last scale, null + guidance_scale * (cond - null); it grows
                 linearly from 1 at the first scale, as `cfg = guidance_scale - 1` of the authors'
-                sampler does. 1 costs no null rows; 0 is the unconditional model at every scale.
+                sampler does. 1 costs no null rows; 0 is the unconditional model at every scale. A
+                list, with a number for each scale, is taken as it is.
 
         Raises:
-            InputError: no conditions, one that the model does not know, or a negative scale.
+            InputError: no conditions, one that the model does not know, a negative scale, or a list
+                of another length.
+
+        Paper: Tian et al., "Visual Autoregressive Modeling", 2024, appendix (guidance).
         """
-        check_guidance_scale(guidance_scale)
+        guidance = self._guidance(guidance_scale)
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
         num_classes = self.transformer.config["num_classes"]
@@ -140,12 +145,21 @@ class VAR:
         ]
         classes = torch.tensor(ids, device=self.device)
         null = torch.full_like(classes, num_classes)
-        if guidance_scale == 0:
+        if all(weight == 0 for weight in guidance):
             classes = null
-        elif guidance_scale != 1:
+        elif any(weight != 1 for weight in guidance):
             classes = torch.cat([classes, null])
         rows = self.transformer.class_emb(classes)
-        return VARState(self.transformer, self.quantizer, rows, guidance_scale, len(ids))
+        run = VARRun(self.transformer, self.quantizer, rows, guidance, len(ids))
+        return NextScaleState(run)
+
+    def _guidance(self, guidance_scale: Schedule) -> list[float]:
+        """The weight at each scale."""
+        num = len(self.scales)
+        listed = per_scale("guidance_scale", guidance_scale, num)
+        if isinstance(guidance_scale, Sequence) or guidance_scale == 0:
+            return listed
+        return [1 + (guidance_scale - 1) * scale / max(1, num - 1) for scale in range(num)]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
+from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ..adaptive import HeadNorm, SharedProjection, modulated_norm
 from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
-from .layers import Block, HeadNorm, ScaleCache, SharedProjection, modulated_norm
+from .layers import Block
 from .model import VAR
 from .tokenizer import VARTokenizer, check_scales
 from .transformer import VARTransformer

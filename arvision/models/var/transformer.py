@@ -13,10 +13,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict
+from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ..adaptive import HeadNorm, SharedProjection
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes, without_records
-from .layers import Block, HeadNorm, ScaleCache, SharedProjection
+from .layers import Block
 from .tokenizer import check_scales
 
 
@@ -136,12 +138,6 @@ class VARTransformer(ModelMixin, ConfigMixin):
             out.append(out[-1] + side * side)
         return out
 
-    def mask(self) -> Tensor:
-        """[L, L] bool, true where a token may look: at its own scale and the coarser ones."""
-        sizes = torch.tensor([side * side for side in self.scales], device=self.device)
-        level = torch.arange(len(sizes), device=self.device).repeat_interleave(sizes)
-        return level[:, None] >= level[None, :]
-
     def modulations(self, conditions: Tensor) -> Modulations:
         """What the conditions [R, C] (rows of `class_emb`) set in all layers."""
         shared = self.shared_ada_lin(conditions)
@@ -167,6 +163,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
         *,
         mask: Tensor | None = None,
         cache: ScaleCache | None = None,
+        compute: Compute = compute_all,
     ) -> Tensor:
         """Inputs [R, T, C] through all blocks, [R, T, C].
 
@@ -175,11 +172,12 @@ class VARTransformer(ModelMixin, ConfigMixin):
             modulations: of the conditions.
             mask: [T, S] bool, true where a query may look; None for everything.
             cache: keys and values of the coarser scales.
+            compute: runs the parts of each block.
         """
         for layer, (block, modulation) in enumerate(
             zip(self.blocks, modulations.blocks, strict=True)
         ):
-            x = block(x, modulation, layer, mask, cache)
+            x = block(x, modulation, layer, mask, cache, compute)
         return x
 
     def logits(self, features: Tensor, modulations: Modulations) -> Tensor:
@@ -200,4 +198,5 @@ class VARTransformer(ModelMixin, ConfigMixin):
         x = torch.cat([self.start_rows(conditions), self.word_embed(views)], dim=1)
         x = x + self.places(0, self.num_tokens)
         modulations = self.modulations(conditions)
-        return self.logits(self.features(x, modulations, mask=self.mask()), modulations)
+        mask = block_mask([(side, side) for side in self.scales], x.device)
+        return self.logits(self.features(x, modulations, mask=mask), modulations)

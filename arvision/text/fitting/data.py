@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ...decoding.logits import Shaping
 from ...decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ...decoding.run import Run
 from ...decoding.verify import gumbel_coupling
 from ...errors import InputError
 from .. import HFCausalLM
@@ -71,11 +72,11 @@ def answer(
         samples = decode_tokens(
             model,
             [list(prompts[row]) for row in rows],
+            Run(len(rows), num_tokens, [(seed, row) for row in rows]),
             drafter=NoDrafter(),
             rule=gumbel_coupling,
             shape=Shaping(temperature=temperature),
             policy=FixedWindow(1),
-            seeds=[(seed, row) for row in rows],
             stop=TextEnd(len(rows), end_ids) if end_ids else None,
         )
         for place, row in enumerate(rows):

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from tqdm import tqdm
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError, optional, unknown_name
 from .extractors.clip import CLIP
 from .score import Score
 from .scores import bootstrap_mean
 from .sources import Source
+
+with optional("eval", "the CLIP score"):
+    from torchmetrics import Metric
 
 CONVENTIONS = ("cosine", "torchmetrics", "hessel")
 COCO_PREFIX = "A photo depicts "

@@ -1,0 +1,184 @@
+"""The ledger of one run: whose images are drawn, what is final, and what it cost.
+
+Every loop keeps its books here: the token loop, several rows at once, scales, latents and students.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Samples, Seeds, Stats, StepCallback
+from ..errors import InputError
+from .noise import Noise
+
+
+class Run:
+    """One call of a sampler over a batch of B images of N tokens.
+
+    A loop calls `begin` once it knows the device, then for every pass of the model `next_pass`,
+    `record` for what became final, and `report`.
+
+    Args:
+        batch: B.
+        num_tokens: N, tokens (or latents) of an image.
+        seeds: one per image, an integer or a pair (seed, image).
+        on_step: see `arvision.contracts.StepCallback`.
+        guidance_scale: weight of the condition, for the models.
+
+    Attributes:
+        noise: of the B images.
+        tokens: [B, N] int64, [B, N, d] for bits, or [B, N, D] for latents; 0 where nothing is final yet.
+        commit_pass: [B, N] int64, the pass that made a token final; 0 for the prefill.
+        lengths: [B] int64, final tokens of each image.
+        passes: [B] int64, passes that an image took part in.
+        num_passes: of the model so far.
+        stopped: whether `on_step` asked for the end.
+
+    Raises:
+        InputError: another number of seeds than of images.
+    """
+
+    noise: Noise
+    tokens: Tensor
+    commit_pass: Tensor
+    lengths: Tensor
+    passes: Tensor
+
+    def __init__(
+        self,
+        batch: int,
+        num_tokens: int,
+        seeds: Seeds,
+        on_step: StepCallback | None = None,
+        *,
+        guidance_scale: Any = 1.0,
+    ) -> None:
+        if len(seeds) != batch:
+            raise InputError(f"{len(seeds)} seeds for {batch} conditions: expected one each")
+        self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
+        self.guidance_scale, self._on_step = guidance_scale, on_step
+        self.num_passes, self.stopped = 0, False
+
+    def begin(
+        self,
+        device: torch.device | str,
+        entry: Sequence[int] = (),
+        dtype: torch.dtype = torch.int64,
+    ) -> None:
+        """Open the books on a device.
+
+        Args:
+            device: of all tensors.
+            entry: shape of one token: () for a code, (d,) for bits, (D,) for a latent.
+            dtype: of the tokens.
+        """
+        self.noise = Noise(self.seeds, device)
+        shape = (self.batch, self.num_tokens)
+        self.commit_pass = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self.passes = torch.zeros_like(self.lengths)
+        self.tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
+        self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def next_pass(self, images: Tensor | None = None) -> None:
+        """The model is called once more, for `images` [A]; None for all."""
+        self.num_passes += 1
+        if images is None:
+            self.passes += 1
+        else:
+            self.passes[images] += 1
+
+    def record(self, images: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Write down what the current pass made final.
+
+        Args:
+            images: which image each entry belongs to, broadcastable to `positions`.
+            positions: its place in the image.
+            tokens: like `positions`; with a last dimension D for latents.
+        """
+        if self.tokens.dtype != tokens.dtype:
+            self.tokens = self.tokens.to(tokens.dtype)
+        self.tokens[images, positions] = tokens
+        self.commit_pass[images, positions] = self.num_passes
+
+    def watch(self, values: Tensor) -> None:
+        """Remember whether any of `values` is NaN or infinite; `check` reads it."""
+        self._is_broken |= ~values.isfinite().all()
+
+    def watch_laws(self, laws: Tensor) -> None:
+        """Remember whether any of the laws [..., V] is none; `check` reads it.
+
+        A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells.
+        """
+        self._is_broken |= laws[..., 0].isnan().any()
+
+    def check(self, going: Tensor | None = None) -> int:
+        """Stop at numbers that no model should give.
+
+        Args:
+            going: [A] bool, which images go on; it is read together with the check, so that a pass
+                costs one read from an accelerator.
+
+        Returns:
+            How many images go on (0 without `going`).
+
+        Raises:
+            InputError: a law or a latent was NaN or infinite.
+        """
+        broken = self._is_broken.long()
+        flags = broken[None] if going is None else torch.stack([broken, going.sum()])
+        found = flags.tolist()
+        if found[0]:
+            raise InputError(
+                f"the model gave NaN or infinity in pass {self.num_passes}: expected finite "
+                "numbers; look at its weights, its dtype and the prompt's features"
+            )
+        return found[-1]
+
+    def report(self, counts: Tensor, images: Tensor | None = None, **more: Any) -> None:
+        """A pass is over: tell `on_step`, whose true answer sets `stopped`.
+
+        Args:
+            counts: [A] int64, tokens that the pass made final.
+            images: [A], whose; None for all.
+            **more: what a loop tells besides the figures of `progress`.
+        """
+        if images is None:
+            self.lengths = (self.lengths + counts).clamp(max=self.num_tokens)
+        else:
+            self.lengths[images] += counts
+        if self._on_step is not None and self.num_passes:
+            self.stopped = bool(self._on_step(self.num_passes, self.progress(counts) | more))
+
+    def progress(self, counts: Tensor) -> dict[str, Any]:
+        """Figures for progress bars, see `arvision.contracts.StepCallback`."""
+        return {
+            "finished": int(self.lengths.sum()),
+            "total": self.batch * self.num_tokens,
+            "accepted": counts.tolist(),
+        }
+
+    def stats(self, **more: Any) -> Stats:
+        """Statistics that every run has, and what a loop adds.
+
+        `tokens_per_pass` is N over the mean number of passes that an image took part in.
+        """
+        mean = float(self.passes.double().mean()) if self.batch else 0.0
+        return Stats(
+            forward_passes=self.num_passes,
+            tokens=self.num_tokens,
+            tokens_per_pass=self.num_tokens / max(1e-9, mean),
+            passes_per_image=self.passes.tolist(),
+            commit_pass=self.commit_pass.tolist(),
+            lengths=self.lengths.tolist(),
+            interrupted=self.stopped,
+            **more,
+        )
+
+    def samples(self, embeddings: Tensor | None = None, **more: Any) -> Samples:
+        """What was drawn, with its statistics."""
+        return Samples(self.tokens, self.stats(**more), embeddings)

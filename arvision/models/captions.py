@@ -1,0 +1,113 @@
+"""Captions to text features, through a T5 encoder of transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import Conditions
+from ..errors import InputError
+
+
+class CaptionEncoder:
+    """Captions to T5 features.
+
+    Args:
+        text_encoder: module with `last_hidden_state` [B, L, caption_dim] in its output.
+        text_tokenizer: its tokenizer.
+        length: longest caption in text tokens.
+        clean: brings a caption into the form that the model was trained on; None for none.
+    """
+
+    def __init__(
+        self,
+        text_encoder: nn.Module,
+        text_tokenizer: Any,
+        length: int,
+        clean: Callable[[str], str] | None = None,
+    ) -> None:
+        self.text_encoder, self.text_tokenizer, self.length = text_encoder, text_tokenizer, length
+        self._clean = clean if clean is not None else str.strip
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Features [T_i, caption_dim] of each caption, without padding.
+
+        Raises:
+            InputError: an empty caption, or one of which the text encoder knows no word.
+        """
+        cleaned = [self._clean(caption) for caption in captions]
+        for caption, text in zip(captions, cleaned, strict=True):
+            if not text:
+                raise InputError(f"empty prompt {caption!r}: expected a caption")
+        device = next(self.text_encoder.parameters()).device
+        batch = self.text_tokenizer(
+            cleaned,
+            max_length=self.length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        self._check_words(cleaned, batch["input_ids"])
+        mask = batch["attention_mask"]
+        out = self.text_encoder(input_ids=batch["input_ids"], attention_mask=mask)
+        return [
+            features[keep.bool()]
+            for features, keep in zip(out.last_hidden_state, mask, strict=True)
+        ]
+
+    def _check_words(self, captions: Sequence[str], ids: Tensor) -> None:
+        """Warn of unknown words; refuse a caption without any known one."""
+        unknown = getattr(self.text_tokenizer, "unk_token_id", None)
+        if unknown is None:
+            return
+        special = set(self.text_tokenizer.all_special_ids) - {unknown}
+        for caption, row in zip(captions, ids.tolist(), strict=True):
+            words = [index for index in row if index not in special]
+            if unknown not in words:
+                continue
+            listed = self.text_tokenizer.get_vocab()
+            known = sorted(w for w, i in listed.items() if i not in special and i != unknown)
+            strange = [word for word in caption.split() if word not in listed]
+            if all(index == unknown for index in words):
+                raise InputError(
+                    f"prompt {caption!r}: the text encoder knows none of its words; expected words "
+                    f"such as {', '.join(known[:60])}"
+                )
+            warnings.warn(
+                f"the text encoder does not know {', '.join(strange)} in {caption!r}", stacklevel=3
+            )
+
+
+def text_features(conditions: Conditions, captions: CaptionEncoder | None) -> list[Tensor]:
+    """Features [T_i, C] of each condition: captions encoded in one batch, features as they are.
+
+    Args:
+        conditions: captions or text features.
+        captions: None for a model without a text encoder.
+
+    Raises:
+        InputError: a caption without a text encoder, or something that is neither.
+    """
+    texts = [c for c in conditions if isinstance(c, str)]
+    if texts and captions is None:
+        raise InputError(
+            f"caption {texts[0]!r}: this model has no text encoder; expected caption features "
+            "[T, caption_dim]"
+        )
+    encoded = iter(captions(texts) if texts and captions is not None else [])
+    features = []
+    for condition in conditions:
+        if isinstance(condition, str):
+            features.append(next(encoded))
+        elif isinstance(condition, Tensor):
+            features.append(condition)
+        else:
+            raise InputError(
+                f"condition {condition!r}: expected a caption or caption features [T, caption_dim]"
+            )
+    return features

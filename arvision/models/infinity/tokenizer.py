@@ -1,0 +1,150 @@
+"""The bitwise multi-scale image tokenizer of Infinity as a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from ...checkpoint import load_strictly, read_state_dict
+from ...errors import InputError
+from ..conv_blocks import Decoder, Encoder
+from .bits import BitPyramid
+from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, tokenizer_weights
+from .schedules import Scales, check_scales, scale_schedule
+
+
+class InfinityTokenizer(ModelMixin, ConfigMixin):
+    """Autoencoder whose features are coded scale by scale, one bit per channel.
+
+    Args:
+        scale_schedule: height and width of each scale in tokens; None for the square 1M schedule.
+        patchify: whether a token is 2 x 2 latents, and holds four times the bits.
+        ch: base width.
+        ch_mult: width multiplier of each level of the encoder; every level but the last halves the
+            side.
+        decoder_ch_mult: of the decoder; None for the same.
+        num_res_blocks: residual blocks of an encoder level (a decoder level has one more).
+        z_channels: channels of a latent, which are its bits.
+
+    Raises:
+        InputError: scales that do not grow.
+
+    Paper: Han et al., "Infinity", 2024, section 3 (bitwise visual tokenizer).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        scale_schedule: Sequence[Sequence[int]] | None = None,
+        patchify: bool = False,
+        ch: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 4, 4, 4),
+        decoder_ch_mult: Sequence[int] | None = None,
+        num_res_blocks: int = 2,
+        z_channels: int = 32,
+    ) -> None:
+        super().__init__()
+        self.set_scales(scale_schedule)
+        widths = tuple(decoder_ch_mult or ch_mult)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, None, None)
+        self.decoder = Decoder(ch, widths, num_res_blocks, z_channels, None, None)
+
+    @classmethod
+    def from_official(
+        cls, source: str | Path | Mapping[str, Any], **sizes: Any
+    ) -> InfinityTokenizer:
+        """Load the authors' checkpoint, such as `infinity_vae_d32reg.pth`.
+
+        Args:
+            source: path or state dict.
+            **sizes: `scale_schedule` in tokens (or `pixels` and `aspect_ratio`), and `patchify`;
+                others are checked against the tensors.
+
+        Raises:
+            CheckpointError: a file that cannot be read or does not fit, naming the key.
+        """
+        name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        tensors = tokenizer_weights(read_state_dict(source, TOKENIZER_WRAPPERS))
+        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name)
+
+    def set_scales(self, scales: Sequence[Sequence[int]] | None) -> None:
+        """Code pictures of another size from now on.
+
+        Raises:
+            InputError: maps that do not grow.
+        """
+        checked = scale_schedule() if scales is None else check_scales(scales)
+        self.register_to_config(scale_schedule=checked)
+
+    @property
+    def scales(self) -> Scales:
+        """Height and width of each scale in tokens."""
+        return check_scales(self.config["scale_schedule"])
+
+    @property
+    def pyramid(self) -> BitPyramid:
+        """How bits and maps belong together."""
+        return BitPyramid(self.scales, self.config["z_channels"], self.config["patchify"])
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to features [B, D, h, w] before they become bits.
+
+        Raises:
+            InputError: another shape than the finest scale asks for.
+        """
+        height, width = self.pyramid.latent_size(-1)
+        factor = self.downsample_factor
+        if pixels.shape[1:] != (3, height * factor, width * factor):
+            raise InputError(
+                f"pixels {tuple(pixels.shape)}: expected [B, 3, {height * factor}, {width * factor}]"
+            )
+        return self.encoder(pixels.to(self.dtype))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine."""
+        features = self.features(pixels)
+        wide = features if features.dtype == torch.float64 else features.float()
+        return self.pyramid.encode(wide)
+
+    def decode(self, bits: Tensor) -> Tensor:
+        """Bits [B, L, d] of all scales to pixels [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            InputError: bits of another shape, or other values than 0 and 1.
+        """
+        pyramid = self.pyramid
+        shape = (pyramid.num_tokens, pyramid.num_bits)
+        if bits.dim() != 3 or bits.shape[1:] != shape:
+            raise InputError(f"bits {tuple(bits.shape)}: expected [B, {shape[0]}, {shape[1]}]")
+        check_bits(bits)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.decode_features(pyramid.canvas(bits, dtype)[0])
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """A canvas [B, D, h, w] to pixels [B, 3, H, W] in [-1, 1]."""
+        return self.paint(features).clamp(-1, 1)
+
+    def paint(self, features: Tensor) -> Tensor:
+        """Features [B, D, h, w] to pixels that are not clamped, for training."""
+        return self.decoder(features.to(self.dtype))
+
+
+def check_bits(bits: Tensor) -> None:
+    """Refuse other values than 0 and 1.
+
+    Raises:
+        InputError: see above.
+    """
+    if bits.numel() and not bool(((bits == 0) | (bits == 1)).all()):
+        raise InputError("bits must be 0 or 1")
