@@ -136,7 +136,8 @@ def _arguments_of_generate() -> Mapping[str, Any]:
     """
     from transformers import GenerationMixin
 
-    code = inspect.unwrap(GenerationMixin.generate).__code__
+    call: Any = GenerationMixin.generate  # pyright: ignore[reportAttributeAccessIssue]
+    code = inspect.unwrap(call).__code__
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code:

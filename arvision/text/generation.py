@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..contracts import Stats
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
-from ..decoding.noise import parse_seeds
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
 from . import HFCausalLM, load_text_model
-from .chat import chat_ids
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
+from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
 from .stop import TextEnd
+from .stream import Flow, OnText, until
 
 MOST_DRAFTS = 64
 """Candidates that `num_draft="auto"` drafts at most."""
-
-OnText = Callable[[int, str], Any]
-"""Told the row and the text that was added to it."""
 
 
 @dataclass
@@ -156,7 +152,7 @@ def generate(
     decode = None if tokenizer is None else _decoder(tokenizer)
     ends = [*prepared.end_ids, *check_token_ids(stop_token_ids, lm.vocab_size)]
     end = TextEnd(len(ids), ends, strings, decode, prepared.criterion)
-    flow = _Flow(decode, stream, streamer, strings, ids)
+    flow = Flow(decode, stream, streamer, strings, ids)
 
     def shape(logits: Tensor) -> Tensor:
         if logits_hook is not None:
@@ -183,7 +179,7 @@ def generate(
         proposer = Resting(proposer)
         policy = GoodputWindow(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
     else:
-        policy = WholeTree((num_draft or getattr(proposer, "num_draft", 10)) + 1)
+        policy = WholeTree(int(num_draft or getattr(proposer, "num_draft", 10)) + 1)
     lm.prefixes = prepared.prefixes
     try:
         samples = decode_tokens(
@@ -246,35 +242,6 @@ class Prepared:
             strings=[strings] if isinstance(strings, str) else list(strings),
             prefixes=own_prefixes(network, ids, max_new_tokens),
         )
-
-
-def row_seeds(seed: Any, num: int) -> list[Any]:
-    """A seed or pair (seed, image) for each of `num` rows.
-
-    Raises:
-        InputError: another number of seeds than of rows; or entries that are no seeds.
-    """
-    if isinstance(seed, Sequence | Tensor | np.ndarray) and np.ndim(seed) > 0:
-        seeds = [tuple(one) if np.ndim(one) else one for one in np.asarray(seed).tolist()]
-        if len(seeds) != num:
-            raise InputError(f"{len(seeds)} seeds for {num} prompts: expected one each")
-        return list(parse_seeds(seeds))
-    value = seed.item() if isinstance(seed, np.generic | np.ndarray | Tensor) else seed
-    parse_seeds([value])
-    return [(value, row) for row in range(num)]
-
-
-def check_token_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Tokens that end a text, as integers.
-
-    Raises:
-        InputError: an entry that is no token of the model.
-    """
-    found = torch.as_tensor(ids).flatten().tolist()
-    for token in found:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InputError(f"stop_token_ids {token!r}: expected integers in 0..{vocab_size - 1}")
-    return found
 
 
 def as_draft(
@@ -356,85 +323,11 @@ def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) ->
         )
 
 
-def encode(
-    prompts: Any, tokenizer: Any, chat: bool = False, attention_mask: Any = None
-) -> list[Tensor]:
-    """Prompts as id tensors [L]; see `generate`.
-
-    Raises:
-        InputError: no prompt, strings without a tokenizer, a mask that does not fit, or something
-            else than text or ids.
-    """
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        found = prompts.get("attention_mask")
-        attention_mask = found if attention_mask is None else attention_mask
-        prompts = prompts["input_ids"]
-    if isinstance(prompts, np.ndarray | Tensor):
-        prompts = prompts.tolist()
-    if isinstance(prompts, list | tuple) and prompts and not _is_text(prompts[0]):
-        rows = [prompts] if isinstance(prompts[0], int | np.integer) else prompts
-        try:
-            ids = [torch.as_tensor(np.asarray(row)) for row in rows]
-        except (TypeError, ValueError) as error:
-            raise InputError("prompts: expected ids [B, L] or a list of id lists") from error
-        if any(row.dim() != 1 or (len(row) and row.is_floating_point()) for row in ids):
-            raise InputError("prompts: expected ids [B, L] or a list of id lists")
-        return _without_padding([row.to(torch.int64) for row in ids], attention_mask)
-    if attention_mask is not None:
-        raise InputError("attention_mask with prompts that are text: expected ids [B, L]")
-    single = isinstance(prompts, str) or (
-        isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
-    )
-    rows = [prompts] if single else list(prompts)
-    if not rows:
-        raise InputError("no prompt: expected at least one")
-    if tokenizer is None:
-        raise InputError("prompts are text: pass tokenizer=..., or ids [B, L]")
-    return [torch.tensor(_encode_one(row, tokenizer, chat), dtype=torch.int64) for row in rows]
-
-
-def _is_text(entry: Any) -> bool:
-    """Whether an entry of a list of prompts is a string, a message, or a list of messages."""
-    return isinstance(entry, str | dict) or (
-        isinstance(entry, list | tuple) and len(entry) > 0 and isinstance(entry[0], dict)
-    )
-
-
-def _without_padding(ids: list[Tensor], attention_mask: Any) -> list[Tensor]:
-    """Prompts [L] without the places where the mask is 0."""
-    if attention_mask is None:
-        return ids
-    mask = torch.as_tensor(np.asarray(attention_mask))
-    mask = mask[None] if mask.dim() == 1 else mask
-    if mask.dim() != 2 or [mask.shape[1]] * len(mask) != [len(row) for row in ids]:
-        raise InputError(
-            f"attention_mask {tuple(mask.shape)}: expected [{len(ids)}, {len(ids[0])}], as the ids"
-        )
-    return [row[own.bool()] for row, own in zip(ids, mask, strict=True)]
-
-
-def _encode_one(prompt: Any, tokenizer: Any, chat: bool) -> list[int]:
-    if isinstance(prompt, str) and not chat:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(isinstance(part, dict) for part in messages):
-        raise InputError(f"prompt {prompt!r}: expected a string, messages, or ids")
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("chat: the tokenizer has no chat template")
-    return chat_ids(messages, tokenizer)
-
-
 def end_ids(network: Any) -> list[int]:
     """Tokens that end a text, as the model's generation config says."""
     config = getattr(network, "generation_config", None) or network.config
     ids = getattr(config, "eos_token_id", None)
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def until(text: str, strings: Sequence[str]) -> str:
-    """`text` up to the first of some stop strings."""
-    places = [text.find(string) for string in strings]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
@@ -468,66 +361,3 @@ class WholeTree(FixedWindow):
     def next(self, num_rows: int, most: int) -> int:
         """The window."""
         return self.window
-
-
-class _Flow:
-    """Hands new text to those who asked for it."""
-
-    def __init__(
-        self,
-        decode: Callable[[list[int]], str] | None,
-        stream: OnText | None,
-        streamer: Any,
-        strings: Sequence[str],
-        ids: Sequence[Tensor],
-    ) -> None:
-        if stream is not None and decode is None:
-            raise InputError("stream needs a tokenizer: pass tokenizer=...")
-        self._decode, self._stream, self._streamer = decode, stream, streamer
-        self._strings = strings
-        self._told = [0] * len(ids)
-        self._texts = [""] * len(ids)
-        if streamer is not None:
-            streamer.put(ids[0][None])
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody asked."""
-        return self._stream is not None or self._streamer is not None
-
-    def on_step(self, number: int, progress: dict[str, Any]) -> None:
-        """After a pass."""
-        lengths = progress["lengths"].tolist()
-        if lengths != self._told:
-            self._tell(
-                [row[:num] for row, num in zip(progress["tokens"].tolist(), lengths, strict=True)],
-                is_last=False,
-            )
-
-    def tell_rest(self, tokens: list[list[int]]) -> None:
-        """All tokens are there."""
-        if self.is_wanted:
-            self._tell(tokens, is_last=True)
-
-    def end(self) -> None:
-        """The run is over."""
-        if self._streamer is not None:
-            self._streamer.end()
-
-    def _tell(self, tokens: list[list[int]], is_last: bool) -> None:
-        for row, ids in enumerate(tokens):
-            if self._streamer is not None and len(ids) > self._told[row]:
-                self._streamer.put(torch.tensor(ids[self._told[row] :]))
-            self._told[row] = len(ids)
-            if self._stream is None or self._decode is None:
-                continue
-            text = until(self._decode(ids), self._strings)
-            # The bytes of a character, or the start of a stop string, may still be under way.
-            if not is_last:
-                held = max([0, *(len(string) - 1 for string in self._strings)])
-                text = text[: len(text) - held] if held else text
-                if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                    continue
-            if len(text) > len(self._texts[row]):
-                self._stream(row, text[len(self._texts[row]) :])
-                self._texts[row] = text

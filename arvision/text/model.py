@@ -63,7 +63,7 @@ def check_network(network: Any) -> None:
 
 def layer_kinds(config: Any) -> set[str]:
     """What the layers of a text configuration attend to, in transformers' words."""
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds: set[str] = set(getattr(config, "layer_types", None) or ())
     if "local" in (getattr(config, "attention_layers", None) or ()):
         kinds.add("local attention")
     if not kinds:

@@ -48,7 +48,7 @@ class Prefixes:
         rows: which of these rows are still going.
     """
 
-    processors: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    processors: Sequence[Callable[..., Any]]
     texts: list[list[int]]
     batch: int = 1
     rows: list[int] | None = None

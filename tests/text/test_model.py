@@ -115,7 +115,6 @@ def test_what_a_network_lacks_is_named():
 WINDOWED: dict[str, dict[str, Any]] = {
     "Mistral": {},
     "Mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
-    "Ministral": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "Starcoder2": {},
     "Phi3": {"pad_token_id": 0},
     "Qwen2": {"use_sliding_window": True, "max_window_layers": 1},
