@@ -76,7 +76,7 @@ def _sampler(name: str, docstring: str | None, *, exact: bool, drives: str) -> L
 
 def _written_samplers() -> Iterator[Listed]:
     """What the decorators `@register(name, exact=..., drives=...)` of our own samplers say."""
-    for path in sorted(SAMPLERS_FOLDER.glob("*.py")):
+    for path in sorted(SAMPLERS_FOLDER.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ClassDef):
                 continue

@@ -114,6 +114,19 @@ class TellsHidden(Protocol):
     """[B, T, C]."""
 
 
+Edit: TypeAlias = "tuple[int, Callable[[Tensor], Tensor | None]]"
+"""A layer's number, and a function from its input [B, T, C] to what takes its place (None: nothing)."""
+
+
+@runtime_checkable
+class Editable(Protocol):
+    """A state whose hidden states a drafter may change during one pass."""
+
+    def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
+        """`TokenState.extend` with an edit of this pass alone."""
+        ...
+
+
 @runtime_checkable
 class FeedsAnywhere(Protocol):
     """A state that takes tokens at any positions of the image, not only behind a prefix."""

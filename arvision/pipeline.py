@@ -287,6 +287,11 @@ class ARPipeline(DiffusionPipeline):
         if output_type == "latent":
             return tokens
         pixels = model.decode(tokens) / 2 + 0.5
+        if not bool(pixels.isfinite().all()):
+            raise InputError(
+                "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
+                'and its dtype (output_type="latent" gives the tokens)'
+            )
         if output_type == "pt":
             return pixels
         array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()

@@ -124,6 +124,10 @@ def test_text_models_and_their_options():
     arvision.accelerate(network, drafter="prompt_lookup")
     assert torch.equal(network.generate(ids, **run), expected)
     assert network.arvision_stats.forward_passes > 0
+    one = {**run, "attention_mask": run["attention_mask"][:1]}
+    streamer = Streamer()
+    answer = network.generate(ids[:1], streamer=streamer, **one)
+    assert list(chain(*streamer.ids)) == answer[0].tolist()
     arvision.restore(network)
 
 

@@ -113,7 +113,7 @@ def _text_call(
         )
     known = set(inspect.signature(text_entry.custom_generate).parameters)
     for name in options:
-        if name not in known or name in ("model", "input_ids", "record"):
+        if name not in known or name in ("model", "input_ids", "record", "text_streamer"):
             raise InputError(
                 f"option {name!r}: expected one of arvision.custom_generate, such as drafter or "
                 "rule"
@@ -124,6 +124,7 @@ def _text_call(
         if named.get("custom_generate") is not None or named.get("assistant_model") is not None:
             return own(*arguments, **named)
         ours = {**options, "custom_generate": text_entry.custom_generate, "record": note}
-        return own(*arguments, **{**ours, **named})
+        streamer = named.pop("streamer", None)
+        return own(*arguments, **{**ours, **named}, text_streamer=streamer)
 
     return generate

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import codebook_of
 from ..errors import InputError
 from .noise import Noise
 from .verify import Round, Rule, Verdict, follow
@@ -188,6 +190,18 @@ class FlowMap:
         z = self._follow(values, codes, noise, clock)
         best = self._exponents(values, codes, z, self._level(clock[-1])).argmax(-1)
         return best if chosen is None else chosen.gather(-1, best[:, None])[:, 0]
+
+
+def flow_map_of(model: Any, num_evaluations: int = DEFAULT_EVALUATIONS) -> FlowMap:
+    """The flow to the codes of a model.
+
+    Raises:
+        InputError: a model without a codebook.
+    """
+    codebook = codebook_of(model)
+    if codebook is None:
+        raise InputError("noise 'flow': this model has no codebook to flow to")
+    return FlowMap(codebook, num_evaluations)
 
 
 def check_evaluations(num_evaluations: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contracts import (
     Conditions,
     DropsRows,
+    Editable,
     Overruns,
     Samples,
     TellsHidden,
@@ -19,7 +20,7 @@ from ..contracts import (
 )
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, check_parents, is_chain, topology
+from .tree import TokenTree, Topology, is_chain, topology
 from .verify import Round, Rule, Verdict
 
 
@@ -171,7 +172,10 @@ def decode_tokens(
         root = known.gather(1, lengths[:, None] - 1)
         fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
         parents, offsets, branches = _layout(tree, lengths.device)
-        logits = state.extend(fed) if parents is None else state.extend(fed, parents)
+        if tree.edit is not None:
+            logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
+        else:
+            logits = state.extend(fed) if parents is None else state.extend(fed, parents)
         laws = shape(logits[rows.in_state])
         run.watch_laws(laws)
         candidates += laws.shape[0] * num
@@ -210,7 +214,6 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     if own is None or is_chain(own):
         return None, torch.arange(num + 1, device=device), None
     assert tree.parents is not None
-    check_parents(tree.parents, num)
     shape = topology(own, device)
     root = tree.parents.new_full((1,), -1)
     parents = torch.cat([root, tree.parents + 1]).to(device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..contracts import Edit
 from ..errors import InputError, StateError
 
 
@@ -88,11 +89,17 @@ class TokenTree:
             before any of them was taken out); None for drafts that were not drawn but chosen.
         parents: [T] int64 on the CPU, `parents[t] < t`, -1 for the last known token; one topology
             for all rows. None for a chain, which is -1, 0, 1, ...
+        edit: what the pass should change inside the network, for states that are `Editable`.
     """
 
     tokens: Tensor
     logq: Tensor | None = None
     parents: Tensor | None = None
+    edit: Edit | None = None
+
+    def __post_init__(self) -> None:
+        if self.parents is not None:
+            check_parents(self.parents, self.tokens.shape[1])
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ def text_features(conditions: Conditions, captions: CaptionEncoder | None) -> li
         if isinstance(condition, str):
             features.append(next(encoded))
         elif isinstance(condition, Tensor):
+            if not bool(condition.isfinite().all()):
+                raise InputError(
+                    f"caption features {tuple(condition.shape)}: NaN or infinity among them, "
+                    "expected finite numbers"
+                )
             features.append(condition)
         else:
             raise InputError(

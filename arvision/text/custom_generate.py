@@ -42,6 +42,7 @@ def custom_generate(
     drafter_options: dict[str, Any] | None = None,
     rule_options: dict[str, Any] | None = None,
     seed: int | None = None,
+    text_streamer: Any = None,
     record: Callable[[Stats], None] | None = None,
     **model_kwargs: Any,
 ) -> Any:
@@ -64,6 +65,7 @@ def custom_generate(
         drafter_options: see `arvision.generate`.
         rule_options: see `arvision.generate`.
         seed: of the draws; None takes one from torch's generator, so that `torch.manual_seed` counts.
+        text_streamer: a streamer that was not told the prompt; `streamer` of `generate` works as well.
         record: takes the statistics of the run.
         **model_kwargs: what transformers hands to its loops; `attention_mask` tells the padding.
 
@@ -84,7 +86,7 @@ def custom_generate(
     assistant, streamer = asked.get("assistant_model"), asked.get("streamer")
     if assistant is not None:
         drafter, drafter_options = "draft_model", {**(drafter_options or {}), "draft": assistant}
-    if streamer is not None and len(input_ids) > 1:
+    if (streamer or text_streamer) is not None and len(input_ids) > 1:
         raise InputError(f"streamer with {len(input_ids)} prompts: expected one")
     shaping, processors = _split(list(logits_processor or ()), bool(config.do_sample))
     if config.do_sample and seed is None:
@@ -107,7 +109,7 @@ def custom_generate(
         num_draft=num_draft,
         drafter_options=drafter_options,
         rule_options=rule_options,
-        streamer=None if streamer is None else _Greeted(streamer),
+        streamer=text_streamer if streamer is None else _Greeted(streamer),
         prepared=prepared,
         **shaping,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_cache import CacheView, TextSizes
 from ..decoding.tree import check_parents, check_path, topology
@@ -35,8 +36,6 @@ class HFState:
             prefill: [B, 1, C], at the prompts' ends).
         pseudo: [K, C] embeddings of the tokens V, V + 1, ... V + K - 1, which some drafters feed
             besides those of the vocabulary; None for none.
-        edit: a layer and a function of what it sees, [B, T, C], to what it shall see instead (None
-            to leave it); for the next call of `extend`. None for none.
     """
 
     allows_overrun = True
@@ -63,7 +62,6 @@ class HFState:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
-        self.edit: tuple[int, Callable[[Tensor], Tensor | None]] | None = None
         self._parents: Tensor | None = None
         self._is_draft = False
         self._prefixes = model.prefixes
@@ -119,17 +117,17 @@ class HFState:
         if parents is not None:
             check_parents(parents, tokens.shape[1])
         self._parents, self._is_draft = parents, False
-        if self.edit is None:
-            logits = self._run(tokens, parents)
-        else:
-            (layer, function), self.edit = self.edit, None
-            with edited(self._network, layer, function):
-                logits = self._run(tokens, parents)
+        logits = self._run(tokens, parents)
         if self._prefixes is None:
             return logits
         # No text holds a pseudo token.
         self._fed = tokens.clamp(max=self.model.vocab_size - 1)
         return self._prefixes(logits, self._fed, parents)
+
+    def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
+        """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
+        with edited(self._network, *edit):
+            return self.extend(tokens, parents)
 
     @torch.no_grad()
     def draft(

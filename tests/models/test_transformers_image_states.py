@@ -277,3 +277,27 @@ def test_a_state_is_used_in_order():
     state.extend(torch.zeros(3, 5, dtype=torch.int64))
     with pytest.raises(StateError, match="not a path"):
         state.commit(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", ["janus", "glm-editing", "emu3", "chameleon"])
+def test_offloaded_networks_draw_the_same(family):
+    import accelerate
+
+    model, prompts, scale = made(family)
+    run = {"seeds": [1, 2, 3], "guidance_scale": scale}
+    plain = get_sampler("sjd")(model, prompts, **run).tokens
+    here = torch.device("cpu")
+    again = made(family)[0]
+    accelerate.cpu_offload_with_hook(again.network, execution_device=here)
+    assert torch.equal(get_sampler("sjd")(again, prompts, **run).tokens, plain)
+    again = made(family)[0]
+    accelerate.cpu_offload(again.network, execution_device=here)
+    assert next(again.network.parameters()).device.type == "meta"
+    assert torch.equal(get_sampler("sjd")(again, prompts, **run).tokens, plain)
+
+
+def test_a_network_on_several_devices_is_refused():
+    network = tiny_janus()
+    network.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(InputError, match="spread over 0, 1: expected one device"):
+        Janus(network)

@@ -246,4 +246,8 @@ def test_save_and_load(student, tmp_path):
     assert tuple(loaded.config["timesteps"]) == (0, 3)
     vectors = torch.randn(1, 30, 8)
     again = VARStudent(loaded, student.tokenizer).predict([2], vectors, 3)
-    assert torch.equal(again[0], student.predict([2], vectors, 3)[0])
+    own, found = student.transformer.state_dict(), loaded.state_dict()
+    assert own.keys() == found.keys()
+    assert all(torch.equal(own[name], found[name]) for name in own)
+    # The same weights at another address may take another path through a product: close, not equal.
+    torch.testing.assert_close(again[0], student.predict([2], vectors, 3)[0], rtol=1e-5, atol=1e-5)

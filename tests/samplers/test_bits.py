@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from arvision import InputError, get_sampler
+from arvision.decoding.run import Run
 from arvision.decoding.scale_loop import decode_scales
 from arvision.decoding.verify import gumbel_draw
 from arvision.errors import StateError
@@ -55,7 +56,9 @@ def test_a_mutant_whose_bits_hang_together_is_found():
 
     shape = get_sampler("ar").shaping()
     seeds = [(3, image) for image in range(NUM)]
-    out = decode_scales(table(), [None] * NUM, shape=shape, seeds=seeds, pick=clinging)
+    out = decode_scales(
+        table(), [None] * NUM, Run(NUM, table().num_tokens, seeds), shape=shape, pick=clinging
+    )
     assert out.tokens.shape == (NUM, 3, 2)
     assert law_p_value(table().number(out.tokens), table().joint(shape)) < ALPHA
 

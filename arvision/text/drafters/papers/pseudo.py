@@ -211,14 +211,16 @@ class PseudoDrafter(TextDrafter):
         extra = torch.tensor([n for n in numbers if n >= 0], device=tokens.device)
         extra = (self.vocab_size + extra).expand(len(tokens), -1)
         device = tokens.device
-        self._state.edit = (
+        edit = (
             self.module.layer,
             lambda hidden: self.module.edit(
                 hidden, torch.tensor(owners, device=device), torch.tensor(numbers, device=device)
             ),
         )
         return TokenTree(
-            torch.cat([guesses[:, :chain], extra], dim=1), parents=torch.tensor(parents)
+            torch.cat([guesses[:, :chain], extra], dim=1),
+            parents=torch.tensor(parents),
+            edit=edit,
         )
 
     def observe(self, batch: Round, verdict: Verdict) -> None:

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 
-from ..contracts import (
-    Conditions,
-    ContinuousModel,
-    Samples,
-    ScaleModel,
-    Schedule,
-    TokenModel,
-    codebook_of,
-)
-from ..decoding.flow import FlowMap, flow_pick, flow_rule
-from ..decoding.latents.loop import LatentPlan, decode_latents
-from ..decoding.loop import Drafter, NoDrafter
-from ..decoding.run import Run
-from ..decoding.scale_loop import ScalePlan, decode_scales
-from ..decoding.verify import Rule, gumbel_coupling, gumbel_draw
-from ..errors import InputError
-from .base import TokenSampler, register
+from ...contracts import Conditions, ContinuousModel, Samples, ScaleModel, Schedule, TokenModel
+from ...decoding.latents.loop import LatentPlan
+from ...decoding.run import Run
+from ...decoding.scale_loop import ScalePlan
+from ...errors import InputError
+from ..base import TokenSampler, register
+from .latent import draw_latents
+from .scale import draw_scales
+from .token import draw_tokens
 
-OPTION_KINDS = {
-    "top_k": ("token", "scale"),
-    "top_p": ("token", "scale"),
-    "noise": ("token", "scale"),
-    "prune": ("scale",),
-    "prune_scales": ("scale",),
-    "more_smooth": ("scale",),
-    "num_iter": ("continuous",),
-    "order": ("continuous",),
-    "guidance_schedule": ("continuous",),
-    "last_noise": ("continuous",),
-    "refresh": ("continuous",),
-    "reuse_guidance": ("continuous",),
-    "final_head_steps": ("continuous",),
+KINDS: dict[str, tuple[type, Callable[..., Samples]]] = {
+    "continuous": (ContinuousModel, draw_latents),
+    "scale": (ScaleModel, draw_scales),
+    "token": (TokenModel, draw_tokens),
 }
-"""Options that not every kind of model has, and the kinds that do."""
+"""Kind of model to its contract and to who draws it; the keyword arguments of a drawer are the
+options that models of its kind have."""
 
 
 @register("ar", exact=True, drives="token, scale, continuous")
@@ -117,44 +100,20 @@ class ARSampler(TokenSampler):
         self.check_shaping()
         if noise not in ("gumbel", "flow"):
             raise InputError(f"noise {noise!r}: expected 'gumbel' or 'flow'")
-        self._scale_plan = ScalePlan(
-            prune=prune, prune_scales=prune_scales, more_smooth=more_smooth
-        )
-        self._plan = LatentPlan(
+        self._scales = ScalePlan(prune=prune, prune_scales=prune_scales, more_smooth=more_smooth)
+        self._latents = LatentPlan(
             num_iter=num_iter,
             order=order,
             guidance_schedule=guidance_schedule,
-            temperature=1.0 if isinstance(temperature, Sequence) else temperature,
-            last_noise=last_noise,
             refresh=refresh,
-            reuse_guidance=reuse_guidance,
             final_head_steps=final_head_steps,
         )
 
     @property
     def is_exact(self) -> bool:
         """Whether every token is drawn from the model's own law."""
-        plan = self._plan
-        return self._scale_plan.is_plain and plan.refresh == 1 and plan.final_head_steps is None
-
-    def drafter(self, model: TokenModel) -> Drafter:
-        """Nothing is drafted."""
-        return NoDrafter()
-
-    def rule(self, model: TokenModel) -> Rule:
-        """A draw with fixed noise."""
-        return flow_rule(self._flow_map(model)) if self._flows else gumbel_coupling
-
-    @property
-    def _flows(self) -> bool:
-        return self.config["noise"] == "flow"
-
-    @staticmethod
-    def _flow_map(model: Any) -> FlowMap:
-        codebook = codebook_of(model)
-        if codebook is None:
-            raise InputError("noise 'flow': this model has no codebook to flow to")
-        return FlowMap(codebook)
+        plan = self._latents
+        return self._scales.is_plain and plan.refresh == 1 and plan.final_head_steps is None
 
     def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Run the loop of the model's kind.
@@ -162,24 +121,15 @@ class ARSampler(TokenSampler):
         Raises:
             InputError: an option that the model's kind does not know.
         """
-        if isinstance(model, ContinuousModel):
-            self._refuse_others("continuous")
-            self.shaping()  # refuses a list of temperatures
-            return decode_latents(model, conditions, run, plan=self._plan)
-        if isinstance(model, ScaleModel):
-            self._refuse_others("scale")
-            shape, plan = self.scale_shaping(model), self._scale_plan
-            pick = flow_pick(self._flow_map(model)) if self._flows else gumbel_draw
-            return decode_scales(model, conditions, run, shape=shape, pick=pick, plan=plan)
-        self._refuse_others("token")
-        return super().decode(model, conditions, run)
-
-    def _refuse_others(self, kind: str) -> None:
-        """Refuse a changed option that models of this kind do not have."""
-        defaults = inspect.signature(type(self).__init__).parameters
-        for name, kinds in OPTION_KINDS.items():
-            value, default = self.config[name], defaults[name].default
-            if kind not in kinds and value != default:
+        kind = next(kind for kind, (contract, _) in KINDS.items() if isinstance(model, contract))
+        draw = KINDS[kind][1]
+        options = [p.name for p in signature(draw).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for name, parameter in signature(type(self).__init__).parameters.items():
+            if name != "self" and name not in options and self.config[name] != parameter.default:
                 raise InputError(
-                    f"{name} {value!r}: a {kind} model has no such option, expected {default!r}"
+                    f"{name} {self.config[name]!r}: a {kind} model has no such option, expected "
+                    f"{parameter.default!r}"
                 )
+        if kind != "scale":
+            self.shaping()  # refuses a list of temperatures
+        return draw(model, conditions, run, **{name: self.config[name] for name in options})
