@@ -191,7 +191,11 @@ def measured_costs(
     missing = [rows for rows in wanted if rows not in known]
     for rows in missing:
         known[rows] = [
-            [rows, window, *_time_passes(make(window), model, conditions[:1], rows, guidance_scale)]
+            [
+                rows,
+                window,
+                *time_passes(make(window), model, list(conditions[:1]) * rows, guidance_scale),
+            ]
             for window in sorted({min(window, model.num_tokens) for window in WINDOWS})
         ]
     if missing and is_saved:
@@ -200,10 +204,11 @@ def measured_costs(
     return [entry for rows in wanted for entry in known[rows]]
 
 
-def _time_passes(
-    sampler: SamplerLike, model: Any, condition: Conditions, rows: int, guidance_scale: float
+def time_passes(
+    sampler: SamplerLike, model: Any, conditions: Conditions, guidance_scale: float
 ) -> tuple[float, float]:
     """Median seconds of a pass, and mean final tokens of a pass and image."""
+    rows = len(conditions)
     times: list[float] = []
     gains: list[float] = []
 
@@ -215,9 +220,7 @@ def _time_passes(
         return number >= 4 and times[-1] - times[0] > MAX_SECONDS / rows**0.5
 
     seeds = [(0, row) for row in range(rows)]
-    sampler(
-        model, list(condition) * rows, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
-    )
+    sampler(model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step)
     # The full batch is what counts: the first passes, before images are finished.
     steps = [b - a for a, b in pairwise(times)] or [times[0]]
     steps = sorted(steps[: max(2, len(steps) // 2)])
