@@ -130,18 +130,20 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         **kwargs: Any,
     ) -> Any:
         """A saved sampler, without the options that this release does not know (with a warning)."""
-        config, unused, _ = cls.load_config(
+        loaded: Any = cls.load_config(
             pretrained_model_name_or_path,
             subfolder=subfolder,
             return_unused_kwargs=True,
             return_commit_hash=True,
             **kwargs,
         )
+        config, unused, _ = loaded
         known = _options(cls)
         stale = [name for name in config if name not in known and not name.startswith("_")]
         _warn_of_stale(cls.name, {name: config[name] for name in stale})
         kept = {name: value for name, value in config.items() if name not in stale}
-        sampler, rest = cls.from_config(kept, return_unused_kwargs=True, **unused)
+        made: Any = cls.from_config(kept, return_unused_kwargs=True, **unused)
+        sampler, rest = made
         sampler.is_stored = True
         return (sampler, rest) if return_unused_kwargs else sampler
 
