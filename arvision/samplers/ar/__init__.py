@@ -135,7 +135,8 @@ class ARSampler(TokenSampler):
         Raises:
             InputError: an option that the model's kind does not know.
         """
-        kind = next(kind for kind, (contract, _) in KINDS.items() if isinstance(model, contract))
+        kinds = (kind for kind, (contract, _) in KINDS.items() if isinstance(model, contract))
+        kind = next(kinds, "token")  # what cannot decode pictures is still a token model
         for name, default in self.foreign(kind).items():
             raise InputError(
                 f"{name} {self.config[name]!r}: a {kind} model has no such option, expected "

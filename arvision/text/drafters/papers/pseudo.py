@@ -225,7 +225,7 @@ class PseudoDrafter(TextDrafter):
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Read the guesses behind each row's last accepted draft."""
-        if batch.topology is None:
+        if batch.drafts.shape[1] == 0:  # the prefill
             return
         count = self.module.num_guesses
         first = 1 + self._num_chain + (verdict.counts - 1) * count
