@@ -47,8 +47,7 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     place = Path(folder)
-    known = {"license": licence} if licence else {}
-    data = ModelCardData(library_name="arvision", tags=list(tags), **known)
+    data = ModelCardData(library_name="arvision", license=licence, tags=list(tags))
     rows = [(title, [text] if isinstance(text, str) else text) for title, text in facts.items()]
     card = ModelCard.from_template(
         data, template_str=TEMPLATE, name=place.name, description=description, facts=rows

@@ -105,11 +105,11 @@ def check_out(path: str | Path, *, suffixes: Sequence[str] = (), is_folder: bool
         InputError: see above.
     """
     goal = _followed(path)
-    if suffixes and goal.suffix.lower() not in suffixes:
-        raise InputError(f"out {path}: expected a name that ends in {', '.join(suffixes)}")
     if os.path.lexists(goal) and os.path.isdir(goal) != is_folder:
         there, wanted = ("file", "folder") if is_folder else ("folder", "file name")
         raise InputError(f"out {path} is a {there}: expected a {wanted}")
+    if suffixes and goal.suffix.lower() not in suffixes:
+        raise InputError(f"out {path}: expected a name that ends in {', '.join(suffixes)}")
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in goal.parts):
         raise InputError(f"out {str(path)[:60]}...: expected names of at most {LONGEST_NAME} bytes")
     above = goal if is_folder else goal.parent

@@ -423,3 +423,84 @@ def tiny_glm_pipeline(seed=0) -> Any:
     pipe.set_progress_bar_config(disable=True)
     network.double()
     return pipe
+
+
+def character_tokenizer(special, first, most, **names) -> Any:
+    """A tokenizer of single characters, ids `first` to `most`, and special tokens by id."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    t: Any = transformers
+    letters = {chr(32 + k): first + k % (most - first + 1) for k in range(95)}
+    core = Tokenizer(models.WordLevel({**special, **letters}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<pad>",
+        padding_side="left",
+        additional_special_tokens=list(special),
+        extra_special_tokens=names.pop("extra"),
+        **names,
+    )
+
+
+def janus_processor() -> Any:
+    import transformers
+
+    t: Any = transformers
+    special = {"<pad>": 0, "<bos>": 1, "<boi>": 2, "<eoi>": 3, "<image>": 119}
+    extra = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    tokenizer = character_tokenizer(
+        special, 10, 110, bos_token="<bos>", pad_token="<pad>", extra=extra
+    )
+    template = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    pictures = t.JanusImageProcessor()
+    return t.JanusProcessor(pictures, tokenizer, chat_template="<bos>" + template + "::")
+
+
+def emu3_processor() -> Any:
+    import transformers
+
+    t: Any = transformers
+    special = {
+        "<bos>": EMU["bos"],
+        "<eos>": EMU["eos"],
+        "<pad>": EMU["pad"],
+        "<boi>": EMU["image_start"],
+        "<eoi>": EMU["image_end"],
+        "<wrap>": EMU["image_token"],
+        "<image>": 98,
+        "<eof>": EMU["frame_end"],
+    }
+    extra = {
+        "image_token": "<image>",
+        "boi_token": "<boi>",
+        "eoi_token": "<eoi>",
+        "image_wrapper_token": "<wrap>",
+        "eof_token": "<eof>",
+    }
+    tokenizer = character_tokenizer(
+        special, 0, 85, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", extra=extra
+    )
+    return t.Emu3Processor(t.Emu3ImageProcessor(), tokenizer)
+
+
+def chameleon_processor() -> Any:
+    import transformers
+
+    t: Any = transformers
+    special = {
+        "<s>": CHAMELEON["bos"],
+        "<pad>": 1,
+        "<boi>": CHAMELEON["image_start"],
+        "<eoi>": CHAMELEON["image_end"],
+        "<sep>": CHAMELEON["end_of_turn"],
+        "<image>": CHAMELEON["place"],
+    }
+    extra = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    tokenizer = character_tokenizer(
+        special, 66, 89, bos_token="<s>", sep_token="<sep>", pad_token="<pad>", extra=extra
+    )
+    size = {"shortest_edge": 32}
+    pictures = t.ChameleonImageProcessor(size=size, crop_size={"height": 32, "width": 32})
+    return t.ChameleonProcessor(pictures, tokenizer, image_seq_length=256)

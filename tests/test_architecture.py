@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": GROUND,
     "sheet": set(),
     "folders": {"errors"},
-    "inputs": {"errors", "contracts"},
+    "inputs": {"errors", "contracts", "decoding"},
     "pipeline": {"card", "models", "samplers", "folders", "inputs"} | GROUND,
     "catalog": {"folders", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers", "folders"} | GROUND,

@@ -18,9 +18,12 @@ from ..models import GlmImage, ImagePrompt, Janus
 from ..models.transformers_image.emu3 import Emu3Sequence
 from ..models.transformers_image.forced import Forced, probe
 from ..samplers import get_sampler
-from ..text.custom_generate import CRITERIA, WARPERS
+from ..text.custom_generate import WARPERS
 
 Note = Callable[[Stats], None]
+
+CRITERIA = {"MaxLengthCriteria", "EosTokenCriteria", "StopStringCriteria"}
+"""Stopping criteria that change nothing in a picture of known size."""
 
 UNKEPT = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -364,14 +367,14 @@ def janus_images(network: Any, plan: Plan, note: Note, *arguments: Any, **named:
     if ids is None or ids.dim() != 2:
         raise InputError("Janus draws from input_ids [B, L]: none were given")
     check_config(config, num_answers=None)
-    refuse("logits processor", processors, WARPERS)
+    refuse("logits processor", processors, {*WARPERS})
     scale = 5.0 if config.guidance_scale is None else float(config.guidance_scale)
     plain = copy.deepcopy(config)
     plain.guidance_scale = None
     made = network._get_logits_processor(
         generation_config=plain, input_ids_seq_length=ids.shape[1], device=ids.device
     )
-    refuse("logits processor", made, WARPERS)
+    refuse("logits processor", made, {*WARPERS})
     boi = (getattr(config, "generation_kwargs", None) or {}).get("boi_token_id")
     names = {"bos": config.bos_token_id, "pad": config.pad_token_id, "image_start": boi}
     model = Janus(network, ids={name: int(v) for name, v in names.items() if v is not None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Annotated, Any
 
@@ -23,6 +24,12 @@ arvision generate --model ./target --prompt "Hello" --draft ./draft --rule judge
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command("generate", epilog=EPILOG)(generate)
+
+
+def unescaped(text: str) -> str:
+    """Text with the line ends and tabs that a shell cannot write; other characters are themselves."""
+    known = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: known[found[1]], text)
 
 
 def dtype_of(name: str | None) -> Any:
@@ -85,7 +92,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop=[text.encode().decode("unicode_escape") for text in stop or []],
+        stop=[unescaped(text) for text in stop or []],
         chat=chat,
         num_draft=None if num_draft is None else parse_value(num_draft),
         drafter_options=options,

@@ -20,7 +20,7 @@ from ..contracts import (
 )
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, topology
+from .tree import TokenTree, Topology, is_chain, topology
 from .verify import Round, Rule, Verdict
 
 
@@ -210,9 +210,11 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
     far behind the known tokens each law stands [1 + T], and the topology of the drafts."""
     num = tree.tokens.shape[1]
-    if tree.parents is None:
+    own = None if tree.parents is None else tuple(tree.parents.tolist())
+    if own is None or is_chain(own):
         return None, torch.arange(num + 1, device=device), None
-    shape = topology(tuple(tree.parents.tolist()), device)
+    assert tree.parents is not None
+    shape = topology(own, device)
     root = tree.parents.new_full((1,), -1)
     parents = torch.cat([root, tree.parents + 1]).to(device)
     return parents, torch.cat([root.to(device) + 1, shape.depths + 1]), shape

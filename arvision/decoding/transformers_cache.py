@@ -28,9 +28,15 @@ class TextSizes:
         config = network.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        # Falcon's newer layers write their few heads down once for each query head.
+        if getattr(text, "multi_query", False) and not getattr(
+            text, "new_decoder_architecture", False
+        ):
+            kv_heads = 1
         return cls(
             num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            num_kv_heads=kv_heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
             num_positions=getattr(text, "max_position_embeddings", None) or 1 << 20,

@@ -64,6 +64,11 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
         raise StateError("kept is not a path: each kept candidate must follow its parent")
 
 
+def is_chain(parents: Sequence[int]) -> bool:
+    """Whether parents are -1, 0, 1, ...: a tree without branches."""
+    return all(parent == place - 1 for place, parent in enumerate(parents))
+
+
 def ancestor_mask(parents: Tensor) -> Tensor:
     """[T, T] bool, true where candidate t descends from (or is) candidate u; parents [T]."""
     return topology(tuple(parents.tolist()), parents.device).ancestors
@@ -196,10 +201,9 @@ def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device)
     drafts = np.full((len(rows), len(common)), -1, dtype=np.int64)
     for row, (tokens, _) in enumerate(rows):
         drafts[row, places[row]] = tokens
-    is_chain = all(parent == place - 1 for place, parent in enumerate(common))
     return TokenTree(
         torch.from_numpy(drafts).to(device),
-        parents=None if is_chain else torch.tensor(common, dtype=torch.int64),
+        parents=None if is_chain(common) else torch.tensor(common, dtype=torch.int64),
     )
 
 

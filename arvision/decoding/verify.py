@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import renamed, unknown_name
+from ..errors import InputError, renamed, unknown_name
 from ..kernels import dispatch
 from ..kernels import verify as kernel
 from ..kernels.verify import reference
@@ -161,10 +161,31 @@ def _core(laws: Tensor) -> Any:
     return reference
 
 
+def draft_laws(chain: Round) -> Tensor:
+    """The laws [B, m, V] that the drafts of a chain were drawn from.
+
+    Raises:
+        InputError: a tree, or drafts that were chosen and not drawn: a rule that compares one draft
+            at a time with its own law cannot judge them.
+    """
+    if chain.topology is not None:
+        raise InputError(
+            "this rule judges chains and the drafts branch: expected drafts without branches, or a "
+            "rule for trees such as 'gumbel' or 'multi_round'"
+        )
+    if chain.draft_logp is None and chain.drafts.shape[1] == 0:
+        return chain.target_logp[:, :0]
+    if chain.draft_logp is None:
+        raise InputError(
+            "this rule needs the laws that drafts were drawn from, and these were chosen: expected "
+            "another drafter, or a rule such as 'gumbel'"
+        )
+    return chain.draft_logp
+
+
 def acceptance_log_ratio(chain: Round) -> Tensor:
     """log p(x) - log q(x) of the drafts, [B, m]; -inf where the target rules a draft out."""
-    assert chain.draft_logp is not None
-    return reference.log_ratio(chain.drafts, chain.draft_logp, chain.target_logp)
+    return reference.log_ratio(chain.drafts, draft_laws(chain), chain.target_logp)
 
 
 def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
@@ -179,9 +200,8 @@ def accept(chain: Round, log_ratio: Tensor | None = None) -> Tensor:
 
 def recover(chain: Round) -> Tensor:
     """A draw from the normalised (p - q)+ at every draft, [B, m]."""
-    assert chain.draft_logp is not None
     uniforms = chain.noise.uniform(chain.positions[:, :-1], "recover", chain.number)
-    return reference.recover(chain.drafts, chain.draft_logp, chain.target_logp, uniforms)
+    return reference.recover(chain.drafts, draft_laws(chain), chain.target_logp, uniforms)
 
 
 def fresh(chain: Round) -> Tensor:
@@ -192,14 +212,13 @@ def fresh(chain: Round) -> Tensor:
 
 def _couple(chain: Round, coupling: str) -> Verdict:
     """The window's numbers, and the kernel that decides by them."""
-    assert chain.draft_logp is not None
     places = chain.positions
     uniforms = [
         chain.noise.uniform(places[:, :-1], "accept", chain.number),
         chain.noise.uniform(places[:, :-1], "recover", chain.number),
         chain.noise.uniform(places, "token", chain.number),
     ]
-    laws = (chain.draft_logp.to(chain.target_logp.dtype), chain.target_logp)
+    laws = (draft_laws(chain).to(chain.target_logp.dtype), chain.target_logp)
     return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions
+from ..contracts import Conditions, TellsCost, device_of
 from ..contracts import Sampler as SamplerLike
 from ..errors import InputError
 from ..files import write_text
@@ -180,7 +180,7 @@ def measured_costs(
     guided = guidance_scale not in (0, 1)
     key = f"{model_key(model)} {machine_key(model)} {label} {'guided' if guided else 'plain'}"
     path = default_file() if file is None else Path(file)
-    is_saved = getattr(model, "cost_key", None) is not None
+    is_saved = _told_cost(model) is not None
     remembered = f"{path} {key}"
     if remembered not in _MEASURED:
         _MEASURED[remembered] = _read(path).get(key, {}) if is_saved else {}
@@ -191,7 +191,11 @@ def measured_costs(
     missing = [rows for rows in wanted if rows not in known]
     for rows in missing:
         known[rows] = [
-            [rows, window, *_time_passes(make(window), model, conditions[:1], rows, guidance_scale)]
+            [
+                rows,
+                window,
+                *time_passes(make(window), model, list(conditions[:1]) * rows, guidance_scale),
+            ]
             for window in sorted({min(window, model.num_tokens) for window in WINDOWS})
         ]
     if missing and is_saved:
@@ -200,10 +204,11 @@ def measured_costs(
     return [entry for rows in wanted for entry in known[rows]]
 
 
-def _time_passes(
-    sampler: SamplerLike, model: Any, condition: Conditions, rows: int, guidance_scale: float
+def time_passes(
+    sampler: SamplerLike, model: Any, conditions: Conditions, guidance_scale: float
 ) -> tuple[float, float]:
     """Median seconds of a pass, and mean final tokens of a pass and image."""
+    rows = len(conditions)
     times: list[float] = []
     gains: list[float] = []
 
@@ -215,9 +220,7 @@ def _time_passes(
         return number >= 4 and times[-1] - times[0] > MAX_SECONDS / rows**0.5
 
     seeds = [(0, row) for row in range(rows)]
-    sampler(
-        model, list(condition) * rows, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step
-    )
+    sampler(model, conditions, seeds=seeds, guidance_scale=guidance_scale, on_step=on_step)
     # The full batch is what counts: the first passes, before images are finished.
     steps = [b - a for a, b in pairwise(times)] or [times[0]]
     steps = sorted(steps[: max(2, len(steps) // 2)])
@@ -232,12 +235,16 @@ def default_file() -> Path:
 def model_key(model: Any) -> str:
     """What the cost of a model depends on: its `cost_key`, or failing that its sizes."""
     sizes = (type(model).__name__, model.vocab_size, model.num_tokens, model.grid)
-    return getattr(model, "cost_key", None) or " ".join(map(str, sizes))
+    return _told_cost(model) or " ".join(map(str, sizes))
+
+
+def _told_cost(model: Any) -> str | None:
+    return model.cost_key if isinstance(model, TellsCost) else None
 
 
 def machine_key(model: Any) -> str:
     """What the cost of a pass depends on besides the model: device and threads."""
-    device = getattr(model, "device", torch.device("cpu"))
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.get_num_threads()} threads"

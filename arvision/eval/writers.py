@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def export_layout(
         per_prompt: images of each prompt.
 
     Raises:
-        InputError: an unknown layout, counts that do not agree, a missing field, a used folder.
+        InputError: an unknown layout, counts that do not agree, a missing field, a name that is no
+            plain file name, or used twice, a used folder.
     """
     writers = {"geneval": _geneval, "hpsv2": _hpsv2, "dpg-bench": _dpg}
     if layout not in writers:
@@ -176,10 +178,44 @@ def export_layout(
         raise InputError(f"{layout} takes {needed} image(s) of each prompt, not {per_prompt}")
     if layout == "hpsv2" and any("style" not in record for record in records):
         raise InputError("hpsv2 records need a style: expected JSON lists by style")
+    if layout == "hpsv2":
+        _check_names("style", [str(record["style"]) for record in records])
+    if layout == "dpg-bench":
+        names = _dpg_names(records)
+        _check_names("id", names)
+        for name, count in Counter(name.casefold() for name in names).items():
+            if count > 1:
+                raise InputError(f"{count} dpg-bench records have the id {name!r}: expected one")
     with making_folder(folder) as place:
         writers[layout](source, records, place, per_prompt)
         _check_pictures(place, len(records) if layout == "dpg-bench" else len(source))
     return Path(folder)
+
+
+RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(1, 10))}
+
+
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    """Refuse what is no plain name of a file or folder on every system.
+
+    Raises:
+        InputError: a name that is empty, overlong or reserved, that starts or ends with a dot or a
+            space, or holds separators or control characters.
+    """
+    for number, name in enumerate(names):
+        is_plain = (
+            name == name.strip(" .") and name.isprintable() and not set(name) & set('/\\:*?"<>|')
+        )
+        is_free = name.casefold().split(".")[0] not in RESERVED
+        if not (name and is_plain and is_free and len(name.encode()) <= 200):
+            raise InputError(
+                f"record {number} has the {kind} {name[:60]!r}: expected a plain file name of at most "
+                "200 bytes"
+            )
+
+
+def _dpg_names(records: Sequence[Any]) -> list[str]:
+    return [str(record.get("id", f"{number:05d}")) for number, record in enumerate(records)]
 
 
 def _geneval(source: Source, records: Sequence[Any], place: Path, per_prompt: int) -> None:
@@ -204,9 +240,8 @@ def _hpsv2(source: Source, records: Sequence[Any], place: Path, per_prompt: int)
 
 
 def _dpg(source: Source, records: Sequence[Any], place: Path, per_prompt: int) -> None:
-    for number, record in enumerate(records):
+    for number, name in enumerate(_dpg_names(records)):
         four = source.read(number * 4, number * 4 + 4)
         height, width = four.shape[-2:]
         grid = four.view(2, 2, 3, height, width).permute(2, 0, 3, 1, 4)
-        name = str(record.get("id", f"{number:05d}"))
         (place / f"{name}.png").write_bytes(_encode(grid.reshape(3, 2 * height, 2 * width)))

@@ -1,42 +1,110 @@
-"""What a pass of a language model costs on this machine, by the number of candidates."""
+"""What a round of text costs on this machine: drafting, the pass and the verdict, by rows and window."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from .model import HFCausalLM
+from ..contracts import Conditions, Sampler
+from ..decoding.loop import Attached, Drafter
+from ..decoding.noise import Noise
+from ..decoding.tree import TokenTree
+from ..decoding.verify import Round, Verdict
+from ..decoding.window import model_key, time_passes
 
-WINDOWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 65)
-CONTEXT = 64
+WINDOWS = (1, 2, 4, 8, 16, 32, 65)
+"""Candidates of a pass that `num_draft="auto"` chooses from; 1 is plain decoding."""
 
 _MEASURED: dict[str, list[list[float]]] = {}
 
 
-def pass_costs(model: HFCausalLM, most: int) -> list[list[float]]:
-    """Rows [1, candidates, seconds] for `arvision.decoding.window.CostTable`.
+class Resting:
+    """A drafter that is left alone from the round on in which nothing is asked of it.
 
-    Measured once per model, dtype and number of threads in a process: the median of three passes
-    each, behind a short context.
+    Plain decoding shall cost what plain decoding costs: a draft model does not read along.
+    """
+
+    def __init__(self, inner: Drafter) -> None:
+        self._inner, self._rests = inner, False
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch begins."""
+        self._rests = False
+        self._inner.start(noise, vocab_size, num_tokens)
+
+    def attach(self, state: Any, conditions: Conditions) -> None:
+        """The prompts were read."""
+        if isinstance(self._inner, Attached):
+            self._inner.attach(state, conditions)
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        self._rests = self._rests or num == 0
+        if self._rests:
+            return TokenTree(tokens[:, :0])
+        return self._inner.propose(tokens, lengths, num, round_number)
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Learn from a pass."""
+        if not self._rests:
+            self._inner.observe(batch, verdict)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        if not self._rests:
+            self._inner.select(rows)
+
+
+def label_of(drafter: Any) -> str:
+    """What the cost of drafting depends on: the kind of drafter, its options, its models."""
+    parts = [type(drafter).__name__]
+    for name, value in sorted(vars(drafter).items()):
+        if hasattr(value, "vocab_size") or hasattr(value, "cost_key"):
+            parts.append(f"{name}={model_key(value)}")
+        elif hasattr(value, "propose"):
+            parts.append(f"{name}=({label_of(value)})")
+        elif isinstance(value, int | float | str | tuple) and name not in (
+            "num_tokens",
+            "vocab_size",
+        ):
+            parts.append(f"{name}={value}")
+    return " ".join(parts)
+
+
+def round_costs(
+    model: Any,
+    label: str,
+    make: Callable[[int], Sampler],
+    prompts: Sequence[Tensor],
+    most: int,
+) -> list[list[float]]:
+    """Rows [texts, candidates, seconds, tokens per pass] for `arvision.decoding.window.CostTable`.
+
+    Measured once per model, drafter, number of threads and size of batch in a process: 1, 4, 16, ...
+    texts up to the first number that is not less than the batch, whole rounds of a real run.
 
     Args:
-        model: whose passes are timed.
+        model: a text model.
+        label: of drafter and rule, see `label_of`.
+        make: a run with that many candidates in every pass.
+        prompts: of the run; the first ones are used for measuring.
         most: candidates at most, the last known token not counted.
     """
-    key = f"{model.cost_key} {torch.get_num_threads()} threads {most}"
-    if key not in _MEASURED:
-        state, _ = model.start([torch.zeros(CONTEXT, dtype=torch.int64)])
-        table = []
-        for window in (w for w in WINDOWS if w <= most + 1):
-            tokens = torch.zeros(1, window, dtype=torch.int64, device=model.device)
-            seconds = []
-            for _ in range(4):
-                started = time.perf_counter()
-                state.extend(tokens)[0, 0, 0].item()
-                seconds.append(time.perf_counter() - started)
-            table.append([1, window, sorted(seconds[1:])[1]])
-        _MEASURED[key] = table
-    return _MEASURED[key]
+    table = []
+    rows = 1
+    while True:
+        key = f"{model_key(model)} {torch.get_num_threads()} threads {label} {rows} {most}"
+        if key not in _MEASURED:
+            some = [prompts[row % len(prompts)] for row in range(rows)]
+            _MEASURED[key] = [
+                [rows, window, *time_passes(make(window), model, some, 1.0)]
+                for window in WINDOWS
+                if window <= most + 1
+            ]
+        table += _MEASURED[key]
+        if rows >= len(prompts):
+            return table
+        rows *= 4

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..contracts import Conditions
 from ..errors import InputError
-from .state import HFState, TextSizes
+from .probe import check_driven
+from .processors import Prefixes
+from .state import FULL, SLIDING, HFState, TextSizes
 
 
 def check_network(network: Any) -> None:
@@ -44,14 +46,44 @@ def check_network(network: Any) -> None:
     if network.get_output_embeddings() is None:
         missing.append("an output layer (get_output_embeddings)")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    types = set(getattr(text, "layer_types", None) or ())
-    other = types - {"full_attention"}
-    window = getattr(text, "sliding_window", None)
-    if other or (window and getattr(text, "use_sliding_window", True) and not types):
-        kinds = ", ".join(sorted(other)) or f"a sliding window of {window}"
-        missing.append(f"full attention in every layer (it has {kinds})")
+    other = layer_kinds(text) - {FULL, SLIDING}
+    if other:
+        missing.append(
+            f"full or windowed attention in every layer (it has {', '.join(sorted(other))})"
+        )
+    elif SLIDING in layer_kinds(text) and not isinstance(text.sliding_window, int):
+        missing.append(f"one window for all layers (sliding_window {text.sliding_window!r})")
+    if getattr(text, "num_kv_shared_layers", 0):
+        missing.append("keys and values of its own in every layer")
+    if hasattr(config, "vq_config") and hasattr(network.base_model, "get_rope_index"):
+        missing.append("positions in one dimension (draw its images with arvision.models)")
     if missing:
         raise InputError(f"{name} cannot be driven here, it lacks: {'; '.join(missing)}")
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """What the layers of a text configuration attend to, in transformers' words."""
+    kinds: set[str] = set(getattr(config, "layer_types", None) or ())
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        kinds.add("local attention")
+    if not kinds:
+        window = getattr(config, "sliding_window", None)
+        kinds.add(SLIDING if window and getattr(config, "use_sliding_window", True) else FULL)
+    return kinds
+
+
+def device_of(network: Any) -> torch.device:
+    """Where a network's passes run; its weights may wait elsewhere (offloading by accelerate)."""
+    device = network.get_input_embeddings().weight.device
+    if device.type != "meta":
+        return device
+    for module in network.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    raise InputError(
+        f"{type(network).__name__} has weights on the device meta: expected loaded ones"
+    )
 
 
 IMAGE_STARTS = {
@@ -78,13 +110,16 @@ class HFCausalLM:
 
     Args:
         network: a causal language model of transformers. Its passes must accept a four-dimensional
-            attention mask, position ids and a cache, and attend to everything before a token:
-            Llama, Mistral (without a window), Qwen2, Qwen3, SmolLM, GPT-2, GPT-NeoX and many more.
+            attention mask, position ids and a cache, and attend to everything before a token, or
+            in all or some layers to a window of it: Llama, Mistral, Qwen, Gemma, gpt-oss, OLMo,
+            Cohere, SmolLM, GPT-2, GPT-NeoX and many more. It may be compiled (its own passes are
+            run, as trees change their shapes) or offloaded by accelerate.
         num_tokens: new tokens that a state has room for; None for what the positions allow.
         tree_room: candidates that a pass can hold besides.
 
     Raises:
-        InputError: an unsupported architecture; the message names what is missing.
+        InputError: an unsupported architecture; the message names what is missing. What a network
+            does not tell is tried once, see `arvision.text.probe`.
     """
 
     grid: tuple[int, int] | None = None
@@ -92,17 +127,25 @@ class HFCausalLM:
     def __init__(
         self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128
     ) -> None:
+        network = getattr(network, "_orig_mod", network)
         check_network(network)
         self.network = network
+        config = network.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.layer_kinds = layer_kinds(text)
+        self.attention_window: int | None = getattr(text, "sliding_window", None)
         self.sizes = TextSizes.of(network)
         self.vocab_size: int = network.get_output_embeddings().weight.shape[0]
         self.num_tokens = num_tokens or self.sizes.num_positions
         self.tree_room = tree_room
+        self.prefixes: Prefixes | None = None
+        """Processors that act on the logits of the next state."""
+        check_driven(self)
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.network.get_input_embeddings().weight.device
+        return device_of(self.network)
 
     @property
     def cost_key(self) -> str:

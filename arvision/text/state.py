@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from .model import HFCausalLM
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, in transformers' words."""
+
+PREFILL_PIECE = 1024
+"""Tokens of a prompt that one pass reads: its mask has this many rows."""
+
+
 class HFState:
     """Committed prompts and tokens of B rows, and the candidates of the last call.
 
@@ -34,7 +41,7 @@ class HFState:
     allows_overrun = True
 
     def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
-        sizes, weight = model.sizes, model.network.get_input_embeddings().weight
+        sizes, device = model.sizes, model.device
         self.model = model
         self._network = model.network
         self._room = model.num_tokens
@@ -44,37 +51,52 @@ class HFState:
             sizes.num_kv_heads,
             capacity,
             sizes.head_dim,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=device,
+            dtype=model.network.get_input_embeddings().weight.dtype,
         )
         self._seen = CacheView(self.cache)
         accepts = inspect.signature(self._network.forward).parameters
         name = "cache" if "cache" in accepts else "past_key_values"
         self._options: dict[str, Any] = {name: self._seen, "use_cache": True}
         self._keeps_logits = "logits_to_keep" in accepts
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
         self._parents: Tensor | None = None
         self._is_draft = False
+        self._prefixes = model.prefixes
+        self._fed = self.lengths[:, None]
 
+    @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
-        """Commit the prompts [L_i]; logits [B, V] of the first new token."""
+        """Commit the prompts [L_i]; logits [B, V] of the first new token.
+
+        Long prompts are read in pieces, so that no mask grows with the square of their length.
+        """
         from .model import pad_right
 
         tokens, lengths = pad_right(prompts)
-        ends = (lengths - 1).unique()
-        logits = self._run(tokens, None, keep=ends)
-        self._commit_all(lengths)
-        place = torch.searchsorted(ends, lengths - 1)
-        rows = torch.arange(len(place), device=place.device)
-        assert self.hidden is not None
-        self.hidden = self.hidden[rows, place][:, None]
-        return logits[rows, place]
-
-    def _commit_all(self, counts: Tensor) -> None:
-        order = torch.arange(int(counts.max()), device=counts.device)
-        self.cache.commit(order.expand(len(counts), -1), counts)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, tokens.shape[1], PREFILL_PIECE):
+            piece = tokens[:, start : start + PREFILL_PIECE]
+            counts = (lengths - start).clamp(0, piece.shape[1])
+            rows = ((lengths > start) & (lengths <= start + PREFILL_PIECE)).nonzero()[:, 0]
+            ends = (lengths[rows] - 1 - start).unique()
+            # Some networks want at least one place.
+            kept = ends if len(ends) else torch.zeros_like(lengths[:1])
+            logits = self._run(piece, None, keep=kept)
+            self.cache.commit(
+                torch.arange(piece.shape[1]).to(counts).expand(len(counts), -1), counts
+            )
+            assert self.hidden is not None
+            place = torch.searchsorted(ends, lengths[rows] - 1 - start)
+            found.append((rows, logits[rows, place], self.hidden[rows, place]))
+        order = torch.cat([rows for rows, _, _ in found]).argsort()
+        self.hidden = torch.cat([hidden for _, _, hidden in found])[order][:, None]
+        logits = torch.cat([logits for _, logits, _ in found])[order]
+        if self._prefixes is None:
+            return logits
+        return self._prefixes(logits[:, None], tokens[:, :0], None)[:, 0]
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -95,7 +117,12 @@ class HFState:
         if parents is not None:
             check_parents(parents, tokens.shape[1])
         self._parents, self._is_draft = parents, False
-        return self._run(tokens, parents)
+        logits = self._run(tokens, parents)
+        if self._prefixes is None:
+            return logits
+        # No text holds a pseudo token.
+        self._fed = tokens.clamp(max=self.model.vocab_size - 1)
+        return self._prefixes(logits, self._fed, parents)
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
@@ -187,6 +214,7 @@ class HFState:
             mask = torch.zeros(1, 1, 1, int(slots[0, 0]) + 1, dtype=self.cache.keys.dtype)
             mask = mask.to(tokens.device)
         positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
+        seen_by = self._by_kind(mask.expand(len(tokens), -1, -1, -1), positions)
         positions = positions.clamp(max=self.model.sizes.num_positions - 1)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if embeddings is not None or self.pseudo is not None:
@@ -198,8 +226,8 @@ class HFState:
             lambda _, arguments: seen.append(arguments[0])
         )
         try:
-            logits = self._network(
-                attention_mask=mask.expand(len(tokens), -1, -1, -1),
+            logits = self._pass(
+                attention_mask=seen_by,
                 position_ids=positions.expand(len(tokens), -1),
                 **inputs,
                 **self._options,
@@ -212,6 +240,38 @@ class HFState:
         if bool(logits.sum().isnan()):
             raise InputError("the model's logits hold NaN: check its weights and dtype")
         return logits
+
+    def _pass(self, **inputs: Any) -> Any:
+        """One pass of the network, of its own code where it was compiled in place."""
+        is_compiled = getattr(self._network, "_compiled_call_impl", None) is not None
+        return (self._network._call_impl if is_compiled else self._network)(**inputs)
+
+    def _by_kind(self, mask: Tensor, positions: Tensor) -> Any:
+        """The additive mask [R, 1, T, S] as the layers want it: one, or one for each kind of layer.
+
+        A windowed layer looks at what is less than a window behind in the text. In the cache a
+        candidate may stand further behind than in the text, as its siblings have slots too.
+
+        Args:
+            mask: of layers that attend to everything.
+            positions: [R or 1, T], of the candidates.
+        """
+        kinds = self.model.layer_kinds
+        if SLIDING not in kinds:
+            return mask
+        window, lengths = self.model.attention_window, self.cache.lengths
+        assert window is not None
+        near = mask
+        if mask.shape[3] > window:
+            rows, num = len(mask), positions.shape[1]
+            places = torch.arange(mask.shape[3] + num, device=mask.device).repeat(rows, 1)
+            own = lengths[:, None] + torch.arange(num, device=mask.device)
+            places = places.scatter(
+                1, own.clamp(max=places.shape[1] - 1), positions.expand(rows, num)
+            )
+            behind = positions[..., None] - places[:, None, : mask.shape[3]]
+            near = mask.masked_fill((behind >= window)[:, None], float("-inf"))
+        return near if kinds == {SLIDING} else {FULL: mask, SLIDING: near}
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [B, T, C], of pseudo tokens too."""
@@ -237,11 +297,15 @@ class HFState:
         check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(kept, counts)
         self.lengths = self.lengths + counts
+        if self._prefixes is not None:
+            self._prefixes.commit(self._fed, kept, counts)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
         self.lengths = self.lengths[rows]
+        if self._prefixes is not None:
+            self._prefixes.select(rows)
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
 

@@ -22,6 +22,8 @@ class TextEnd:
         end_ids: tokens that end a text; they belong to it.
         strings: texts that end it.
         decode: ids to text; needed for strings.
+        criterion: asked after every token, with the row and its new tokens so far, whether the text
+            ends there; None for none.
 
     Raises:
         InputError: an empty stop string, or strings without `decode`.
@@ -33,19 +35,21 @@ class TextEnd:
         end_ids: Sequence[int] = (),
         strings: Sequence[str] = (),
         decode: Decode | None = None,
+        criterion: Callable[[int, list[int]], bool] | None = None,
     ) -> None:
         if any(not text for text in strings):
             raise InputError("stop: expected strings that are not empty")
         if strings and decode is None:
             raise InputError("stop strings need a tokenizer: pass tokenizer=...")
         self._end_ids, self._strings, self._decode = set(end_ids), list(strings), decode
+        self._criterion = criterion
         self._drawn: list[list[int]] = [[] for _ in range(batch)]
         self._longest = max(map(len, strings), default=0)
 
     @property
     def is_needed(self) -> bool:
         """Whether anything can end a row."""
-        return bool(self._end_ids or self._strings)
+        return bool(self._end_ids or self._strings or self._criterion)
 
     def __call__(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Counts [B'] that stay of new tokens [B', K], and which rows are finished."""
@@ -53,6 +57,9 @@ class TextEnd:
         for row, new, count in zip(rows.tolist(), tokens.tolist(), counts.tolist(), strict=True):
             kept = self._cut(row, new[:count])
             is_end = len(kept) < count or (bool(kept) and self._ends(row, kept))
+            met = self._criterion_met(row, kept)
+            if met is not None:
+                kept, is_end = kept[:met], True
             stays.append(len(kept))
             finished.append(is_end)
             self._drawn[row] += kept
@@ -61,6 +68,14 @@ class TextEnd:
 
     def _ends(self, row: int, kept: list[int]) -> bool:
         return kept[-1] in self._end_ids or self._has_string(self._drawn[row], kept)
+
+    def _criterion_met(self, row: int, kept: list[int]) -> int | None:
+        """How many new tokens there are when the criterion is first met, None for never."""
+        if self._criterion is None:
+            return None
+        drawn = self._drawn[row]
+        counts = range(1, len(kept) + 1)
+        return next((n for n in counts if self._criterion(row, drawn + kept[:n])), None)
 
     def _cut(self, row: int, new: list[int]) -> list[int]:
         for place, token in enumerate(new):

@@ -96,7 +96,8 @@ class MARTransformerStage(Stage[Work]):
         """Noise on masked latents."""
         transformer = MARTransformer(**self.sizes)
         initialise(transformer)
-        return MARObjective(transformer, *work.codes, work.labels)
+        means, deviations = work.codes
+        return MARObjective(transformer, means, deviations, work.labels)
 
     def finish(self, work: Work, objective: MARObjective) -> None:
         """The transformer."""

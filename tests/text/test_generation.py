@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from text_models import (
@@ -12,9 +14,12 @@ from text_models import (
     smollm2_folder,
     tiny_llama,
 )
+from transformers import BatchEncoding
 
 import arvision
 from arvision import InputError
+from arvision.text import HFCausalLM, costs
+from arvision.text import state as state_module
 from arvision.text.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
 
 NEEDS_A_MODEL = {"draft_model", "heads", "pseudo"}
@@ -199,3 +204,147 @@ def test_smollm2_greedily_as_transformers_does():
         for drafter in NAMES[1:]:
             out = arvision.generate(network, [ids], drafter=drafter, max_new_tokens=48)
             assert out.tokens == [expected], drafter
+
+
+@pytest.mark.parametrize(
+    ("expansion", "branching", "rule"),
+    [
+        ("independent", (3, 2, 1), "k_sequential"),
+        ("independent", (3, 2, 1), "multi_round"),
+        ("distinct", (3, 2, 1), "without_replacement"),
+        ("beam", (3, 3, 3), "without_replacement"),
+        ("independent", (1, 1, 1, 1), "block"),
+        ("independent", (1, 1, 1, 1), "independent"),
+        ("dyspec", (1,), "multi_round"),
+    ],
+)
+def test_rows_do_not_depend_on_each_other_to_the_last_token(expansion, branching, rule):
+    network, draft = tiny_llama(sharpness=1.0), tiny_llama(seed=1, sharpness=1.0)
+    prompts = random_prompts([5, 9, 7, 6, 8, 5])
+
+    def run(rows):
+        return arvision.generate(
+            network,
+            [prompts[row] for row in rows],
+            drafter="draft_model",
+            drafter_options={"draft": draft, "expansion": expansion, "branching": branching},
+            rule=rule,
+            temperature=1.0,
+            max_new_tokens=13,
+            seed=[(4, row) for row in rows],
+        ).tokens
+
+    together = run(range(len(prompts)))
+    assert together == [run([row])[0] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("piece", [1, 4, 7])
+def test_long_prompts_are_read_in_pieces_without_a_graph(network, monkeypatch, piece):
+    prompts = random_prompts([23, 9, 16, 4])
+    expected = [greedy_reference(network, ids, 12) for ids in prompts]
+    sizes = []
+    hook = network.register_forward_pre_hook(
+        lambda _, args, options: sizes.append(tuple(options["attention_mask"].shape)),
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(state_module, "PREFILL_PIECE", piece)
+    try:
+        out = arvision.generate(network, prompts, max_new_tokens=12)
+        _, logits = HFCausalLM(network, 4).start(prompts)
+    finally:
+        hook.remove()
+    assert out.tokens == expected
+    assert not logits.requires_grad
+    assert max(size[2] for size in sizes) <= piece
+
+
+def test_prompts_in_every_form_that_ids_come_in(network):
+    rows = random_prompts([4, 6])
+    expected = arvision.generate(network, rows, max_new_tokens=6).tokens
+    ids = torch.tensor([[0, 0, *rows[0]], rows[1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    batch = BatchEncoding({"input_ids": ids, "attention_mask": mask})
+    forms = [
+        [torch.tensor(row) for row in rows],
+        [np.array(row) for row in rows],
+        batch,
+        dict(batch),
+    ]
+    for form in forms:
+        assert arvision.generate(network, form, max_new_tokens=6).tokens == expected
+    masked = arvision.generate(network, ids, attention_mask=mask, max_new_tokens=6)
+    assert masked.tokens == expected
+    for flat in (rows[0], tuple(rows[0]), torch.tensor(rows[0]), np.array(rows[0])):
+        assert arvision.generate(network, flat, max_new_tokens=6).tokens == expected[:1]
+    for bad, message in (
+        ([[1.5, 2.0]], "expected ids"),
+        ([[1, 2], ["a"]], "expected ids"),
+        ([], "no prompt"),
+    ):
+        with pytest.raises(InputError, match=message):
+            arvision.generate(network, bad, max_new_tokens=2)
+    with pytest.raises(InputError, match=r"attention_mask \(1, 3\): expected \[2, 6\]"):
+        arvision.generate(network, ids, attention_mask=[[1, 1, 1]], max_new_tokens=2)
+
+
+def test_a_seed_per_row_and_tokens_that_end_a_text(network):
+    rows = random_prompts([4, 4])
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    both = arvision.generate(network, rows, seed=[(7, 0), (9, 3)], **options).tokens
+    assert both[0] == arvision.generate(network, rows, seed=7, **options).tokens[0]
+    assert both[1] == arvision.generate(network, rows[1:], seed=[(9, 3)], **options).tokens[0]
+    end = both[0][3]
+    cut = arvision.generate(network, rows[:1], seed=7, stop_token_ids=[end], **options).tokens[0]
+    assert cut == both[0][: both[0].index(end) + 1]
+    for change, message in (
+        ({"seed": [1]}, "1 seeds for 2 prompts"),
+        ({"seed": "seven"}, "seed 'seven'"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"stop_token_ids": [64]}, "stop_token_ids 64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            arvision.generate(network, rows, **options, **change)
+
+
+class SlowDraft:
+    """A draft model that is right about nothing and takes its time."""
+
+    def __init__(self, network):
+        self.network, self.calls = network, 0
+        network.register_forward_pre_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+        time.sleep(0.02)
+
+
+def test_auto_counts_whole_rounds_and_drops_a_draft_that_does_not_pay(network):
+    costs._MEASURED.clear()
+    slow = SlowDraft(tiny_llama(seed=5))
+    prompts = random_prompts([6])
+    options: dict[str, Any] = {"drafter": "draft_model", "num_draft": "auto", "max_new_tokens": 60}
+    options["drafter_options"] = {"draft": slow.network, "expansion": "chain"}
+    arvision.generate(network, prompts, **options)
+    slow.calls = 0
+    out = arvision.generate(network, prompts, **options)
+    assert out.tokens == arvision.generate(network, prompts, max_new_tokens=60).tokens
+    # Its prefill, and not one pass more.
+    assert slow.calls <= 1
+    assert set(out.stats.windows) == {1}
+    # A draft that costs next to nothing beside its target and is always right is kept.
+    costs._MEASURED.clear()
+    target = tiny_llama(num_hidden_layers=12)
+    lookup = arvision.generate(
+        target, [list(range(8)) * 4], drafter="token_recycling", num_draft="auto", max_new_tokens=60
+    )
+    assert max(lookup.stats.windows) > 1
+    table = costs.round_costs(
+        HFCausalLM(network, 20), "x", lambda _: plain_run, [torch.ones(3)] * 5, 4
+    )
+    assert sorted({int(row[0]) for row in table}) == [1, 4, 16]
+
+
+def plain_run(model, conditions, *, seeds, guidance_scale, on_step):
+    """As many passes as `time_passes` wants."""
+    for number in range(1, 6):
+        on_step(number, {"accepted": [1] * len(conditions)})

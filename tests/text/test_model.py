@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from text_models import random_prompts, tiny_llama
+from text_models import greedy_reference, random_prompts, tiny_llama
 
+import arvision
 from arvision import InputError, StateError
 from arvision.contracts import TokenModel
-from arvision.decoding.window import CostTable
 from arvision.text import HFCausalLM, load_text_model
-from arvision.text.costs import pass_costs
 
 
 def other_network(kind):
@@ -96,14 +95,118 @@ def test_what_a_network_lacks_is_named():
     mamba = t.MambaForCausalLM(t.MambaConfig(**sizes, state_size=2))
     with pytest.raises(InputError, match=r"MambaForCausalLM .* position ids"):
         HFCausalLM(mamba)
-    heads: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 16,
-    }
-    window = t.MistralForCausalLM(t.MistralConfig(**sizes, **heads, sliding_window=8))
-    with pytest.raises(InputError, match="full attention in every layer"):
-        HFCausalLM(window)
+    local = t.GPTNeoForCausalLM(
+        t.GPTNeoConfig(
+            vocab_size=32,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+        )
+    )
+    with pytest.raises(InputError, match=r"windowed attention in every layer .*local"):
+        HFCausalLM(local)
+    # Its configuration does not tell that it builds biases from the places in a mask of its own.
+    alibi = t.FalconForCausalLM(t.FalconConfig(**sizes, num_attention_heads=2, alibi=True))
+    with pytest.raises(InputError, match="FalconForCausalLM cannot be driven here"):
+        HFCausalLM(alibi.eval())
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "Mistral": {},
+    "Mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "Starcoder2": {},
+    "Phi3": {"pad_token_id": 0},
+    "Qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "Qwen3": {"use_sliding_window": True, "max_window_layers": 1, "head_dim": 8},
+    "Gemma2": {"head_dim": 8, "attn_implementation": "eager"},
+    "Gemma3": {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "GptOss": {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Olmo3": {},
+    "Cohere2": {},
+}
+
+
+def windowed(name: str, options: dict[str, Any], window: int):
+    """A tiny network of that family, float64, whose windowed layers see `window` tokens."""
+    import transformers as t
+
+    config = getattr(t, f"{name}TextConfig", None) or getattr(t, f"{name}Config")
+    made = config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=window,
+        eos_token_id=None,
+        bos_token_id=None,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        network = getattr(t, f"{name}ForCausalLM")(made).eval()
+        # Products grouped by experts exist in single precision at most.
+        network = network if "num_local_experts" in options else network.double()
+        for parameter in network.parameters():
+            parameter.data.mul_(2.0)
+    network.generation_config.pad_token_id = 0
+    return network
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWED))
+def test_windowed_layers_see_their_window_in_trees_and_ragged_batches(name):
+    prompts = random_prompts([14, 3, 7])
+    answers = {}
+    for window in (5, 200):
+        network = windowed(name, WINDOWED[name], window)
+        expected = [greedy_reference(network, ids, 14) for ids in prompts]
+        for drafter in (None, "prompt_lookup+token_recycling", "jacobi"):
+            out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=14)
+            assert out.tokens == expected
+        answers[window] = expected
+    assert answers[5] != answers[200]
+
+
+def test_falcon_with_one_head_of_keys():
+    import transformers as t
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    for options in (
+        {"multi_query": True, "new_decoder_architecture": False},
+        {"multi_query": False, "new_decoder_architecture": False},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ):
+        config = t.FalconConfig(
+            **sizes,
+            num_attention_heads=4,
+            alibi=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            **options,
+        )
+        network = t.FalconForCausalLM(config).eval().double()
+        network.generation_config.pad_token_id = 0
+        prompts = random_prompts([9, 4])
+        expected = [greedy_reference(network, ids, 12) for ids in prompts]
+        out = arvision.generate(network, prompts, drafter="token_recycling", max_new_tokens=12)
+        assert out.tokens == expected
+
+
+def test_compiled_and_offloaded_networks_answer_as_they_are():
+    prompts = random_prompts([9, 4])
+    options: dict[str, Any] = {"drafter": "token_recycling", "max_new_tokens": 12}
+    expected = arvision.generate(tiny_llama(), prompts, **options).tokens
+    wrapped = torch.compile(tiny_llama(), backend="eager")
+    assert arvision.generate(wrapped, prompts, **options).tokens == expected
+    inside = tiny_llama()
+    inside.compile(backend="eager")
+    assert arvision.generate(inside, prompts, **options).tokens == expected
+    accelerate = pytest.importorskip("accelerate")
+    away = accelerate.cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    assert arvision.generate(away, prompts, **options).tokens == expected
 
 
 def test_bad_use_has_one_clear_message():
@@ -126,11 +229,6 @@ def test_bad_use_has_one_clear_message():
     network.lm_head.weight.data[3] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         HFCausalLM(network, 4).start([[1]])
-
-
-def test_costs_are_a_cost_table():
-    table = CostTable(pass_costs(HFCausalLM(tiny_llama()), 8))
-    assert table.windows == [1, 2, 4, 8]
 
 
 def test_models_by_name(tmp_path):

@@ -238,6 +238,24 @@ def test_typical_acceptance_keeps_what_is_likely_enough():
     assert verdict.tokens[0, : int(verdict.counts[0])].tolist() == [1, 0]
 
 
+def test_both_constants_of_typical_acceptance_bind():
+    """Medusa: threshold 0.09 binds where the law is sure, alpha 0.3 where many tokens are likely."""
+
+    def passes(law, token):
+        verdict = typical(is_greedy=True)(hand_made([token], [law, law]))
+        return int(verdict.counts[0]) == 2
+
+    # Entropy near 0: 0.3 exp(-H) is near 0.3, so a token needs 0.09.
+    sure = [0.88, 0.095, 0.02, 0.005]
+    assert passes(sure, 1)
+    assert not passes([0.89, 0.085, 0.02, 0.005], 1)
+    # Sixteen equal tokens: 0.3 / 16 is enough, and 0.09 is far away.
+    assert passes([1 / 16] * 16, 5)
+    wide = [1 / 15.2] * 15 + [1 - 15 / 15.2]
+    assert wide[15] < 0.3 / 16
+    assert not passes(wide, 15)
+
+
 def test_the_judge_keeps_what_its_head_calls_fine():
     head = JudgeHead(1)
     with torch.no_grad():

@@ -80,7 +80,8 @@ class Janus(TransformersImageModel):
 
     def null_row(self, ids: Tensor) -> Row:
         """As long as the prompt, every id but two is padding, which stays visible."""
-        kept = (ids == self.ids["bos"]) | (ids == self.ids["image_start"])
+        # A prompt ends in the image start.
+        kept = (ids == self.ids["bos"]) | (ids == ids[-1])
         return Row.plain(torch.where(kept, ids, self.ids["pad"]))
 
     def prompt_inputs(self, ids: Tensor) -> dict[str, Any]:

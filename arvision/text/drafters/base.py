@@ -34,11 +34,13 @@ class TextDrafter:
 
     Attributes:
         draws: see `DRAWS`.
+        branches: whether what it drafts may branch.
         num_draft: candidates that it drafts per pass when nothing else is asked.
         histories: each active row's prompt and final tokens.
     """
 
     draws: ClassVar[str] = "chosen"
+    branches: ClassVar[bool] = True
     num_draft: int = 10
     histories: list[list[int]]
 

@@ -103,6 +103,13 @@ class DraftTree(TextDrafter):
         """How drafts come about at the temperature of the run."""
         return DRAWN.get(self.expansion, "chosen") if self.shaping.temperature else "chosen"
 
+    @property
+    def branches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a node may have several children."""
+        return self.expansion != "chain" and (
+            self.expansion not in DRAWN or max(self.branching) > 1
+        )
+
     def begin(self, state: Any) -> None:
         """Prefill the draft."""
         read = self.histories if self._context is None else self._context(self.histories)

@@ -114,10 +114,11 @@ class TokenRecycling(TextDrafter):
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Renew the rows of all tokens that the pass looked at."""
         assert self.matrix is not None
-        best = batch.target_logp.topk(self.k, dim=-1).indices.cpu()
+        num = min(self.k, batch.target_logp.shape[-1])
+        best = batch.target_logp.topk(num, dim=-1).indices.cpu()
         drafts = batch.drafts.cpu()
         # The histories have not heard of this pass yet: they end with the token it began with.
         roots = torch.tensor([text[-1] for text in self.histories])
         seen = torch.cat([roots[:, None], drafts], dim=1)
         valid = (seen >= 0) & (seen < len(self.matrix))
-        self.matrix[seen[valid]] = best[valid]
+        self.matrix[seen[valid], :num] = best[valid]

@@ -109,13 +109,16 @@ class ChosenRule:
     lossless: bool
 
 
-def choose_rule(name: str, draws: str, temperature: float, **options: Any) -> ChosenRule:
+def choose_rule(
+    name: str, draws: str, temperature: float, *, branches: bool = False, **options: Any
+) -> ChosenRule:
     """The rule of that name for drafts that come about as `draws` says.
 
     Args:
         name: in `RULES`, or "lossless" for one that keeps the target's law.
         draws: see `arvision.text.drafters.base.DRAWS`.
         temperature: of the run; at 0 every lossless rule is the greedy one.
+        branches: whether the drafts may branch.
         **options: of the rule.
 
     Raises:
@@ -127,16 +130,21 @@ def choose_rule(name: str, draws: str, temperature: float, **options: Any) -> Ch
     if name == "lossless":
         name = "greedy" if temperature == 0 else LOSSLESS[draws]
     entry = RULES[name]
-    if draws not in entry.draws:
-        fitting = [other for other, facts in RULES.items() if draws in facts.draws]
-        raise InputError(
-            f"rule {name!r} cannot judge drafts that are {draws}: expected one of "
-            f"{', '.join(fitting)}"
-        )
     if name == "greedy" and temperature != 0:
         raise InputError(f"rule 'greedy' at temperature {temperature}: expected temperature 0")
     if temperature == 0 and entry.lossless:
         return ChosenRule("greedy", greedy, True, True)
+    fitting = [
+        other
+        for other, facts in RULES.items()
+        if draws in facts.draws and (facts.takes_trees or not branches) and other != "greedy"
+    ]
+    if name not in fitting:
+        kind = draws if draws not in entry.draws else "trees with branches"
+        raise InputError(
+            f"rule {name!r} cannot judge drafts that are {kind}: expected one of "
+            f"{', '.join(fitting)}"
+        )
     if not entry.lossless:
         options["is_greedy"] = temperature == 0
     try:

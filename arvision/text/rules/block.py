@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...decoding.noise import draw
-from ...decoding.verify import Round, Verdict, acceptance_log_ratio, fresh
+from ...decoding.verify import Round, Verdict, acceptance_log_ratio, draft_laws, fresh
 
 
 def block_verification(chain: Round) -> Verdict:
@@ -19,13 +19,13 @@ def block_verification(chain: Round) -> Verdict:
 
     Paper: Sun et al., "Block Verification Accelerates Speculative Decoding", 2024, algorithm 2.
     """
+    laws = draft_laws(chain)
     bonus = fresh(chain)[:, -1:]
     num = chain.drafts.shape[1]
     if num == 0:
         return Verdict(bonus, torch.ones_like(bonus[:, 0]))
-    assert chain.draft_logp is not None
     is_draft = (chain.drafts >= 0).long().cumprod(1).bool()
-    target, draft = chain.target_logp.double().exp(), chain.draft_logp.double().exp()
+    target, draft = chain.target_logp.double().exp(), laws.double().exp()
     ratio = acceptance_log_ratio(chain).double().exp()
     weight = torch.ones_like(ratio[:, 0])
     uniforms = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number)

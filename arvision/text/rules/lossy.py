@@ -26,22 +26,23 @@ def _choose(batch: Round, logp: Tensor, is_greedy: bool) -> Tensor:
     return logp.argmax(-1) if is_greedy else gumbel_draw(logp, batch.positions, batch.noise)
 
 
-def typical(epsilon: float = 0.3, delta: float = 0.09, *, is_greedy: bool = False) -> Rule:
+def typical(epsilon: float = 0.09, delta: float = 0.3, *, is_greedy: bool = False) -> Rule:
     """Accept x where p(x) > min(epsilon, delta exp(-H(p))); the longest path that passes stays.
 
     Lossy: what passes is kept although the law may ask for another token. The token behind the path
     is an exact draw, or the most likely one.
 
     Args:
-        epsilon: no token needs more than this probability.
-        delta: share of exp(-entropy) that is enough.
+        epsilon: no token needs more than this probability; it binds where the law is sure of itself.
+        delta: share of exp(-entropy) that is enough; it binds where many tokens are likely.
         is_greedy: put the most likely token behind the path instead of a draw.
 
     Raises:
         InputError: a value out of range.
 
     Paper: Cai et al., "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding
-    Heads", 2024, section 2.3.1.
+    Heads", 2024, section 2.3.1; the defaults are those of the authors' code (posterior threshold
+        and alpha).
     """
     if not 0 < epsilon <= 1 or delta <= 0:
         raise InputError(f"epsilon {epsilon}, delta {delta}: expected 0 < epsilon <= 1, delta > 0")
