@@ -19,6 +19,7 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
 ) -> ARPipeline:
     """Load a pipeline.
 
@@ -27,12 +28,13 @@ def load(
             or a hub id "owner/name".
         device: None for an accelerator where there is one, else the CPU.
         dtype: None for float32 on a CPU, bfloat16 elsewhere.
+        variant: of the weight files, such as "fp16", as `save_pretrained(variant=...)` names them.
 
     Raises:
         InputError: an unknown name, device or dtype.
         CheckpointError: a folder that is not a complete pipeline.
     """
-    return open_pipeline(name_or_path, device, dtype)
+    return open_pipeline(name_or_path, device, dtype, variant)
 
 
 def sample(
@@ -59,8 +61,8 @@ def sample(
         prompt: a class id, class name or caption, or a list of them; for models that take text also
             `arvision.Prompt(caption, negative=...)`.
         sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
-            sampler object; None for the model's own kind of
-            sampler, and for a token model whose own is "ar" the faster "sjd", which draws the same.
+            sampler object; None for the pipeline's own sampler with its options, and for a token
+            model whose own is "ar" the faster "sjd", which draws the same.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
         guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
@@ -90,9 +92,7 @@ def sample(
     else:
         place = parse_device(device)
         pipe = open_cached(str(model), str(place), parse_dtype(dtype, place))
-    own = pipe.sampler.name
-    usual = "sjd" if own == "ar" and pipe.kind == "token" else own
-    wanted = usual if sampler is None else sampler
+    wanted = _own_sampler(pipe) if sampler is None else sampler
     if isinstance(wanted, str):
         chosen = get_sampler(wanted, **sampler_options)
     else:
@@ -104,19 +104,24 @@ def sample(
         is_open = value is None and isinstance(wanted, str) and name not in written
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
-    kept = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=not progress)
-    try:
-        out = pipe(
-            prompt,
-            num_images_per_prompt=num_images,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            sampler=chosen,
-            output_type=output_type,
-            **given,
-        )
-    finally:
-        pipe.set_progress_bar_config(**(kept or {}))
+    out = pipe(
+        prompt,
+        num_images_per_prompt=num_images,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        sampler=chosen,
+        output_type=output_type,
+        progress=progress,
+        **given,
+    )
     assert isinstance(out, SampleOutput)
     return out
+
+
+def _own_sampler(pipe: ARPipeline) -> BaseSampler:
+    """The pipeline's sampler, or a faster one that draws the same tokens from the same law."""
+    own = pipe.sampler
+    shaping = {name: own.config.get(name) for name in ("temperature", "top_k", "top_p")}
+    if own.name != "ar" or pipe.kind != "token" or own.config["noise"] != "gumbel":
+        return own
+    return get_sampler("sjd", **shaping)

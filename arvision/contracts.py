@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Conditions = Sequence[Any]
@@ -156,11 +157,21 @@ def codebook_of(model: Any) -> Tensor | None:
     return model.codebook if isinstance(model, HasCodebook) else None
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model says that it lies; the CPU where it does not say."""
+    return torch.device(getattr(model, "device", "cpu"))
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a continuous model draws in raster order, one latent at a time: if it says so."""
+    return bool(getattr(model, "is_causal", False))
+
+
 @runtime_checkable
 class TellsCost(Protocol):
     """A model that names what a pass of it costs."""
 
-    cost_key: str
+    cost_key: str | None
     """Everything the cost depends on apart from the machine: sizes, device, dtype."""
 
 

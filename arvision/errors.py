@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class ArvisionError(Exception):
@@ -54,14 +56,39 @@ def optional(extra: str, purpose: str) -> Iterator[None]:
         ) from error
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse what is not an integer of at least 1; a boolean is none.
+def plain_numbers(value: Any) -> Any:
+    """A number or an array of NumPy or torch as Python's number or list; anything else as it is."""
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
+
+
+def as_integer(value: Any) -> int | None:
+    """The integer that `value` is, of Python, NumPy or torch, or a whole float; None if it is none.
+
+    A tensor or an array counts with one element; booleans and texts do not.
+    """
+    if hasattr(value, "dtype"):
+        value = plain_numbers(value.reshape(-1)) if hasattr(value, "reshape") else value
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: object) -> int:
+    """An integer of at least 1, see `as_integer`.
 
     Raises:
-        InputError: see above.
+        InputError: `value` is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    found = as_integer(value)
+    if found is None or found < 1:
         raise InputError(f"{name} {value!r}: expected an integer >= 1")
+    return found
 
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:

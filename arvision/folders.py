@@ -41,19 +41,26 @@ def find_model(name_or_path: str | Path) -> str | Path:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None for an accelerator where there is one.
+    """The device of that name; None for an accelerator (CUDA, XPU, MPS) where there is one.
 
     Raises:
-        InputError: no such device.
+        InputError: no such device on this machine.
     """
     import torch
 
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.accelerator.is_available():
+            return torch.device(torch.accelerator.current_accelerator() or "cpu")
+        return torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device {device!r}: expected a name such as 'cpu' or 'cuda:0'") from error
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {str(place)!r}: this machine has none, expected 'cpu'") from error
+    return place
 
 
 def parse_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,23 +12,58 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
 from .contracts import Schedule, Stats
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
-from .inputs import expand_prompts, resolve_seeds
+from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
+from .models.conditions import check_class_names
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_LOADING = threading.RLock()
+"""Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
+
+
+class _Threads:
+    """The process's number of CPU threads, lowered for some draws and restored by each.
+
+    torch keeps a number for the process, which new threads take, and one for each thread. The
+    number before the first of several draws is the one that every draw restores: what a later one
+    reads may be the work of the first.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._going, self._before = threading.Lock(), 0, 1
+
+    @contextlib.contextmanager
+    def at_most(self, wanted: int) -> Iterator[None]:
+        """Run on that many threads at most."""
+        with self._lock:
+            if self._going == 0:
+                self._before = torch.get_num_threads()
+            self._going += 1
+            torch.set_num_threads(min(wanted, self._before))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._going -= 1
+                torch.set_num_threads(self._before)
+
+
+THREADS = _Threads()
 
 
 @dataclass
@@ -47,6 +83,14 @@ class SampleOutput(BaseOutput):
     images: Any
     tokens: Tensor
     stats: Stats
+
+
+@dataclass(eq=False)
+class _Call:
+    """One draw that is going on: whose thread, and whether it was told to stop."""
+
+    thread: int
+    is_interrupted: bool = False
 
 
 class ARPipeline(DiffusionPipeline):
@@ -94,6 +138,10 @@ class ARPipeline(DiffusionPipeline):
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
+        kind = FAMILIES.entry(type(transformer).__name__).facts["kind"]
+        check_class_names(class_names, transformer.config.get("num_classes"))
+        if isinstance(sampler, BaseSampler):
+            sampler = sampler.suited(kind)
         plain = get_sampler("ar", temperature=temperature, top_k=top_k, top_p=top_p)
         self.register_modules(
             transformer=transformer,
@@ -102,20 +150,37 @@ class ARPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             text_tokenizer=text_tokenizer,
         )
-        self._interrupt = False
+        self._calls: list[_Call] = []
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
-        """A pipeline around a loaded family object such as `LlamaGen.from_official(...)`."""
+        """A pipeline around a loaded family object such as `LlamaGen.from_official(...)`.
+
+        Args:
+            model: the family object.
+            **config: arguments of the class; they replace what the model holds, such as its
+                `class_names` or `text_encoder`.
+        """
         captions = getattr(model, "captions", None)
-        return cls(
-            model.transformer,
-            model.tokenizer,
-            text_encoder=None if captions is None else captions.text_encoder,
-            text_tokenizer=None if captions is None else captions.text_tokenizer,
-            class_names=getattr(model, "class_names", None) or None,
-            **config,
-        )
+        held = {
+            "tokenizer": model.tokenizer,
+            "text_encoder": getattr(captions, "text_encoder", None),
+            "text_tokenizer": getattr(captions, "text_tokenizer", None),
+            "class_names": getattr(model, "class_names", None) or None,
+        }
+        return cls(model.transformer, **held | config)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A further pipeline around the same networks; arguments of the class replace its own.
+
+        diffusers asks for float32 and leaves out networks whose class the signature does not name.
+        """
+        kept = {"transformer", "tokenizer"} & set(pipeline.components)
+        held = {name: pipeline.components[name] for name in kept}
+        if not {"dtype", "torch_dtype"} & set(kwargs):
+            held["torch_dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **held | kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a folder as every diffusers pipeline does, with a model card where there is none."""
@@ -168,8 +233,47 @@ class ARPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop the run after the current pass."""
+        """Set `_interrupt` in a callback to stop the run after the current pass.
+
+        It stops the draw of the thread that sets it; set outside of any draw, as a server does that
+        shuts down, it stops all that are going on.
+        """
         return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return any(call.is_interrupted for call in self._reached())
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        for call in self._reached():
+            call.is_interrupted = bool(value)
+
+    def _reached(self) -> list[_Call]:
+        """The newest draw of this thread, or else all."""
+        going = list(self._calls)
+        own = [call for call in going if call.thread == threading.get_ident()]
+        return own[-1:] or going
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[_Call]:
+        """A draw that is going on."""
+        call = _Call(threading.get_ident())
+        self._calls.append(call)
+        try:
+            yield call
+        finally:
+            self._calls.remove(call)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast, as every diffusers pipeline.
+
+        Raises:
+            StateError: a draw is going on, which would find its networks moved.
+        """
+        if self._calls:
+            raise StateError(f"{len(self._calls)} draws are going on: expected to() after them")
+        return super().to(*args, **kwargs)
 
     def check_sampler(self, sampler: BaseSampler) -> None:
         """Refuse a sampler for another kind of model.
@@ -202,6 +306,8 @@ class ARPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        progress: bool | None = None,
     ) -> SampleOutput:
         """Draw images.
 
@@ -223,6 +329,8 @@ class ARPipeline(DiffusionPipeline):
             return_dict: false for a plain tuple `(images,)`.
             callback_on_step_end: `callback(pipe, step, timestep, kwargs)` after each pass, with
                 {"finished", "total", "accepted"}; it may set `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs: names of what the callback is given; None for all.
+            progress: show a bar; None as `set_progress_bar_config` says.
 
         Raises:
             InputError: any argument out of range, before the model is called.
@@ -231,26 +339,38 @@ class ARPipeline(DiffusionPipeline):
             raise InputError(
                 f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
             )
+        wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
         conditions = expand_prompts(prompt, num_images_per_prompt)
         seeds = resolve_seeds(seed, generator, len(conditions))
         chosen: BaseSampler = self.sampler if sampler is None else sampler
         self.check_sampler(chosen)
         changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {
+            name: check_numbers(name, value, is_whole=name == "top_k", is_one=name == "top_p")
+            for name, value in changes.items()
+            if value is not None
+        }
         if changes:
             chosen = chosen.with_options(**changes)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
+        scale = check_numbers("guidance_scale", scale)
         model = self.model
+        if output_type != "latent" and self.tokenizer is None:
+            raise InputError(
+                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
+                'expected "latent"'
+            )
         chosen = self.bind(chosen, model)
-        self._interrupt = False
         started = time.perf_counter()
-        with self._threads(), self._bar(len(conditions) * model.num_tokens) as bar:
+        total = len(conditions) * model.num_tokens
+        with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
             def on_step(step: int, figures: dict[str, Any]) -> bool:
                 bar.update(figures["finished"] - bar.n)
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, step, dict(figures))
-                return self._interrupt
+                    given = {n: v for n, v in figures.items() if n in wanted_inputs}
+                    callback_on_step_end(self, step, step, given)
+                return call.is_interrupted
 
             samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
@@ -265,22 +385,30 @@ class ARPipeline(DiffusionPipeline):
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
 
-    def _bar(self, total: int) -> Any:
-        """A bar over the tokens, as `set_progress_bar_config` says."""
-        return cast(Any, self.progress_bar)(total=total)
+    def _callback_inputs(self, names: Sequence[str] | None) -> Sequence[str]:
+        """What a callback is given.
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
+        Raises:
+            InputError: a name of something else.
+        """
+        for name in names or ():
+            if name not in self._callback_tensor_inputs:
+                raise unknown_name("input of a callback", name, self._callback_tensor_inputs)
+        return self._callback_tensor_inputs if names is None else names
+
+    def _bar(self, total: int, progress: bool | None) -> Any:
+        """A bar over the tokens, as `set_progress_bar_config` says unless the call does."""
+        settings = dict(getattr(self, "_progress_bar_config", {}))
+        if progress is not None:
+            settings["disable"] = not progress
+        return tqdm(total=total, **settings)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Run on the recommended number of CPU threads."""
-        wanted, before = self.config["num_threads"], torch.get_num_threads()
+        wanted = self.config["num_threads"]
         if wanted is None or self.device.type != "cpu":
-            yield
-            return
-        torch.set_num_threads(min(wanted, before))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+            return contextlib.nullcontext()
+        return THREADS.at_most(wanted)
 
     @staticmethod
     def _images(model: Any, tokens: Tensor, output_type: str) -> Any:
@@ -298,19 +426,24 @@ class ARPipeline(DiffusionPipeline):
         return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
 
 
+# `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.
+cast(Any, diffusers).ARPipeline = ARPipeline
+
+
 def open_pipeline(
     name_or_path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    variant: str | None = None,
 ) -> ARPipeline:
     """Load a pipeline; see `arvision.load`."""
     place = parse_device(device)
     kind = parse_dtype(dtype, place)
     source = str(find_model(name_or_path))
     try:
-        with _quietly():
+        with _LOADING, _quietly():
             shared = _shared_parts(Path(source), kind)
-            pipe = ARPipeline.from_pretrained(source, dtype=kind, **shared)
+            pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error

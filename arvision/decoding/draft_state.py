@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, TokenModel
+from ..contracts import Conditions, DropsRows, Overruns, TokenModel
 
 
 class FollowingState:
@@ -61,9 +61,10 @@ class FollowingState:
 
     def most(self) -> int:
         """Candidates that the state takes in one call, at least one."""
-        if getattr(self.state, "allows_overrun", False):
+        if isinstance(self.state, Overruns) and self.state.allows_overrun:
             return self._num_tokens
-        return self._num_tokens - 1 - int(self.state.lengths.max())
+        lengths: Tensor = self.state.lengths  # pyright: ignore[reportAttributeAccessIssue]
+        return self._num_tokens - 1 - int(lengths.max())
 
     def extend(self, fed: Tensor, parents: Tensor | None = None) -> Tensor:
         """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
@@ -84,7 +85,7 @@ class FollowingState:
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
-        if hasattr(self.state, "select"):
+        if isinstance(self.state, DropsRows):
             self.state.select(rows)
             self.rows = torch.arange(len(rows), device=rows.device)
         else:

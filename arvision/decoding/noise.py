@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Seeds
-from ..errors import InputError
+from ..errors import InputError, as_integer
 from ..kernels.inversion import draw
 from ..kernels.philox import philox4x32
 
@@ -47,9 +47,9 @@ def parse_seeds(seeds: Seeds) -> list[tuple[int, int]]:
     pairs = []
     for entry in seeds:
         pair = tuple(entry) if isinstance(entry, Sequence) else (entry, 0)
-        if len(pair) != 2 or not all(isinstance(part, int) for part in pair):
+        seed, image = map(as_integer, pair) if len(pair) == 2 else (None, None)
+        if seed is None or image is None:
             raise InputError(f"seed {entry!r}: expected an integer or a pair (seed, image)")
-        seed, image = pair
         if not (0 <= seed < 1 << 64 and 0 <= image < 1 << 32):
             raise InputError(f"seed {entry!r}: expected 0 <= seed < 2^64 and 0 <= image < 2^32")
         pairs.append((seed, image))

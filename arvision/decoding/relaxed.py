@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..contracts import codebook_of
 from ..errors import InputError, unknown_name
 from .verify import (
     Round,
@@ -77,7 +78,7 @@ def check_codebook(model: object, sampler: str) -> Tensor:
     Raises:
         InputError: the model has none.
     """
-    codebook = getattr(model, "codebook", None)
+    codebook = codebook_of(model)
     if codebook is None:
         raise InputError(
             f"sampler {sampler!r} compares tokens by the distance of their codes, and this model "

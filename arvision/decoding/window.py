@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions
+from ..contracts import Conditions, TellsCost, device_of
 from ..contracts import Sampler as SamplerLike
 from ..errors import InputError
 from ..files import write_text
@@ -180,7 +180,7 @@ def measured_costs(
     guided = guidance_scale not in (0, 1)
     key = f"{model_key(model)} {machine_key(model)} {label} {'guided' if guided else 'plain'}"
     path = default_file() if file is None else Path(file)
-    is_saved = getattr(model, "cost_key", None) is not None
+    is_saved = _told_cost(model) is not None
     remembered = f"{path} {key}"
     if remembered not in _MEASURED:
         _MEASURED[remembered] = _read(path).get(key, {}) if is_saved else {}
@@ -235,12 +235,16 @@ def default_file() -> Path:
 def model_key(model: Any) -> str:
     """What the cost of a model depends on: its `cost_key`, or failing that its sizes."""
     sizes = (type(model).__name__, model.vocab_size, model.num_tokens, model.grid)
-    return getattr(model, "cost_key", None) or " ".join(map(str, sizes))
+    return _told_cost(model) or " ".join(map(str, sizes))
+
+
+def _told_cost(model: Any) -> str | None:
+    return model.cost_key if isinstance(model, TellsCost) else None
 
 
 def machine_key(model: Any) -> str:
     """What the cost of a pass depends on besides the model: device and threads."""
-    device = getattr(model, "device", torch.device("cpu"))
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.get_num_threads()} threads"

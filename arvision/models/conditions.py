@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError, unknown_name
+from ..errors import InputError, as_integer, unknown_name
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,66 @@ def as_prompt(condition: Any) -> Prompt:
     return condition
 
 
-def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> int:
-    """Class id of a condition: an id, a name, or the last word of a name ("boot").
+def check_class_names(names: Any, num_classes: int | None) -> None:
+    """Refuse names that do not name the classes of a model; None is no names.
+
+    Names that stand twice, as ImageNet's cranes do, are no fault: `resolve_class` asks for the id.
 
     Raises:
-        InputError: an id out of range, a name that no class has, or an empty prompt.
+        InputError: no list of texts, another number than of classes, an empty one, or a model
+            without classes.
     """
-    if isinstance(condition, bool) or not isinstance(condition, (int, str)):
-        raise InputError(f"condition {condition!r}: expected a class id or a class name")
-    if isinstance(condition, int):
-        if not 0 <= condition < num_classes:
-            raise InputError(f"class {condition}: expected 0..{num_classes - 1}")
-        return condition
+    if names is None:
+        return
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"class_names {names!r}: expected a list of names, in the order of ids")
+    if num_classes is None:
+        raise InputError(f"{len(names)} class_names: this model takes captions, not classes")
+    if len(names) != num_classes:
+        raise InputError(f"{len(names)} class_names: expected {num_classes}, one for each class")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"class_names[{index}] {name!r}: expected a name")
+
+
+def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> int:
+    """Class id of a condition: an id, a name, a synonym ("tench" of "tench, Tinca tinca"), or the
+    last word of a name ("boot").
+
+    Raises:
+        InputError: an id out of range, a name that no class has or that several have, or an empty
+            prompt.
+    """
+    if not isinstance(condition, str):
+        number = None if isinstance(condition, float) else as_integer(condition)
+        if number is None:
+            raise InputError(f"condition {condition!r}: expected a class id or a class name")
+        if not 0 <= number < num_classes:
+            raise InputError(f"class {number}: expected 0..{num_classes - 1}")
+        return number
     text = condition.strip().lower()
     if not text:
         raise InputError("empty prompt: expected a class id or a class name")
+    lowered = [name.strip().lower() for name in names]
+    synonyms = [[part.strip() for part in name.split(",")] for name in lowered]
+    found = {i for i, name in enumerate(lowered) if name == text}
+    found = found or {i for i, parts in enumerate(synonyms) if text in parts}
     if text.isdecimal():
-        return resolve_class(int(text), num_classes, names)
-    lowered = [name.lower() for name in names]
-    if text in lowered:
-        return lowered.index(text)
-    by_last_word = [i for i, name in enumerate(lowered) if name.split()[-1] == text]
-    if len(by_last_word) == 1:
-        return by_last_word[0]
+        as_id = int(text[:20])
+        if found - {as_id}:
+            named = ", ".join(map(str, sorted(found)))
+            raise InputError(
+                f"class {condition!r} is an id and the name of class {named}: expected an integer"
+            )
+        return resolve_class(as_id, num_classes, names)
+    if len(found) > 1:
+        ids = ", ".join(map(str, sorted(found)))
+        raise InputError(f"class {condition!r} is the name of classes {ids}: expected an id")
+    found = found or {i for i, parts in enumerate(synonyms) if text in _last_words(parts)}
+    if len(found) == 1:
+        return found.pop()
     raise unknown_name("class", condition, names or [f"0..{num_classes - 1}"])
+
+
+def _last_words(parts: Sequence[str]) -> set[str]:
+    return {part.split()[-1] for part in parts if part}

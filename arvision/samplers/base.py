@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
-from ..errors import InputError, unknown_name
+from ..errors import InputError, plain_numbers, unknown_name
 from ..registry import Registry
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
@@ -120,6 +121,48 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         """Draw one image per condition, keeping the books in `run`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it samples")
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A saved sampler, without the options that this release does not know (with a warning)."""
+        config, unused, _ = cls.load_config(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            return_unused_kwargs=True,
+            return_commit_hash=True,
+            **kwargs,
+        )
+        known = _options(cls)
+        stale = [name for name in config if name not in known and not name.startswith("_")]
+        _warn_of_stale(cls.name, {name: config[name] for name in stale})
+        kept = {name: value for name, value in config.items() if name not in stale}
+        sampler, rest = cls.from_config(kept, return_unused_kwargs=True, **unused)
+        sampler.is_stored = True
+        return (sampler, rest) if return_unused_kwargs else sampler
+
+    is_stored = False
+    """Whether the configuration was read from a folder, and not chosen by the caller."""
+
+    def foreign(self, kind: str) -> dict[str, Any]:
+        """Options that models of `kind` do not have and that are set here, to their defaults."""
+        return {}
+
+    def suited(self, kind: str) -> BaseSampler:
+        """A stored sampler without the options foreign to `kind` of model (with a warning).
+
+        What a caller sets is refused when it draws; a folder must open.
+        """
+        foreign = self.foreign(kind) if self.is_stored else {}
+        if not foreign:
+            return self
+        _warn_of_stale(f"{self.name} of a {kind} model", {n: self.config[n] for n in foreign})
+        return self.with_options(**foreign)
+
     def with_options(self, **options: Any) -> BaseSampler:
         """The same sampler with some options changed; it keeps the models that were bound to it.
 
@@ -200,6 +243,17 @@ def inner_model(value: Any) -> Any:
     return getattr(value, "model", value) if hasattr(value, "components") else value
 
 
+def _warn_of_stale(owner: str, options: dict[str, Any]) -> None:
+    if options:
+        named = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        warnings.warn(
+            f"stored sampler {owner}: dropped {named}, which it does not know; save it again to "
+            "write the rest",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _options(cls: type) -> list[str]:
     return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
@@ -260,7 +314,7 @@ def get_sampler(name: str, **options: Any) -> BaseSampler:
     for option in options:
         if option not in known:
             raise unknown_name(f"option of sampler {name!r}:", option, known)
-    return cls(**options)
+    return cls(**{name: plain_numbers(value) for name, value in options.items()})
 
 
 class TokenSampler(BaseSampler):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, Samples
+from ...contracts import Conditions, ContinuousModel, Samples, device_of
 from ...errors import InputError
 from ..run import Run
 from .chain import LatentHead, draw_chain
@@ -53,7 +53,7 @@ def iterate_latents(
     ends = plan.ends(model)
     if window > model.num_tokens:
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
-    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
     order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     scales = plan.scales(ends, run.guidance_scale)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples
+from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples, device_of, is_causal
 from ...errors import InputError, check_count, unknown_name
 from ..noise import Noise
 from ..run import Run
@@ -76,7 +76,7 @@ class LatentPlan:
         num_iter = num_tokens if self.num_iter is None else self.num_iter
         if num_iter > num_tokens:
             raise InputError(f"num_iter {num_iter}: expected 1 to {num_tokens}, the latents")
-        if num_iter < num_tokens and getattr(model, "is_causal", False):
+        if num_iter < num_tokens and is_causal(model):
             raise InputError(
                 f"num_iter {num_iter}: a causal model draws one latent after another, expected None"
             )
@@ -111,7 +111,7 @@ class LatentPlan:
     def orders(self, noise: Noise, model: ContinuousModel) -> Tensor:
         """Positions [B, N] in the order of drawing, a function of each image's identity."""
         every = torch.arange(model.num_tokens, device=noise.device).expand(len(noise), -1)
-        if self.order == "raster" or getattr(model, "is_causal", False):
+        if self.order == "raster" or is_causal(model):
             return every
         return noise.uniform(every, "order").argsort(1)
 
@@ -141,7 +141,7 @@ def decode_latents(
     """
     ends = plan.ends(model)
     scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
-    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
     order = plan.orders(run.noise, model)
     state = model.start(conditions, run.guidance_scale, order)
     if plan.refresh > 1:

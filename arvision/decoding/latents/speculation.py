@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, ContinuousModel, Samples
+from ...contracts import Conditions, ContinuousModel, Samples, device_of
 from ...errors import InputError
 from ..run import Run
 from .chain import Trajectory
@@ -104,7 +104,7 @@ def speculate_latents(
         raise InputError(
             f"max_draft {how.max_draft}: expected 1 to {model.num_tokens}, the latents"
         )
-    run.begin(getattr(model, "device", "cpu"), (model.head.latent_dim,), torch.float32)
+    run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
     order = plan.orders(run.noise, model)
     own_scale = run.guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(

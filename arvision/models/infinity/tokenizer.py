@@ -14,6 +14,7 @@ from torch import Tensor
 from ...checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
 from ..conv_blocks import Decoder, Encoder
+from ..pixels import read_pixels
 from .bits import BitPyramid
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, tokenizer_weights
 from .schedules import Scales, check_scales, scale_schedule
@@ -111,9 +112,17 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
             )
         return self.encoder(pixels.to(self.dtype))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine."""
-        features = self.features(pixels)
+    def encode(self, pixels: Any) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine.
+
+        Args:
+            pixels: PIL images, arrays or tensors, see `arvision.models.pixels.read_pixels`.
+
+        Raises:
+            InputError: another size, a value out of range, NaN or infinity.
+        """
+        height, width = (side * self.downsample_factor for side in self.pyramid.latent_size(-1))
+        features = self.features(read_pixels(pixels, self, size=(height, width)))
         wide = features if features.dtype == torch.float64 else features.float()
         return self.pyramid.encode(wide)
 

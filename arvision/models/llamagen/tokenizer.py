@@ -24,6 +24,7 @@ from ..conv_blocks import (
     conv3x3,
     group_norm,
 )
+from ..pixels import read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
 
 
@@ -211,8 +212,16 @@ class LlamaGenTokenizer(ModelMixin, ConfigMixin):
             )
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to code indices [B, h * w] int64, raster order."""
+    def encode(self, pixels: Any) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to code indices [B, h * w] int64, raster order.
+
+        Args:
+            pixels: PIL images, arrays or tensors, see `arvision.models.pixels.read_pixels`.
+
+        Raises:
+            InputError: another size, a value out of range, NaN or infinity.
+        """
+        pixels = read_pixels(pixels, self, multiple=self.downsample_factor)
         return self.quantize.nearest(self.pre_quant(pixels).flatten(2).transpose(1, 2))
 
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

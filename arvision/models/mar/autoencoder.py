@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..pixels import read_pixels
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
 
 OFFICIAL_SCALE = 0.2325
@@ -72,8 +73,16 @@ class MARAutoencoder(ModelMixin, ConfigMixin):
         """Unscaled latents [B, D, h, w] to pixels [B, 3, H, W], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to mean latents [B, N, D], scaled, row by row."""
+    def encode(self, pixels: Any) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to mean latents [B, N, D], scaled, row by row.
+
+        Args:
+            pixels: PIL images, arrays or tensors, see `arvision.models.pixels.read_pixels`.
+
+        Raises:
+            InputError: another size, a value out of range, NaN or infinity.
+        """
+        pixels = read_pixels(pixels, self, multiple=self.downscale)
         return self.moments(pixels)[0].flatten(2).mT * self.config["scaling_factor"]
 
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

@@ -11,8 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..pixels import read_pixels
 from .convert import autoencoder_sizes, read_config
 
 WRAPPERS = ("model", "state_dict")
@@ -90,16 +91,16 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
             mean = unpatchify(normed, side, (grid[0] // side, grid[1] // side))
         return mean, log_variance
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to tokens [B, N, D] of the mean latents, row by row.
 
+        Args:
+            pixels: PIL images, arrays or tensors, see `arvision.models.pixels.read_pixels`.
+
         Raises:
-            InputError: sides that are no multiples of a token's.
+            InputError: another size, a value out of range, NaN or infinity.
         """
-        if any(side % self.downscale for side in pixels.shape[2:]):
-            raise InputError(
-                f"pixels {tuple(pixels.shape)}: expected sides that {self.downscale} divides"
-            )
+        pixels = read_pixels(pixels, self, multiple=self.downscale)
         latents = self.moments(pixels)[0] - self.config["shift_factor"]
         return patchify(latents * self.config["scaling_factor"], self.config["patch_size"])
 

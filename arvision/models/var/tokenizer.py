@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict
 from ...errors import InputError
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
+from ..pixels import read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
 from .quantizer import MultiScaleQuantizer
 
@@ -115,8 +116,17 @@ class VARTokenizer(ModelMixin, ConfigMixin):
             raise InputError(f"pixels {tuple(pixels.shape)}: expected [B, 3, {side}, {side}]")
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, H] in [-1, 1] to code indices [B, L] int64, scales coarse to fine."""
+    def encode(self, pixels: Any) -> Tensor:
+        """Pixels [B, 3, H, H] in [-1, 1] to code indices [B, L] int64, scales coarse to fine.
+
+        Args:
+            pixels: PIL images, arrays or tensors, see `arvision.models.pixels.read_pixels`.
+
+        Raises:
+            InputError: another size, a value out of range, NaN or infinity.
+        """
+        side = self.scales[-1] * self.downsample_factor
+        pixels = read_pixels(pixels, self, size=(side, side))
         return self.quantize.encode(self.pre_quant(pixels))
 
     def look_up(self, indices: Tensor) -> Tensor:

@@ -27,6 +27,11 @@ KINDS: dict[str, tuple[type, Callable[..., Samples]]] = {
 options that models of its kind have."""
 
 
+def _options_of(kind: str) -> list[str]:
+    parameters = signature(KINDS[kind][1]).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+
 @register("ar", exact=True, drives="token, scale, continuous")
 class ARSampler(TokenSampler):
     """One unit of generation per pass: a token, a scale, or a set of latents.
@@ -115,6 +120,15 @@ class ARSampler(TokenSampler):
         plan = self._latents
         return self._scales.is_plain and plan.refresh == 1 and plan.final_head_steps is None
 
+    def foreign(self, kind: str) -> dict[str, Any]:
+        """Options that models of `kind` do not have and that are set here, to their defaults."""
+        known = {"self", *(_options_of(kind) if kind in KINDS else ())}
+        return {
+            name: parameter.default
+            for name, parameter in signature(type(self).__init__).parameters.items()
+            if name not in known and self.config[name] != parameter.default
+        }
+
     def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Run the loop of the model's kind.
 
@@ -122,14 +136,12 @@ class ARSampler(TokenSampler):
             InputError: an option that the model's kind does not know.
         """
         kind = next(kind for kind, (contract, _) in KINDS.items() if isinstance(model, contract))
-        draw = KINDS[kind][1]
-        options = [p.name for p in signature(draw).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for name, parameter in signature(type(self).__init__).parameters.items():
-            if name != "self" and name not in options and self.config[name] != parameter.default:
-                raise InputError(
-                    f"{name} {self.config[name]!r}: a {kind} model has no such option, expected "
-                    f"{parameter.default!r}"
-                )
+        for name, default in self.foreign(kind).items():
+            raise InputError(
+                f"{name} {self.config[name]!r}: a {kind} model has no such option, expected "
+                f"{default!r}"
+            )
+        draw, options = KINDS[kind][1], _options_of(kind)
         if kind != "scale":
             self.shaping()  # refuses a list of temperatures
         return draw(model, conditions, run, **{name: self.config[name] for name in options})

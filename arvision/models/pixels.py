@@ -1,0 +1,93 @@
+"""Pictures as users have them to the pixels that image tokenizers encode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+SLACK = 1e-3
+"""How far a float pixel may lie outside of [-1, 1]: what half precision rounds 1 to, and more."""
+
+
+def read_pixels(
+    images: Any,
+    like: Any,
+    *,
+    multiple: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] of pictures, on the device and in the dtype of a network.
+
+    Args:
+        images: a PIL image, an array or tensor [H, W, 3], [3, H, W] or with a batch in front, uint8
+            in 0..255 or float in [-1, 1]; or a list of those, all of one size.
+        like: the network, for its `device` and `dtype`.
+        multiple: what must divide both sides.
+        size: height and width that they must have; None for any.
+
+    Raises:
+        InputError: something else, another size, a value out of range, NaN or infinity.
+    """
+    listed = images if isinstance(images, (list, tuple)) else [images]
+    if not listed:
+        raise InputError("no images: expected at least one")
+    parts = [_read(image) for image in listed]
+    sizes = {tuple(part.shape[2:]) for part in parts}
+    for height, width in sizes:
+        if size is not None and (height, width) != size:
+            raise InputError(
+                f"pixels of {height} x {width}: expected {size[0]} x {size[1]}, height and width"
+            )
+        if height % multiple or width % multiple or not (height and width):
+            raise InputError(
+                f"pixels of {height} x {width}: expected sides that {multiple} divides; crop or resize"
+            )
+    if len(sizes) > 1:
+        raise InputError(f"images of sizes {sorted(sizes)}: expected one size")
+    return torch.cat([part.to(like.device, like.dtype) for part in parts])
+
+
+def _read(image: Any) -> Tensor:
+    """One picture or batch as float pixels [B, 3, H, W]."""
+    if hasattr(image, "convert"):
+        if image.mode[0] in "IF":
+            raise InputError(f"image of mode {image.mode!r}: expected 8 bits a channel")
+        image = np.array(image.convert("RGB"))
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise InputError(
+            f"images of type {type(image).__name__}: expected PIL images, arrays or tensors"
+        )
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.dtype.kind not in "fu":
+        raise InputError(f"pixels of type {image.dtype}: expected uint8, or float in [-1, 1]")
+    pixels = torch.from_numpy(np.ascontiguousarray(image)) if is_array else image
+    pixels = _channels_first(pixels, prefers_last=is_array)
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 127.5 - 1
+    if not pixels.is_floating_point():
+        raise InputError(f"pixels of type {pixels.dtype}: expected uint8, or float in [-1, 1]")
+    if pixels.numel() and not bool(pixels.isfinite().all()):
+        raise InputError("pixels hold NaN or infinity: expected float in [-1, 1]")
+    if pixels.numel() and float(pixels.abs().max()) > 1 + SLACK:
+        low, high = float(pixels.min()), float(pixels.max())
+        raise InputError(
+            f"pixels {low:.4g} to {high:.4g}: expected float in [-1, 1], or uint8 in 0..255"
+        )
+    return pixels
+
+
+def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
+    """[3, H, W] or [H, W, 3], with or without a batch, as [B, 3, H, W]."""
+    shape: Sequence[int] = tuple(pixels.shape)
+    if pixels.dim() == 3:
+        pixels = pixels[None]
+    if pixels.dim() == 4 and 3 in (pixels.shape[1], pixels.shape[3]):
+        is_last = pixels.shape[3] == 3 and (prefers_last or pixels.shape[1] != 3)
+        return pixels.permute(0, 3, 1, 2) if is_last else pixels
+    raise InputError(f"pixels {shape}: expected [B, 3, H, W] or [B, H, W, 3], or one of those")
