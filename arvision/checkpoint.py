@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
+import pathlib
 import pickle
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +20,22 @@ from torch import Tensor, nn
 from .errors import CheckpointError, unknown_name
 
 StateDict = dict[str, Tensor]
+
+MORE_WRAPPERS = (
+    *("model_ema", "ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module"),
+    "trainer",
+)
+"""Where trainers keep tensors, tried behind a family's own names, also one within another."""
+
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Parts of a key that torch's wrappers add, wherever a wrapped module stands."""
+
+STRAY_PARTS = {"causal_mask", "kv_cache", "k_cache", "v_cache", "freqs_cis"}
+"""Parts of keys of buffers that official code may save and that hold no weights."""
+
+_NUMPY_MODULES = ("numpy._core.multiarray", "numpy.core.multiarray")
+_READING = threading.Lock()
+"""Held while harmless classes are allowed, which torch keeps for the whole process."""
 
 INDEX = ".index.json"
 """End of the name of a file that says which shard holds which tensor."""
@@ -48,14 +67,8 @@ def read_state_dict(
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file")
         content = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
-    if isinstance(content, Mapping):
-        for wrapper in wrappers:
-            inner: object = content
-            for step in wrapper.split("."):
-                inner = inner.get(step) if isinstance(inner, Mapping) else None
-            if isinstance(inner, Mapping):
-                content = inner
-                break
+    wrappers = tuple(wrappers)
+    content = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name}: expected a dict of tensors, found {type(content).__name__}")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -64,12 +77,85 @@ def read_state_dict(
         raise CheckpointError(
             f"{name}: expected tensors, at the top or under one of {', '.join(wrappers)}; found {found}"
         )
-    return tensors
+    return _plain_keys(tensors, has_wrappers=bool(wrappers))
+
+
+def _unwrapped(content: object, wrappers: tuple[str, ...]) -> object:
+    """The innermost dict that the wrappers' names lead to."""
+    for _ in range(4):
+        if not isinstance(content, Mapping):
+            break
+        is_bare = not any(isinstance(value, Tensor) for value in content.values())
+        for wrapper in (*wrappers, *(MORE_WRAPPERS if is_bare else ())):
+            inner: object = content
+            for step in wrapper.split("."):
+                inner = inner.get(step) if isinstance(inner, Mapping) else None
+            if isinstance(inner, Mapping) and inner:
+                content = inner
+                break
+        else:
+            break
+    return content
+
+
+def is_stray(key: str) -> bool:
+    """Whether a key names a buffer without weights, or a part of the loss."""
+    parts = key.split(".")
+    return parts[0] == "loss" or not STRAY_PARTS.isdisjoint(parts)
+
+
+def _plain_keys(tensors: StateDict, has_wrappers: bool) -> StateDict:
+    """Tensors under the names that the network gave them, without those of what wrapped it."""
+    plain = {".".join(p for p in k.split(".") if p not in WRAPPED): v for k, v in tensors.items()}
+    for prefix in ("module.", "model.", "module."):
+        weights = [key for key in plain if not is_stray(key)]
+        is_wrapper = prefix == "module." or has_wrappers
+        if is_wrapper and weights and all(key.startswith(prefix) for key in weights):
+            plain = {key.removeprefix(prefix): value for key, value in plain.items()}
+    return plain
+
+
+def _harmless() -> list[Any]:
+    """Classes and functions that trainers pickle beside tensors and that do nothing but hold values.
+
+    NumPy's are listed under the names of its releases 1 and 2, since files hold either.
+    """
+    import numpy as np
+
+    kinds = [type(np.dtype(code)) for code in ("?", *"bBhHiIlLqQefdg", "U", "S", "O")]
+    found: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *kinds]
+    found += [pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath]
+    found += [(pathlib.PosixPath, "pathlib._local.PosixPath")]
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    for module in _NUMPY_MODULES:
+        found += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    return found
+
+
+def _check_is_weights(path: Path) -> None:
+    """Name what downloads leave in the place of weights.
+
+    Raises:
+        CheckpointError: a git-lfs pointer, an HTML page, JSON or an empty file.
+    """
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    found = None
+    if not start:
+        found = "is empty"
+    elif start.startswith(b"version https://git-lfs"):
+        found = "is a git-lfs pointer and not the file (git lfs pull fetches it)"
+    elif start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        found = "is an HTML page and not the file; was the download refused?"
+    elif start.startswith((b"{", b"[")):
+        found = "is JSON text and not the file; was the download refused?"
+    if found is not None:
+        raise CheckpointError(f"{path}: {found}")
 
 
 def _index_in(folder: Path) -> Path:
     """The one index of shards, or the one file of tensors, in a folder."""
-    for pattern in (f"*{INDEX}", "*.safetensors"):
+    for pattern in (f"*{INDEX}", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
@@ -81,11 +167,15 @@ def _index_in(folder: Path) -> Path:
 
 def _read(path: Path) -> object:
     try:
+        _check_is_weights(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _READING, torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
@@ -140,7 +230,7 @@ def load_strictly(
     """Build `cls(**sizes)` in evaluation mode around tensors that must fit it exactly.
 
     Nothing is initialised and thrown away: the module is built without storage and takes the
-    tensors over (cast to `dtype`).
+    tensors over (cast to `dtype`). Buffers that hold no weights (`is_stray`) are left out.
 
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen key.
@@ -148,6 +238,7 @@ def load_strictly(
     with torch.device("meta"):
         module = cls(**sizes)
     wanted = module.state_dict()
+    tensors = {key: value for key, value in tensors.items() if key in wanted or not is_stray(key)}
     for key, value in wanted.items():
         if key not in tensors:
             near = difflib.get_close_matches(key, [k for k in tensors if k not in wanted], n=1)

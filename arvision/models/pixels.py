@@ -38,16 +38,15 @@ def read_pixels(
     if not listed:
         raise InputError("no images: expected at least one")
     parts = [_read(image) for image in listed]
+    for part in parts:
+        shape = tuple(part.shape)
+        if size is not None and shape[2:] != size:
+            raise InputError(f"pixels {shape}: expected [B, 3, {size[0]}, {size[1]}]")
+        if not part.numel() or shape[2] % multiple or shape[3] % multiple:
+            raise InputError(
+                f"pixels {shape}: expected sides that {multiple} divides; crop or resize"
+            )
     sizes = {tuple(part.shape[2:]) for part in parts}
-    for height, width in sizes:
-        if size is not None and (height, width) != size:
-            raise InputError(
-                f"pixels of {height} x {width}: expected {size[0]} x {size[1]}, height and width"
-            )
-        if height % multiple or width % multiple or not (height and width):
-            raise InputError(
-                f"pixels of {height} x {width}: expected sides that {multiple} divides; crop or resize"
-            )
     if len(sizes) > 1:
         raise InputError(f"images of sizes {sorted(sizes)}: expected one size")
     return torch.cat([part.to(like.device, like.dtype) for part in parts])
