@@ -292,6 +292,8 @@ def known_sizes(
         ours = aliases.get(name, name)
         if ours not in known:
             raise unknown_name(f"size of a {kind}:", name, known)
+        if ours == "grid" and isinstance(value, Sequence) and len(value) != 2:
+            raise InputError(f"grid {value!r}: expected (rows, columns)")
         if value is not None:
             is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
             given[ours] = tuple(value) if is_sequence else value

@@ -203,3 +203,9 @@ def test_weights_are_placed_as_they_are_read(weights):
     for cls in (VAR, Infinity, InfinityTokenizer):
         with pytest.raises(InputError, match="dtype"):
             cls.from_official(*({},) * (1 if cls is InfinityTokenizer else 2), dtype=torch.int8)
+
+
+@pytest.mark.parametrize("grid", [(6,), [4, 4, 4], ()])
+def test_a_grid_has_two_sides(grid):
+    with pytest.raises(InputError, match="expected .rows, columns"):
+        LlamaGenTransformer.from_official(tiny_llamagen().transformer.state_dict(), grid=grid)
