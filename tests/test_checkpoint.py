@@ -207,5 +207,5 @@ def test_weights_are_placed_as_they_are_read(weights):
 
 @pytest.mark.parametrize("grid", [(6,), [4, 4, 4], ()])
 def test_a_grid_has_two_sides(grid):
-    with pytest.raises(InputError, match="expected .rows, columns"):
+    with pytest.raises(InputError, match=r"expected .rows, columns"):
         LlamaGenTransformer.from_official(tiny_llamagen().transformer.state_dict(), grid=grid)
