@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, unknown_name
+from .errors import CheckpointError, InputError, unknown_name
 
 StateDict = dict[str, Tensor]
 
@@ -226,6 +226,7 @@ def load_strictly(
     tensors: StateDict,
     name: str,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> Module:
     """Build `cls(**sizes)` in evaluation mode around tensors that must fit it exactly.
 
@@ -254,9 +255,22 @@ def load_strictly(
             near = difflib.get_close_matches(key, list(wanted), n=1)
             hint = f"; the nearest expected key is {near[0]!r}" if near else ""
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
-    cast = {key: value.to(dtype) for key, value in tensors.items()}
+    cast = {key: value.to(device, dtype) for key, value in tensors.items()}
     module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()
+
+
+def split_placement(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a caller says about a checkpoint, and apart from it `dtype` and `device` where given.
+
+    Raises:
+        InputError: a `dtype` that is no floating-point type of torch.
+    """
+    place = {name: sizes[name] for name in ("dtype", "device") if sizes.get(name) is not None}
+    dtype = place.get("dtype", torch.float32)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: expected a floating-point type such as torch.bfloat16")
+    return {name: value for name, value in sizes.items() if name not in ("dtype", "device")}, place
 
 
 def known_sizes(
@@ -278,6 +292,8 @@ def known_sizes(
         ours = aliases.get(name, name)
         if ours not in known:
             raise unknown_name(f"size of a {kind}:", name, known)
+        if ours == "grid" and isinstance(value, Sequence) and len(value) != 2:
+            raise InputError(f"grid {value!r}: expected (rows, columns)")
         if value is not None:
             is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
             given[ours] = tuple(value) if is_sequence else value

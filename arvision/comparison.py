@@ -167,7 +167,7 @@ class Comparison:
             axis.axis("off")
         shown = None
         for axis, row, values in zip(axes.flat, rows, maps, strict=False):
-            shown = axis.imshow(values.view(self.grid), vmin=1, vmax=most, cmap="viridis")
+            shown = axis.imshow(values.view(self.grid).numpy(), vmin=1, vmax=most, cmap="viridis")
             axis.set_title(row.sampler, fontsize=9)
         if shown is not None:
             figure.colorbar(shown, ax=axes, label="tokens accepted in the same pass", shrink=0.8)

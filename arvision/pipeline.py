@@ -179,7 +179,7 @@ class ARPipeline(DiffusionPipeline):
         kept = {"transformer", "tokenizer"} & set(pipeline.components)
         held = {name: pipeline.components[name] for name in kept}
         if not {"dtype", "torch_dtype"} & set(kwargs):
-            held["torch_dtype"] = pipeline.dtype
+            held["dtype"] = pipeline.dtype
         return super().from_pipe(pipeline, **held | kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

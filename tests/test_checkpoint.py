@@ -13,9 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from arvision import CheckpointError
+from arvision import CheckpointError, InputError
 from arvision.checkpoint import read_state_dict
-from arvision.models import LlamaGenTransformer, MARAutoencoder
+from arvision.models import (
+    VAR,
+    Infinity,
+    InfinityTokenizer,
+    LlamaGen,
+    LlamaGenTransformer,
+    MARAutoencoder,
+    VARTokenizer,
+)
 from arvision.testing import tiny_llamagen
 
 WRAPPERS = ("model", "state_dict")
@@ -171,3 +179,33 @@ def test_what_downloads_leave_is_called_by_its_name(content, message, suffix, tm
     with pytest.raises(CheckpointError, match=message) as told:
         read_state_dict(path, WRAPPERS)
     assert "\n" not in str(told.value)
+
+
+def test_weights_are_placed_as_they_are_read(weights):
+    half = {key: value.bfloat16() for key, value in weights.items()}
+    read = MARAutoencoder.from_official(half, dtype=torch.bfloat16)
+    for key, value in read.state_dict().items():
+        assert value.data_ptr() == half[key].data_ptr()  # taken over, not doubled
+    assert MARAutoencoder.from_official(half).dtype == torch.float32
+    moved = MARAutoencoder.from_official(half, device="meta", dtype=torch.float16)
+    assert (moved.device.type, moved.dtype) == ("meta", torch.float16)
+    with pytest.raises(InputError, match="dtype"):
+        MARAutoencoder.from_official(half, dtype="int8")
+    network = tiny_llamagen()
+    sizes = {"num_heads": network.transformer.config["num_heads"], "grid": network.grid}
+    both = network.transformer.state_dict(), network.tokenizer.state_dict()
+    model = LlamaGen.from_official(*both, dtype=torch.bfloat16, **sizes)
+    assert model.transformer.dtype == model.tokenizer.dtype == torch.bfloat16
+    small = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
+    var = VARTokenizer((1, 2, 8), codebook_size=16, **small).state_dict()
+    for cls, tensors, more in ((VARTokenizer, var, {"patch_nums": (1, 2, 8)}),):
+        assert cls.from_official(tensors, dtype=torch.float64, **more).dtype == torch.float64
+    for cls in (VAR, Infinity, InfinityTokenizer):
+        with pytest.raises(InputError, match="dtype"):
+            cls.from_official(*({},) * (1 if cls is InfinityTokenizer else 2), dtype=torch.int8)
+
+
+@pytest.mark.parametrize("grid", [(6,), [4, 4, 4], ()])
+def test_a_grid_has_two_sides(grid):
+    with pytest.raises(InputError, match=r"expected .rows, columns"):
+        LlamaGenTransformer.from_official(tiny_llamagen().transformer.state_dict(), grid=grid)

@@ -76,6 +76,11 @@ def generate(
         found, argument = drafter_of(draft)
         options[argument] = draft
         drafter = drafter or found
+    if drafter is None and (num_draft is not None or option):
+        from ..errors import InputError
+
+        unused = "--num-draft" if num_draft is not None else "--option"
+        raise InputError(f"{unused} without --drafter: it would have no effect")
     streams = len(prompt) == 1 and not as_json
 
     def show(_: int, text: str) -> None:

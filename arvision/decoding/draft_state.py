@@ -37,6 +37,7 @@ class FollowingState:
         self.state: Any
         self.state, self.first_logits = draft.start(conditions, guidance_scale)
         self._shape, self._num_tokens = shape, num_tokens
+        self._vocab_size = draft.vocab_size
         self.rows = torch.arange(len(conditions), device=self.state.lengths.device)
         self.passes = 0
 
@@ -69,7 +70,8 @@ class FollowingState:
         """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
         self.passes += 1
         spread = fed.new_zeros(len(self.state.lengths), fed.shape[1])
-        spread[self.rows] = fed
+        # A target of a larger, padded vocabulary may have tokens that the draft cannot read.
+        spread[self.rows] = fed.clamp(max=self._vocab_size - 1)
         logits = (
             self.state.extend(spread) if parents is None else self.state.extend(spread, parents)
         )

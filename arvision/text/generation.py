@@ -28,6 +28,9 @@ from .rules import choose_rule
 from .stop import TextEnd
 from .stream import Flow, OnText, until
 
+LEAST_COMMON = 0.75
+"""Share of the larger vocabulary that the smaller one has to have to be taken for the same, padded."""
+
 MOST_DRAFTS = 64
 """Candidates that `num_draft="auto"` drafts at most."""
 
@@ -295,13 +298,16 @@ def make_drafter(drafter: str | Drafter | None, **options: Any) -> Drafter:
 
 
 def check_drafter(drafter: Any, model: HFCausalLM) -> None:
-    """Refuse a drafter of another vocabulary.
+    """Refuse a drafter of another vocabulary; one that is padded to another size is the same.
 
     Raises:
         InputError: see above.
     """
     theirs = getattr(drafter, "draft_vocab_size", None)
-    if theirs is not None and theirs != model.vocab_size:
+    if theirs is None:
+        return
+    sizes = sorted((theirs, model.vocab_size))
+    if sizes[0] < LEAST_COMMON * sizes[1]:
         raise InputError(
             f"the drafter has a vocabulary of {theirs} tokens: expected {model.vocab_size}, as the "
             "model has"

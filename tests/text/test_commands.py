@@ -57,6 +57,8 @@ def test_generate_says_what_is_wrong(folder: Path):
         (("--drafter", "nothing"), "unknown drafter 'nothing'"),
         (("--rule", "typical", "--rule-option", "epsilon=3"), "epsilon 3"),
         (("--dtype", "float8"), "unknown dtype 'float8'"),
+        (("--num-draft", "4"), "--num-draft without --drafter"),
+        (("--option", "max_ngram=2"), "--option without --drafter"),
     ):
         result, _, err = run("generate", "--model", str(folder), "--prompt", "A", *arguments)
         assert result.exit_code != 0
@@ -144,3 +146,10 @@ def test_bad_marks(folder: Path, tmp_path: Path, text: str, message: str):
 
 def test_list_of_drafters_is_complete():
     assert {"prompt_lookup", "superposed"} <= set(arvision.list_drafters())
+
+
+def test_stop_strings_keep_their_characters():
+    from arvision.cli.generate import unescaped
+
+    assert unescaped("é\u2028ü\\n\\t") == "é\u2028ü\n\t"
+    assert unescaped(r"C:\\new \d") == "C:\\new \\d"

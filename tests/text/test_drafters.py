@@ -294,3 +294,20 @@ def test_a_jacobi_window_comes_back_with_its_guesses():
     out = arvision.generate(network, ids, drafter="jacobi", max_new_tokens=60)
     assert out.tokens == [greedy_reference(network, ids[0], 60)]
     assert out.stats.tokens_per_pass > 1.0
+
+
+@pytest.mark.parametrize("size", [56, 64, 80])
+@pytest.mark.parametrize("expansion", ["dyspec", "independent", "beam"])
+def test_a_draft_of_a_padded_vocabulary_drafts_what_both_know(size, expansion):
+    network, draft = tiny_llama(), tiny_llama(seed=0, vocab_size=size)
+    prompts = [[token % 50 for token in ids] for ids in random_prompts([9, 6])]
+    options: dict[str, Any] = {
+        "drafter": "draft_model",
+        "drafter_options": {"draft": draft, "expansion": expansion},
+        "max_new_tokens": 20,
+    }
+    expected = [greedy_reference(network, ids, 20) for ids in prompts]
+    assert arvision.generate(network, prompts, **options).tokens == expected
+    drawn = arvision.generate(network, prompts, temperature=1.0, **options)
+    assert max(max(row) for row in drawn.tokens) < 64
+    assert drawn.stats.lossless

@@ -46,7 +46,7 @@ def test_finer_scales_answer_flipped_bits():
 
 
 def test_the_recipe_learns_and_draws(pictures, tmp_path):
-    recipe = INFINITY_RECIPES["infinity-fashion"].shortened(30, 64, batch_size=16, warmup=5)
+    recipe = INFINITY_RECIPES["infinity-fashion"].shortened(30, 64, batch_size=4, warmup=5)
     stages = [replace(stage, fit=replace(stage.fit, log_every=5)) for stage in recipe.stages]
     work = Work(*pictures)
     run_stages(stages, work, tmp_path, progress=False)

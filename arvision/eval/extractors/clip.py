@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
 
 from ...errors import CheckpointError, InputError
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, resize
@@ -91,6 +90,8 @@ def _load(weights: str | Path | None, download: bool) -> tuple[Any, Any]:
             f"extractor clip has no weights at {weights}: give weights=FOLDER, or a hub id such as "
             "openai/clip-vit-base-patch32 with download=True"
         )
+    from transformers import AutoTokenizer, CLIPModel  # seconds of imports, for CLIP alone
+
     local = not download
     try:
         network = CLIPModel.from_pretrained(weights, local_files_only=local)

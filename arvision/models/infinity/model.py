@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint import split_placement
 from ...contracts import Conditions, Schedule
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
@@ -103,11 +104,12 @@ class Infinity:
             InputError: an aspect ratio or scales that no model has, or networks that do not fit each
                 other.
         """
+        sizes, place = split_placement(sizes)
         both, own = split_sizes(sizes)
-        network = InfinityTransformer.from_official(transformer, **both)
+        network = InfinityTransformer.from_official(transformer, **both, **place)
         if tokenizer is None:
             return cls(network, None, text_encoder, text_tokenizer)
-        vae = InfinityTokenizer.from_official(tokenizer, **own)
+        vae = InfinityTokenizer.from_official(tokenizer, **own, **place)
         patched = is_patched(network.config["num_bits"], vae.config["z_channels"])
         if both.get("patchify") is None:
             network.register_to_config(patchify=patched)

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ..conv_blocks import Decoder, Encoder
 from ..pixels import read_pixels
@@ -71,8 +71,9 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = tokenizer_weights(read_state_dict(source, TOKENIZER_WRAPPERS))
-        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name)
+        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name, **place)
 
     def set_scales(self, scales: Sequence[Sequence[int]] | None) -> None:
         """Code pictures of another size from now on.

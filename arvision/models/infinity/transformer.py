@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
@@ -173,9 +173,10 @@ class InfinityTransformer(ModelMixin, ConfigMixin):
             InputError: scales that no model has.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         found = transformer_sizes(tensors, name, sizes)
-        return load_strictly(cls, found, without_records(tensors), name)
+        return load_strictly(cls, found, without_records(tensors), name, **place)
 
     def set_scales(
         self, scales: Sequence[Sequence[int]] | None, grid: Sequence[int] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint import split_placement
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
@@ -73,13 +74,15 @@ class LlamaGen:
             transformer: path (or state dict) such as `c2i_B_256.pt` or `t2i_XL_stage1_256.pt`.
             tokenizer: path (or state dict) such as `vq_ds16_c2i.pt`.
             **sizes: what tensors and the table of official sizes do not tell, such as `num_heads`
-                or `grid`; our names or the authors'.
+                or `grid`; our names or the authors'. `dtype` (float32 unless given) and `device`
+                are those of both networks.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         network = LlamaGenTransformer.from_official(transformer, **sizes)
-        vq = None if tokenizer is None else LlamaGenTokenizer.from_official(tokenizer)
+        _, place = split_placement(sizes)
+        vq = None if tokenizer is None else LlamaGenTokenizer.from_official(tokenizer, **place)
         return cls(network, vq)
 
     @property

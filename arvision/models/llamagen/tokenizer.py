@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.nearest_code import nearest_code
 from ..conv_blocks import (
@@ -191,8 +191,9 @@ class LlamaGenTokenizer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TOKENIZER_WRAPPERS)
-        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name)
+        return load_strictly(cls, tokenizer_sizes(tensors, name, sizes), tensors, name, **place)
 
     @property
     def downsample_factor(self) -> int:

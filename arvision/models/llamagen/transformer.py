@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.linear import Linear
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
@@ -309,10 +309,11 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         found = transformer_sizes(tensors, name, sizes, source)
         weights = {key: value for key, value in tensors.items() if key not in STRAY_KEYS}
-        return load_strictly(cls, found, weights, name)
+        return load_strictly(cls, found, weights, name, **place)
 
     @property
     def is_text_conditional(self) -> bool:

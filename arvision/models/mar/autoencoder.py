@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..pixels import read_pixels
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
@@ -56,8 +56,9 @@ class MARAutoencoder(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = str(source) if isinstance(source, (str, Path)) else "the given state dict"
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, AUTOENCODER_WRAPPERS)
-        return load_strictly(cls, autoencoder_sizes(tensors, name, sizes), tensors, name)
+        return load_strictly(cls, autoencoder_sizes(tensors, name, sizes), tensors, name, **place)
 
     @property
     def downscale(self) -> int:

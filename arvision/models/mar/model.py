@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint import split_placement
 from ...contracts import Conditions
 from ...decoding.latents.schedule import Schedule
 from ...decoding.logits import check_guidance_scale
@@ -67,13 +68,15 @@ class MAR:
             model: path (or state dict) such as `mar_base/checkpoint-last.pth`; `model_ema` is used.
             vae: path (or state dict) such as `kl16.ckpt`.
             **sizes: what tensors and the table of official sizes do not tell: `num_heads`, `grid`,
-                `num_sampling_steps`.
+                `num_sampling_steps`. `dtype` (float32 unless given) and `device` are those of both
+                networks.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         network = MARTransformer.from_official(model, **sizes)
-        return cls(network, None if vae is None else MARAutoencoder.from_official(vae))
+        _, place = split_placement(sizes)
+        return cls(network, None if vae is None else MARAutoencoder.from_official(vae, **place))
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
@@ -105,8 +105,9 @@ class MARTransformer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = str(source) if isinstance(source, (str, Path)) else "the given state dict"
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
-        return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name)
+        return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name, **place)
 
     def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
         """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""

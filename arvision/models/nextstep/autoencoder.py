@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..pixels import read_pixels
@@ -73,8 +73,11 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
                 raise CheckpointError(f"{folder}: no such folder; expected one with checkpoint.pt")
             config, weights = read_config(folder / "config.json"), folder / "checkpoint.pt"
             name = str(weights)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(weights, WRAPPERS)
-        return load_strictly(cls, autoencoder_sizes(tensors, config, name, sizes), tensors, name)
+        return load_strictly(
+            cls, autoencoder_sizes(tensors, config, name, sizes), tensors, name, **place
+        )
 
     @property
     def downscale(self) -> int:

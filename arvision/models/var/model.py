@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint import split_placement
 from ...contracts import Conditions, Schedule
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
@@ -84,7 +85,10 @@ class VAR:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         network = VARTransformer.from_official(transformer, **sizes)
-        return cls(network, VARTokenizer.from_official(tokenizer, patch_nums=network.scales))
+        _, place = split_placement(sizes)
+        return cls(
+            network, VARTokenizer.from_official(tokenizer, patch_nums=network.scales, **place)
+        )
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
 from ..pixels import read_pixels
@@ -86,9 +86,10 @@ class VARTokenizer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TOKENIZER_WRAPPERS)
         found = tokenizer_sizes(tensors, name, sizes)
-        return load_strictly(cls, found, without_records(tensors), name)
+        return load_strictly(cls, found, without_records(tensors), name, **place)
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict
+from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
@@ -122,9 +122,10 @@ class VARTransformer(ModelMixin, ConfigMixin):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         found = transformer_sizes(tensors, name, sizes)
-        return load_strictly(cls, found, without_records(tensors), name)
+        return load_strictly(cls, found, without_records(tensors), name, **place)
 
     @property
     def num_tokens(self) -> int:

@@ -46,6 +46,14 @@ def parents_of(branching: Sequence[int]) -> Tensor:
     return torch.tensor(parents, dtype=torch.int64)
 
 
+def in_vocabulary(logits: Tensor, size: int) -> Tensor:
+    """Logits [..., V'] of a draft as logits [..., size]: what it does not know cannot be drafted."""
+    if logits.shape[-1] >= size:
+        return logits[..., :size]
+    missing = logits.new_full((*logits.shape[:-1], size - logits.shape[-1]), float("-inf"))
+    return torch.cat([logits, missing], dim=-1)
+
+
 @register("draft_model", summary="a smaller model of the same vocabulary (option draft)")
 class DraftTree(TextDrafter):
     """A tree from a draft model, one pass of it per level.
@@ -113,10 +121,12 @@ class DraftTree(TextDrafter):
     def begin(self, state: Any) -> None:
         """Prefill the draft."""
         read = self.histories if self._context is None else self._context(self.histories)
-        shape: Any = self.shaping
-        if self.shaping.temperature == 0:
-            shape = Shaping()
-        self._state = FollowingState(self.draft, read, 1.0, shape, self.num_tokens)
+        shape = self.shaping if self.shaping.temperature else Shaping()
+
+        def law(logits: Tensor) -> Tensor:
+            return shape(in_vocabulary(logits, self.vocab_size))
+
+        self._state = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
