@@ -23,7 +23,7 @@ from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenMode
 from ..errors import InputError
 from .noise import Noise
 from .run import Run
-from .verify import first_change, gumbel_draw
+from .verify import gumbel_draw, num_final
 
 
 def decode_rows(
@@ -254,7 +254,7 @@ class _Rows:
         drawn = gumbel_draw(laws, predicted, self.noise)[images[:, None], plan.places]
         offsets = torch.arange(self.window, device=laws.device)
         begin = rows * self.columns + self.counts[images, rows]
-        accepted = torch.minimum(first_change(plan.drafts, drawn), plan.nums)
+        accepted = torch.minimum(num_final(plan.drafts == drawn[:, :-1]), plan.nums)
         is_final = offsets < accepted[:, None]
         positions = begin[:, None] + offsets
         where = (images[:, None].expand_as(positions)[is_final], positions[is_final])

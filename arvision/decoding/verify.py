@@ -29,7 +29,6 @@ from ..errors import InputError, renamed, unknown_name
 from ..kernels import dispatch
 from ..kernels import verify as kernel
 from ..kernels.verify import reference
-from ..kernels.verify.reference import first_change
 from .noise import Noise, draw
 from .tree import Topology
 
@@ -80,6 +79,12 @@ class Verdict:
 Rule = Callable[[Round], Verdict]
 
 
+def num_final(passes: Tensor) -> Tensor:
+    """Final tokens [B] along chains: the drafts that pass, [B, m], up to the first that does not,
+    and the token in the place of that one (or the bonus)."""
+    return passes.long().cumprod(dim=1).sum(dim=1) + 1
+
+
 def follow(batch: Round, choice: Tensor) -> Verdict:
     """Walk down the drafts as long as they are what was chosen.
 
@@ -88,7 +93,7 @@ def follow(batch: Round, choice: Tensor) -> Verdict:
         choice: [B, m + 1] int64, the token chosen under each law.
     """
     if batch.topology is None:
-        return Verdict(choice, first_change(batch.drafts, choice))
+        return Verdict(choice, num_final(batch.drafts == choice[:, :-1]))
     return deepest(batch, batch.drafts == choice[:, batch.topology.laws], choice)
 
 
@@ -103,7 +108,7 @@ def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
     passes = passes & (batch.drafts >= 0)
     topology = batch.topology
     if topology is None:
-        counts = passes.long().cumprod(dim=1).sum(dim=1) + 1
+        counts = num_final(passes)
         kept = torch.arange(passes.shape[1], device=counts.device) < counts[:, None] - 1
         tokens = torch.where(kept, batch.drafts, choice[:, :-1])
         return Verdict(torch.cat([tokens, choice[:, -1:]], dim=1), counts)
@@ -146,11 +151,11 @@ def gumbel_coupling(batch: Round) -> Verdict:
     drafted, as a chain or as a tree. Two successive laws agree on a token with probability
     >= (1 - TV) / (1 + TV).
     """
-    if batch.topology is not None:
-        return follow(batch, gumbel_draw(batch.target_logp, batch.positions, batch.noise))
     law = batch.target_logp
+    if batch.topology is not None or law.is_cpu:
+        return follow(batch, gumbel_draw(law, batch.positions, batch.noise))
     gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
-    return Verdict(*_core(law).verify_gumbel(batch.drafts, law, gumbel))
+    return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
 
 
 def _core(laws: Tensor) -> Any:

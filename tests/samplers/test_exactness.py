@@ -127,7 +127,7 @@ def clinging(chain):
     holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number) < 0.05
     tokens = verdict.tokens.clone()
     tokens[:, :-1] = torch.where(holds, chain.drafts, tokens[:, :-1])
-    return verify.Verdict(tokens, verify.first_change(chain.drafts, tokens))
+    return verify.Verdict(tokens, verify.num_final(chain.drafts == tokens[:, :-1]))
 
 
 @pytest.mark.parametrize(
