@@ -296,12 +296,13 @@ def test_a_seed_per_row_and_tokens_that_end_a_text(network):
     end = both[0][3]
     cut = arvision.generate(network, rows[:1], seed=7, stop_token_ids=[end], **options).tokens[0]
     assert cut == both[0][: both[0].index(end) + 1]
-    for change, message in (
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"seed": [1]}, "1 seeds for 2 prompts"),
         ({"seed": "seven"}, "seed 'seven'"),
         ({"seed": 1.5}, "seed 1.5"),
         ({"stop_token_ids": [64]}, "stop_token_ids 64"),
-    ):
+    ]
+    for change, message in bad:
         with pytest.raises(InputError, match=message):
             arvision.generate(network, rows, **options, **change)
 

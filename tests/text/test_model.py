@@ -174,11 +174,12 @@ def test_falcon_with_one_head_of_keys():
     import transformers as t
 
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
-    for options in (
+    variants: list[dict[str, Any]] = [
         {"multi_query": True, "new_decoder_architecture": False},
         {"multi_query": False, "new_decoder_architecture": False},
         {"new_decoder_architecture": True, "num_kv_heads": 2},
-    ):
+    ]
+    for options in variants:
         config = t.FalconConfig(
             **sizes,
             num_attention_heads=4,
