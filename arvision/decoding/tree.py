@@ -69,6 +69,32 @@ def is_chain(parents: Sequence[int]) -> bool:
     return all(parent == place - 1 for place, parent in enumerate(parents))
 
 
+def check_placed(
+    tokens: Tensor, positions: Tensor, visible: Tensor, shape: tuple[int, int], num_tokens: int
+) -> None:
+    """Refuse what does not fit `arvision.contracts.FeedsAnywhere`.
+
+    Args:
+        tokens: [B, T].
+        positions: [B, T], -1 for padding.
+        visible: [B, T, N].
+        shape: B and T.
+        num_tokens: N.
+
+    Raises:
+        InputError: another shape, or a position out of range.
+    """
+    if tokens.shape != shape or positions.shape != shape:
+        raise InputError(
+            f"tokens {tuple(tokens.shape)} at positions {tuple(positions.shape)}: expected "
+            f"[{shape[0]}, T] both"
+        )
+    if visible.shape != (*shape, num_tokens):
+        raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
+    if bool(((positions < -1) | (positions >= num_tokens)).any()):
+        raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
+
+
 def ancestor_mask(parents: Tensor) -> Tensor:
     """[T, T] bool, true where candidate t descends from (or is) candidate u; parents [T]."""
     return topology(tuple(parents.tolist()), parents.device).ancestors

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
-from ...decoding.tree import ancestor_mask, check_parents, check_path
+from ...decoding.tree import ancestor_mask, check_parents, check_path, check_placed
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -142,15 +142,7 @@ class LlamaGenState:
         """
         batch, num_tokens = len(self.lengths), self._transformer.num_tokens
         shape = (batch, tokens.shape[-1])
-        if tokens.shape != shape or positions.shape != shape:
-            raise InputError(
-                f"tokens {tuple(tokens.shape)} at positions {tuple(positions.shape)}: expected "
-                f"[{batch}, T] both"
-            )
-        if visible.shape != (*shape, num_tokens):
-            raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
-        if bool(((positions < -1) | (positions >= num_tokens)).any()):
-            raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
+        check_placed(tokens, positions, visible, shape, num_tokens)
         is_padding = positions < 0
         # Padding is written where no mask ever looks.
         slots = torch.where(is_padding, self.cache.capacity - 1, positions + self._num_conditions)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
 from ...decoding.transformers_cache import CacheView, TextSizes
-from ...decoding.tree import Topology, check_parents, check_path, topology
+from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology
 from ...errors import InputError, StateError
 from .layout import Expansion
 
@@ -244,15 +244,7 @@ class ImageState:
         """
         batch, num_tokens = len(self.lengths), self._layout.num_tokens
         shape = (batch, tokens.shape[-1])
-        if tokens.shape != shape or positions.shape != shape:
-            raise InputError(
-                f"tokens {tuple(tokens.shape)} at positions {tuple(positions.shape)}: expected "
-                f"[{batch}, T] both"
-            )
-        if visible.shape != (*shape, num_tokens):
-            raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
-        if bool(((positions < -1) | (positions >= num_tokens)).any()):
-            raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
+        check_placed(tokens, positions, visible, shape, num_tokens)
         numbers = positions.cpu().numpy()
         # Nothing hangs on the last token, so it stands for padding here.
         expansion = self._layout.expand(np.where(numbers < 0, num_tokens - 1, numbers))
