@@ -12,6 +12,9 @@ from .contracts import Conditions
 from .decoding.noise import parse_seeds
 from .errors import InputError, as_integer, check_count, plain_numbers
 
+MOST_IMAGES = 1_000_000
+"""Images of one call, all of whose pictures it returns; `arvision.evaluate` writes more to the disk."""
+
 
 def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = False) -> Any:
     """A finite number >= 0, or a list of them for each scale, as Python writes it.
@@ -50,8 +53,16 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    num_images_per_prompt = check_count("num_images", num_images_per_prompt)
+    num_images_per_prompt = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
     prompt = _condition(prompt)
+    if (
+        isinstance(prompt, (list, tuple, range))
+        and len(prompt) * num_images_per_prompt > MOST_IMAGES
+    ):
+        raise InputError(
+            f"{len(prompt):,} prompts with {num_images_per_prompt:,} images each: expected at most "
+            f"{MOST_IMAGES:,} images in one call"
+        )
     prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
     prompts = [_condition(entry) for entry in prompts]
     if not prompts:

@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
-from .contracts import Schedule, Stats
+from .contracts import Samples, Schedule, Stats, StepCallback
 from .errors import CheckpointError, InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
@@ -362,6 +363,9 @@ class ARPipeline(DiffusionPipeline):
             )
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
+        is_guided = scale not in (0, 1)
+        memory = image_memory(model, self.tokenizer, is_guided, output_type)
+        parts = split(len(conditions), memory, self.device)
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -372,10 +376,17 @@ class ARPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
-            decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-            wanted = samples.tokens if output_type == "latent" else decoded
-            images = self._images(model, wanted, output_type)
+            def draw(part: slice, tell: StepCallback) -> Samples:
+                return chosen(
+                    model, conditions[part], seeds=seeds[part], guidance_scale=scale, on_step=tell
+                )
+
+            def pictures(samples: Samples) -> Any:
+                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
+                wanted = samples.tokens if output_type == "latent" else decoded
+                return self._images(model, wanted, output_type)
+
+            samples, images = draw_parts(parts, draw, pictures, on_step)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds

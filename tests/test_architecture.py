@@ -10,12 +10,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy"}
+GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "memory"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
     "contracts": {"errors"},
     "files": {"errors"},
+    "memory": {"errors"},
+    "batches": {"contracts", "memory"},
     "card": {"errors", "files"},
     "lazy": set(),
     "checkpoint": {"errors"},
@@ -28,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "sheet": set(),
     "folders": {"errors"},
     "inputs": {"errors", "contracts", "decoding"},
-    "pipeline": {"card", "models", "samplers", "folders", "inputs"} | GROUND,
+    "pipeline": {"batches", "card", "models", "samplers", "folders", "inputs"} | GROUND,
     "catalog": {"folders", "models", "samplers"} | GROUND,
     "api": {"pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,

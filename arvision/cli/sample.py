@@ -32,7 +32,7 @@ def parse_seed(text: str) -> Any:
     from ..errors import InputError
 
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) <= 20 for part in parts):
         raise InputError(f"seed {text!r}: expected a number, or seed:image such as 0:3")
     numbers = tuple(int(part) for part in parts)
     return numbers[0] if len(numbers) == 1 else [numbers]
