@@ -149,6 +149,65 @@ def working_in(folder: str | Path) -> Iterator[None]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a file against other processes and threads that hold it so, while it is read and replaced.
+
+    A file that is absent is made, empty; folders above it are made.
+
+    Raises:
+        InputError: there is something else than a file, or the system lets nobody write there.
+    """
+    goal = _followed(path)
+    with _refused(goal):
+        goal.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = _open_regular(goal, os.O_RDONLY | os.O_CREAT)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever held it before may have put another file in its place.
+            if not goal.exists() or not os.path.samestat(os.stat(goal), os.fstat(handle)):
+                continue
+            yield
+            return
+        finally:
+            os.close(handle)
+
+
+def read_regular(path: str | Path, most: int) -> str:
+    """The text of a regular file; pipes and devices, which could hang or never end, are refused.
+
+    Args:
+        path: of the file.
+        most: bytes.
+
+    Returns:
+        Its text, empty if there is no file.
+
+    Raises:
+        InputError: it is no regular file, or longer.
+        OSError: it cannot be read.
+    """
+    try:
+        handle = _open_regular(Path(path), os.O_RDONLY)
+    except FileNotFoundError:
+        return ""
+    with open(handle, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path}: expected at most {most} bytes")
+    return data.decode(errors="replace")
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o644)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise InputError(f"{path} is no file: expected a file name")
+
+
 def _followed(path: str | Path) -> Path:
     path = Path(path)
     return path.resolve() if os.path.islink(path) else path
