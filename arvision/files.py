@@ -372,6 +372,42 @@ def _error_number(error: BaseException | None) -> int | None:
     return _error_number(error.__cause__ or error.__context__)
 
 
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; what it links to counts.
+
+    Opening a FIFO waits for whoever writes into it, and a device may give bytes without end: what
+    comes from strangers is opened here.
+
+    Raises:
+        InputError: a FIFO, a socket, a device or a folder.
+        OSError: no such file, or nobody may read it.
+    """
+    _check_regular(path, os.stat(path).st_mode)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)  # without waiting: it may have become a FIFO meanwhile
+    try:
+        _check_regular(path, os.fstat(handle).st_mode)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise InputError(f"{path} is {kind}: expected a regular file")
+
+
 def write_text(path: str | Path, text: str, *, durable: bool = False) -> None:
     """Write a text that appears whole or not at all, see `replacing`."""
     with replacing(path, durable=durable) as temporary:
