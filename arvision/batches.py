@@ -60,8 +60,8 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
     kept = 80.0 * model.num_tokens  # tokens, and Python's lists of when each became final
     if tokenizer is not None and output_type != "latent":
         sizes = dict(tokenizer.config)
-        grid = scales[-1] if scales else model.grid or (int(model.num_tokens**0.5),) * 2
-        pixels = _area(grid) * 4 ** (len(sizes.get("ch_mult") or ()) - 1 or 4)
+        grid = scales[-1] if scales else getattr(model, "grid", None)
+        pixels = (_area(grid) if grid else model.num_tokens) * 4 ** (len(sizes.get("ch_mult") or ()) - 1 or 4)
         kept += pixels * (3 if output_type == "pil" else 12)
         working += pixels * (12 + 6 * (sizes.get("ch") or 128) * item)
     return ImageMemory(kept, working)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, as_integer, plain_numbers
-from ..files import locked, read_regular, write_text
+from ..files import locked, regular_file, write_text
 
 KIND = "arvision pass costs"
 FORMAT = 2
@@ -102,9 +102,16 @@ class CostFile:
                 broken or of another format.
             OSError: it cannot be read.
         """
-        text = read_regular(self._path, LARGEST_FILE)
-        if not text:
+        try:
+            with regular_file(self._path) as file:
+                data = file.read(LARGEST_FILE + 1)
+        except FileNotFoundError:
             return {}
+        if not data:
+            return {}
+        if len(data) > LARGEST_FILE:
+            raise InputError(f"expected at most {LARGEST_FILE} bytes, it is left as it is")
+        text = data.decode(errors="replace")
         try:
             content = json.loads(text)
         except (ValueError, RecursionError):
