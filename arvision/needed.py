@@ -124,7 +124,7 @@ def _weights(
         pickles = sorted(f for f in inside if f.endswith(PICKLES))
         other = f"; it has {pickles[0]}, which may hold code and is not read" if pickles else ""
         raise CheckpointError(
-            f"{name}: {part or 'the repository '}has no weights, expected "
+            f"{name}: {part or 'it'} has no weights, expected "
             f"{part}model{WEIGHTS} or {part}diffusion_pytorch_model{WEIGHTS}{other}"
         )
     return [], False
