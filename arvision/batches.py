@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .contracts import Samples, Stats, StepCallback
-from .memory import check_room, items_that_fit
+from .memory import check_memory, items_that_fit
 
 COPIES = 8
 """Laws of a pass that live at once: logits, their sorted and shaped copies, in float64 where it matters."""
@@ -61,7 +61,9 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
     if tokenizer is not None and output_type != "latent":
         sizes = dict(tokenizer.config)
         grid = scales[-1] if scales else getattr(model, "grid", None)
-        pixels = (_area(grid) if grid else model.num_tokens) * 4 ** (len(sizes.get("ch_mult") or ()) - 1 or 4)
+        pixels = (_area(grid) if grid else model.num_tokens) * 4 ** (
+            len(sizes.get("ch_mult") or ()) - 1 or 4
+        )
         kept += pixels * (3 if output_type == "pil" else 12)
         working += pixels * (12 + 6 * (sizes.get("ch") or 128) * item)
     return ImageMemory(kept, working)
@@ -78,7 +80,7 @@ def split(num: int, memory: ImageMemory, device: Any) -> list[slice]:
     Raises:
         InputError: what is kept of all images would not fit.
     """
-    check_room(f"{num:,} images in one call", num * memory.kept, "num_images")
+    check_memory(f"{num:,} images in one call", num * memory.kept, "num_images")
     parts = -(-num // items_that_fit(memory.working, device))
     size = -(-num // parts)
     return [slice(first, min(num, first + size)) for first in range(0, num, size)]

@@ -16,15 +16,19 @@ MOST_SHOWN = 600
 """Characters of a message; of a longer one the middle is left out."""
 
 
-def one_line(text: object) -> str:
+def one_line(text: object, most: int | None = MOST_SHOWN) -> str:
     """A text as it may stand on a terminal: one line without control characters, of bounded length.
 
     Names and prompts come from anywhere; what would move the cursor or colour the screen is written
     as Python escapes it.
+
+    Args:
+        text: to show.
+        most: characters; None for any number.
     """
     line = str(text)
-    if len(line) > MOST_SHOWN:
-        first, last = MOST_SHOWN // 3, MOST_SHOWN // 2
+    if most is not None and len(line) > most:
+        first, last = most // 3, most // 2
         left_out = len(line) - first - last
         line = f"{line[:first]}... [{left_out:,} characters] ...{line[-last:]}"
     if not line.isprintable():

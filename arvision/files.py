@@ -428,6 +428,12 @@ def check_seal(path: str | Path, advice: str) -> None:
             raise CheckpointError(f"{path} is damaged (its sha256 does not fit): {advice}")
 
 
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return _digest(file, os.fstat(file.fileno()).st_size).decode()
+
+
 def _digest(file: BinaryIO, length: int) -> bytes:
     """Hexadecimal SHA-256 of the next `length` bytes."""
     digest = hashlib.sha256()

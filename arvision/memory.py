@@ -49,7 +49,7 @@ def in_words(size: float) -> str:
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
 
 
-def check_room(what: str, needed: float, lower: str, device: Any = "cpu") -> None:
+def check_memory(what: str, needed: float, lower: str, device: Any = "cpu") -> None:
     """Refuse what the memory cannot hold.
 
     Args:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .output import tell
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
@@ -20,10 +22,10 @@ def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
     listed = list_models()
     if as_json:
-        typer.echo(json.dumps([{"name": name, **name.facts} for name in listed]))
+        tell(json.dumps([{"name": name, **name.facts} for name in listed]))
         return
     for name in listed:
-        typer.echo(f"{name:24} {name.facts['kind']:11} {name.facts['summary']}")
+        tell(f"{name:24} {name.facts['kind']:11} {name.facts['summary']}")
 
 
 def samplers(
@@ -35,8 +37,8 @@ def samplers(
 
     listed = list_samplers(model)
     if as_json:
-        typer.echo(json.dumps([{"name": name, **name.facts} for name in listed]))
+        tell(json.dumps([{"name": name, **name.facts} for name in listed]))
         return
     for name in listed:
         law = "lossless" if name.facts["lossless"] else "lossy"
-        typer.echo(f"{name:10} {law:9} {name.facts['drives']:10} {name.facts['summary']}")
+        tell(f"{name:10} {law:9} {name.facts['drives']:10} {name.facts['summary']}")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
@@ -133,10 +135,10 @@ def sample(
         if name not in ("commit_pass", "seeds") or as_json
     }
     if as_json:
-        typer.echo(json.dumps(stats | {"out": None if out is None else str(out)}))
+        tell(json.dumps(stats | {"out": None if out is None else str(out)}))
         return
     images = len(result.images)
-    typer.echo(
+    tell(
         f"{images} image{'s' if images > 1 else ''}, {stats['tokens']} tokens each: "
         f"{stats['forward_passes']} passes, {stats['tokens_per_pass']:.2f} tokens per pass, "
         f"{stats['seconds']:.2f} s" + (f" -> {out}" if out is not None else "")

@@ -18,6 +18,7 @@ from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decod
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
+from ..memory import check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
@@ -315,7 +316,7 @@ def check_drafter(drafter: Any, model: HFCausalLM) -> None:
 
 
 def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room for `max_new_tokens`.
+    """Refuse prompts that leave no room for `max_new_tokens`, in the model or in the memory.
 
     Raises:
         InputError: see above.
@@ -327,6 +328,14 @@ def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) ->
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens}: the model has "
             f"{most} positions"
         )
+    sizes, weight = model.sizes, model.network.get_input_embeddings().weight
+    per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * weight.element_size()
+    check_memory(
+        f"{len(ids):,} prompts of up to {longest + max_new_tokens:,} tokens",
+        len(ids) * (longest + max_new_tokens) * per_token,
+        "max_new_tokens, or give fewer prompts at once",
+        weight.device,
+    )
 
 
 def end_ids(network: Any) -> list[int]:
