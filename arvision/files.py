@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     goal = _followed(path)
     if os.path.isdir(goal):
         raise InputError(f"{goal} is a folder: expected a file name")
+    if os.path.lexists(goal) and not os.path.isfile(goal):
+        raise InputError(f"{goal} is a pipe or a device: expected a file name")
     with _place(goal) as temporary:
         yield temporary
         temporary.chmod(0o644)
@@ -128,7 +131,7 @@ def working_in(folder: str | Path) -> Iterator[None]:
     Raises:
         InputError: another run works in it.
     """
-    place = Path(folder)
+    place = user_path(folder)
     with _refused(place):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -148,8 +151,51 @@ def working_in(folder: str | Path) -> Iterator[None]:
             os.close(lock)
 
 
+def regular_file(path: str | Path, most: int | None = None) -> BinaryIO:
+    """A file, opened for reading; never a pipe, a socket or a device, which could hang or not end.
+
+    Args:
+        path: of the file; `~` is the user's home, a symbolic link is followed.
+        most: bytes that it may have; None for any number.
+
+    Raises:
+        InputError: it is something else than a file, or longer.
+        OSError: it cannot be opened; `FileNotFoundError` where there is none.
+    """
+    place = user_path(path)
+    file = open(place, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and (most is None or found.st_size <= most):
+        return file
+    file.close()
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path}: a pipe or a device, expected a regular file")
+    raise InputError(f"{path}: {found.st_size} bytes, expected at most {most}")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for somebody at the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as users write it: a leading `~` or `~name` is that user's home.
+
+    Raises:
+        InputError: no such user, or a character that no path has.
+    """
+    try:
+        place = Path(path).expanduser()
+        os.fsencode(place)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"path {path!r}: {error}, expected a path") from error
+    if "\0" in str(place):
+        raise InputError(f"path {str(path)[:60]!r}: expected no zero byte")
+    return place
+
+
 def _followed(path: str | Path) -> Path:
-    path = Path(path)
+    path = user_path(path)
     return path.resolve() if os.path.islink(path) else path
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy"}
+GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "schema", "portable"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -18,6 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "schema": {"errors", "files"},
+    "portable": {"errors", "folders", "schema"},
     "checkpoint": {"errors"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
@@ -26,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "folders": {"errors"},
+    "folders": {"errors", "files"},
     "inputs": {"errors", "contracts", "decoding"},
     "pipeline": {"card", "models", "samplers", "folders", "inputs"} | GROUND,
     "catalog": {"folders", "models", "samplers"} | GROUND,
