@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "headers": {"errors"},
     "needed": {"errors"},
     "hub": {"errors", "files", "headers", "needed"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
