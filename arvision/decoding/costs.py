@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, as_integer, plain_numbers
-from ..files import locked, regular_file, write_text
+from ..files import locked, read_regular, user_path, write_text
 
 KIND = "arvision pass costs"
 FORMAT = 2
@@ -61,7 +61,7 @@ class CostFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path).expanduser()
+        self._path = user_path(path)
 
     def read(self, key: str, windows: Sequence[int]) -> Table:
         """The valid tables of `key`; what is damaged is left out, with a warning.
@@ -102,16 +102,9 @@ class CostFile:
                 broken or of another format.
             OSError: it cannot be read.
         """
-        try:
-            with regular_file(self._path) as file:
-                data = file.read(LARGEST_FILE + 1)
-        except FileNotFoundError:
+        text = read_regular(self._path, LARGEST_FILE)
+        if not text:
             return {}
-        if not data:
-            return {}
-        if len(data) > LARGEST_FILE:
-            raise InputError(f"expected at most {LARGEST_FILE} bytes, it is left as it is")
-        text = data.decode(errors="replace")
         try:
             content = json.loads(text)
         except (ValueError, RecursionError):
