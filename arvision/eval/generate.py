@@ -72,8 +72,10 @@ class GenerateConfig:
     weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num <= MOST_SAMPLES:
-            raise InputError(f"num is {shown(self.num)}: expected 2 to {MOST_SAMPLES:,} images")
+        if self.num < 2:
+            raise InputError(f"num is {self.num}: expected at least 2 images")
+        if self.num > MOST_SAMPLES:
+            raise InputError(f"num is {shown(self.num)}: expected at most {MOST_SAMPLES:,} images")
         if (self.num_classes is None) == (self.prompts_sha256 is None):
             raise InputError("expected either num_classes or prompts")
 

@@ -89,7 +89,9 @@ class DistillSettings:
     num_card: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("num_pairs", "num_held_out", "sheet_every", "num_card"):
+        for name in ("num_pairs", "num_held_out", "shard_size", "sheet_every", "num_card"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
             check_count(name, getattr(self, name), MOST_PAIRS)
         check_count("shard_size", self.shard_size, MOST_BATCH)
         steps = self.timesteps
