@@ -101,6 +101,18 @@ class DropsRows(Protocol):
 
 
 @runtime_checkable
+class Advances(Protocol):
+    """A state that commits chains without asking its device."""
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first `counts` [B] candidates of each row and forget the rest.
+
+        `given` are the same numbers on the host.
+        """
+        ...
+
+
+@runtime_checkable
 class Overruns(Protocol):
     """A state that may accept candidates past the last token (their logits mean nothing)."""
 
@@ -187,8 +199,8 @@ class TellsCalibration(Protocol):
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer more, which samplers use where it exists: `DropsRows`, `Overruns`,
-    `TellsHidden`, `FeedsAnywhere`. So may a model: `HasCodebook`, `TellsCost`, `TellsCalibration`.
+    A state may offer more, which samplers use where it exists: `DropsRows`, `Advances`,
+    `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `HasCodebook`, `TellsCost`, `TellsCalibration`.
     """
 
     vocab_size: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -201,8 +203,12 @@ class KVCache:
         used = order < counts[:, None]
         if not bool(((kept == order) | ~used).all()):
             compact_(self.keys, self.values, self.lengths, kept, counts)
+        self.advance(counts, counts.tolist())
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first `counts` [R] candidates of each row, `given` on the host."""
         self.lengths = self.lengths + counts
-        self._host_lengths = self.lengths.tolist()
+        self._host_lengths = [old + new for old, new in zip(self._host_lengths, given, strict=True)]
         self._num = 0
 
     def rewind(self, num: int) -> tuple[Tensor, Tensor]:

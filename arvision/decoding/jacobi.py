@@ -72,7 +72,8 @@ class JacobiDrafter:
         self._drafts: Tensor | None = None
         self._laws: Tensor | None = None
         self._prior: Tensor | None = None
-        self._num_held = torch.zeros(len(noise), dtype=torch.int64)
+        self._num_held = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+        self._least_held = 0
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
@@ -88,7 +89,7 @@ class JacobiDrafter:
             drafts[:, :width] = self._drafts[:, :width]
             if laws is not None and self._laws is not None:
                 laws[:, :width] = self._laws[:, :width]
-        first = int(held.min()) if batch else num
+        first = min(self._least_held, num) if batch else num
         # A spatial choice may look at the draft just made to its left: one position at a time.
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
@@ -148,6 +149,8 @@ class JacobiDrafter:
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
         self._num_held = num - verdict.counts
+        given = verdict.counts.tolist() if verdict.given is None else verdict.given
+        self._least_held = num - max(given, default=0)
         self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..contracts import (
+    Advances,
     Conditions,
     DropsRows,
     Editable,
@@ -86,8 +87,8 @@ class WindowPolicy(Protocol):
         """Candidates of the next pass of `num_rows` images, at most `most`."""
         ...
 
-    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
-        """Counts [B] of final tokens that a pass gave, of at most `num_useful` [B] possible."""
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
+        """How many tokens a pass made final in each row, and how many the row still needed."""
         ...
 
 
@@ -101,13 +102,13 @@ class FixedWindow:
         """The window, cut to what the images still need."""
         return min(self.window, most)
 
-    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """Nothing to adapt."""
 
 
-StopCheck = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
-"""Ends rows before their last token: rows [B'] of the batch, new tokens [B', K] and their counts
-[B'] to the counts that stay, and which rows are finished, [B'] bool."""
+StopCheck = Callable[[Sequence[int], Sequence[Sequence[int]]], "tuple[list[int], list[bool]]"]
+"""Ends rows before their last token: rows of the batch and the new tokens of each, to how many of
+these stay and which rows are finished."""
 
 
 def decode_tokens(
@@ -161,10 +162,11 @@ def decode_tokens(
     windows: list[int] = []
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
-        room = run.num_tokens - lengths
+        room = rows.room
         # With a draft even for the last token, an image does not depend on how long others take.
-        most = int(room.max()) + 1 if can_overrun else min(int(room.min()), rows.frozen_room)
+        most = max(room) + 1 if can_overrun else min(*room, rows.frozen_room)
         num = max(1, policy.next(rows.num_active, most))
+        run.noise.reserve(run.num_tokens - min(room) + num)
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
@@ -192,10 +194,8 @@ def decode_tokens(
             None if hidden is None else hidden[rows.in_state],
         )
         verdict = rule(batch)
-        useful = room.clamp(max=num)
-        counts = torch.minimum(verdict.counts, useful)
-        verdict = rows.settle(Verdict(verdict.tokens, counts, verdict.path))
-        policy.observe(num, verdict.counts, useful)
+        verdict = rows.settle(verdict)
+        policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
         rows.commit(verdict, num)
         rows.leave(drafter)
@@ -237,15 +237,17 @@ class _Rows:
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
+        self.room = [run.num_tokens] * run.batch
         self.in_state: Any = slice(None)
         self.num_in_state = run.batch
         self.frozen_room = run.num_tokens
-        self._going = self.active >= 0
+        self._images = list(range(run.batch))
+        self._going = [True] * run.batch
 
     @property
     def num_active(self) -> int:
         """Rows that are not finished."""
-        return len(self.active)
+        return len(self._images)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
@@ -261,29 +263,42 @@ class _Rows:
         return out
 
     def settle(self, verdict: Verdict) -> Verdict:
-        """Write what is final into the ledger; what is left of a verdict where `stop` ends a row."""
-        stopped = None
-        if self._stop is not None:
-            counts, stopped = self._stop(self.active, verdict.tokens, verdict.counts)
-            verdict = Verdict(verdict.tokens, counts, verdict.path)
-        offsets = torch.arange(verdict.tokens.shape[1], device=self.lengths.device)
-        rows, places = (offsets < verdict.counts[:, None]).nonzero(as_tuple=True)
-        positions = self.lengths[rows] + places
-        self._run.record(self.active[rows], positions, verdict.tokens[rows, places])
-        self.lengths = self.lengths + verdict.counts
-        self._going = self.lengths < self._run.num_tokens
-        if stopped is not None:
-            self._going &= ~stopped
-        run = self._run
-        run.report(verdict.counts, self.active, tokens=run.tokens, lengths=run.lengths)
-        return verdict
+        """Write what is final into the ledger; what is left of a verdict where a row ends.
+
+        The one place where a round waits for the device.
+        """
+        run, counts, tokens = self._run, verdict.counts, verdict.tokens
+        counts = torch.minimum(counts, run.num_tokens - self.lengths)
+        stopped = [False] * self.num_active
+        if self._stop is None:
+            (given,) = run.read(counts)
+        else:
+            given, read = run.read(counts, tokens)
+            width = tokens.shape[1]
+            new = [read[row * width :][:count] for row, count in enumerate(given)]
+            stays, stopped = self._stop(self._images, new)
+            if stays != given:
+                given, counts = stays, counts.new_tensor(stays)
+        run.record_rows(self.active, self.lengths, tokens, counts)
+        self.lengths = self.lengths + counts
+        self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
+        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given)
 
     def commit(self, verdict: Verdict, num: int) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
         Rows that are finished keep nothing: they leave, or wait where they are.
         """
-        counts = torch.where(self._going, verdict.counts, 0)
+        counts, given = verdict.counts, verdict.given or []
+        if not all(self._going):
+            given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
+            counts = counts.new_tensor(given)
+        is_whole = isinstance(self.in_state, slice)
+        if verdict.path is None and is_whole and isinstance(self._state, Advances):
+            self._state.advance(counts, given)
+            return
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
         else:
@@ -294,9 +309,10 @@ class _Rows:
 
     def leave(self, drafter: Drafter) -> None:
         """Let finished rows leave the state and the drafter, or wait in the state where they are."""
-        if self._run.check(self._going) == self.num_active:
+        if all(self._going):
             return
-        keep = self._going.nonzero()[:, 0]
+        places = [place for place, going in enumerate(self._going) if going]
+        keep = torch.tensor(places, dtype=torch.int64, device=self.active.device)
         drafter.select(keep)
         if isinstance(self._state, DropsRows):
             self._state.select(keep)
@@ -308,4 +324,7 @@ class _Rows:
             self.in_state = self.in_state[keep]
             self.frozen_room = self._run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
+        self._images = [self._images[place] for place in places]
+        self.room = [self.room[place] for place in places]
+        self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

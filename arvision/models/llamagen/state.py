@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -110,7 +112,7 @@ class LlamaGenState:
         _, mask = self.cache.begin(num, ancestors)
         last = len(self._rotary) - 1
         if self.cache.is_uniform:
-            first = int(self.cache.lengths[0])
+            first = self.cache.host_lengths[0]
             if parents is None and first + num <= last + 1:
                 rotary = self._rotary[first : first + num]
             else:
@@ -169,6 +171,14 @@ class LlamaGenState:
             raise StateError("commit without candidates: call extend first")
         check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(self._doubled(kept), self._doubled(counts))
+        self.lengths = self.lengths + counts
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
+        if self.cache.num_pending == 0:
+            raise StateError("advance without candidates: call extend first")
+        twice = [*given, *given] if self._is_doubled else given
+        self.cache.advance(self._doubled(counts), twice)
         self.lengths = self.lengths + counts
 
     def select(self, rows: Tensor) -> None:
