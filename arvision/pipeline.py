@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -219,12 +218,14 @@ class ARPipeline(DiffusionPipeline):
             "teacher": getattr(model, "teacher_name", None),
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
-        found = {
-            need: open_cached(name, str(self.device), self.dtype)
-            for need, name in names.items()
-            if name is not None
-        }
+        found = {need: self.opened(name) for need, name in names.items() if name is not None}
         return sampler.bind(**found)
+
+    def opened(self, name: str) -> ARPipeline:
+        """A further model by name, on this device and dtype."""
+        from .opening import open_cached
+
+        return open_cached(name, str(self.device), self.dtype)
 
     @property
     def kind(self) -> str:
@@ -448,10 +449,6 @@ def open_pipeline(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
     return pipe.to(place)
-
-
-open_cached = lru_cache(maxsize=4)(open_pipeline)
-"""`open_pipeline` that keeps the last few; call it with strings and a dtype."""
 
 
 def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def _after_parent(batch: Round, values: Tensor) -> Tensor:
     """Values [B, m + 1, ...] of the laws that judge the drafts, [B, m, ...]."""
     if batch.topology is None:
         return values[:, :-1]
-    return values[:, batch.topology.laws]
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, batch.topology.laws]
 
 
 def _choose(batch: Round, logp: Tensor, is_greedy: bool) -> Tensor:
