@@ -114,6 +114,22 @@ class Advances(Protocol):
 
 
 @runtime_checkable
+class TakesFixedChains(Protocol):
+    """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
+
+    It is then driven by `extend_fixed` alone: what is fed behind `lengths` is forgotten by the next
+    call that says so, and nothing is committed.
+    """
+
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of what follows chains [B, T] behind the first `lengths` [B] tokens.
+
+        Places past the last token may be asked for; their logits mean nothing.
+        """
+        ...
+
+
+@runtime_checkable
 class Overruns(Protocol):
     """A state that may accept candidates past the last token (their logits mean nothing)."""
 

@@ -66,6 +66,9 @@ class JacobiDrafter:
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
+    has_fixed_shapes = True
+    """Drafts follow from the last verdict alone, by a function of fixed shapes."""
+
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
@@ -94,7 +97,8 @@ class JacobiDrafter:
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
             places = torch.arange(place, min(place + stride, num), device=device)
-            token, law = self._first_drafts(tokens, drafts, lengths, places, round_number)
+            law = self._first_law(tokens, drafts, lengths, place)[:, None]
+            token = self._first_drafts(law, lengths, places, round_number)
             is_new = places >= held[:, None]
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
@@ -102,17 +106,15 @@ class JacobiDrafter:
         return TokenTree(drafts, laws)
 
     def _first_drafts(
-        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, round_number: int
-    ) -> tuple[Tensor, Tensor]:
-        """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
+        self, law: Tensor, lengths: Tensor, places: Tensor, round_number: int
+    ) -> Tensor:
+        """First drafts [B, k] of positions `lengths + places`, drawn from a law [B, 1, V]."""
         positions = lengths[:, None] + places
-        law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
-            return (law + noise).argmax(-1), law
+            return (law + noise).argmax(-1)
         uniforms = self._noise.uniform(positions, "init", round_number)
-        wide = law.exp().expand(-1, len(places), -1)
-        return draw(wide, uniforms), law
+        return draw(law.exp().expand(-1, len(places), -1), uniforms)
 
     def _first_law(self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int) -> Tensor:
         """Law [B, V] of first drafts; for spatial choices that of the one at `lengths + place`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -15,10 +16,12 @@ from ..contracts import (
     Editable,
     Overruns,
     Samples,
+    TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
+from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of
@@ -63,8 +66,17 @@ class Attached(Protocol):
         ...
 
 
+@runtime_checkable
+class FixedDrafter(Protocol):
+    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
+
+    has_fixed_shapes: bool
+
+
 class NoDrafter:
     """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    has_fixed_shapes = True
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Nothing to prepare."""
@@ -157,9 +169,17 @@ def decode_tokens(
     first = rows.settle(rule(prefill))
     drafter.observe(prefill, first)
     rows.leave(drafter)
-    can_overrun = isinstance(state, Overruns) and state.allows_overrun
     candidates = 0
     windows: list[int] = []
+    if run.steps is not None and run.steps.drives(logits.device):
+        why_not = _no_fixed_shapes(state, drafter, stop)
+        if why_not is None:
+            candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
+            return run.samples(candidates=candidates, windows=windows, step=run.steps.mode)
+        warnings.warn(
+            f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
+        )
+    can_overrun = isinstance(state, Overruns) and state.allows_overrun
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
         room = rows.room
@@ -199,7 +219,50 @@ def decode_tokens(
         drafter.observe(batch, verdict)
         rows.commit(verdict, num)
         rows.leave(drafter)
-    return run.samples(candidates=candidates, windows=windows)
+    return run.samples(candidates=candidates, windows=windows, step="loop")
+
+
+def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
+    """Why a run cannot be made of fixed steps; None where it can."""
+    if not isinstance(state, TakesFixedChains):
+        return "this model has no passes of fixed shapes"
+    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
+        return "the sampler's drafts are made on the host"
+    return None if stop is None else "what ends a row is looked up on the host"
+
+
+def _fixed_rounds(
+    rows: _Rows,
+    state: Any,
+    drafter: Drafter,
+    rule: Rule,
+    shape: Callable[[Tensor], Tensor],
+    policy: WindowPolicy,
+) -> tuple[int, list[int]]:
+    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
+    run, candidates, windows = rows.run, 0, []
+    run.noise.reserve(2 * run.num_tokens)
+    ready, step = None, None
+    while rows.num_going and not run.stopped:
+        rows.shrink(drafter)
+        window = max(1, policy.next(rows.num_active, run.num_tokens))
+        if ready is None or step is None or step.is_other(rows.active, window):
+            known, lengths = rows.known()
+            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
+            first = tree.tokens, tree.logq
+            step = FixedStep(
+                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
+            )
+            ready = run.steps.ready(step)
+        for _ in range(run.steps.reads_every):
+            ready()
+            run.num_passes += 1
+            windows.append(window)
+        candidates += run.steps.reads_every * rows.num_active * window
+        room = rows.room
+        rows.catch_up(step.lengths)
+        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+    return candidates, windows
 
 
 def _hidden(state: TokenState) -> Tensor | None:
@@ -232,7 +295,7 @@ class _Rows:
     """Which images of the run are still being drawn, and in which rows of the state they stand."""
 
     def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
-        self._run, self._state, self._stop = run, state, stop
+        self.run, self._state, self._stop = run, state, stop
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
@@ -250,7 +313,7 @@ class _Rows:
 
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
-        tokens = self._run.tokens
+        tokens = self.run.tokens
         return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -261,12 +324,32 @@ class _Rows:
         out[self.in_state] = rows
         return out
 
+    @property
+    def num_going(self) -> int:
+        """Images that need more tokens; finished ones may wait in the batch."""
+        return sum(self._going)
+
+    def catch_up(self, lengths: Tensor) -> None:
+        """Read how far passes that kept the books themselves have come, lengths [B']."""
+        run = self.run
+        (found,) = run.read(lengths)
+        before, self.room = self.room, [run.num_tokens - length for length in found]
+        given = [old - new for old, new in zip(before, self.room, strict=True)]
+        self._going = [room > 0 for room in self.room]
+        self.lengths = lengths
+        run.tell(lengths, given, tokens=run.tokens, lengths=run.lengths)
+
+    def shrink(self, drafter: Drafter) -> None:
+        """Let finished rows leave once they are half of the batch: shapes change seldom."""
+        if 2 * self.num_going <= self.num_active:
+            self.leave(drafter)
+
     def settle(self, verdict: Verdict) -> Verdict:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
         The one place where a round waits for the device.
         """
-        run, counts, tokens = self._run, verdict.counts, verdict.tokens
+        run, counts, tokens = self.run, verdict.counts, verdict.tokens
         counts = torch.minimum(counts, run.num_tokens - self.lengths)
         stopped = [False] * self.num_active
         if self._stop is None:
@@ -321,7 +404,7 @@ class _Rows:
             if isinstance(self.in_state, slice):
                 self.in_state = torch.arange(self.num_in_state, device=keep.device)
             self.in_state = self.in_state[keep]
-            self.frozen_room = self._run.num_tokens - 1 - int(self._state.lengths.max())
+            self.frozen_room = self.run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
         self._images = [self._images[place] for place in places]
         self.room = [self.room[place] for place in places]

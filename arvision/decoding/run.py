@@ -29,6 +29,8 @@ class Run:
         seeds: one per image, an integer or a pair (seed, image).
         on_step: see `arvision.contracts.StepCallback`.
         guidance_scale: weight of the condition, for the models.
+        steps: how passes of fixed shapes run, see `arvision.decoding.fixed_step.Steps`; None for the
+            ordinary loop.
 
     Attributes:
         noise: of the B images.
@@ -57,11 +59,12 @@ class Run:
         on_step: StepCallback | None = None,
         *,
         guidance_scale: Any = 1.0,
+        steps: Any = None,
     ) -> None:
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} conditions: expected one each")
         self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
-        self.guidance_scale, self._on_step = guidance_scale, on_step
+        self.guidance_scale, self._on_step, self.steps = guidance_scale, on_step, steps
         self.num_passes, self.stopped = 0, False
         self._num_final = 0
 
@@ -110,7 +113,14 @@ class Run:
         self.tokens[images, positions] = tokens
         self.commit_pass[images, positions] = self.num_passes
 
-    def record_rows(self, images: Tensor, starts: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def record_rows(
+        self,
+        images: Tensor,
+        starts: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        number: Tensor | None = None,
+    ) -> None:
         """Write down a row of tokens for each image, of which some are final; reads nothing back.
 
         Args:
@@ -118,13 +128,23 @@ class Run:
             starts: [A], place of the first token of each row.
             tokens: [A, K].
             counts: [A], how many from the left are final; the rest is dropped.
+            number: of the pass, where only the device knows it.
         """
         offsets = torch.arange(tokens.shape[1], device=starts.device)
         # What is dropped lands in a column behind the last token.
         places = torch.where(offsets < counts[:, None], starts[:, None] + offsets, self.num_tokens)
         rows = images[:, None]
         self._tokens[rows, places] = tokens.to(self._tokens.dtype)
-        self._commit_pass[rows, places] = self.num_passes
+        self._commit_pass[rows, places] = self.num_passes if number is None else number
+
+    def count(self, images: Tensor, counts: Tensor) -> None:
+        """Keep the books of a pass that gave `counts` [A] tokens of `images` [A]; reads nothing."""
+        self.lengths.index_add_(0, images, counts)
+        self.passes.index_add_(0, images, (counts > 0).long())
+
+    def buffers(self) -> list[Tensor]:
+        """Everything that `record_rows`, `count` and `watch_laws` change."""
+        return [self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken]
 
     def watch(self, values: Tensor) -> None:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""
@@ -192,6 +212,10 @@ class Run:
             self.lengths = (self.lengths + counts).clamp(max=self.num_tokens)
         else:
             self.lengths[images] += counts
+        self.tell(counts, given, **more)
+
+    def tell(self, counts: Tensor, given: list[int] | None = None, **more: Any) -> None:
+        """`report` of what is in the books already."""
         if given is not None:
             self._num_final += sum(given)
         if self._on_step is not None and self.num_passes:

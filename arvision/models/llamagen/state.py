@@ -124,6 +124,14 @@ class LlamaGenState:
             rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
         return self._run(tokens, rotary, mask)
 
+    @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        slots = self._doubled(lengths[:, None] + (self._num_conditions + steps))
+        mask = self.cache.begin_fixed(slots, self._num_conditions + self._transformer.num_tokens)
+        return self._run(tokens, self._rotary[slots.clamp(max=len(self._rotary) - 1)], mask)
+
     def _run(self, tokens: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
         """Guided logits [B, T, V] after the cache was told where the candidates stand."""
         embedded = self._transformer.tok_embeddings(self._doubled(tokens))
