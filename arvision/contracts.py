@@ -37,7 +37,7 @@ Conditions = Sequence[Any]
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
-Schedule: TypeAlias = "float | Sequence[float]"
+Schedule: TypeAlias = float | Sequence[float]
 """A number for all scales of a scale model, or one for each of them, coarse to fine."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]

@@ -28,6 +28,7 @@ from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -92,7 +93,7 @@ class _Call:
     is_interrupted: bool = False
 
 
-class ARPipeline(DiffusionPipeline):
+class ARPipeline(Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -118,6 +119,7 @@ class ARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
     _callback_tensor_inputs = ["finished", "total", "accepted"]
+    local_models = ("draft",)
 
     @register_to_config
     def __init__(
