@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
 from .contracts import Schedule, Stats
+from .decoding.fixed_step import Steps
 from .errors import CheckpointError, InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
@@ -152,6 +153,7 @@ class ARPipeline(Portable, DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls: list[_Call] = []
+        self._steps: Steps | None = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -228,6 +230,31 @@ class ARPipeline(Portable, DiffusionPipeline):
         from .opening import open_cached
 
         return open_cached(name, str(self.device), self.dtype)
+
+    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
+        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
+
+        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
+        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
+        their network is compiled in place, a graph for each shape.
+
+        Args:
+            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
+                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
+                are modes of `torch.compile`.
+            reads_every: passes between two looks at how many images of a token model go on.
+
+        Raises:
+            InputError: an unknown mode, or no positive number of passes.
+        """
+        steps = Steps(mode, reads_every)
+        if self.kind == "token":
+            self._steps = steps
+        elif mode not in ("auto", "eager"):
+            self.transformer.compile(mode=mode, dynamic=False)
+        elif mode == "auto" and self.device.type == "cuda":
+            self.transformer.compile(mode="reduce-overhead", dynamic=False)
+        return self
 
     @property
     def kind(self) -> str:
@@ -375,7 +402,10 @@ class ARPipeline(Portable, DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
+            more = {} if self._steps is None else {"steps": self._steps}
+            samples = chosen(
+                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
+            )
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
             images = self._images(model, wanted, output_type)

@@ -7,15 +7,17 @@ and nothing read back. Finished images stay in the batch, masked, until it shrin
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contracts import TakesFixedChains
-from ..errors import unknown_name
+from ..errors import InputError, as_integer, unknown_name
 from .noise import Noise
 from .run import Run
 from .verify import Round, Rule, Verdict
@@ -109,58 +111,81 @@ class Steps:
 
     Args:
         mode: "eager" runs the step as it is; "default", "reduce-overhead" and "max-autotune" are
-            those of `torch.compile`, without a graph break; "auto" captures a CUDA graph on an
-            NVIDIA GPU, and elsewhere leaves the ordinary loop as it is.
-        reads_every: passes between two looks at how many images go on.
+            those of `torch.compile`, without a graph break; "auto" captures a CUDA graph for each
+            window on an NVIDIA GPU, and elsewhere leaves the ordinary loop as it is.
+        reads_every: passes between two looks at how many images go on; passes after the last token
+            of an image change nothing.
 
     Raises:
-        InputError: an unknown mode.
+        InputError: an unknown mode, or no positive number of passes.
     """
 
     def __init__(self, mode: str = "auto", reads_every: int = 1) -> None:
         if mode not in MODES:
             raise unknown_name("mode of a step:", mode, MODES)
-        self.mode, self.reads_every = mode, reads_every
-        self._compiled: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        number = as_integer(reads_every)
+        if number is None or number < 1:
+            raise InputError(f"reads_every {reads_every!r}: expected an integer >= 1")
+        self.mode, self.reads_every = mode, number
+        self._known: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def drives(self, device: torch.device) -> bool:
         """Whether this mode replaces the ordinary loop on that device."""
         return self.mode != "auto" or device.type == "cuda"
 
-    def ready(self, step: FixedStep) -> Callable[[], None]:
+    def ready(self, step: FixedStep) -> Callable[[], Any]:
         """What makes a pass of `step` in this mode."""
         if self.mode == "eager":
             return step
-        if self.mode == "auto":
-            return capture(step)
         key = (len(step.images), step.window)
-        if key not in self._compiled:
-            self._compiled[key] = torch.compile(
+        is_new = key not in self._known
+        if self.mode == "auto":
+            self._keep(key, None)
+            return _prepared(step, lambda: capture(step, WARM_UP if is_new else 0))
+        if is_new:
+            compiled = torch.compile(
                 FixedStep.__call__,
                 mode=self.mode,
                 fullgraph=True,
                 dynamic=False,
                 isolate_recompiles=True,
             )
-        self._compiled.move_to_end(key)
-        while len(self._compiled) > MOST_KEPT:
-            self._compiled.popitem(last=False)
-        compiled = self._compiled[key]
-        return lambda: compiled(step)
+            _prepared(step, lambda: compiled(step))
+            self._keep(key, compiled)
+        self._known.move_to_end(key)
+        return partial(self._known[key], step)
+
+    def _keep(self, key: tuple[int, int], value: Any) -> None:
+        self._known[key] = value
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
 
 
-def capture(step: FixedStep) -> Callable[[], None]:
-    """A CUDA graph of `step`: what it replays changes the same buffers."""
+def _prepared(step: FixedStep, work: Callable[[], Any]) -> Any:
+    """Do what makes a step ready, write down its seconds, and undo the passes that it made."""
     kept = [buffer.clone() for buffer in step.buffers()]
+    started = time.perf_counter()
+    made = work()
+    step.run.warm_up += time.perf_counter() - started
+    for buffer, old in zip(step.buffers(), kept, strict=True):
+        buffer.copy_(old)
+    return made
+
+
+def capture(step: FixedStep, warm_up: int) -> Callable[[], Any]:
+    """A CUDA graph of `step`: what it replays changes the same buffers.
+
+    Args:
+        step: of a run that goes on.
+        warm_up: passes before, in which libraries choose their kernels.
+    """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for buffer, old in zip(step.buffers(), kept, strict=True):
-        buffer.copy_(old)
     return graph.replay

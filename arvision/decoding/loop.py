@@ -175,7 +175,8 @@ def decode_tokens(
         why_not = _no_fixed_shapes(state, drafter, stop)
         if why_not is None:
             candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
-            return run.samples(candidates=candidates, windows=windows, step=run.steps.mode)
+            told = {"step": run.steps.mode, "warm_up": run.warm_up}
+            return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )

@@ -40,6 +40,7 @@ class Run:
         passes: [B] int64, passes that an image took part in.
         num_passes: of the model so far.
         stopped: whether `on_step` asked for the end.
+        warm_up: seconds that compiling and capturing took.
 
     Raises:
         InputError: another number of seeds than of images.
@@ -66,7 +67,7 @@ class Run:
         self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
         self.guidance_scale, self._on_step, self.steps = guidance_scale, on_step, steps
         self.num_passes, self.stopped = 0, False
-        self._num_final = 0
+        self._num_final, self.warm_up = 0, 0.0
 
     def begin(
         self,
