@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
+from .compiling import compile_networks
 from .contracts import Schedule, Stats
-from .decoding.fixed_step import Steps
 from .errors import CheckpointError, InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
@@ -31,40 +31,11 @@ from .models import FAMILIES
 from .models.conditions import check_class_names
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .threads import THREADS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _LOADING = threading.RLock()
 """Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
-
-
-class _Threads:
-    """The process's number of CPU threads, lowered for some draws and restored by each.
-
-    torch keeps a number for the process, which new threads take, and one for each thread. The
-    number before the first of several draws is the one that every draw restores: what a later one
-    reads may be the work of the first.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._going, self._before = threading.Lock(), 0, 1
-
-    @contextlib.contextmanager
-    def at_most(self, wanted: int) -> Iterator[None]:
-        """Run on that many threads at most."""
-        with self._lock:
-            if self._going == 0:
-                self._before = torch.get_num_threads()
-            self._going += 1
-            torch.set_num_threads(min(wanted, self._before))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._going -= 1
-                torch.set_num_threads(self._before)
-
-
-THREADS = _Threads()
 
 
 @dataclass
@@ -153,7 +124,7 @@ class ARPipeline(Portable, DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls: list[_Call] = []
-        self._steps: Steps | None = None
+        self._steps: Any = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -247,13 +218,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         Raises:
             InputError: an unknown mode, or no positive number of passes.
         """
-        steps = Steps(mode, reads_every)
-        if self.kind == "token":
-            self._steps = steps
-        elif mode not in ("auto", "eager"):
-            self.transformer.compile(mode=mode, dynamic=False)
-        elif mode == "auto" and self.device.type == "cuda":
-            self.transformer.compile(mode="reduce-overhead", dynamic=False)
+        self._steps = compile_networks(self, mode, reads_every)
         return self
 
     @property
