@@ -13,7 +13,7 @@ from torch import nn
 
 from .api import load, sample
 from .decoding.teacher_forcing import teacher_forced
-from .errors import InputError
+from .errors import InputError, as_integer
 from .eval.distributed import local_device, processes
 from .eval.evaluate import choose_metrics
 from .eval.features import Extractor, get_extractor
@@ -102,7 +102,7 @@ def evaluate(
         options = {"device": local_device(), **(extractor_options or {})}
         network = get_extractor(chosen.extractor if extractor is None else extractor, **options)
         opened = prepare_reference(opened, network, allow_jpeg=True)
-        wanted = choose_metrics(metrics, network, opened, num)
+        wanted = choose_metrics(metrics, network, opened, as_integer(num))
         shards = draw_samples(
             model,
             Path(out) / "samples",

@@ -169,7 +169,7 @@ def _obstacle(
         return f"needs {output}, which {extractor.facts.name} lacks"
     least = SMALLEST[name]
     if num_samples is not None and num_samples < least:
-        return f"{num_samples} samples: expected at least {least}"
+        return f"{num_samples} samples: expected at least {least} images"
     if name == "sfid" and not isinstance(reference, OpenedImages) and reference.spatial is None:
         return f"{reference.name} has no mu_s and sigma_s: expected them for sfid"
     if name in (*BALLS, "kid") and reference.num_rows < least:

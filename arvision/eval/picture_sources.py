@@ -287,7 +287,7 @@ def archive_source(
         raise InputError(f"{path}: expected a whole .{kind} file ({error})") from error
     entries = []
     for name, size, opener in sorted(found, key=lambda member: natural_key(member[0])):
-        if any(is_hidden(part) for part in PurePosixPath(name).parts):
+        if any(is_hidden(part) for part in PurePosixPath(name).parts if part != ".."):
             notes.add("left_out", "hidden", shown(name))
         elif size > MAX_MEMBER:
             raise InputError(
@@ -310,7 +310,11 @@ def _zip_members(file: BinaryIO) -> Iterator[Member]:
 
 def _tar_members(file: BinaryIO, notes: Notes) -> Iterator[Member]:
     archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (open as long as the source)
-    for info in archive.getmembers():
+    members = archive.getmembers()
+    file.seek(archive.offset)
+    if file.read(512) != bytes(512):  # tarfile takes a file that is cut between members for whole
+        raise ValueError("its end mark is missing")
+    for info in members:
         if info.isreg():
             yield info.name, info.size, lambda i=info: _extracted(archive, i)
         elif not info.isdir():
