@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .eval.report import write_report
 from .eval.shards import ShardFolder, config_hash
 from .eval.sources import TensorSource
 from .eval.writers import read_prompts
+from .files import user_path
 from .folders import ASSETS
 from .pipeline import ARPipeline
 from .samplers import get_sampler
@@ -105,14 +105,14 @@ def evaluate(
         wanted = choose_metrics(metrics, network, opened, as_integer(num))
         shards = draw_samples(
             model,
-            Path(out) / "samples",
+            user_path(out) / "samples",
             sampler,
             protocol=protocol,
             num=num,
             num_classes=num_classes,
             seed=seed,
             pixels=pixels,
-            prompts=None if prompts is None else Path(prompts),
+            prompts=None if prompts is None else user_path(prompts),
             per_prompt=per_prompt,
             batch_size=batch_size,
             dtype=dtype,
@@ -262,10 +262,11 @@ def open_reference(where: Any) -> Any:
     """
     if not isinstance(where, (str, Path)):
         return where
-    if where in ("fashion-test", "fashion-train"):
-        images, labels = load_fashion(where.removeprefix("fashion-"))
-        return TensorSource(images.unsqueeze(1), labels.tolist(), where)
-    if not os.path.exists(where):
+    name = str(where)
+    if name in ("fashion-test", "fashion-train"):
+        images, labels = load_fashion(name.removeprefix("fashion-"))
+        return TensorSource(images.unsqueeze(1), labels.tolist(), name)
+    if not user_path(where).exists():
         raise InputError(
             f"reference {where} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import InputError
-from ..files import regular_file
+from ..files import regular_file, user_path
 
 MAX_INFLATED = 2**31
 """Bytes that a compressed array may fill in memory: 2 GiB, about 10,900 images of 256x256."""
@@ -48,7 +48,7 @@ class NpzFile(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         with self._open() as archive:
             names = [i.filename for i in archive.infolist() if i.filename.endswith(".npy")]
         self._members = {name.removesuffix(".npy"): name for name in names}
@@ -166,7 +166,7 @@ def open_npy(path: str | Path) -> np.ndarray:
     Raises:
         InputError: no regular file, truncated, or holding pickled objects.
     """
-    path = Path(path)
+    path = user_path(path)
     with _reading(path, "a whole .npy file of a plain array"), regular_file(path) as file:
         header = read_header(file, path.name)
         return _mapped(path, file.tell(), *header)

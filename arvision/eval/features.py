@@ -8,7 +8,6 @@ because a distance means nothing without them.
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArvisionError, CheckpointError, InputError, check_count
-from ..files import regular_file
+from ..files import regular_file, sha256_of
 from ..registry import Registry
 from .pixels import check_images
 
@@ -205,14 +204,10 @@ def file_sha256(path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with regular_file(path) as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
 
 
 def safe_load(path: str | Path) -> dict[str, Tensor]:

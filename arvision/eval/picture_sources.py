@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, check_count
-from ..files import regular_file
+from ..files import regular_file, user_path
 from .distributed import rank_and_size
 from .pictures import is_called_picture, open_picture, picture_facts, to_rgb
 
@@ -217,7 +217,7 @@ class FolderSource(PictureSource):
 
     def __init__(self, folder: str | Path, allow_jpeg: bool = False, crop: int | None = None):
         notes = Notes()
-        paths = sorted(_walk(Path(folder), notes), key=lambda pair: natural_key(pair[0]))
+        paths = sorted(_walk(user_path(folder), notes), key=lambda pair: natural_key(pair[0]))
         entries = [Entry(shown(p), lambda p=p: regular_file(p)) for _, p in paths]
         super().__init__(str(folder), entries, notes, allow_jpeg, crop)
 
@@ -340,7 +340,7 @@ def list_source(
         if isinstance(picture, Image.Image):
             entries.append(Entry(f"{name}[{index}]", lambda p=picture: p))
         elif isinstance(picture, (str, os.PathLike)):
-            if not os.path.exists(picture):
+            if not user_path(picture).exists():
                 raise InputError(f"{picture} does not exist: expected a picture")
             entries.append(Entry(shown(picture), lambda p=picture: regular_file(p)))
         else:

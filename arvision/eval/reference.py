@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..files import user_path
 from .arrays import NpzFile
 from .extract import extract
 from .features import Extractor, file_sha256
@@ -129,14 +130,17 @@ def prepare_reference(
     if isinstance(where, Moments):
         found = Statistics("moments", where.mean, where.covariance(), count=where.count)
         return _checked(found, extractor)
-    is_file = isinstance(where, (str, os.PathLike)) and os.path.isfile(where)
-    if is_file and Path(where).suffix == ".npz":
-        found = _read_statistics(NpzFile(where), str(where))
+    path = user_path(where) if isinstance(where, (str, Path)) else None
+    digest = None
+    if path is not None and path.is_file():
+        digest = file_sha256(path)
+        is_npz = path.suffix == ".npz" or zipfile.is_zipfile(path)
+        found = _read_statistics(NpzFile(path), str(path)) if is_npz else None
         if found is not None:
-            found.sha256 = file_sha256(where)
+            found.sha256 = digest
             return _checked(found, extractor)
     source = open_source(where, allow_jpeg=allow_jpeg, crop=crop)
-    return OpenedImages(source, file_sha256(where) if is_file else None)
+    return OpenedImages(source, digest)
 
 
 def _read_statistics(members: Mapping[str, np.ndarray], name: str) -> Statistics | None:

@@ -26,7 +26,9 @@ from ..errors import InputError, StateError
 from ..files import (
     append_line,
     regular_file,
+    sha256_of,
     sweep,
+    user_path,
     working_in,
     write_bytes,
     write_json,
@@ -77,7 +79,7 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.blocks = self.folder / "blocks"
         self._config: dict[str, Any] | None = None
 
@@ -188,8 +190,7 @@ class ShardFolder:
     def _check(self, path: Path, wanted: str) -> None:
         if not path.exists():
             raise InputError(f"{path} is in the manifest but missing: {self._advice()}")
-        with regular_file(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest != wanted:
             raise InputError(
                 f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...: "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import regular_file
+from ..files import regular_file, user_path
 from .arrays import NpzFile, open_npy
 from .picture_sources import FolderSource, archive_source, list_source
 from .pictures import is_called_picture
@@ -158,7 +158,7 @@ def open_source(
     if not isinstance(where, (str, os.PathLike)):
         kind = type(where).__name__
         raise InputError(f"images are a {kind}: expected a path, an array, a tensor or a list")
-    path = Path(where)
+    path = user_path(where)
     if path.is_dir():
         if (path / "run.json").exists():
             return ShardSource(path)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import tracemalloc
-import json
 
 import pytest
 import torch
