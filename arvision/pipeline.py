@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .card import megabytes, settings_in_words, write_card
+from .compiling import compile_networks
 from .components import check_pipeline, load_text_encoder, quietly, read_card, told
 from .contracts import Schedule, Stats
 from .errors import InputError, StateError, unknown_name
@@ -31,38 +32,9 @@ from .models.network import REACHED
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 from .schema import Side
+from .threads import THREADS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-class _Threads:
-    """The process's number of CPU threads, lowered for some draws and restored by each.
-
-    torch keeps a number for the process, which new threads take, and one for each thread. The
-    number before the first of several draws is the one that every draw restores: what a later one
-    reads may be the work of the first.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._going, self._before = threading.Lock(), 0, 1
-
-    @contextlib.contextmanager
-    def at_most(self, wanted: int) -> Iterator[None]:
-        """Run on that many threads at most."""
-        with self._lock:
-            if self._going == 0:
-                self._before = torch.get_num_threads()
-            self._going += 1
-            torch.set_num_threads(min(wanted, self._before))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._going -= 1
-                torch.set_num_threads(self._before)
-
-
-THREADS = _Threads()
 
 
 @dataclass
@@ -151,6 +123,7 @@ class ARPipeline(Portable, DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls: list[_Call] = []
+        self._steps: Any = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -268,6 +241,25 @@ class ARPipeline(Portable, DiffusionPipeline):
         from .opening import open_cached
 
         return open_cached(name, str(self.device), self.dtype)
+
+    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
+        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
+
+        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
+        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
+        their network is compiled in place, a graph for each shape.
+
+        Args:
+            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
+                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
+                are modes of `torch.compile`.
+            reads_every: passes between two looks at how many images of a token model go on.
+
+        Raises:
+            InputError: an unknown mode, or no positive number of passes.
+        """
+        self._steps = compile_networks(self, mode, reads_every)
+        return self
 
     @property
     def kind(self) -> str:
@@ -415,7 +407,10 @@ class ARPipeline(Portable, DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
+            more = {} if self._steps is None else {"steps": self._steps}
+            samples = chosen(
+                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
+            )
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
             images = self._images(model, wanted, output_type)

@@ -400,7 +400,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("kind", [*WRONG, "mark", "utf-16", "bytes", "large", "pipe", "folder", "link"])
+@pytest.mark.parametrize(
+    "kind", [*WRONG, "mark", "utf-16", "bytes", "large", "pipe", "folder", "link"]
+)
 @pytest.mark.parametrize(
     "file",
     ["model_index.json", "card.json", "transformer/config.json", "sampler/sampler_config.json"],
