@@ -33,9 +33,7 @@ from arvision.training.recipes import RECIPES
 from arvision.training.score_distill import ScoreSettings
 from arvision.training.stages import Work
 
-FIT = FitConfig(
-    steps=3, batch_size=4, learning_rate=1e-4, warmup=1, log_every=1, average_decay=0.9
-)
+FIT = FitConfig(steps=3, batch_size=4, learning_rate=1e-4, warmup=1, log_every=1, average_decay=0.9)
 
 COUNTS = ("agreement", "agreement_known", "codes_used", "right")
 """Figures that count."""
