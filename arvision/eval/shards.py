@@ -23,7 +23,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StateError, as_integer, shown
-from ..files import append_line, sweep, user_path, working_in, write_bytes, write_json, write_text
+from ..files import (
+    append_line,
+    regular_file,
+    sha256_of,
+    sweep,
+    user_path,
+    working_in,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from .arrays import open_npy
 
 BLOCK_SIZE = 500
 MOST_SAMPLES = 10_000_000
@@ -84,7 +95,11 @@ class ShardFolder:
         if self._config is None:
             path = self.folder / "run.json"
             try:
-                self._config = json.loads(path.read_text())["config"]
+                with regular_file(path) as file:
+                    found = json.loads(file.read())["config"]
+                if not isinstance(found, dict):
+                    raise TypeError("its settings are no object")
+                self._config = found
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: expected the settings of a run ({error})") from error
         assert self._config is not None
@@ -186,7 +201,7 @@ class ShardFolder:
     def _check(self, path: Path, wanted: str) -> None:
         if not path.exists():
             raise InputError(f"{path} is in the manifest but missing: {self._advice()}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         if digest != wanted:
             raise InputError(
                 f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...: "
@@ -300,5 +315,5 @@ class ShardFolder:
     def _pieces(self, start: int, stop: int, path_of: Any) -> Iterator[np.ndarray]:
         for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
             first, _ = self.range_of(block)
-            array = np.load(path_of(block), mmap_mode="r", allow_pickle=False)
+            array = open_npy(path_of(block))
             yield np.array(array[max(0, start - first) : stop - first])
