@@ -171,8 +171,10 @@ def joined(parts: Sequence[Stats]) -> Stats:
             found[name] = list(chain.from_iterable(values))
         elif isinstance(first, bool):
             found[name] = any(values)
-        else:
+        elif isinstance(first, int | float):
             found[name] = sum(values)
+        else:
+            found[name] = first
     passes = found["passes_per_image"]
     found["tokens_per_pass"] = found["tokens"] * len(passes) / max(1e-9, sum(passes))
     if "acceptance_rate" in found:

@@ -268,12 +268,12 @@ def psutil_vms():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sample", "--model", WILD, "--prompt", "7"],
-        ["sample", "--model", "llamagen-fashion", "--prompt", WILD],
-        ["sample", "--model", "llamagen-fashion", "--prompt", "7", "--option", WILD],
-        ["sample", "--model", "llamagen-fashion", "--prompt", "7", "--seed", "9" * 5000],
-        ["sample", "--model", "llamagen-fashion", "--prompt", "7", "--num-images", str(HUGE)],
-        ["sample", "--model", "a" * 5000, "--prompt", "7"],
+        ["sample", "--quiet", "--model", WILD, "--prompt", "7"],
+        ["sample", "--quiet", "--model", "llamagen-fashion", "--prompt", WILD],
+        ["sample", "--quiet", "--model", "llamagen-fashion", "--prompt", "7", "--option", WILD],
+        ["sample", "--quiet", "--model", "llamagen-fashion", "--prompt", "7", "--seed", "9" * 5000],
+        ["sample", "--quiet", "--model", "llamagen-fashion", "--prompt", "7", "--num-images", str(HUGE)],
+        ["sample", "--quiet", "--model", "a" * 5000, "--prompt", "7"],
         ["eval", "fid", "--samples", WILD, "--reference", "fashion-test", "--extractor", "lite0"],
         ["eval", "repair", "--samples", WILD],
         ["train", "--recipe", "fashion-classifier", "--out", "o", "--threads", str(HUGE)],

@@ -63,6 +63,9 @@ def test_a_full_disk_loses_nothing(tmp_path):
     teacher.save_pretrained(tmp_path / "tiny")
     runs.run_generate(tmp_path / "samples")
     (tmp_path / "disk").mkdir()
+    (tmp_path / "whole").mkdir()
+    for name in ("samples", "tiny"):
+        (tmp_path / "whole" / name).symlink_to(tmp_path / name)
     arguments = [sys.executable, "-c", CHILD, str(tmp_path / "disk"), json.dumps(SIZES)]
     done = subprocess.run(
         [*SPACE, *arguments],
