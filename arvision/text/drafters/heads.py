@@ -38,7 +38,7 @@ class DraftHeads(nn.Module):
     sees_path: ClassVar[bool] = True
     """Whether a guess depends on the tokens between; if not, all of a level are one."""
 
-    def __init__(self, hidden_size: Size, num_heads: Layers) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Size) -> None:
         super().__init__()
         if hidden_size < 1 or num_heads < 1:
             raise InputError(f"hidden_size {hidden_size}, num_heads {num_heads}: expected >= 1")
@@ -152,7 +152,7 @@ class ChimeraHeads(DraftHeads):
 
     kind = "chimera"
 
-    def __init__(self, hidden_size: Size, num_heads: Layers) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Size) -> None:
         super().__init__(hidden_size, num_heads)
         self.trigram = nn.Linear(3 * hidden_size, hidden_size)
         self.place = nn.Embedding(num_heads, hidden_size)
@@ -175,7 +175,7 @@ KINDS: dict[str, type[DraftHeads]] = {
 }
 
 
-def make_heads(kind: str, hidden_size: Size, num_heads: Layers) -> DraftHeads:
+def make_heads(kind: str, hidden_size: int, num_heads: int) -> DraftHeads:
     """Fresh heads.
 
     Raises:
@@ -209,7 +209,7 @@ def load_heads(folder: str | Path) -> tuple[DraftHeads, Tensor]:
         CheckpointError: a file that is missing or does not fit.
     """
     folder = user_path(folder)
-    cls, sizes = read_sizes(folder / "heads.json", KINDS)
+    cls, sizes = read_sizes(folder / "heads.json", KINDS, "heads")
     weights = read_state_dict(folder / "heads.safetensors", ())
     vocabulary = weights.pop("vocabulary", None)
     if vocabulary is None or vocabulary.dim() != 1 or vocabulary.is_floating_point():

@@ -41,7 +41,7 @@ class PromptTokens(nn.Module):
 
     kind: ClassVar[str] = "ppd"
 
-    def __init__(self, hidden_size: Size, num_guesses: Layers, layer: Count = 0) -> None:
+    def __init__(self, hidden_size: Size, num_guesses: Size, layer: Count = 0) -> None:
         super().__init__()
         self.hidden_size, self.num_guesses, self.layer = hidden_size, num_guesses, layer
         self.embeddings = nn.Parameter(0.02 * torch.randn(num_guesses, hidden_size))
@@ -122,12 +122,12 @@ def load_pseudo(folder: str | Path) -> Any:
         CheckpointError: a file that is missing or does not fit.
     """
     folder = user_path(folder)
-    cls, sizes = read_sizes(folder / "pseudo.json", KINDS)
+    cls, sizes = read_sizes(folder / "pseudo.json", KINDS, "pseudo tokens")
     weights = read_state_dict(folder / "pseudo.safetensors", ())
     return load_strictly(cls, sizes, weights, str(folder))
 
 
-def make_pseudo(kind: str, hidden_size: Size, num_guesses: Layers, layer: Count) -> Any:
+def make_pseudo(kind: str, hidden_size: int, num_guesses: int, layer: int) -> Any:
     """Fresh pseudo tokens.
 
     Raises:
