@@ -54,14 +54,21 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_sizes(
-    path: Path, kinds: Mapping[str, type[Module]]
+    path: Path, kinds: Mapping[str, type[Module]], what: str
 ) -> tuple[type[Module], dict[str, Any]]:
     """The class that a small file names by its "kind", and the constructor's arguments beside it.
+
+    Args:
+        path: of the file.
+        kinds: names to classes.
+        what: the file stands for, as messages call it.
 
     Raises:
         CheckpointError: no such file, an unknown kind, or an argument that is missing or something
             else than the class says.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no {what} of `arvision train-draft`")
     content = read_object(path)
     try:
         check_value(content.get("kind"), str, f"{path}: kind")
