@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
+    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
