@@ -29,6 +29,7 @@ from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .networks import hooks_of, place_of
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -220,7 +221,7 @@ class ARPipeline(DiffusionPipeline):
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
         found = {
-            need: open_cached(name, str(self.device), self.dtype)
+            need: open_cached(name, str(place_of(self.transformer)), self.dtype)
             for need, name in names.items()
             if name is not None
         }
@@ -274,6 +275,21 @@ class ARPipeline(DiffusionPipeline):
         if self._calls:
             raise StateError(f"{len(self._calls)} draws are going on: expected to() after them")
         return super().to(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep weights in main memory and bring each layer's for its call, see diffusers.
+
+        diffusers names the CPU "cpu:0", which accelerate takes for another device than "cpu": on the
+        way there parameters would become plain tensors, and the second call would fail.
+        """
+        super().enable_sequential_cpu_offload(gpu_id, cast(Any, device))
+        networks = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        for module in (module for network in networks for module in network.modules()):
+            for hook in hooks_of(module):
+                if torch.device(hook.execution_device or "meta").type == "cpu":
+                    hook.execution_device = torch.device("cpu")
 
     def check_sampler(self, sampler: BaseSampler) -> None:
         """Refuse a sampler for another kind of model.
@@ -380,7 +396,8 @@ class ARPipeline(DiffusionPipeline):
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
         )
-        self.maybe_free_model_hooks()
+        if not self._calls:  # another draw needs its networks where they are
+            self.maybe_free_model_hooks()
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
@@ -406,7 +423,7 @@ class ARPipeline(DiffusionPipeline):
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Run on the recommended number of CPU threads."""
         wanted = self.config["num_threads"]
-        if wanted is None or self.device.type != "cpu":
+        if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy"}
+GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "networks"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "networks": set(),
     "checkpoint": {"errors"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,

@@ -15,7 +15,8 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ..latent_head import HeadHolder
+from ...networks import Entered, entry
+from ..latent_head import HeadHolder, run_part
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import NORM_EPS, Block, KeptKeys
 
@@ -33,7 +34,7 @@ class KeptFeatures:
         self.decoder = [KeptKeys(slots) for _ in transformer.decoder_blocks]
 
 
-class MARTransformer(ModelMixin, ConfigMixin):
+class MARTransformer(Entered, ModelMixin, ConfigMixin):
     """Encoder over the known latents, decoder over all positions, and the head that draws latents.
 
     Parameter names are those of the published checkpoints.
@@ -109,6 +110,12 @@ class MARTransformer(ModelMixin, ConfigMixin):
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name, **place)
 
+    @entry
+    def run_head(self, name: str, *arguments: Any) -> Any:
+        """Run a part of the diffusion head, see `arvision.models.latent_head.RunPart`."""
+        return run_part(self.diffloss.net, name, *arguments)
+
+    @entry
     def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
         """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
         return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
@@ -143,6 +150,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
         x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
+    @entry
     def update(
         self,
         latents: Tensor,
