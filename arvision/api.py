@@ -10,7 +10,8 @@ import torch
 from .contracts import Schedule
 from .errors import InputError
 from .folders import parse_device, parse_dtype
-from .pipeline import ARPipeline, SampleOutput, open_cached, open_pipeline
+from .opening import open_cached, open_model
+from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
 from .samplers.base import join_options, parse_sampler
 
@@ -20,8 +21,18 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
 ) -> ARPipeline:
     """Load a pipeline.
+
+    From the hub comes only what is needed, as safetensors, and is compared with the sizes and sums
+    that the hub tells; code of a repository is never fetched and never run. Without an answer of the
+    hub, what was downloaded before counts; `HF_HUB_OFFLINE=1` asks nobody.
 
     Args:
         name_or_path: an embedded model (see `list_models`), a folder written by `save_pretrained`,
@@ -29,12 +40,29 @@ def load(
         device: None for an accelerator where there is one, else the CPU.
         dtype: None for float32 on a CPU, bfloat16 elsewhere.
         variant: of the weight files, such as "fp16", as `save_pretrained(variant=...)` names them.
+        revision: of a repository: a branch, a tag or a commit.
+        token: of an account at the hub; None for the one that this machine is logged in with.
+        local_files_only: take what was downloaded before and ask nobody.
+        cache_dir: where downloads lie; None for the hub's own place.
+        force_download: fetch also what is there.
 
     Raises:
-        InputError: an unknown name, device or dtype.
-        CheckpointError: a folder that is not a complete pipeline.
+        InputError: an unknown name, device or dtype; a repository, revision or variant that is not
+            there, or no access to it.
+        CheckpointError: a folder or repository that is not a complete pipeline, a download that
+            failed, or a file that is not what the hub says.
     """
-    return open_pipeline(name_or_path, device, dtype, variant)
+    return open_model(
+        name_or_path,
+        device,
+        dtype,
+        variant,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+        force_download=force_download,
+    )
 
 
 def sample(

@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .folders import ASSETS, embedded_models, find_model
+from .hub import Source, fetch_index
 
 SAMPLERS_FOLDER = Path(__file__).parent / "samplers"
 
@@ -95,13 +96,8 @@ def _kind(model: Any) -> str:
         if listed == str(model):
             return listed.facts["kind"]
     place = find_model(model)
+    index = fetch_index(Source(place)) if isinstance(place, str) else place / "model_index.json"
     try:
-        if isinstance(place, str):
-            from huggingface_hub import hf_hub_download
-
-            index = Path(hf_hub_download(place, "model_index.json"))
-        else:
-            index = place / "model_index.json"
         _, network = json.loads(index.read_text())["transformer"]
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{model}: no pipeline with a transformer ({error})") from error

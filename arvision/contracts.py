@@ -37,7 +37,7 @@ Conditions = Sequence[Any]
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
-Schedule: TypeAlias = "float | Sequence[float]"
+Schedule: TypeAlias = float | Sequence[float]
 """A number for all scales of a scale model, or one for each of them, coarse to fine."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
@@ -82,7 +82,8 @@ class TokenState(Protocol):
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """Guided logits [B, T, V] of what follows each of the candidates `tokens` [B, T].
 
-        `parents` is None for a chain, else [T] int64 with `parents[t] < t`, -1 for the prefix.
+        `parents` is None for a chain, else [T] int64 with `parents[t] < t`, -1 for the prefix; or
+        [B, T], a tree for every row, where the state is one of those that take it (`TakesTrees`).
         """
         ...
 
@@ -105,6 +106,13 @@ class Overruns(Protocol):
     """A state that may accept candidates past the last token (their logits mean nothing)."""
 
     allows_overrun: bool
+
+
+@runtime_checkable
+class TakesTrees(Protocol):
+    """A model whose states take a tree of its own for every row: `extend` with parents [B, T]."""
+
+    takes_trees: bool
 
 
 @runtime_checkable
@@ -188,7 +196,8 @@ class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
     A state may offer more, which samplers use where it exists: `DropsRows`, `Overruns`,
-    `TellsHidden`, `FeedsAnywhere`. So may a model: `HasCodebook`, `TellsCost`, `TellsCalibration`.
+    `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`, `TellsCost`,
+    `TellsCalibration`.
     """
 
     vocab_size: int

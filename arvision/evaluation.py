@@ -21,6 +21,7 @@ from .eval.report import write_report
 from .eval.shards import ShardFolder, config_hash
 from .eval.sources import TensorSource
 from .eval.writers import read_prompts
+from .files import user_path
 from .folders import ASSETS
 from .pipeline import ARPipeline
 from .samplers import get_sampler
@@ -98,14 +99,14 @@ def evaluate(
         network = get_extractor(chosen.extractor if extractor is None else extractor, **options)
         shards = draw_samples(
             model,
-            Path(out) / "samples",
+            user_path(out) / "samples",
             sampler,
             protocol=protocol,
             num=num,
             num_classes=num_classes,
             seed=seed,
             pixels=pixels,
-            prompts=None if prompts is None else Path(prompts),
+            prompts=None if prompts is None else user_path(prompts),
             per_prompt=per_prompt,
             batch_size=batch_size,
             dtype=dtype,
@@ -256,7 +257,7 @@ def open_reference(where: str) -> Any:
     if where in ("fashion-test", "fashion-train"):
         images, labels = load_fashion(where.removeprefix("fashion-"))
         return TensorSource(images.unsqueeze(1), labels.tolist(), where)
-    if not Path(where).exists():
+    if not user_path(where).exists():
         raise InputError(
             f"reference {where} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     goal = _followed(path)
     if os.path.isdir(goal):
         raise InputError(f"{goal} is a folder: expected a file name")
+    if os.path.lexists(goal) and not os.path.isfile(goal):
+        raise InputError(f"{goal} is a pipe or a device: expected a file name")
     with _place(goal) as temporary:
         yield temporary
         temporary.chmod(0o644)
@@ -128,7 +131,7 @@ def working_in(folder: str | Path) -> Iterator[None]:
     Raises:
         InputError: another run works in it.
     """
-    place = Path(folder)
+    place = user_path(folder)
     with _refused(place):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -148,8 +151,80 @@ def working_in(folder: str | Path) -> Iterator[None]:
             os.close(lock)
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as users write it: a leading `~` or `~name` is that user's home.
+
+    Raises:
+        InputError: no such user, or a character that no path has.
+    """
+    try:
+        place = Path(path).expanduser()
+        os.fsencode(place)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"path {path!r}: {error}, expected a path") from error
+    if "\0" in str(place):
+        raise InputError(f"path {str(path)[:60]!r}: expected no zero byte")
+    return place
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a file against other processes and threads that hold it so, while it is read and replaced.
+
+    A file that is absent is made, empty; folders above it are made.
+
+    Raises:
+        InputError: there is something else than a file, or the system lets nobody write there.
+    """
+    goal = _followed(path)
+    with _refused(goal):
+        goal.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = _open_regular(goal, os.O_RDONLY | os.O_CREAT)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # Whoever held it before may have put another file in its place.
+            if not goal.exists() or not os.path.samestat(os.stat(goal), os.fstat(handle)):
+                continue
+            yield
+            return
+        finally:
+            os.close(handle)
+
+
+def read_regular(path: str | Path, most: int) -> str:
+    """The text of a regular file; pipes and devices, which could hang or never end, are refused.
+
+    Args:
+        path: of the file.
+        most: bytes.
+
+    Returns:
+        Its text, empty if there is no file.
+
+    Raises:
+        InputError: it is no regular file, or longer.
+        OSError: it cannot be read.
+    """
+    try:
+        file = regular_file(path, most)
+    except FileNotFoundError:
+        return ""
+    with file:
+        return file.read(most).decode(errors="replace")
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o644)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise InputError(f"{path} is no file: expected a file name")
+
+
 def _followed(path: str | Path) -> Path:
-    path = Path(path)
+    path = user_path(path)
     return path.resolve() if os.path.islink(path) else path
 
 
@@ -312,6 +387,50 @@ def _error_number(error: BaseException | None) -> int | None:
     return _error_number(error.__cause__ or error.__context__)
 
 
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def regular_file(path: str | Path, most: int | None = None) -> BinaryIO:
+    """Open a regular file for reading; what it links to counts.
+
+    Opening a FIFO waits for whoever writes into it, and a device may give bytes without end: what
+    comes from strangers is opened here.
+
+    Args:
+        path: of the file; `~` is the user's home.
+        most: bytes that it may have; None for any number.
+
+    Raises:
+        InputError: a FIFO, a socket, a device or a folder, or a file of more bytes.
+        OSError: no such file, or nobody may read it.
+    """
+    place = user_path(path)
+    _check_regular(path, os.stat(place).st_mode)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(place, flags)  # without waiting: it may have become a FIFO meanwhile
+    try:
+        found = os.fstat(handle)
+        _check_regular(path, found.st_mode)
+        if most is not None and found.st_size > most:
+            raise InputError(f"{path}: {found.st_size} bytes, expected at most {most}")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise InputError(f"{path} is {kind}: expected a regular file")
+
+
 def write_text(path: str | Path, text: str, *, durable: bool = False) -> None:
     """Write a text that appears whole or not at all, see `replacing`."""
     with replacing(path, durable=durable) as temporary:
@@ -362,6 +481,12 @@ def check_seal(path: str | Path, advice: str) -> None:
         digest = _digest(file, max(0, os.fstat(file.fileno()).st_size - SEAL_LENGTH))
         if file.read() != SEAL + digest:
             raise CheckpointError(f"{path} is damaged (its sha256 does not fit): {advice}")
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return _digest(file, os.fstat(file.fileno()).st_size).decode()
 
 
 def _digest(file: BinaryIO, length: int) -> bytes:

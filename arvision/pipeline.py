@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,11 @@ from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+<<<<<<< HEAD
 from .networks import hooks_of, place_of
+=======
+from .portable import Portable
+>>>>>>> main
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -94,7 +97,7 @@ class _Call:
     is_interrupted: bool = False
 
 
-class ARPipeline(DiffusionPipeline):
+class ARPipeline(Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -120,6 +123,7 @@ class ARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
     _callback_tensor_inputs = ["finished", "total", "accepted"]
+    local_models = ("draft",)
 
     @register_to_config
     def __init__(
@@ -220,12 +224,22 @@ class ARPipeline(DiffusionPipeline):
             "teacher": getattr(model, "teacher_name", None),
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
+<<<<<<< HEAD
         found = {
             need: open_cached(name, str(place_of(self.transformer)), self.dtype)
             for need, name in names.items()
             if name is not None
         }
+=======
+        found = {need: self.opened(name) for need, name in names.items() if name is not None}
+>>>>>>> main
         return sampler.bind(**found)
+
+    def opened(self, name: str) -> ARPipeline:
+        """A further model by name, on this device and dtype."""
+        from .opening import open_cached
+
+        return open_cached(name, str(self.device), self.dtype)
 
     @property
     def kind(self) -> str:
@@ -465,10 +479,6 @@ def open_pipeline(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
     return pipe.to(place)
-
-
-open_cached = lru_cache(maxsize=4)(open_pipeline)
-"""`open_pipeline` that keeps the last few; call it with strings and a dtype."""
 
 
 def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:

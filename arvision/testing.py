@@ -39,7 +39,7 @@ class TableModel:
         allows_overrun: bool = False,
     ) -> None:
         self.vocab_size, self.num_tokens, self.grid = vocab_size, num_tokens, grid
-        self.allows_overrun = allows_overrun
+        self.allows_overrun, self.takes_trees = allows_overrun, True
         generator = torch.Generator().manual_seed(seed)
         num_prefixes = sum(vocab_size**length for length in range(num_tokens))
         self.table = sharpness * torch.randn(
@@ -103,20 +103,17 @@ class TableState:
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] after each candidate."""
         model, num = self._model, tokens.shape[1]
-        parents = torch.arange(-1, num - 1) if parents is None else parents
-        prefixes, lengths = [], []
-        for place, parent in enumerate(parents.tolist()):
-            before = (
-                (self._prefixes, self.lengths)
-                if parent < 0
-                else (
-                    prefixes[parent],
-                    lengths[parent],
-                )
-            )
-            prefixes.append(before[0] * model.vocab_size + tokens[:, place])
-            lengths.append(before[1] + 1)
-        stacked, depth = torch.stack(prefixes, 1), torch.stack(lengths, 1)
+        above = torch.arange(-1, num - 1) if parents is None else parents
+        above = above.expand(len(tokens), num) + 1
+        # Column 0 is the committed prefix, column t + 1 what ends with candidate t.
+        stacked = self._prefixes[:, None].repeat(1, num + 1)
+        depth = self.lengths[:, None].repeat(1, num + 1)
+        for place in range(num):
+            before = above[:, place : place + 1]
+            own = stacked.gather(1, before)[:, 0] * model.vocab_size
+            stacked[:, place + 1] = own + tokens[:, place]
+            depth[:, place + 1] = depth.gather(1, before)[:, 0] + 1
+        stacked, depth = stacked[:, 1:], depth[:, 1:]
         beyond = depth >= model.num_tokens
         if bool(beyond.any()) and not self.allows_overrun:
             raise StateError("candidates past the last token")

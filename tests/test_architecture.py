@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "networks"}
+GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "schema", "portable"}
+GROUND |= {"networks"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -19,7 +20,12 @@ ALLOWED: dict[str, set[str]] = {
     "card": {"errors", "files"},
     "lazy": set(),
     "networks": set(),
-    "checkpoint": {"errors"},
+    "schema": {"errors", "files"},
+    "portable": {"errors", "folders", "schema"},
+    "headers": {"errors"},
+    "needed": {"errors"},
+    "hub": {"errors", "files", "headers", "needed"},
+    "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
@@ -27,11 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "folders": {"errors"},
+    "folders": {"errors", "files"},
     "inputs": {"errors", "contracts", "decoding"},
-    "pipeline": {"card", "models", "samplers", "folders", "inputs"} | GROUND,
-    "catalog": {"folders", "models", "samplers"} | GROUND,
-    "api": {"pipeline", "samplers", "folders"} | GROUND,
+    "opening": {"pipeline", "folders", "hub"} | GROUND,
+    # A sampler's draft or teacher is a pipeline that a pipeline opens.
+    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening"} | GROUND,
+    "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
+    "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}

@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from arvision.files import (
     check_out,
     check_seal,
     making_folder,
+    regular_file,
     replacing,
     seal,
     sweep,
@@ -324,3 +326,25 @@ def test_an_out_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name, g
     check_out(tmp_path / "new" / "a.PNG", suffixes=(".png",))
     check_out(tmp_path / "new" / "folder", is_folder=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    for name in ("file", "fifo"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+    for name in ("file", "to-file"):
+        with regular_file(tmp_path / name) as file:
+            assert file.read() == b"content"
+    kinds = {"fifo": "a FIFO", "to-fifo": "a FIFO", "folder": "a folder", "socket": "a socket"}
+    for name, kind in kinds.items():
+        with pytest.raises(InputError, match=f"{name} is {kind}: expected a regular file"):
+            regular_file(tmp_path / name)
+    with pytest.raises(InputError, match="is a device"):
+        regular_file("/dev/zero")
+    with pytest.raises(FileNotFoundError):
+        regular_file(tmp_path / "missing")
+    server.close()

@@ -90,8 +90,8 @@ class KVCache:
 
         Args:
             num: candidates T.
-            ancestors: [T, T] bool, true where candidate t may look at candidate u (itself
-                included); None for a chain.
+            ancestors: [T, T] or [R, T, T] bool, true where candidate t may look at candidate u
+                (itself included); None for a chain.
 
         Returns:
             Slots [R, T] of the candidates, and the additive mask [R or 1, 1, T, S] of what they may

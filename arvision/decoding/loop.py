@@ -20,7 +20,7 @@ from ..contracts import (
 )
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology
+from .tree import TokenTree, Topology, is_chain, topology_of
 from .verify import Round, Rule, Verdict
 
 
@@ -208,16 +208,15 @@ def _hidden(state: TokenState) -> Tensor | None:
 
 def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
     """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
-    far behind the known tokens each law stands [1 + T], and the topology of the drafts."""
-    num = tree.tokens.shape[1]
-    own = None if tree.parents is None else tuple(tree.parents.tolist())
-    if own is None or is_chain(own):
-        return None, torch.arange(num + 1, device=device), None
-    assert tree.parents is not None
-    shape = topology(own, device)
-    root = tree.parents.new_full((1,), -1)
-    parents = torch.cat([root, tree.parents + 1]).to(device)
-    return parents, torch.cat([root.to(device) + 1, shape.depths + 1]), shape
+    far behind the known tokens each law stands [1 + T], and the topology of the drafts; the first
+    two [B, 1 + T] where rows have trees of their own."""
+    above = tree.parents
+    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
+        return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
+    shape = topology_of(above.to(device))
+    root = shape.laws.new_zeros(*shape.laws.shape[:-1], 1)
+    parents = torch.cat([root - 1, shape.laws], dim=-1)
+    return parents, torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def _prefill_chain(

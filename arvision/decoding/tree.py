@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..contracts import Edit
 from ..errors import InputError, StateError
@@ -18,20 +20,23 @@ def check_parents(parents: Tensor, num: int) -> None:
     """Refuse a list of parents that is not a tree in topological order.
 
     Args:
-        parents: [T] int64, -1 for the committed prefix.
+        parents: [T] int64, -1 for the committed prefix; or [B, T], a tree for every row.
         num: T.
 
     Raises:
         InputError: another shape, or a parent that does not come before its child.
     """
-    if parents.shape != (num,):
-        raise InputError(f"parents {tuple(parents.shape)}: expected [{num}], one per candidate")
+    if parents.dim() not in (1, 2) or parents.shape[-1] != num:
+        raise InputError(
+            f"parents {tuple(parents.shape)}: expected [{num}], one per candidate, or that for "
+            "every row"
+        )
     order = torch.arange(num, device=parents.device)
     wrong = ((parents >= order) | (parents < -1)).nonzero()
     if len(wrong):
-        child = int(wrong[0])
+        place = tuple(wrong[0].tolist())
         raise InputError(
-            f"candidate {child} has parent {int(parents[child])}: expected -1 (the committed "
+            f"candidate {place[-1]} has parent {int(parents[place])}: expected -1 (the committed "
             f"prefix) or an earlier candidate"
         )
 
@@ -42,7 +47,7 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
     Args:
         kept: [B, K] int64, indices into the candidates.
         counts: [B] int64, how many of each row count.
-        parents: [T] int64 of the candidates; None for a chain.
+        parents: [T] or [B, T] int64 of the candidates; None for a chain.
         num: T.
         batch: B.
 
@@ -59,7 +64,10 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
     if int(counts.max()) > kept.shape[1] or bool((used & ((kept < 0) | (kept >= num))).any()):
         raise StateError(f"kept must name candidates 0..{num - 1}, as many as counts says")
     before = kept.roll(1, dims=1).masked_fill(places == 0, -1)
-    parent = kept - 1 if parents is None else parents.to(kept.device)[kept.clamp(0, num - 1)]
+    parent = kept - 1
+    if parents is not None:
+        own = parents.to(kept.device).expand(batch, num)
+        parent = own.gather(1, kept.clamp(0, num - 1))
     if bool((used & (parent != before)).any()):
         raise StateError("kept is not a path: each kept candidate must follow its parent")
 
@@ -96,13 +104,16 @@ def check_placed(
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
-    """[T, T] bool, true where candidate t descends from (or is) candidate u; parents [T]."""
-    return topology(tuple(parents.tolist()), parents.device).ancestors
+    """[T, T] bool, true where candidate t descends from (or is) candidate u; parents [T].
+
+    For trees of the rows, parents [B, T], it is [B, T, T].
+    """
+    return topology_of(parents).ancestors
 
 
 def depths(parents: Tensor) -> Tensor:
-    """[T] int64, number of ancestors of each candidate among the candidates; parents [T]."""
-    return topology(tuple(parents.tolist()), parents.device).depths
+    """Number of ancestors of each candidate among the candidates, int64 like parents."""
+    return topology_of(parents).depths
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,9 @@ class TokenTree:
         tokens: [B, T] int64; -1 where a row has no draft (then none of its descendants is one).
         logq: [B, T, V], the law that each draft was drawn from (for siblings the same: the law
             before any of them was taken out); None for drafts that were not drawn but chosen.
-        parents: [T] int64 on the CPU, `parents[t] < t`, -1 for the last known token; one topology
-            for all rows. None for a chain, which is -1, 0, 1, ...
+        parents: [T] int64 on the CPU, `parents[t] < t`, -1 for the last known token, one topology
+            for all rows; or [B, T] where the tokens are, a tree for every row. None for a chain,
+            which is -1, 0, 1, ...
         edit: what the pass should change inside the network, for states that are `Editable`.
     """
 
@@ -132,22 +144,42 @@ class TokenTree:
 class Topology:
     """What follows from the parents of T candidates.
 
+    Rows share one topology, or have one each: then all tensors have a dimension B in front.
+
     Attributes:
-        parents: T integers.
         depths: [T] int64, 0 for children of the last known token.
         ancestors: [T, T] bool, each candidate's ancestors and itself.
         laws: [T] int64, which law judges a candidate: 0 for the one after the last known token,
             t + 1 for the one after candidate t.
-        children: [T + 1, C] int64, the candidates that each law judges, in order; -1 for none.
-        num_levels: the largest depth plus one.
+        num_levels: the largest depth plus one, or more: where rows have trees of their own, T.
     """
 
-    parents: tuple[int, ...]
     depths: Tensor
     ancestors: Tensor
     laws: Tensor
-    children: Tensor
     num_levels: int
+
+    @cached_property
+    def children(self) -> Tensor:
+        """[T + 1, C] int64, the candidates that each law judges, in order; -1 for none."""
+        laws, num = self.laws, self.laws.shape[-1]
+        if num == 0:
+            return laws.new_full((*laws.shape[:-1], 1, 1), -1)
+        is_child = one_hot(laws, num + 1).transpose(-1, -2) > 0  # [..., T + 1, T]
+        order = torch.arange(num, device=laws.device)
+        table = torch.where(is_child, order, num).sort(-1).values
+        table = table[..., : int(is_child.sum(-1).max())]
+        return torch.where(table < num, table, -1)
+
+    @property
+    def parents(self) -> tuple[Any, ...]:
+        """T integers, -1 for the last known token; lists of them where rows have their own."""
+        return tuple((self.laws - 1).tolist())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one topology is that of all rows."""
+        return self.laws.dim() == 1
 
 
 @lru_cache(maxsize=256)
@@ -155,22 +187,33 @@ def topology(parents: tuple[int, ...], device: torch.device) -> Topology:
     """The `Topology` of parents that `check_parents` accepts."""
     num = len(parents)
     mask = np.eye(num, dtype=bool)
-    children: list[list[int]] = [[] for _ in range(num + 1)]
     for child, parent in enumerate(parents):
-        children[parent + 1].append(child)
         if parent >= 0:
             mask[child] |= mask[parent]
-    widest = max(1, max(map(len, children)))
-    table = [row + [-1] * (widest - len(row)) for row in children]
     depths = mask.sum(1) - 1
     return Topology(
-        parents=parents,
         depths=torch.from_numpy(depths).to(device),
         ancestors=torch.from_numpy(mask).to(device),
         laws=torch.tensor(parents, dtype=torch.int64, device=device) + 1,
-        children=torch.tensor(table, dtype=torch.int64, device=device),
         num_levels=int(depths.max()) + 1 if num else 0,
     )
+
+
+def topology_of(parents: Tensor) -> Topology:
+    """The `Topology` of parents [T], or of one tree for every row, [B, T].
+
+    That of one tree is made once. Those of rows are made where the parents lie, and nothing is read
+    from there.
+    """
+    if parents.dim() == 1:
+        return topology(tuple(parents.tolist()), parents.device)
+    num = parents.shape[1]
+    above = one_hot(parents + 1, num + 1)[..., 1:].float()
+    reach = above + torch.eye(num, device=parents.device)
+    for _ in range(max(0, num - 1).bit_length()):
+        reach = (reach @ reach).clamp(max=1)  # paths of twice as many steps
+    ancestors = reach > 0
+    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num)
 
 
 def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:

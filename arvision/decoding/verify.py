@@ -94,7 +94,8 @@ def follow(batch: Round, choice: Tensor) -> Verdict:
     """
     if batch.topology is None:
         return Verdict(choice, num_final(batch.drafts == choice[:, :-1]))
-    return deepest(batch, batch.drafts == choice[:, batch.topology.laws], choice)
+    laws = batch.topology.laws.expand(batch.drafts.shape)
+    return deepest(batch, batch.drafts == choice.gather(1, laws), choice)
 
 
 def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
@@ -118,7 +119,8 @@ def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
     reached = ~(topology.ancestors & ~passes[:, None]).any(-1)
     length = (topology.depths + 1) * reached
     counts, last = length.max(dim=1)
-    on_path = topology.ancestors[last] & (counts > 0)[:, None]
+    own = topology.ancestors.expand(len(choice), num, num)
+    on_path = own[torch.arange(len(choice), device=last.device), last] & (counts > 0)[:, None]
     # The places of a path, in order, are the ancestors of its last one, sorted by depth.
     path = choice.new_zeros(len(choice), levels + 1)
     depth = torch.where(on_path, topology.depths, levels)

@@ -11,7 +11,6 @@ being longer, so here the table may also say what each window gave when it was m
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 import warnings
@@ -27,7 +26,7 @@ from torch import Tensor
 from ..contracts import Conditions, TellsCost, device_of
 from ..contracts import Sampler as SamplerLike
 from ..errors import InputError
-from ..files import write_text
+from .costs import MEASURING, CostFile, Table, check_entry
 
 WINDOWS = (1, 4, 8, 16, 32, 64)
 """Windows that `window="auto"` chooses from."""
@@ -55,21 +54,17 @@ class CostTable:
 
     def __init__(self, entries: Any) -> None:
         if isinstance(entries, dict):
-            entries = [[1, window, seconds] for window, seconds in entries.items()]
+            # As a saved configuration has them, windows are texts.
+            entries = [
+                [1, int(window) if str(window).isdecimal() else window, seconds]
+                for window, seconds in entries.items()
+            ]
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise InputError(f"cost table {entries!r}: expected a list of entries or a dict")
         self._seconds: dict[int, dict[int, float]] = {}
         gains: dict[int, list[float]] = {}
         for entry in entries:
-            try:
-                numbers = [float(number) for number in entry]
-            except (TypeError, ValueError):
-                numbers = []
-            if len(numbers) not in (3, 4) or min(numbers) <= 0:
-                raise InputError(
-                    f"cost table entry {entry!r}: expected [images, window, seconds] or [images, "
-                    "window, seconds, tokens per pass], all positive"
-                )
+            numbers = check_entry(entry)
             images, window = int(numbers[0]), int(numbers[1])
             self._seconds.setdefault(images, {})[window] = numbers[2]
             if len(numbers) == 4:
@@ -149,7 +144,7 @@ class GoodputWindow:
                 self._promised += promised
 
 
-_MEASURED: dict[str, dict[int, list[list[float]]]] = {}
+_MEASURED: dict[str, Table] = {}
 
 
 def measured_costs(
@@ -164,7 +159,8 @@ def measured_costs(
 
     Tables are made for 1, 4, 16, ... images up to the first number that is not less than the batch;
     each pass of a real run is timed whole, drafting and verification included, with `WINDOWS` cut
-    to the image. A model with a `cost_key` has its table saved; otherwise it is kept in memory.
+    to the image. A model with a `cost_key` has its table saved, see `CostFile`; otherwise it is kept
+    in memory. Of two processes that measure at once the first to save has the last word.
 
     Args:
         make: a sampler with a given fixed window.
@@ -178,28 +174,27 @@ def measured_costs(
         Rows [images, window, seconds, tokens per pass].
     """
     guided = guidance_scale not in (0, 1)
+    windows = sorted({min(window, model.num_tokens) for window in WINDOWS})
     key = f"{model_key(model)} {machine_key(model)} {label} {'guided' if guided else 'plain'}"
     path = default_file() if file is None else Path(file)
-    is_saved = _told_cost(model) is not None
+    costs = CostFile(path) if _told_cost(model) is not None else None
     remembered = f"{path} {key}"
-    if remembered not in _MEASURED:
-        _MEASURED[remembered] = _read(path).get(key, {}) if is_saved else {}
-    known = _MEASURED[remembered]
     wanted = [1]
     while wanted[-1] < len(conditions):
         wanted.append(4 * wanted[-1])
-    missing = [rows for rows in wanted if rows not in known]
-    for rows in missing:
-        known[rows] = [
-            [
-                rows,
-                window,
-                *time_passes(make(window), model, list(conditions[:1]) * rows, guidance_scale),
+    with MEASURING:
+        if remembered not in _MEASURED:
+            _MEASURED[remembered] = {} if costs is None else costs.read(key, windows)
+        known = _MEASURED[remembered]
+        missing = [rows for rows in wanted if rows not in known]
+        for rows in missing:
+            batch = list(conditions[:1]) * rows
+            known[rows] = [
+                [rows, window, *time_passes(make(window), model, batch, guidance_scale)]
+                for window in windows
             ]
-            for window in sorted({min(window, model.num_tokens) for window in WINDOWS})
-        ]
-    if missing and is_saved:
-        _write(path, key, known)
+        if missing and costs is not None:
+            known.update(costs.add(key, known, windows))
     # Always the rows that this batch asks for, whatever other batches have added.
     return [entry for rows in wanted for entry in known[rows]]
 
@@ -248,29 +243,6 @@ def machine_key(model: Any) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.get_num_threads()} threads"
-
-
-def _read(path: Path) -> dict[str, dict[int, list[list[float]]]]:
-    """All tables of a file by key and number of images; none if it is absent or unreadable."""
-    try:
-        tables = json.loads(path.read_text())
-        return {
-            key: {int(rows): entries for rows, entries in table.items()}
-            for key, table in tables.items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        warnings.warn(f"cost tables {path} cannot be read ({error}): measuring anew", stacklevel=2)
-        return {}
-
-
-def _write(path: Path, key: str, table: dict[int, list[list[float]]]) -> None:
-    tables = _read(path) | {key: table}
-    try:
-        write_text(path, json.dumps(tables, indent=1, sort_keys=True))
-    except (OSError, InputError) as error:
-        warnings.warn(f"cost table not saved to {path} ({error})", stacklevel=2)
 
 
 def check_window(window: object, cost_table: Any = None) -> None:

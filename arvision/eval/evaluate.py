@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..files import user_path
 from .extract import FeatureSet, extract
 from .features import Extractor, file_sha256
 from .frechet import frechet_jackknife
@@ -93,7 +94,7 @@ def load_reference(
         InputError: statistics of another width, or other keys.
     """
     options = {"batch_size": batch_size, "progress": progress}
-    path = Path(where) if isinstance(where, (str, Path)) else None
+    path = user_path(where) if isinstance(where, (str, Path)) else None
     if path is not None and path.is_file():
         members = open_npz(path)
         if any(key in members for key in ADM_KEYS):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import write_json, write_text
+from ..files import user_path, write_json, write_text
 from .features import Extractor
 from .protocols import PIXEL_PRESETS, PROTOCOLS, Protocol
 from .score import Score
@@ -142,7 +142,7 @@ def _short(value: Any) -> str:
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """`report.json` and `report.md` in `folder`, each whole or not at all."""
-    place = Path(folder)
+    place = user_path(folder)
     write_json(place / "report.json", dict(report), indent=2)
     write_text(place / "report.md", to_markdown(report))
     return place / "report.json", place / "report.md"

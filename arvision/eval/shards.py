@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StateError
-from ..files import append_line, sweep, working_in, write_bytes, write_json, write_text
+from ..files import append_line, sweep, user_path, working_in, write_bytes, write_json, write_text
 
 BLOCK_SIZE = 500
 
@@ -68,7 +68,7 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.blocks = self.folder / "blocks"
         self._config: dict[str, Any] | None = None
 

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import user_path
 from .pixels import check_images
 from .shards import BLOCK_SIZE, ShardFolder
 
@@ -95,7 +96,7 @@ class FolderSource:
 
     def __init__(self, folder: str | Path, allow_jpeg: bool = False, crop: int | None = None):
         self.name, self.crop, self.labels = str(folder), crop, None
-        files = [p for p in Path(folder).rglob("*") if p.suffix.lower() in LOSSLESS | LOSSY]
+        files = [p for p in user_path(folder).rglob("*") if p.suffix.lower() in LOSSLESS | LOSSY]
         self.files = sorted(files, key=lambda p: _natural(str(p.relative_to(folder))))
         jpeg = [p for p in self.files if p.suffix.lower() in LOSSY]
         if jpeg and not allow_jpeg:
@@ -169,7 +170,7 @@ def open_npz(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: truncated, not an npz, or holding pickled objects.
     """
-    path = Path(path)
+    path = user_path(path)
     members = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -224,7 +225,7 @@ def open_source(
     """
     if isinstance(where, Tensor):
         return TensorSource(where, name=name or "tensor")
-    path = Path(where)
+    path = user_path(where)
     if path.is_dir():
         if (path / "run.json").exists():
             return ShardSource(path)

@@ -31,6 +31,7 @@ from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
+from ..portable import Portable, travels
 from ..registry import Registry
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
@@ -65,7 +66,7 @@ NOUNS: dict[type, str] = {
 """What messages call a model that a sampler needs, with its article."""
 
 
-class BaseSampler(SchedulerMixin, ConfigMixin):
+class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
     """A sampler: constructor arguments are its saved configuration.
 
     Subclasses record their arguments with `register_to_config`, declare what they need besides the
@@ -79,6 +80,12 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
     needs: ClassVar[dict[str, type]] = {}
     """Models that the sampler needs besides the one it draws with: option to contract. The option
     takes a name or folder, which a pipeline loads, a pipeline, or a model."""
+
+    @classmethod
+    def stays(cls, option: str, value: Any) -> bool:
+        """Whether an option is set to what belongs to this machine: `needs` may name folders."""
+        is_model = option in cls.needs and value is not None and not travels(value)
+        return is_model or super().stays(option, value)
 
     @property
     def is_exact(self) -> bool:

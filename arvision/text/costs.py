@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditions, Sampler
+from ..decoding.costs import MEASURING
 from ..decoding.loop import Attached, Drafter
 from ..decoding.noise import Noise
 from ..decoding.tree import TokenTree
@@ -97,13 +98,14 @@ def round_costs(
     rows = 1
     while True:
         key = f"{model_key(model)} {torch.get_num_threads()} threads {label} {rows} {most}"
-        if key not in _MEASURED:
-            some = [prompts[row % len(prompts)] for row in range(rows)]
-            _MEASURED[key] = [
-                [rows, window, *time_passes(make(window), model, some, 1.0)]
-                for window in WINDOWS
-                if window <= most + 1
-            ]
+        with MEASURING:
+            if key not in _MEASURED:
+                some = [prompts[row % len(prompts)] for row in range(rows)]
+                _MEASURED[key] = [
+                    [rows, window, *time_passes(make(window), model, some, 1.0)]
+                    for window in WINDOWS
+                    if window <= most + 1
+                ]
         table += _MEASURED[key]
         if rows >= len(prompts):
             return table

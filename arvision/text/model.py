@@ -120,6 +120,7 @@ class HFCausalLM:
     """
 
     grid: tuple[int, int] | None = None
+    takes_trees = True
 
     def __init__(
         self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128

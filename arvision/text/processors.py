@@ -56,9 +56,11 @@ class Prefixes:
     def __call__(self, logits: Tensor, tokens: Tensor, parents: Tensor | None) -> Tensor:
         """Processed logits [B, T, V] of candidates [B, T]; with T = 0, logits [B, 1, V] of what
         follows the texts."""
-        above = list(range(-1, tokens.shape[1] - 1)) if parents is None else parents.tolist()
+        if parents is None:
+            parents = torch.arange(-1, tokens.shape[1] - 1)
+        trees = parents.expand(tokens.shape).tolist()
         changed = []
-        for row, own in enumerate(tokens.tolist()):
+        for row, (own, above) in enumerate(zip(tokens.tolist(), trees, strict=True)):
             paths: list[list[int]] = []
             for place, token in enumerate(own):
                 before = self.texts[row] if above[place] < 0 else paths[above[place]]

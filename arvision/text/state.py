@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_cache import CacheView, TextSizes
-from ..decoding.tree import check_parents, check_path, topology
+from ..decoding.tree import check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class HFState:
 
         Args:
             tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
-            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix, or [B, T], a tree
+                for every row; None for a chain.
 
         Raises:
             InputError: a shape or a parent that does not fit, or logits that are not numbers.
@@ -204,7 +205,7 @@ class HFState:
         num = tokens.shape[1]
         shape = None
         if parents is not None:
-            shape = topology(tuple(parents.tolist()), tokens.device)
+            shape = topology_of(parents.to(tokens.device))
         if int(self.cache.lengths.max()) + num > self.cache.capacity:
             room = self.cache.capacity - int(self.cache.lengths.max())
             raise StateError(f"{num} candidates do not fit: the cache has room for {room} more")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import user_path
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FOLDER_VARIABLE = "ARVISION_FASHION_MNIST"
@@ -46,7 +47,7 @@ def fashion_folder() -> Path:
         InputError: neither is there, or files are missing.
     """
     named = os.environ.get(FOLDER_VARIABLE)
-    folder = Path(named) if named else DEBIAN_FOLDER
+    folder = user_path(named) if named else DEBIAN_FOLDER
     missing = [file for pair in FILES.values() for file in pair if not (folder / file).is_file()]
     if missing and named:
         raise InputError(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from arvision import InputError, StateError
-from arvision.decoding.tree import ancestor_mask, depths
-from arvision.testing import tiny_llamagen
+from arvision.decoding.tree import ancestor_mask, depths, topology_of
+from arvision.testing import DroppingTableModel, tiny_llamagen
 
 
 def assert_close(ours, expected):
@@ -32,6 +32,65 @@ def test_ancestors_and_depths():
     parents = torch.tensor([-1, 0, 0, -1, 2, 4])
     assert depths(parents).tolist() == [0, 1, 1, 0, 2, 3]
     assert ancestor_mask(parents)[5].tolist() == [True, False, True, False, True, True]
+
+
+def random_parents(num, generator):
+    return torch.tensor(
+        [int(torch.randint(t + 1, (), generator=generator)) - 1 for t in range(num)]
+    )
+
+
+def test_trees_of_the_rows_follow_from_their_parents_as_one_tree_does():
+    generator = torch.Generator().manual_seed(0)
+    for num in (1, 2, 9, 40):
+        parents = torch.stack([random_parents(num, generator) for _ in range(5)])
+        parents[0], parents[1] = torch.arange(-1, num - 1), -1
+        rows = topology_of(parents)
+        assert not rows.is_shared
+        assert rows.num_levels >= int(rows.depths.max()) + 1
+        for row, own in enumerate(parents):
+            alone = topology_of(own)
+            assert alone.is_shared
+            assert alone.parents == tuple(rows.parents[row])
+            assert torch.equal(rows.ancestors[row], alone.ancestors)
+            assert torch.equal(rows.depths[row], alone.depths)
+            width = alone.children.shape[1]
+            assert torch.equal(rows.children[row, :, :width], alone.children)
+            assert (rows.children[row, :, width:] == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "table"])
+def test_rows_with_trees_of_their_own(model, kind):
+    """Each row says what it says alone with its own tree, and keeps a path of its own."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = model if kind == "llamagen" else DroppingTableModel(3, 6)
+    vocabulary = drawn.vocab_size
+    state, _ = drawn.start([0, 1, 2], 2.0)
+    alone = [drawn.start([row], 2.0)[0] for row in range(3)]
+    for _ in range(3):
+        parents = torch.stack([random_parents(7, generator) for _ in range(3)])
+        tokens = torch.randint(vocabulary, (3, 7), generator=generator)
+        logits = state.extend(tokens, parents)
+        counts = torch.randint(0, 3, (3,), generator=generator)
+        kept = torch.zeros(3, 7, dtype=torch.int64)
+        for row in range(3):
+            own = alone[row].extend(tokens[row : row + 1], parents[row])
+            assert_close(logits[row], own[0])
+            shape = topology_of(parents[row])
+            deep = [t for t in range(7) if int(shape.depths[t]) + 1 >= int(counts[row])]
+            if not deep:
+                counts[row] = 1
+                deep = [0]
+            path = shape.ancestors[deep[0]].nonzero()[: int(counts[row]), 0]
+            kept[row, : len(path)] = path
+            alone[row].commit(kept[row : row + 1], counts[row : row + 1])
+        state.commit(kept, counts)
+    if kind == "llamagen":
+        with pytest.raises(InputError, match="candidate 2 has parent 2"):
+            state.extend(tokens[:, :3], torch.tensor([[-1, 0, 1], [-1, 0, 2], [-1, 0, 0]]))
+        state.extend(tokens[:, :3], torch.tensor([[-1, 0, 1], [-1, -1, 0], [-1, 0, 0]]))
+        with pytest.raises(StateError, match="follow its parent"):
+            state.commit(torch.tensor([[0, 1]] * 3), torch.tensor([2, 2, 2]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -122,7 +122,7 @@ def test_measured_once_and_saved(model, tmp_path, monkeypatch):
     assert [entry[0] for entry in wider[6:]] == [4] * 6
     assert len(made) == 12
     assert costs(1) == table, "what other batches add changes nothing"
-    [(key, saved)] = json.loads(file.read_text()).items()
+    [(key, saved)] = json.loads(file.read_text())["tables"].items()
     assert model.cost_key in key
     assert "guided" in key
     assert sorted(saved) == ["1", "4"]
@@ -157,6 +157,14 @@ def test_a_model_without_a_cost_key_is_not_saved(tmp_path):
         ({"window": "auto", "cost_table": {4: -1.0}}, "all positive"),
         ({"window": "auto", "cost_table": 3}, "cost table 3: expected"),
         ({"window": "auto", "cost_table": {"four": 1.0}}, "expected"),
+        ({"window": "auto", "cost_table": {4: float("nan")}}, "finite"),
+        ({"window": "auto", "cost_table": {4: float("inf")}}, "finite"),
+        ({"window": "auto", "cost_table": {0: 1.0}}, "from 1 on"),
+        ({"window": "auto", "cost_table": [[1, 0.5, 1.0]]}, "from 1 on"),
+        ({"window": "auto", "cost_table": [[0, 4, 1.0]]}, "from 1 on"),
+        ({"window": "auto", "cost_table": [[True, 4, 1.0]]}, "from 1 on"),
+        ({"window": "auto", "cost_table": [[1, 4, "1"]]}, "all positive"),
+        ({"window": "auto", "cost_table": [[1, 4, 10**400, None]]}, "all positive"),
     ],
 )
 def test_bad_options(options, message):

@@ -22,7 +22,7 @@ from image_networks import (
 )
 
 from arvision import CheckpointError, InputError, StateError, get_sampler
-from arvision.decoding.tree import topology
+from arvision.decoding.tree import topology_of
 from arvision.models import Chameleon, ChameleonDecoder, Emu3, GlmImage, ImagePrompt, Janus
 from arvision.models.transformers_image import Layout
 from arvision.testing import law_p_value
@@ -58,8 +58,9 @@ FAMILIES = ["janus", "glm", "glm-editing", "emu3", "chameleon", "chameleon-image
 WITH_GRID = [name for name in FAMILIES if name != "glm"]
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["one-tree", "trees-of-rows"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trees_on_ragged_rows_say_what_chains_say(family):
+def test_trees_on_ragged_rows_say_what_chains_say(family, own):
     model, prompts, scale = made(family)
     generator = torch.Generator().manual_seed(1)
     first = torch.randint(model.vocab_size, (3, 5), generator=generator)
@@ -68,12 +69,14 @@ def test_trees_on_ragged_rows_say_what_chains_say(family):
     state.extend(first)
     state.commit(torch.arange(5).expand(3, -1), torch.tensor(counts))
     parents = torch.tensor([-1, -1, 0, 0, 2, 1, 4])
+    if own:
+        parents = torch.stack([parents, parents, torch.tensor([-1, 0, -1, 0, 3, 4, 5])])
     tree = torch.randint(model.vocab_size, (3, 7), generator=generator)
     logits = state.extend(tree, parents)
-    paths = topology(tuple(parents.tolist()), torch.device("cpu")).ancestors
+    paths = topology_of(parents).ancestors.expand(3, -1, -1)
     for row in range(3):
         for node in range(7):
-            path = paths[node].nonzero()[:, 0]
+            path = paths[row, node].nonzero()[:, 0]
             chain = torch.cat([first[row, : counts[row]], tree[row, path]])
             alone, _ = model.start([prompts[row]], scale)
             expected = alone.extend(chain[None])[0, -1]

@@ -13,7 +13,7 @@ from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.noise import Noise, draw
 from arvision.decoding.run import Run
-from arvision.decoding.tree import TokenTree, topology
+from arvision.decoding.tree import TokenTree, topology, topology_of
 from arvision.decoding.verify import Round
 from arvision.testing import DroppingTableModel, law_p_value
 from arvision.text.rules import RULES, choose_rule
@@ -218,6 +218,46 @@ def hand_made(drafts, laws, parents=None):
         1,
         shape,
     )
+
+
+@pytest.mark.parametrize("name", ["greedy", "gumbel", "multi_round", "without_replacement"])
+def test_rows_with_trees_of_their_own_are_judged_as_alone(name):
+    rules = {
+        "greedy": verify.greedy,
+        "gumbel": verify.gumbel_coupling,
+        "multi_round": rules_tree.multi_round,
+        "without_replacement": rules_tree.without_replacement,
+    }
+    generator = torch.Generator().manual_seed(3)
+    num, vocab = 7, 3
+    shapes = [TREES["mixed"], [-1, 0, 1, 2, 3, 4, 5], [-1] * 7, [-1, -1, -1, 0, 0, 3, 4]] * 8
+    rows = len(shapes)
+    drafts = torch.randint(vocab, (rows, num), generator=generator)
+    laws = torch.randn(rows, num + 1, vocab, generator=generator).log_softmax(-1)
+    noise = Noise(list(range(rows)))
+    places = torch.arange(num + 1).expand(rows, -1)
+    whole = rules[name](
+        Round(drafts, None, laws, places, noise, 1, topology_of(torch.tensor(shapes)))
+    )
+    assert whole.path is not None
+    assert int(whole.counts.max()) > 2
+    for row, parents in enumerate(shapes):
+        alone = rules[name](
+            Round(
+                drafts[row : row + 1],
+                None,
+                laws[row : row + 1],
+                places[:1],
+                noise.select(torch.tensor([row])),
+                1,
+                topology_of(torch.tensor(parents)),
+            )
+        )
+        count = int(alone.counts[0])
+        assert alone.path is not None
+        assert count == int(whole.counts[row])
+        assert torch.equal(whole.tokens[row, :count], alone.tokens[0, :count])
+        assert torch.equal(whole.path[row, : count - 1], alone.path[0, : count - 1])
 
 
 def test_greedy_walks_to_the_end_of_the_right_branch():

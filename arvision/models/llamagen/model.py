@@ -39,6 +39,8 @@ class LlamaGen:
     2024.
     """
 
+    takes_trees = True
+
     def __init__(
         self,
         transformer: LlamaGenTransformer,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
-from ...decoding.tree import ancestor_mask, check_parents, check_path, check_placed
+from ...decoding.tree import check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -89,7 +89,8 @@ class LlamaGenState:
 
         Args:
             tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
-            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix, or [B, T], a tree
+                for every row; None for a chain.
 
         Raises:
             InputError: a shape or a parent that does not fit, or a token out of range.
@@ -104,8 +105,10 @@ class LlamaGenState:
         steps = torch.arange(num, device=tokens.device)
         if parents is not None:
             check_parents(parents, num)
-            ancestors = ancestor_mask(parents)
-            steps = ancestors.sum(1) - 1
+            shape = topology_of(parents)
+            ancestors, steps = shape.ancestors, shape.depths
+            if not shape.is_shared:
+                ancestors, steps = self._doubled(ancestors), self._doubled(steps)
         self._parents = parents
         _, mask = self.cache.begin(num, ancestors)
         last = len(self._rotary) - 1

@@ -13,7 +13,11 @@ from torch import Tensor
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import CheckpointError, InputError
+<<<<<<< HEAD
 from ...networks import enter, place_of
+=======
+from ...files import user_path
+>>>>>>> main
 from ..conditions import ImagePrompt
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead
@@ -97,11 +101,11 @@ class NextStep:
             InputError: a size that there is not, or out of range.
         """
         network = NextStepTransformer.from_official(folder, dtype, **sizes)
-        inside = Path(folder) / "vae"
+        inside = user_path(folder) / "vae"
         if vae is None and inside.is_dir():
             vae = inside
         autoencoder = None if vae is None else NextStepAutoencoder.from_official(vae)
-        return cls(network, autoencoder, text_tokenizer=_text_tokenizer(Path(folder)))
+        return cls(network, autoencoder, text_tokenizer=_text_tokenizer(user_path(folder)))
 
     @property
     def device(self) -> torch.device:

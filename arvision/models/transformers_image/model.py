@@ -44,6 +44,8 @@ class TransformersImageModel:
     has_guidance: ClassVar[bool] = True
     """Whether the model knows a null prompt."""
 
+    takes_trees = True
+
     takes_images: ClassVar[bool] = False
     """Whether prompts may hold source images."""
 

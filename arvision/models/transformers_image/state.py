@@ -13,7 +13,7 @@ from torch import Tensor
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
 from ...decoding.transformers_cache import CacheView, TextSizes
-from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology
+from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .layout import Expansion
 
@@ -158,7 +158,8 @@ class ImageState:
 
         Args:
             tokens: [B, T] int64; candidates of an earlier call that were not kept are forgotten.
-            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix; None for a chain.
+            parents: [T] int64 with `parents[t] < t`, -1 for the committed prefix, or [B, T], a tree
+                for every row; None for a chain.
 
         Raises:
             InputError: a shape or a parent that does not fit, or logits that are not numbers.
@@ -171,7 +172,7 @@ class ImageState:
         num, shape = tokens.shape[1], None
         if parents is not None:
             check_parents(parents, num)
-            shape = topology(tuple(parents.tolist()), tokens.device)
+            shape = topology_of(parents.to(tokens.device))
         self._parents = parents
         depths = np.arange(num) if shape is None else shape.depths.cpu().numpy()
         numbers = self._host_lengths()[:, None] + depths
@@ -191,12 +192,15 @@ class ImageState:
 
     def _ancestors(self, shape: Topology) -> Tensor:
         """[R or 1, S, S] bool, who of the things that are fed looks at whom."""
+        above = shape.ancestors
         if self._expansion is None:
-            return shape.ancestors
-        own = torch.from_numpy(self._expansion.own).to(shape.ancestors.device)
+            return above if shape.is_shared else self._spread(above)
+        own = torch.from_numpy(self._expansion.own).to(above.device)
         steps = torch.arange(own.shape[1], device=own.device)
         is_same = own[:, :, None] == own[:, None]
-        above = shape.ancestors[own[:, :, None], own[:, None]]
+        trees = above.expand(len(own), -1, -1)
+        rows = torch.arange(len(own), device=own.device)[:, None, None]
+        above = trees[rows, own[:, :, None], own[:, None]]
         sees = torch.where(is_same, steps <= steps[:, None], above)
         return sees if len(sees) == 1 else self._spread(sees)
 

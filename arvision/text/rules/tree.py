@@ -48,7 +48,8 @@ def walk(batch: Round, step: Step) -> Verdict:
     """Walk down a tree (or a chain), one place after another, as `step` decides."""
     drafts, num = batch.drafts, batch.drafts.shape[1]
     shape = batch.topology or topology(tuple(range(-1, num - 1)), drafts.device)
-    levels, width = shape.num_levels, shape.children.shape[1]
+    table = shape.children.expand(len(drafts), -1, -1)
+    levels, width = shape.num_levels, table.shape[2]
     tokens = drafts.new_zeros(len(drafts), levels + 1)
     path = drafts.new_zeros(len(drafts), levels)
     counts = torch.ones_like(tokens[:, 0])
@@ -60,7 +61,7 @@ def walk(batch: Round, step: Step) -> Verdict:
         target = batch.target_logp[rows, law].double().exp()
         position = batch.positions[rows, law][:, None]
         noise = batch.noise if len(rows) == len(drafts) else batch.noise.select(rows)
-        children = shape.children[law]
+        children = table[rows, law]
         found = children.clamp(min=0)
         tried = drafts[rows[:, None], found] if num else found
         valid = (children >= 0) & (tried >= 0)
