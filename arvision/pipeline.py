@@ -28,11 +28,8 @@ from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
-<<<<<<< HEAD
 from .networks import hooks_of, place_of
-=======
 from .portable import Portable
->>>>>>> main
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -224,22 +221,14 @@ class ARPipeline(Portable, DiffusionPipeline):
             "teacher": getattr(model, "teacher_name", None),
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
-<<<<<<< HEAD
-        found = {
-            need: open_cached(name, str(place_of(self.transformer)), self.dtype)
-            for need, name in names.items()
-            if name is not None
-        }
-=======
         found = {need: self.opened(name) for need, name in names.items() if name is not None}
->>>>>>> main
         return sampler.bind(**found)
 
     def opened(self, name: str) -> ARPipeline:
         """A further model by name, on this device and dtype."""
         from .opening import open_cached
 
-        return open_cached(name, str(self.device), self.dtype)
+        return open_cached(name, str(place_of(self.transformer)), self.dtype)
 
     @property
     def kind(self) -> str:

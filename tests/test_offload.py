@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module
+from text_models import random_prompts, tiny_llama
+from tiny_pipelines import MAKERS, tiny
 
 import arvision
 from arvision.networks import bare, place_of
-from text_models import random_prompts, tiny_llama
-from tiny_pipelines import MAKERS, tiny
 
 CPU = torch.device("cpu")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nextstep_models import load_calm
 from torch import nn
 
 from arvision import ARPipeline
 from arvision.models import (
     MAR,
     VAR,
-    Infinity,
     InfinityTokenizer,
     InfinityTransformer,
     LlamaGenStudent,
@@ -22,7 +22,6 @@ from arvision.models import (
     VARTransformer,
 )
 from arvision.testing import tiny_llamagen
-from nextstep_models import load_calm
 
 
 def _lively(*networks: nn.Module) -> None:

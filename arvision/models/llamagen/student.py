@@ -15,11 +15,8 @@ from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-<<<<<<< HEAD
 from ...networks import enter, place_of
-=======
 from ...portable import Portable
->>>>>>> main
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .model import LlamaGen

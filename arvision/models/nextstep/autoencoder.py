@@ -12,11 +12,8 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
-<<<<<<< HEAD
-from ...networks import Entered, entry
-=======
 from ...files import user_path
->>>>>>> main
+from ...networks import Entered, entry
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..pixels import read_pixels
 from .convert import autoencoder_sizes, read_config

@@ -13,11 +13,8 @@ from torch import Tensor
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import CheckpointError, InputError
-<<<<<<< HEAD
-from ...networks import enter, place_of
-=======
 from ...files import user_path
->>>>>>> main
+from ...networks import enter, place_of
 from ..conditions import ImagePrompt
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead

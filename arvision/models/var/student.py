@@ -17,11 +17,8 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-<<<<<<< HEAD
 from ...networks import Table, enter, place_of
-=======
 from ...portable import Portable
->>>>>>> main
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
 from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
