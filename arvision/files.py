@@ -484,8 +484,8 @@ def check_seal(path: str | Path, advice: str) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
+    """Hexadecimal SHA-256 of a regular file."""
+    with regular_file(path) as file:
         return _digest(file, os.fstat(file.fileno()).st_size).decode()
 
 

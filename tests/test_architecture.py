@@ -36,8 +36,21 @@ ALLOWED: dict[str, set[str]] = {
     "folders": {"errors", "files"},
     "inputs": {"errors", "contracts", "decoding"},
     "opening": {"pipeline", "folders", "hub"} | GROUND,
+    "threads": set(),
+    "counting": set(),
+    "compiling": {"decoding"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
-    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening"} | GROUND,
+    "pipeline": {
+        "card",
+        "compiling",
+        "threads",
+        "models",
+        "samplers",
+        "folders",
+        "inputs",
+        "opening",
+    }
+    | GROUND,
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,

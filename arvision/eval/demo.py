@@ -14,9 +14,10 @@ from ..files import replacing, user_path, write_json, write_text
 from .classifier import class_consistency
 from .equivalence import TestResult, log_likelihoods, permutation_mmd, same_tokens, token_law
 from .equivalence import verdict as verdict_of
-from .evaluate import Reference, load_reference, score_features
+from .evaluate import score_features
 from .extract import FeatureSet, extract
 from .features import Extractor
+from .reference import Reference, load_reference
 from .report import git_commit, machine, package_versions
 from .score import Score
 from .shards import ShardFolder

@@ -26,6 +26,7 @@ from ..contracts import (
     StepCallback,
     TokenModel,
 )
+from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
@@ -100,6 +101,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         seeds: Seeds,
         guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
+        steps: Steps | None = None,
     ) -> Samples:
         """Draw one image per condition.
 
@@ -110,6 +112,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
                 also take a list with a weight for each scale.
             on_step: called after each pass.
+            steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
+                ordinary loop.
 
         Returns:
             Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
@@ -119,7 +123,14 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             InputError: a negative guidance scale, another number of seeds than of conditions, or
                 what the sampler's class names.
         """
-        run = Run(len(conditions), model.num_tokens, seeds, on_step, guidance_scale=guidance_scale)
+        run = Run(
+            len(conditions),
+            model.num_tokens,
+            seeds,
+            on_step,
+            guidance_scale=guidance_scale,
+            steps=steps,
+        )
         samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
         return samples

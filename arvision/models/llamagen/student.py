@@ -137,7 +137,8 @@ class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
         student.load_state_dict(weights, strict=False)
         ones = codebook.new_ones(len(codebook), 1)
         inputs = torch.cat([codebook, ones], dim=1).double()
-        fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.detach().double()).solution
+        rows = teacher.tok_embeddings.weight.detach().to(inputs)
+        fit = torch.linalg.lstsq(inputs, rows).solution
         with torch.no_grad():
             student.tok_embeddings.weight.copy_(fit[:-1].T)
             student.tok_embeddings.bias.copy_(fit[-1])
