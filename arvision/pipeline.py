@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,28 +14,28 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
 from .compiling import compile_networks
+from .components import check_pipeline, load_text_encoder, quietly, read_card, told
 from .contracts import Schedule, Stats
-from .errors import CheckpointError, InputError, StateError, unknown_name
+from .errors import InputError, StateError, unknown_name
+from .files import user_path
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .models.network import REACHED
 from .networks import hooks_of, place_of
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .schema import Side
 from .threads import THREADS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_LOADING = threading.RLock()
-"""Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
 
 
 @dataclass
@@ -107,7 +106,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        num_threads: int | None = None,
+        num_threads: Side | None = None,
         draft: str | None = None,
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
@@ -144,6 +143,47 @@ class ARPipeline(Portable, DiffusionPipeline):
             "class_names": getattr(model, "class_names", None) or None,
         }
         return cls(model.transformer, **held | config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A saved pipeline, see diffusers' `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: folder, or a hub id "owner/name".
+            **kwargs: parts that replace the saved ones, `dtype`, `variant`, and others of diffusers'.
+
+        Raises:
+            InputError: code of a stranger is asked for (`custom_pipeline`, `trust_remote_code`).
+            CheckpointError: a folder that is not a complete pipeline, or names a class that we do
+                not know, or whose weights do not fit; nothing of it was built or run.
+        """
+        for name in ("custom_pipeline", "trust_remote_code"):
+            if kwargs.pop(name, None):
+                raise InputError(f"{name}: code of a model's folder is never run, leave it out")
+        folder = user_path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from .opening import find_folder
+
+            reached = {name: kwargs.pop(name) for name in REACHED if name in kwargs}
+            folder = find_folder(
+                str(pretrained_model_name_or_path), kwargs.get("variant"), **reached
+            )
+        with told(folder), quietly():
+            shared = {
+                part: cls.from_pretrained(ASSETS / owner, **kwargs).components[part]
+                for part, owner in read_card(folder).get("shared", {}).items()
+                if part not in kwargs and not (folder / part).exists()
+            }
+            given = shared | kwargs
+            parts = check_pipeline(folder, cls, given, kwargs.get("variant"))
+            if "text_encoder" in parts:
+                given["text_encoder"] = load_text_encoder(
+                    parts["text_encoder"],
+                    folder / "text_encoder",
+                    kwargs.get("dtype", kwargs.get("torch_dtype")),
+                    kwargs.get("variant"),
+                )
+            return super().from_pretrained(str(folder), **{"use_safetensors": True} | given)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -454,39 +494,5 @@ def open_pipeline(
     """Load a pipeline; see `arvision.load`."""
     place = parse_device(device)
     kind = parse_dtype(dtype, place)
-    source = str(find_model(name_or_path))
-    try:
-        with _LOADING, _quietly():
-            shared = _shared_parts(Path(source), kind)
-            pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
-    return pipe.to(place)
-
-
-def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
-    card = folder / "card.json"
-    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
-    parts = {}
-    for part, owner in shared.items():
-        if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
-            parts[part] = whole.components[part]
-    return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' bars over two or three small components."""
-    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
-    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
-    for switch, _ in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in switches:
-            if was_shown:
-                switch.enable_progress_bar()
+    source = find_model(name_or_path)
+    return ARPipeline.from_pretrained(source, dtype=kind, variant=variant).to(place)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
@@ -16,7 +15,8 @@ from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
 from ...networks import enter, place_of
-from ...portable import Portable
+from ...schema import Count, Layers, Positive, Side, Size
+from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .model import LlamaGen
@@ -33,7 +33,7 @@ OFFICIAL_PLANS = {
 """What the published students LlamaGen-B and -L were trained for; not in their tensors."""
 
 
-class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
+class LlamaGenStudentTransformer(Network):
     """Transformer from vectors (codes of known tokens, then noise) to all tokens of an image.
 
     As its teacher's, a sequence is a class row and H * W image rows, and attention is causal; but a
@@ -70,20 +70,20 @@ class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        intermediate_size: int | None = None,
-        num_classes: int = 1000,
-        code_dim: int = 8,
-        timesteps: Sequence[int] = (0, 80),
-        split: int | None = None,
+        vocab_size: Size = 16384,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        num_layers: Layers = 12,
+        num_heads: Size = 12,
+        intermediate_size: Size | None = None,
+        num_classes: Size = 1000,
+        code_dim: Size = 8,
+        timesteps: Sequence[Count] = (0, 80),
+        split: Count | None = None,
         teacher_name: str | None = None,
         codebook_mark: Sequence[float] | None = None,
-        norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 10000.0,
     ) -> None:
         super().__init__()
         check_timesteps(timesteps, grid[0] * grid[1])
