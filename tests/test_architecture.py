@@ -20,6 +20,7 @@ GROUND = {
     "schema",
     "portable",
     "stored",
+    "networks",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
