@@ -21,6 +21,7 @@ GROUND = {
     "schema",
     "portable",
     "stored",
+    "networks",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -31,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "batches": {"contracts", "memory"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
@@ -69,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
+    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
     "comparison": {"api", "batches", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditions
 from ..errors import InputError, one_line
+from ..networks import place_of
 
 MOST_CHARACTERS = 100_000
 """Of a caption; text encoders read some hundred tokens, and cutting a longer text takes seconds."""
@@ -52,7 +53,7 @@ class CaptionEncoder:
         for caption, text in zip(captions, cleaned, strict=True):
             if not text:
                 raise InputError(f"empty prompt {caption!r}: expected a caption")
-        device = next(self.text_encoder.parameters()).device
+        device = place_of(self.text_encoder)
         batch = self.text_tokenizer(
             cleaned,
             max_length=self.length,
