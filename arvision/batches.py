@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils.pil_utils import numpy_to_pil
 from torch import Tensor
 
 from .contracts import Samples, Stats, StepCallback
+from .errors import InputError
 from .memory import check_memory, items_that_fit
 
 COPIES = 8
@@ -120,6 +122,27 @@ def draw_parts(
         return drawn[0], pictures[0]
     stats = joined([samples.stats for samples in drawn])
     return Samples(torch.cat([samples.tokens for samples in drawn]), stats), _together(pictures)
+
+
+def pictures(model: Any, samples: Samples, output_type: str) -> Any:
+    """What a pipeline returns of some samples: see `arvision.pipeline.SampleOutput`.
+
+    Raises:
+        InputError: the tokenizer decoded NaN or infinity.
+    """
+    if output_type == "latent":
+        return samples.tokens
+    pixels = model.decode(samples.tokens if samples.embeddings is None else samples.embeddings)
+    pixels = pixels / 2 + 0.5
+    if not bool(pixels.isfinite().all()):
+        raise InputError(
+            "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
+            'and its dtype (output_type="latent" gives the tokens)'
+        )
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
+    return array if output_type == "np" else numpy_to_pil(array)
 
 
 def _together(parts: list[Any]) -> Any:

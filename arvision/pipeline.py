@@ -18,7 +18,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batches import draw_parts, image_memory, split
+from .batches import draw_parts, image_memory, pictures, split
 from .card import megabytes, settings_in_words, write_card
 from .compiling import compile_networks
 from .components import check_pipeline, load_text_encoder, quietly, read_card, told
@@ -433,12 +433,9 @@ class ARPipeline(Portable, DiffusionPipeline):
                 identities = {"seeds": seeds[part], "guidance_scale": scale}
                 return chosen(model, conditions[part], **identities, on_step=tell, **more)
 
-            def pictures(samples: Samples) -> Any:
-                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-                wanted = samples.tokens if output_type == "latent" else decoded
-                return self._images(model, wanted, output_type)
-
-            samples, images = draw_parts(parts, draw, pictures, on_step)
+            samples, images = draw_parts(
+                parts, draw, lambda samples: pictures(model, samples, output_type), on_step
+            )
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -473,21 +470,6 @@ class ARPipeline(Portable, DiffusionPipeline):
         if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
-
-    @staticmethod
-    def _images(model: Any, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return tokens
-        pixels = model.decode(tokens) / 2 + 0.5
-        if not bool(pixels.isfinite().all()):
-            raise InputError(
-                "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
-                'and its dtype (output_type="latent" gives the tokens)'
-            )
-        if output_type == "pt":
-            return pixels
-        array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
-        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
 
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.

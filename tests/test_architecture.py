@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "contracts": {"errors"},
     "files": {"errors"},
     "memory": {"errors"},
-    "batches": {"contracts", "memory"},
+    "batches": {"contracts", "errors", "memory"},
     "card": {"errors", "files"},
     "lazy": set(),
     "networks": set(),
