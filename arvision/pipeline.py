@@ -15,54 +15,23 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
-from .contracts import Schedule, Stats
-from .errors import CheckpointError, InputError, StateError, unknown_name
+from .contracts import Conditions, Schedule, Stats
+from .errors import InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
+from .loading import loading
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .threads import THREADS
 
+Render = Callable[[Tensor, list[tuple[int, int]]], Any]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_LOADING = threading.RLock()
-"""Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
-
-
-class _Threads:
-    """The process's number of CPU threads, lowered for some draws and restored by each.
-
-    torch keeps a number for the process, which new threads take, and one for each thread. The
-    number before the first of several draws is the one that every draw restores: what a later one
-    reads may be the work of the first.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._going, self._before = threading.Lock(), 0, 1
-
-    @contextlib.contextmanager
-    def at_most(self, wanted: int) -> Iterator[None]:
-        """Run on that many threads at most."""
-        with self._lock:
-            if self._going == 0:
-                self._before = torch.get_num_threads()
-            self._going += 1
-            torch.set_num_threads(min(wanted, self._before))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._going -= 1
-                torch.set_num_threads(self._before)
-
-
-THREADS = _Threads()
 
 
 @dataclass
@@ -214,7 +183,7 @@ class ARPipeline(DiffusionPipeline):
         What it does not name itself is what the model recommends: its `draft`, its `teacher`.
         """
         recommended = {
-            "draft": self.config["draft"],
+            "draft": self.config.get("draft"),
             "teacher": getattr(model, "teacher_name", None),
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
@@ -336,31 +305,60 @@ class ARPipeline(DiffusionPipeline):
         Raises:
             InputError: any argument out of range, before the model is called.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(
-                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
-            )
+        return self._draw(
+            self.model,
+            expand_prompts(prompt, num_images_per_prompt),
+            guidance_scale=guidance_scale,
+            law={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            generator=generator,
+            seed=seed,
+            sampler=sampler,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            progress=progress,
+        )
+
+    def _draw(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        guidance_scale: Schedule | None = None,
+        law: dict[str, Any],
+        generator: Any = None,
+        seed: Any = None,
+        sampler: BaseSampler | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        progress: bool | None = None,
+        render: Render | None = None,
+    ) -> SampleOutput:
+        """Draw one image per condition with a model; the other arguments are those of a call.
+
+        Args:
+            model: satisfies the contract of this pipeline's kind.
+            conditions: one per image.
+            law: temperature, top_k and top_p; None for the sampler's own value.
+            render: tokens and identities to what `output_type` names; None for the model's `decode`.
+        """
+        self._check_output(model, output_type)
         wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
-        conditions = expand_prompts(prompt, num_images_per_prompt)
         seeds = resolve_seeds(seed, generator, len(conditions))
         chosen: BaseSampler = self.sampler if sampler is None else sampler
         self.check_sampler(chosen)
-        changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         changes = {
             name: check_numbers(name, value, is_whole=name == "top_k", is_one=name == "top_p")
-            for name, value in changes.items()
+            for name, value in law.items()
             if value is not None
         }
         if changes:
             chosen = chosen.with_options(**changes)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         scale = check_numbers("guidance_scale", scale)
-        model = self.model
-        if output_type != "latent" and self.tokenizer is None:
-            raise InputError(
-                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
-                'expected "latent"'
-            )
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         total = len(conditions) * model.num_tokens
@@ -376,7 +374,10 @@ class ARPipeline(DiffusionPipeline):
             samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
-            images = self._images(model, wanted, output_type)
+            if render is None or output_type == "latent":
+                images = self._images(model, wanted, output_type)
+            else:
+                images = render(wanted, seeds)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -385,6 +386,22 @@ class ARPipeline(DiffusionPipeline):
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    def _check_output(self, model: Any, output_type: str) -> None:
+        """Refuse an output that is none, or that this pipeline cannot make.
+
+        Raises:
+            InputError: see above.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(
+                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if output_type != "latent" and self.tokenizer is None:
+            raise InputError(
+                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
+                'expected "latent"'
+            )
 
     def _callback_inputs(self, names: Sequence[str] | None) -> Sequence[str]:
         """What a callback is given.
@@ -441,13 +458,9 @@ def open_pipeline(
     place = parse_device(device)
     kind = parse_dtype(dtype, place)
     source = str(find_model(name_or_path))
-    try:
-        with _LOADING, _quietly():
-            shared = _shared_parts(Path(source), kind)
-            pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
+    with loading(source):
+        shared = _shared_parts(Path(source), kind)
+        pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
     return pipe.to(place)
 
 
@@ -461,18 +474,3 @@ def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
             parts[part] = whole.components[part]
     return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' bars over two or three small components."""
-    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
-    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
-    for switch, _ in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in switches:
-            if was_shown:
-                switch.enable_progress_bar()

@@ -18,7 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "threads": set(),
+    "loading": {"errors"},
     "headers": {"errors"},
+    "known": {"errors"},
     "needed": {"errors"},
     "hub": {"errors", "files", "headers", "needed"},
     "checkpoint": {"errors"},
@@ -29,13 +32,20 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "folders": {"errors"},
-    "inputs": {"errors", "contracts", "decoding"},
-    "opening": {"pipeline", "folders", "hub"} | GROUND,
+    "folders": {"errors", "needed"},
+    "inputs": {"errors", "contracts", "decoding", "models"},
+    "image_pipeline": {"pipeline", "inputs", "models", "samplers"} | GROUND,
+    "glm_pipeline": {"image_pipeline", "pipeline", "inputs", "models"} | GROUND,
+    "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
+    | {"folders", "headers", "hub", "loading", "needed"}
+    | GROUND,
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
-    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening"} | GROUND,
-    "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
-    "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
+    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening", "threads", "loading"}
+    | GROUND,
+    "catalog": {"folders", "hub", "known", "models", "needed", "samplers"} | GROUND,
+    "conversion": {"folders", "known", "models", "pipeline", "samplers"} | GROUND,
+    "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
+    "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
