@@ -30,6 +30,7 @@ def load(
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
     force_download: bool = False,
+    compile: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     decoder: str | Path | None = None,
@@ -56,6 +57,7 @@ def load(
         local_files_only: take what was downloaded before and ask nobody.
         cache_dir: where downloads lie; None for the hub's own place.
         force_download: fetch also what is there.
+        compile: a mode of `ARPipeline.compile`; None for plain PyTorch.
         device_map: where the layers of an image model of transformers go, in place of `device`; they
             must run on one device, with weights offloaded or not.
         quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
@@ -69,7 +71,7 @@ def load(
         CheckpointError: a folder or repository that is not a complete pipeline, a download that
             failed, or a file that is not what the hub says.
     """
-    return open_model(
+    pipe = open_model(
         name_or_path,
         device,
         dtype,
@@ -84,6 +86,7 @@ def load(
         decoder=decoder,
         options=options,
     )
+    return pipe if compile is None else pipe.compile(compile)
 
 
 def sample(

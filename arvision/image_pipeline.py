@@ -91,7 +91,7 @@ class ImageModelPipeline(ARPipeline):
         draft: str | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)
-        self._calls = []
+        self._calls, self._steps = [], None
         family = family_of(transformer)
         self._settle(
             family,
@@ -143,6 +143,20 @@ class ImageModelPipeline(ARPipeline):
             "options": model.options,
         }
         return cls(model.network, **held | config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A folder or repository as `arvision.load` opens it.
+
+        Args:
+            pretrained_model_name_or_path: see there.
+            **kwargs: likewise; `torch_dtype` is another name of `dtype`.
+        """
+        from .opening import open_model
+
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        return open_model(pretrained_model_name_or_path, **kwargs)
 
     @property
     def model(self) -> TransformersImageModel:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import CheckpointError, InputError, unknown_name
+from .components import quietly
+from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .folders import find_model, parse_device, parse_dtype
 from .glm_pipeline import GlmPipeline
 from .headers import read_header
 from .hub import Source, fetch
 from .image_pipeline import FAMILIES, ImageModelPipeline
-from .loading import loading, without_warnings
 from .models import ChameleonDecoder
 from .needed import WEIGHTS, index_of, needed_files, read_json
-from .pipeline import ARPipeline, open_pipeline
+from .pipeline import ARPipeline
 from .samplers import SAMPLERS
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -67,7 +69,7 @@ def open_model(
                 raise InputError(f"{key}: {folder} holds a pipeline that takes none")
         if device_map is not None:
             raise InputError(f"device_map: {folder} holds a pipeline that lies on one device")
-        return open_pipeline(folder, place, kind, variant)
+        return ARPipeline.from_pretrained(folder, dtype=kind, variant=variant).to(place)
     how = {
         "dtype": kind,
         "variant": variant,
@@ -76,7 +78,7 @@ def open_model(
     }
     _check_files(folder, variant)
     layout = "lumina" if "lumina" in str(name_or_path).lower() else None
-    with loading(str(folder)):
+    with _loading(folder):
         pipe = build(folder, content, how, layout, **extra)
     is_placed = device_map is not None or quantization_config is not None
     return pipe if is_placed else pipe.to(place)
@@ -100,6 +102,31 @@ def find_folder(name_or_path: str | Path, variant: str | None = None, **reached:
 
 open_cached = lru_cache(maxsize=4)(open_model)
 """`open_model` that keeps the last few; call it with strings and a dtype."""
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Around a load by other libraries: without bars, their errors as one line of ours."""
+    try:
+        with quietly():
+            yield
+    except ArvisionError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be loaded ({reason})") from error
+
+
+@contextlib.contextmanager
+def _without_warnings(library: str) -> Iterator[None]:
+    """Let a library's log tell errors only."""
+    log = logging.getLogger(library)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _check_files(folder: Path, variant: str | None) -> None:
@@ -251,7 +278,7 @@ def _glm(
         # What the caller names is the network that draws the codes.
         whole["quantization_config"] = None
     network = _network(folder / "vision_language_encoder", for_network)
-    with without_warnings("diffusers"):  # of a part that is given and not read from the folder
+    with _without_warnings("diffusers"):  # of a part that is given and not read from the folder
         pipe: Any = GlmImagePipeline.from_pretrained(
             folder,
             vision_language_encoder=network,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +19,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .card import megabytes, settings_in_words, write_card
+from .compiling import compile_networks
+from .components import checked_parts, quietly, told
 from .contracts import Conditions, Schedule, Stats
 from .errors import InputError, StateError, unknown_name
-from .folders import ASSETS, find_model, parse_device, parse_dtype
+from .files import user_path
 from .inputs import check_numbers, expand_prompts, resolve_seeds
-from .loading import loading
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .models.network import REACHED
+from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .schema import Side
 from .threads import THREADS
 
-Render = Callable[[Tensor, list[tuple[int, int]]], Any]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -61,7 +63,7 @@ class _Call:
     is_interrupted: bool = False
 
 
-class ARPipeline(DiffusionPipeline):
+class ARPipeline(Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -87,6 +89,7 @@ class ARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
     _callback_tensor_inputs = ["finished", "total", "accepted"]
+    local_models = ("draft",)
 
     @register_to_config
     def __init__(
@@ -101,7 +104,7 @@ class ARPipeline(DiffusionPipeline):
         temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        num_threads: int | None = None,
+        num_threads: Side | None = None,
         draft: str | None = None,
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
@@ -119,6 +122,7 @@ class ARPipeline(DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls: list[_Call] = []
+        self._steps: Any = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -137,6 +141,34 @@ class ARPipeline(DiffusionPipeline):
             "class_names": getattr(model, "class_names", None) or None,
         }
         return cls(model.transformer, **held | config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A saved pipeline, see diffusers' `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: folder, or a hub id "owner/name".
+            **kwargs: parts that replace the saved ones, `dtype`, `variant`, and others of diffusers'.
+
+        Raises:
+            InputError: code of a stranger is asked for (`custom_pipeline`, `trust_remote_code`).
+            CheckpointError: a folder that is not a complete pipeline, or names a class that we do
+                not know, or whose weights do not fit; nothing of it was built or run.
+        """
+        for name in ("custom_pipeline", "trust_remote_code"):
+            if kwargs.pop(name, None):
+                raise InputError(f"{name}: code of a model's folder is never run, leave it out")
+        folder = user_path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from .opening import find_folder
+
+            reached = {name: kwargs.pop(name) for name in REACHED if name in kwargs}
+            folder = find_folder(
+                str(pretrained_model_name_or_path), kwargs.get("variant"), **reached
+            )
+        with told(folder), quietly():
+            given = checked_parts(folder, cls, kwargs)
+            return super().from_pretrained(str(folder), **{"use_safetensors": True} | given)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -195,6 +227,25 @@ class ARPipeline(DiffusionPipeline):
         from .opening import open_cached
 
         return open_cached(name, str(self.device), self.dtype)
+
+    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
+        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
+
+        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
+        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
+        their network is compiled in place, a graph for each shape.
+
+        Args:
+            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
+                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
+                are modes of `torch.compile`.
+            reads_every: passes between two looks at how many images of a token model go on.
+
+        Raises:
+            InputError: an unknown mode, or no positive number of passes.
+        """
+        self._steps = compile_networks(self, mode, reads_every)
+        return self
 
     @property
     def kind(self) -> str:
@@ -335,7 +386,7 @@ class ARPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         progress: bool | None = None,
-        render: Render | None = None,
+        render: Callable[..., Any] | None = None,
     ) -> SampleOutput:
         """Draw one image per condition with a model; the other arguments are those of a call.
 
@@ -371,13 +422,14 @@ class ARPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
+            more = {} if self._steps is None else {"steps": self._steps}
+            samples = chosen(
+                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
+            )
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
-            if render is None or output_type == "latent":
-                images = self._images(model, wanted, output_type)
-            else:
-                images = render(wanted, seeds)
+            is_own = render is None or output_type == "latent"
+            images = self._images(model, wanted, output_type) if is_own else render(wanted, seeds)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -388,11 +440,7 @@ class ARPipeline(DiffusionPipeline):
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
 
     def _check_output(self, model: Any, output_type: str) -> None:
-        """Refuse an output that is none, or that this pipeline cannot make.
-
-        Raises:
-            InputError: see above.
-        """
+        """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""
         if output_type not in OUTPUT_TYPES:
             raise InputError(
                 f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
@@ -446,31 +494,3 @@ class ARPipeline(DiffusionPipeline):
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.
 cast(Any, diffusers).ARPipeline = ARPipeline
-
-
-def open_pipeline(
-    name_or_path: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    variant: str | None = None,
-) -> ARPipeline:
-    """Load a pipeline; see `arvision.load`."""
-    place = parse_device(device)
-    kind = parse_dtype(dtype, place)
-    source = str(find_model(name_or_path))
-    with loading(source):
-        shared = _shared_parts(Path(source), kind)
-        pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
-    return pipe.to(place)
-
-
-def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
-    card = folder / "card.json"
-    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
-    parts = {}
-    for part, owner in shared.items():
-        if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
-            parts[part] = whole.components[part]
-    return parts

@@ -1,4 +1,4 @@
-"""CPU threads of the process, shared by the draws that go on at once."""
+"""The number of CPU threads, lowered while a model draws that measures fastest on few."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 
-class _Threads:
+class Threads:
     """The process's number of CPU threads, lowered for some draws and restored by each.
 
     torch keeps a number for the process, which new threads take, and one for each thread. The
@@ -36,4 +36,4 @@ class _Threads:
                 torch.set_num_threads(self._before)
 
 
-THREADS = _Threads()
+THREADS = Threads()

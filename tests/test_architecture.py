@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy"}
+GROUND = {
+    "errors",
+    "contracts",
+    "registry",
+    "files",
+    "checkpoint",
+    "lazy",
+    "schema",
+    "portable",
+    "stored",
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -18,13 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
-    "threads": set(),
-    "loading": {"errors"},
-    "headers": {"errors"},
     "known": {"errors"},
-    "needed": {"errors"},
+    "schema": {"errors", "files"},
+    "portable": {"errors", "folders", "schema"},
+    "headers": {"errors"},
+    "needed": {"errors", "schema"},
     "hub": {"errors", "files", "headers", "needed"},
-    "checkpoint": {"errors"},
+    "stored": {"checkpoint", "errors", "headers", "needed", "schema"},
+    "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
@@ -32,19 +43,33 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "folders": {"errors", "needed"},
+    "folders": {"errors", "files", "needed"},
     "inputs": {"errors", "contracts", "decoding", "models"},
-    "image_pipeline": {"pipeline", "inputs", "models", "samplers"} | GROUND,
+    "image_pipeline": {"pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
     "glm_pipeline": {"image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
-    | {"folders", "headers", "hub", "loading", "needed"}
+    | {"components", "folders", "hub"}
     | GROUND,
+    "threads": set(),
+    "counting": set(),
+    "compiling": {"decoding"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
-    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening", "threads", "loading"}
+    "components": {"folders", "models", "samplers"} | GROUND,
+    "pipeline": {
+        "card",
+        "components",
+        "compiling",
+        "threads",
+        "models",
+        "samplers",
+        "folders",
+        "inputs",
+        "opening",
+    }
     | GROUND,
-    "catalog": {"folders", "hub", "known", "models", "needed", "samplers"} | GROUND,
+    "catalog": {"folders", "hub", "known", "models", "samplers"} | GROUND,
     "conversion": {"folders", "known", "models", "pipeline", "samplers"} | GROUND,
-    "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
+    "inspection": {"catalog", "folders", "hub", "known"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
@@ -103,8 +128,8 @@ def test_imports_point_downwards(path: Path):
         here = path.relative_to(PACKAGE).parts
         if part == target[0] == "models" and len(target) > 1 and len(here) > 2:
             family = target[1:2]
-            names = ("adaptive", "captions", "conditions", "conv_blocks", "latent_head", "pixels")
-            shared = (here[1:2], *((name,) for name in (*names, "student")))
+            names = ("adaptive", "captions", "conditions", "conv_blocks", "latent_head", "network")
+            shared = (here[1:2], *((name,) for name in (*names, "pixels", "student")))
             assert family in shared, f"{path}: model families do not know each other"
         if part == "samplers" and path.name not in ("__init__.py", "base.py"):
             own = target[:1] != ("samplers",) or target == ("samplers", "base")

@@ -66,13 +66,17 @@ class JacobiDrafter:
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
+    has_fixed_shapes = True
+    """Drafts follow from the last verdict alone, by a function of fixed shapes."""
+
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._drafts: Tensor | None = None
         self._laws: Tensor | None = None
         self._prior: Tensor | None = None
-        self._num_held = torch.zeros(len(noise), dtype=torch.int64)
+        self._num_held = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+        self._least_held = 0
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
@@ -88,12 +92,13 @@ class JacobiDrafter:
             drafts[:, :width] = self._drafts[:, :width]
             if laws is not None and self._laws is not None:
                 laws[:, :width] = self._laws[:, :width]
-        first = int(held.min()) if batch else num
+        first = min(self._least_held, num) if batch else num
         # A spatial choice may look at the draft just made to its left: one position at a time.
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
             places = torch.arange(place, min(place + stride, num), device=device)
-            token, law = self._first_drafts(tokens, drafts, lengths, places, round_number)
+            law = self._first_law(tokens, drafts, lengths, place)[:, None]
+            token = self._first_drafts(law, lengths, places, round_number)
             is_new = places >= held[:, None]
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
@@ -101,17 +106,15 @@ class JacobiDrafter:
         return TokenTree(drafts, laws)
 
     def _first_drafts(
-        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, round_number: int
-    ) -> tuple[Tensor, Tensor]:
-        """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
+        self, law: Tensor, lengths: Tensor, places: Tensor, round_number: int
+    ) -> Tensor:
+        """First drafts [B, k] of positions `lengths + places`, drawn from a law [B, 1, V]."""
         positions = lengths[:, None] + places
-        law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
-            return (law + noise).argmax(-1), law
+            return (law + noise).argmax(-1)
         uniforms = self._noise.uniform(positions, "init", round_number)
-        wide = law.exp().expand(-1, len(places), -1)
-        return draw(wide, uniforms), law
+        return draw(law.exp().expand(-1, len(places), -1), uniforms)
 
     def _first_law(self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int) -> Tensor:
         """Law [B, V] of first drafts; for spatial choices that of the one at `lengths + place`."""
@@ -148,6 +151,8 @@ class JacobiDrafter:
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
         self._num_held = num - verdict.counts
+        given = verdict.counts.tolist() if verdict.given is None else verdict.given
+        self._least_held = num - max(given, default=0)
         self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
+from ...schema import Layers, Levels, Maps, Size
 from ..conv_blocks import Decoder, Encoder
+from ..network import Network
 from ..pixels import read_pixels
 from .bits import BitPyramid
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, tokenizer_weights
 from .schedules import Scales, check_scales, scale_schedule
 
 
-class InfinityTokenizer(ModelMixin, ConfigMixin):
+class InfinityTokenizer(Network):
     """Autoencoder whose features are coded scale by scale, one bit per channel.
 
     Args:
@@ -42,13 +43,13 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        scale_schedule: Sequence[Sequence[int]] | None = None,
+        scale_schedule: Maps | None = None,
         patchify: bool = False,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4, 4),
-        decoder_ch_mult: Sequence[int] | None = None,
-        num_res_blocks: int = 2,
-        z_channels: int = 32,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 2, 4, 4, 4),
+        decoder_ch_mult: Levels | None = None,
+        num_res_blocks: Layers = 2,
+        z_channels: Size = 32,
     ) -> None:
         super().__init__()
         self.set_scales(scale_schedule)

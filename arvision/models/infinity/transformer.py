@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Layers, Maps, Positive, Side, Size
 from ..adaptive import HeadNorm, SharedProjection
+from ..network import Network
 from .bits import PATCH, BitPyramid
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes, without_records
 from .layers import Block, Text, TextNorm, TextPoolHolder
@@ -51,7 +52,7 @@ class Chunk(nn.Module):
         self.module = nn.ModuleList(blocks)
 
 
-class InfinityTransformer(ModelMixin, ConfigMixin):
+class InfinityTransformer(Network):
     """Transformer over token maps of growing size that predicts the bits of every token.
 
     Args:
@@ -86,21 +87,21 @@ class InfinityTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        scale_schedule: Sequence[Sequence[int]] | None = None,
-        rope_grid: Sequence[int] | None = None,
-        num_bits: int = 32,
+        scale_schedule: Maps | None = None,
+        rope_grid: tuple[Side, Side] | None = None,
+        num_bits: Size = 32,
         patchify: bool = False,
-        hidden_size: int = 2048,
-        num_layers: int = 32,
-        num_heads: int = 16,
-        num_chunks: int = 8,
-        intermediate_size: int | None = None,
-        text_dim: int = 2048,
-        text_length: int = 512,
-        pool_heads: int = 16,
-        max_scales: int = 15,
+        hidden_size: Size = 2048,
+        num_layers: Layers = 32,
+        num_heads: Size = 16,
+        num_chunks: Layers = 8,
+        intermediate_size: Size | None = None,
+        text_dim: Size = 2048,
+        text_length: Size = 512,
+        pool_heads: Size = 16,
+        max_scales: Size = 15,
         guidance_layer: int = 0,
-        norm_eps: float = 1e-6,
+        norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
         self._check_sizes()

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Count, Layers, Positive, Side, Size
+from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .model import LlamaGen
@@ -31,7 +32,7 @@ OFFICIAL_PLANS = {
 """What the published students LlamaGen-B and -L were trained for; not in their tensors."""
 
 
-class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
+class LlamaGenStudentTransformer(Network):
     """Transformer from vectors (codes of known tokens, then noise) to all tokens of an image.
 
     As its teacher's, a sequence is a class row and H * W image rows, and attention is causal; but a
@@ -61,26 +62,27 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
     Paper: Liu et al., "Distilled Decoding 1", 2024, section 3.3 and appendix.
     """
 
+    local_models = ("teacher_name",)
     _supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
 
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        intermediate_size: int | None = None,
-        num_classes: int = 1000,
-        code_dim: int = 8,
-        timesteps: Sequence[int] = (0, 80),
-        split: int | None = None,
+        vocab_size: Size = 16384,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        num_layers: Layers = 12,
+        num_heads: Size = 12,
+        intermediate_size: Size | None = None,
+        num_classes: Size = 1000,
+        code_dim: Size = 8,
+        timesteps: Sequence[Count] = (0, 80),
+        split: Count | None = None,
         teacher_name: str | None = None,
         codebook_mark: Sequence[float] | None = None,
-        norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 10000.0,
     ) -> None:
         super().__init__()
         check_timesteps(timesteps, grid[0] * grid[1])
@@ -134,7 +136,8 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
         student.load_state_dict(weights, strict=False)
         ones = codebook.new_ones(len(codebook), 1)
         inputs = torch.cat([codebook, ones], dim=1).double()
-        fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.detach().double()).solution
+        rows = teacher.tok_embeddings.weight.detach().to(inputs)
+        fit = torch.linalg.lstsq(inputs, rows).solution
         with torch.no_grad():
             student.tok_embeddings.weight.copy_(fit[:-1].T)
             student.tok_embeddings.bias.copy_(fit[-1])

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.nearest_code import nearest_code
+from ...schema import Count, Layers, Levels, Size
 from ..conv_blocks import (
     AttentionBlock,
     Downsample,
@@ -24,6 +24,7 @@ from ..conv_blocks import (
     conv3x3,
     group_norm,
 )
+from ..network import Network
 from ..pixels import read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
 
@@ -139,7 +140,7 @@ class Quantizer(nn.Module):
         return nearest_code(F.normalize(z, dim=-1), self.codes())
 
 
-class LlamaGenTokenizer(ModelMixin, ConfigMixin):
+class LlamaGenTokenizer(Network):
     """Vector-quantised autoencoder: pixels to a grid of code indices and back.
 
     Args:
@@ -160,13 +161,13 @@ class LlamaGenTokenizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        z_channels: int = 256,
-        codebook_size: int = 16384,
-        code_dim: int = 8,
-        num_recorded: int = 65536,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 1, 2, 2, 4),
+        num_res_blocks: Layers = 2,
+        z_channels: Size = 256,
+        codebook_size: Size = 16384,
+        code_dim: Size = 8,
+        num_recorded: Count = 65536,
     ) -> None:
         super().__init__()
         if ch % 32:

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Layers, Positive, Side, Size
+from ..network import Network
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
 
 
@@ -214,7 +215,7 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-class LlamaGenTransformer(ModelMixin, ConfigMixin):
+class LlamaGenTransformer(Network):
     """Decoder-only transformer over the codes of one image in raster order.
 
     A sequence is `num_condition_tokens` conditioning rows (one class row, or a caption padded on
@@ -247,18 +248,18 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        num_kv_heads: int | None = None,
-        intermediate_size: int | None = None,
-        num_classes: int | None = 1000,
-        caption_dim: int | None = None,
-        caption_length: int = 120,
-        norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        vocab_size: Size = 16384,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        num_layers: Layers = 12,
+        num_heads: Size = 12,
+        num_kv_heads: Size | None = None,
+        intermediate_size: Size | None = None,
+        num_classes: Size | None = 1000,
+        caption_dim: Size | None = None,
+        caption_length: Side = 120,
+        norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 10000.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

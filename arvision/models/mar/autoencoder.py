@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
+from ...schema import Layers, Levels, Positive, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..network import Network
 from ..pixels import read_pixels
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
 
@@ -19,7 +20,7 @@ OFFICIAL_SCALE = 0.2325
 """One over the standard deviation of KL-16's latents on ImageNet; their mean is not removed."""
 
 
-class MARAutoencoder(ModelMixin, ConfigMixin):
+class MARAutoencoder(Network):
     """Pixels to latents of unit scale and back.
 
     Parameter names are those of the published `kl16.ckpt`.
@@ -35,11 +36,11 @@ class MARAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        latent_dim: int = 16,
-        scaling_factor: float = OFFICIAL_SCALE,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 1, 2, 2, 4),
+        num_res_blocks: Layers = 2,
+        latent_dim: Size = 16,
+        scaling_factor: Positive = OFFICIAL_SCALE,
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Count, Layers, Side, Size
 from ..latent_head import HeadHolder
+from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import NORM_EPS, Block, KeptKeys
 
@@ -33,7 +34,7 @@ class KeptFeatures:
         self.decoder = [KeptKeys(slots) for _ in transformer.decoder_blocks]
 
 
-class MARTransformer(ModelMixin, ConfigMixin):
+class MARTransformer(Network):
     """Encoder over the known latents, decoder over all positions, and the head that draws latents.
 
     Parameter names are those of the published checkpoints.
@@ -59,18 +60,18 @@ class MARTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_dim: int = 16,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        encoder_depth: int = 12,
-        decoder_depth: int = 12,
-        num_heads: int = 12,
-        head_width: int = 1024,
-        head_depth: int = 6,
-        num_classes: int = 1000,
-        num_buffer: int = 64,
-        num_sampling_steps: int = 100,
-        noisiest: int = NUM_TRAIN_STEPS - 1,
+        latent_dim: Size = 16,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        encoder_depth: Layers = 12,
+        decoder_depth: Layers = 12,
+        num_heads: Size = 12,
+        head_width: Size = 1024,
+        head_depth: Layers = 6,
+        num_classes: Size = 1000,
+        num_buffer: Count = 64,
+        num_sampling_steps: Side = 100,
+        noisiest: Count = NUM_TRAIN_STEPS - 1,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:

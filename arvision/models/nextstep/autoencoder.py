@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
+from ...files import user_path
+from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..network import Network
 from ..pixels import read_pixels
 from .convert import autoencoder_sizes, read_config
 
 WRAPPERS = ("model", "state_dict")
 
 
-class NextStepAutoencoder(ModelMixin, ConfigMixin):
+class NextStepAutoencoder(Network):
     """Pixels to tokens, squares of scaled latents, and back.
 
     Parameter names are those of the published `vae/checkpoint.pt`.
@@ -37,14 +39,14 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        latent_channels: int = 16,
-        scaling_factor: float = 1.0,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 2, 4, 4),
+        num_res_blocks: Layers = 2,
+        latent_channels: Size = 16,
+        scaling_factor: Positive = 1.0,
         shift_factor: float = 0.0,
         encoder_norm: bool = True,
-        patch_size: int = 2,
+        patch_size: Side = 2,
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)
@@ -68,7 +70,7 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
         config: dict[str, Any] = {}
         name, weights = "the given state dict", source
         if not isinstance(source, Mapping):
-            folder = Path(source)
+            folder = user_path(source)
             if not folder.is_dir():
                 raise CheckpointError(f"{folder}: no such folder; expected one with checkpoint.pt")
             config, weights = read_config(folder / "config.json"), folder / "checkpoint.pt"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly
 from ...errors import InputError
+from ...schema import Count, Layers, NotNegative, Positive, Side, Size
 from ..latent_head import HeadHolder
+from ..network import Network
 from .convert import network_files, network_sizes
 
 NUM_GEN_POSITIONS = 32 * 32
@@ -44,7 +45,7 @@ class Rotary(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-class NextStepTransformer(ModelMixin, ConfigMixin):
+class NextStepTransformer(Network):
     """Language model over prompt and latents, and the head that draws the next latent.
 
     Args:
@@ -77,34 +78,34 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 152064,
-        hidden_size: int = 5120,
-        num_layers: int = 48,
-        num_heads: int = 40,
-        num_kv_heads: int = 8,
-        head_dim: int = 128,
-        intermediate_size: int = 13824,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
-        num_positions: int = 131072,
+        vocab_size: Size = 152064,
+        hidden_size: Size = 5120,
+        num_layers: Layers = 48,
+        num_heads: Size = 40,
+        num_kv_heads: Size = 8,
+        head_dim: Size = 128,
+        intermediate_size: Size = 13824,
+        rms_norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 1e6,
+        num_positions: Size = 131072,
         attention_bias: bool = True,
         output_bias: bool = False,
-        latent_channels: int = 16,
-        latent_patch_size: int = 2,
-        head_width: int = 1536,
-        head_depth: int = 12,
-        begin_image: int = 151667,
-        end_image: int = 151668,
-        image_placeholder: int = 151669,
-        pad_token: int = 151665,
-        grid: tuple[int, int] = (32, 32),
-        num_sampling_steps: int = 50,
-        shift: float = 1.0,
+        latent_channels: Size = 16,
+        latent_patch_size: Side = 2,
+        head_width: Size = 1536,
+        head_depth: Layers = 12,
+        begin_image: Count = 151667,
+        end_image: Count = 151668,
+        image_placeholder: Count = 151669,
+        pad_token: Count = 151665,
+        grid: tuple[Side, Side] = (32, 32),
+        num_sampling_steps: Side = 50,
+        shift: Positive = 1.0,
         release: str = "1",
         use_norm: bool = True,
         positive_prompt: str = "",
         negative_prompt: str = "",
-        image_guidance_scale: float = 2.0,
+        image_guidance_scale: NotNegative = 2.0,
         use_gen_pos_embed: bool = False,
     ) -> None:
         super().__init__()

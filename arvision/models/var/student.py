@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
@@ -17,7 +16,9 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Count, Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
+from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
 from .layers import Block
@@ -53,7 +54,7 @@ class StudentBlock(Block):
         return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
 
 
-class VARStudentTransformer(ModelMixin, ConfigMixin):
+class VARStudentTransformer(Network):
     """Transformer from vectors (codes of known scales, then noise) to all tokens of an image.
 
     A sequence is a class row and a row per token of every scale. A row holds a vector of its own
@@ -86,24 +87,25 @@ class VARStudentTransformer(ModelMixin, ConfigMixin):
     the authors' checkpoints.
     """
 
+    local_models = ("teacher_name",)
     _supports_gradient_checkpointing = False
     _no_split_modules = ["StudentBlock"]
 
     @register_to_config
     def __init__(
         self,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        codebook_size: int = 4096,
-        z_channels: int = 32,
-        hidden_size: int = 1024,
-        num_layers: int = 16,
-        num_heads: int = 16,
-        num_classes: int = 1000,
+        patch_nums: Scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        codebook_size: Size = 4096,
+        z_channels: Size = 32,
+        hidden_size: Size = 1024,
+        num_layers: Layers = 16,
+        num_heads: Size = 16,
+        num_classes: Size = 1000,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
-        norm_eps: float = 1e-6,
-        timesteps: Sequence[int] = (0, 5),
-        split: int | None = None,
+        norm_eps: Positive = 1e-6,
+        timesteps: Sequence[Count] = (0, 5),
+        split: Count | None = None,
         teacher_name: str | None = None,
         codebook_mark: Sequence[float] | None = None,
     ) -> None:

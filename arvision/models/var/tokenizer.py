@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
+from ...schema import Between, Layers, Levels, Modules, Scales, Size
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
+from ..network import Network
 from ..pixels import read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
 from .quantizer import MultiScaleQuantizer
@@ -32,7 +33,7 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
     return sides
 
 
-class VARTokenizer(ModelMixin, ConfigMixin):
+class VARTokenizer(Network):
     """Autoencoder whose features are coded scale by scale with one codebook.
 
     Args:
@@ -54,13 +55,13 @@ class VARTokenizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        ch: int = 160,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        z_channels: int = 32,
-        codebook_size: int = 4096,
-        num_shared: int = 4,
+        patch_nums: Scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        ch: Size = 160,
+        ch_mult: Levels = (1, 1, 2, 2, 4),
+        num_res_blocks: Layers = 2,
+        z_channels: Size = 32,
+        codebook_size: Size = 4096,
+        num_shared: Annotated[int, Between(0, 1 << 20), Modules] = 4,
     ) -> None:
         super().__init__()
         if ch % 32:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...schema import Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection
+from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes, without_records
 from .layers import Block
 from .tokenizer import check_scales
@@ -35,7 +36,7 @@ class Modulations:
     head: Tensor
 
 
-class VARTransformer(ModelMixin, ConfigMixin):
+class VARTransformer(Network):
     """Transformer over token maps of growing size; a scale sees itself and all coarser ones.
 
     Args:
@@ -62,16 +63,16 @@ class VARTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        codebook_size: int = 4096,
-        z_channels: int = 32,
-        hidden_size: int = 1024,
-        num_layers: int = 16,
-        num_heads: int = 16,
-        num_classes: int = 1000,
+        patch_nums: Scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        codebook_size: Size = 4096,
+        z_channels: Size = 32,
+        hidden_size: Size = 1024,
+        num_layers: Layers = 16,
+        num_heads: Size = 16,
+        num_classes: Size = 1000,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
-        norm_eps: float = 1e-6,
+        norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
