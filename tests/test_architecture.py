@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "image_pipeline": {"pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
     "glm_pipeline": {"image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
-    | {"components", "folders", "hub"}
+    | {"components", "folders", "headers", "hub", "needed"}
     | GROUND,
     "threads": set(),
     "counting": set(),
@@ -67,9 +67,9 @@ ALLOWED: dict[str, set[str]] = {
         "opening",
     }
     | GROUND,
-    "catalog": {"folders", "hub", "known", "models", "samplers"} | GROUND,
+    "catalog": {"folders", "hub", "known", "models", "needed", "samplers"} | GROUND,
     "conversion": {"folders", "known", "models", "pipeline", "samplers"} | GROUND,
-    "inspection": {"catalog", "folders", "hub", "known"} | GROUND,
+    "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
