@@ -20,6 +20,7 @@ GROUND = {
     "schema",
     "portable",
     "stored",
+    "networks",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "card": {"errors", "files"},
     "lazy": set(),
     "known": {"errors"},
+    "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
