@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +23,12 @@ from .components import checked_parts, quietly, told
 from .contracts import Conditions, Schedule, Stats
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
+from .going import Interruptible
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
+from .models.pixels import written
 from .networks import hooks_of, place_of
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
@@ -56,15 +57,7 @@ class SampleOutput(BaseOutput):
     stats: Stats
 
 
-@dataclass(eq=False)
-class _Call:
-    """One draw that is going on: whose thread, and whether it was told to stop."""
-
-    thread: int
-    is_interrupted: bool = False
-
-
-class ARPipeline(Portable, DiffusionPipeline):
+class ARPipeline(Interruptible, Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -122,7 +115,7 @@ class ARPipeline(Portable, DiffusionPipeline):
             text_encoder=text_encoder,
             text_tokenizer=text_tokenizer,
         )
-        self._calls: list[_Call] = []
+        self._calls = []
         self._steps: Any = None
 
     @classmethod
@@ -252,40 +245,6 @@ class ARPipeline(Portable, DiffusionPipeline):
     def kind(self) -> str:
         """Kind of model: "token", "scale", "continuous" or "student"."""
         return FAMILIES.entry(type(self.transformer).__name__).facts["kind"]
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop the run after the current pass.
-
-        It stops the draw of the thread that sets it; set outside of any draw, as a server does that
-        shuts down, it stops all that are going on.
-        """
-        return self._interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return any(call.is_interrupted for call in self._reached())
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        for call in self._reached():
-            call.is_interrupted = bool(value)
-
-    def _reached(self) -> list[_Call]:
-        """The newest draw of this thread, or else all."""
-        going = list(self._calls)
-        own = [call for call in going if call.thread == threading.get_ident()]
-        return own[-1:] or going
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[_Call]:
-        """A draw that is going on."""
-        call = _Call(threading.get_ident())
-        self._calls.append(call)
-        try:
-            yield call
-        finally:
-            self._calls.remove(call)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast, as every diffusers pipeline.
@@ -444,8 +403,12 @@ class ARPipeline(Portable, DiffusionPipeline):
             )
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
-            is_own = render is None or output_type == "latent"
-            images = self._images(model, wanted, output_type) if is_own else render(wanted, seeds)
+            if output_type == "latent":
+                images = wanted
+            elif render is None:
+                images = written(model.decode(wanted), output_type)
+            else:
+                images = render(wanted, seeds)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -492,21 +455,6 @@ class ARPipeline(Portable, DiffusionPipeline):
         if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
-
-    @staticmethod
-    def _images(model: Any, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return tokens
-        pixels = model.decode(tokens) / 2 + 0.5
-        if not bool(pixels.isfinite().all()):
-            raise InputError(
-                "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
-                'and its dtype (output_type="latent" gives the tokens)'
-            )
-        if output_type == "pt":
-            return pixels
-        array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
-        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
 
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.

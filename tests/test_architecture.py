@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "card": {"errors", "files"},
     "lazy": set(),
     "known": {"errors"},
+    "going": set(),
     "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "card",
         "components",
         "compiling",
+        "going",
         "threads",
         "models",
         "samplers",
@@ -74,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
+    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
