@@ -5,18 +5,16 @@ Noise is a function of identity, so an image is the same in any part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.pil_utils import numpy_to_pil
 from torch import Tensor
 
 from .contracts import Samples, Stats, StepCallback
-from .errors import InputError
 from .memory import check_memory, items_that_fit
 
 COPIES = 8
@@ -49,9 +47,10 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
         is_guided: whether a second row leads away from nothing.
         output_type: of the pipeline.
     """
-    config = dict(model.transformer.config)
-    item = torch.finfo(model.transformer.dtype).bits // 8
-    layers = sum(config.get(name) or 0 for name in ("num_layers", "encoder_depth", "decoder_depth"))
+    network = getattr(model, "transformer", None) or model.network
+    config, item = _sizes(network), next(network.parameters()).element_size()
+    depths = ("num_layers", "num_hidden_layers", "encoder_depth", "decoder_depth")
+    layers = sum(config.get(name) or 0 for name in depths)
     width = config.get("hidden_size") or 0
     scales = getattr(model, "scales", None)
     at_once = _area(scales[-1]) if scales else min(64, model.num_tokens)
@@ -61,7 +60,7 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
     working = (1 + is_guided) * (cache + 12 * at_once * width * item) + COPIES * laws
     kept = 80.0 * model.num_tokens  # tokens, and Python's lists of when each became final
     if tokenizer is not None and output_type != "latent":
-        sizes = dict(tokenizer.config)
+        sizes = _sizes(tokenizer)
         grid = scales[-1] if scales else getattr(model, "grid", None)
         pixels = (_area(grid) if grid else model.num_tokens) * 4 ** (
             len(sizes.get("ch_mult") or ()) - 1 or 4
@@ -69,6 +68,13 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
         kept += pixels * (3 if output_type == "pil" else 12)
         working += pixels * (12 + 6 * (sizes.get("ch") or 128) * item)
     return ImageMemory(kept, working)
+
+
+def _sizes(network: Any) -> dict[str, Any]:
+    """Of a network of diffusers or of transformers, there those of its language model."""
+    config = getattr(network, "config", {})
+    found = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return found.get("text_config") or found
 
 
 def _area(scale: Any) -> int:
@@ -91,7 +97,7 @@ def split(num: int, memory: ImageMemory, device: Any) -> list[slice]:
 def draw_parts(
     parts: Sequence[slice],
     draw: Callable[[slice, StepCallback], Samples],
-    finish: Callable[[Samples], Any],
+    finish: Callable[[slice, Samples], Any],
     on_step: StepCallback,
 ) -> tuple[Samples, Any]:
     """Draw part after part.
@@ -116,33 +122,12 @@ def draw_parts(
             samples = draw(part, _onwards(on_step, passes, finished, part, parts[-1].stop))
         passes += samples.stats["forward_passes"]
         finished += sum(samples.stats["lengths"])
-        pictures.append(finish(samples))
+        pictures.append(finish(part, samples))
         drawn.append(samples)
     if len(drawn) == 1:
         return drawn[0], pictures[0]
     stats = joined([samples.stats for samples in drawn])
     return Samples(torch.cat([samples.tokens for samples in drawn]), stats), _together(pictures)
-
-
-def pictures(model: Any, samples: Samples, output_type: str) -> Any:
-    """What a pipeline returns of some samples: see `arvision.pipeline.SampleOutput`.
-
-    Raises:
-        InputError: the tokenizer decoded NaN or infinity.
-    """
-    if output_type == "latent":
-        return samples.tokens
-    pixels = model.decode(samples.tokens if samples.embeddings is None else samples.embeddings)
-    pixels = pixels / 2 + 0.5
-    if not bool(pixels.isfinite().all()):
-        raise InputError(
-            "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
-            'and its dtype (output_type="latent" gives the tokens)'
-        )
-    if output_type == "pt":
-        return pixels
-    array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
-    return array if output_type == "np" else numpy_to_pil(array)
 
 
 def _together(parts: list[Any]) -> Any:
