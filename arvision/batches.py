@@ -62,9 +62,8 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
     if tokenizer is not None and output_type != "latent":
         sizes = _sizes(tokenizer)
         grid = scales[-1] if scales else getattr(model, "grid", None)
-        pixels = (_area(grid) if grid else model.num_tokens) * 4 ** (
-            len(sizes.get("ch_mult") or ()) - 1 or 4
-        )
+        halvings = len(sizes["ch_mult"]) - 1 if sizes.get("ch_mult") else 4
+        pixels = (_area(grid) if grid else model.num_tokens) * 4**halvings
         kept += pixels * (3 if output_type == "pil" else 12)
         working += pixels * (12 + 6 * (sizes.get("ch") or 128) * item)
     return ImageMemory(kept, working)
