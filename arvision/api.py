@@ -28,6 +28,7 @@ def load(
     cache_dir: str | Path | None = None,
     force_download: bool = False,
     compile: str | None = None,
+    quantize: str | None = None,
 ) -> ARPipeline:
     """Load a pipeline.
 
@@ -47,6 +48,8 @@ def load(
         cache_dir: where downloads lie; None for the hub's own place.
         force_download: fetch also what is there.
         compile: a mode of `ARPipeline.compile`; None for plain PyTorch.
+        quantize: "int8", "int4" or "fp8" for weights of fewer bits in the transformer (torchao),
+            which makes it another model; None for the weights as they are.
 
     Raises:
         InputError: an unknown name, device or dtype; a repository, revision or variant that is not
@@ -65,6 +68,8 @@ def load(
         cache_dir=cache_dir,
         force_download=force_download,
     )
+    if quantize is not None:
+        pipe.quantize(quantize)
     return pipe if compile is None else pipe.compile(compile)
 
 

@@ -49,13 +49,15 @@ ALLOWED: dict[str, set[str]] = {
     "opening": {"pipeline", "folders", "hub"} | GROUND,
     "threads": set(),
     "counting": set(),
-    "compiling": {"decoding"},
+    "compiling": {"decoding", "quantization"},
+    "quantization": {"errors"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
     "components": {"folders", "models", "samplers"} | GROUND,
     "pipeline": {
         "card",
         "components",
         "compiling",
+        "quantization",
         "threads",
         "models",
         "samplers",
