@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     | GROUND,
     "threads": set(),
     "counting": set(),
-    "compiling": {"decoding"},
+    "compiling": {"decoding", "quantization"},
+    "quantization": {"errors"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
     "components": {"folders", "models", "samplers"} | GROUND,
     "pipeline": {
@@ -66,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "card",
         "components",
         "compiling",
+        "quantization",
         "going",
         "threads",
         "models",

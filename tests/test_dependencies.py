@@ -18,6 +18,7 @@ EXTRAS = {
     "scipy": "eval",
     "timm": "eval",
     "torch_fidelity": "eval",
+    "torchao": "quantize",
     "torchmetrics": "eval",
     "torchvision": "eval",  # of timm and torch-fidelity
 }
@@ -52,6 +53,7 @@ refused("clip", lambda: arvision.eval.clip_score)
 refused("equivalence", lambda: __import__("arvision.eval.equivalence"))
 refused("compare", lambda: run("compare", "--model", "llamagen-fashion", "--prompt", "bag"))
 open("model.gguf", "w").close()
+refused("torchao", lambda: pipe.quantize("int8"))
 refused("gguf", lambda: arvision.generate("model.gguf", "Hello"))
 print([m for m in sys.modules if m in OPTIONAL])
 """
@@ -95,6 +97,7 @@ def said(tmp_path_factory) -> dict[str, str]:
         ("equivalence", "scipy", "eval"),
         ("compare", "matplotlib", "plot"),
         ("gguf", "gguf", "text"),
+        ("torchao", "torchao", "quantize"),
     ],
 )
 def test_a_missing_package_is_named_with_its_install_line(said, what, package, extra):
