@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of
+from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of, split_placement
 from ..conv_blocks import AttentionBlock, Decoder
 
 
@@ -35,8 +36,19 @@ class ChameleonDecoder(nn.Module):
         self.decoder = Decoder(ch, ch_mult, num_blocks, latent_dim, AttentionBlock, None)
 
     @classmethod
-    def from_official(cls, source: str | Path | Mapping[str, Any]) -> ChameleonDecoder:
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ChameleonDecoder:
         """Load `vqgan.ckpt` (or its dict); what belongs to the encoder or the training is left out.
+
+        Args:
+            source: path or dict.
+            dtype: float32 unless given.
+            device: the CPU unless given.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
@@ -57,7 +69,8 @@ class ChameleonDecoder(nn.Module):
             "num_blocks": count_numbered(tensors, "decoder.up.0.block") - 1,
             "latent_dim": deepest[1],
         }
-        return load_strictly(cls, sizes, tensors, name)
+        _, place = split_placement({"dtype": dtype, "device": device})
+        return load_strictly(cls, sizes, tensors, name, **place)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode."""
