@@ -53,7 +53,7 @@ INDEX = ".index.json"
 
 
 def read_state_dict(
-    source: str | Path | Mapping[str, object], wrappers: Iterable[str]
+    source: str | Path | Mapping[str, object], wrappers: Iterable[str], device: str = "cpu"
 ) -> StateDict:
     """The tensors of a checkpoint, by name.
 
@@ -62,6 +62,7 @@ def read_state_dict(
             (`*.index.json`), or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
+        device: where a pickled file's tensors go; "meta" keeps names and shapes alone.
 
     Raises:
         CheckpointError: no such file, a truncated one, one that holds pickled code, or one without
@@ -77,7 +78,7 @@ def read_state_dict(
             path = _index_in(path)
         if not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{name}: no such file")
-        content = _read_content(path)
+        content = _read_content(path, device)
     wrappers = tuple(wrappers)
     content = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
@@ -164,11 +165,11 @@ def check_is_weights(path: Path) -> None:
         raise CheckpointError(f"{path}: {found}")
 
 
-def _read_content(path: Path) -> object:
+def _read_content(path: Path, device: str) -> object:
     """What a file holds, what an index of shards names, or what lies in a folder of shards."""
     if path.is_dir():
         return _read_loose(path)
-    return _read_shards(path) if path.name.endswith(INDEX) else _read(path)
+    return _read_shards(path) if path.name.endswith(INDEX) else _read(path, device)
 
 
 def _read_loose(folder: Path) -> StateDict:
@@ -210,7 +211,7 @@ def _index_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, device: str = "cpu") -> object:
     try:
         check_is_weights(path)
         if path.suffix == ".safetensors":
@@ -218,7 +219,7 @@ def _read(path: Path) -> object:
 
             return load_file(path)
         with _READING, torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of, split_placement
+from ...schema import Layers, Levels, Size
 from ..conv_blocks import AttentionBlock, Decoder
+from ..network import Network
 
 
-class ChameleonDecoder(nn.Module):
+class ChameleonDecoder(Network):
     """Latents [B, D, h, w] to pixels [B, 3, 16 h, 16 w], about [-1, 1].
 
     Args:
@@ -25,15 +28,18 @@ class ChameleonDecoder(nn.Module):
     Paper: Gafni et al., "Make-A-Scene", 2022; the file is `vqgan.ckpt` of Chameleon.
     """
 
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
-        num_blocks: int = 2,
-        latent_dim: int = 256,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 1, 2, 2, 4),
+        num_blocks: Layers = 2,
+        latent_dim: Size = 256,
     ) -> None:
         super().__init__()
-        self.decoder = Decoder(ch, ch_mult, num_blocks, latent_dim, AttentionBlock, None)
+        self.decoder = Decoder(ch, tuple(ch_mult), num_blocks, latent_dim, AttentionBlock, None)
 
     @classmethod
     def from_official(
