@@ -17,10 +17,11 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
 from .compiling import Prepares
 from .components import checked_parts, quietly, told
-from .contracts import Conditions, Schedule, Stats
+from .contracts import Conditions, Samples, Schedule, Stats, StepCallback
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
 from .going import Interruptible
@@ -372,6 +373,9 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         scale = check_numbers("guidance_scale", scale)
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
+        is_guided = scale not in (0, 1)
+        memory = image_memory(model, self.tokenizer, is_guided, output_type)
+        parts = split(len(conditions), memory, self.device)
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -383,17 +387,20 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                 return call.is_interrupted
 
             more = {} if self._steps is None else {"steps": self._steps}
-            samples = chosen(
-                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
-            )
-            decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-            wanted = samples.tokens if output_type == "latent" else decoded
-            if output_type == "latent":
-                images = wanted
-            elif render is None:
-                images = written(model.decode(wanted), output_type)
-            else:
-                images = render(wanted, seeds)
+
+            def draw(part: slice, tell: StepCallback) -> Samples:
+                identities = {"seeds": seeds[part], "guidance_scale": scale}
+                return chosen(model, conditions[part], **identities, on_step=tell, **more)
+
+            def finish(part: slice, samples: Samples) -> Any:
+                if output_type == "latent":
+                    return samples.tokens
+                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
+                if render is not None:
+                    return render(decoded, seeds[part])
+                return written(model.decode(decoded), output_type)
+
+            samples, images = draw_parts(parts, draw, finish, on_step)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds

@@ -120,3 +120,17 @@ def test_extras_are_those_of_the_project():
     for path in (ROOT / "arvision").rglob("*.py"):
         named |= set(re.findall(r"""optional\(\s*"(\w+)\"""", path.read_text()))
     assert named == set(EXTRAS.values())
+
+
+def test_notices_name_every_embedded_model_and_travel():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
+    embedded = [path.name for path in (ROOT / "arvision" / "assets").iterdir() if path.is_dir()]
+    assert [name for name in embedded if f"`{name}`" not in notices] == []
+    licence = (ROOT / "tests" / "data" / "fashion-mnist" / "LICENSE").read_text()
+    assert licence.strip() in notices
+    assert "THIRD_PARTY_NOTICES.md" in settings["project"]["license-files"]
+    listed = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    assert {"tests", "docs", "SECURITY.md", "THIRD_PARTY_NOTICES.md"} <= set(listed)
