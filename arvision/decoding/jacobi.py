@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..contracts import Conditions
 from ..errors import InputError, unknown_name
+from .first_laws import FirstLaws, LawMemory
 from .noise import Noise, draw
 from .tree import TokenTree
 from .verify import Round, Verdict
@@ -18,25 +20,46 @@ INITS = {
     "repeat_left": "the token to the left (the one before)",
     "repeat_above": "the token above",
     "neighbour_mix": "half the last law, a quarter each the tokens to the left and above",
+    "above": "a draw from the newest law of the position above",
+    "memory": "the same, averaged with the laws of the position in the images drawn before",
 }
-NEEDS_GRID = ("repeat_above", "neighbour_mix")
-SPATIAL = ("repeat_left", *NEEDS_GRID)
+SPATIAL = ("repeat_left", "repeat_above", "neighbour_mix")
+NEEDS_GRID = ("repeat_above", "neighbour_mix", "above", "memory")
+FROM_LAWS = ("prior", "above", "memory")
+"""Those that say a law and no more, as trees need it."""
 
 
-def check_init(init: str, grid: tuple[int, int] | None) -> None:
-    """Refuse an unknown way to start new positions, or one that needs an image grid.
+def check_init(init: str, grid: tuple[int, int] | None, *, remembers: bool = False) -> None:
+    """Refuse an unknown way to start new positions, or one that needs what is not there.
+
+    Args:
+        init: a name in `INITS`.
+        grid: of the images.
+        remembers: whether the sampler keeps a memory of earlier images.
 
     Raises:
         InputError: see above.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
+    if init == "memory" and not remembers:
+        free = [name for name in INITS if name != "memory"]
+        raise InputError(
+            f'init "memory" is for sampler "sjd" under coupling "gumbel": expected one of '
+            f"{', '.join(free)}"
+        )
     if init in NEEDS_GRID and grid is None:
         free = [name for name in INITS if name not in NEEDS_GRID]
         raise InputError(
             f"init {init!r} looks at the image grid, and this model has none: expected one of "
             f"{', '.join(free)}"
         )
+
+
+def first_laws(init: str, grid: tuple[int, int] | None, memory: LawMemory | None) -> FirstLaws:
+    """The first laws of an init in `FROM_LAWS`; `memory` for the one that has it."""
+    columns = grid[1] if grid is not None and init != "prior" else None
+    return FirstLaws(columns, memory if init == "memory" else None)
 
 
 class JacobiDrafter:
@@ -51,6 +74,7 @@ class JacobiDrafter:
         share_noise: draw first drafts with the position's own Gumbel noise. Only right under
             Gumbel coupling, where it makes the first draft agree with the final token more often.
         keeps_laws: whether the rule looks at the drafts' laws; without them no law is stored.
+        memory: of earlier images, for init "memory".
     """
 
     def __init__(
@@ -60,8 +84,11 @@ class JacobiDrafter:
         *,
         share_noise: bool = False,
         keeps_laws: bool = True,
+        memory: LawMemory | None = None,
     ) -> None:
-        check_init(init, grid)
+        check_init(init, grid, remembers=memory is not None)
+        looks_up = init in FROM_LAWS and init != "prior"
+        self._first_laws = first_laws(init, grid, memory) if looks_up else None
         self._init = init
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
@@ -73,6 +100,11 @@ class JacobiDrafter:
         self._laws: Tensor | None = None
         self._prior: Tensor | None = None
         self._num_held = torch.zeros(len(noise), dtype=torch.int64)
+
+    def attach(self, state: object, conditions: Conditions) -> None:
+        """See `arvision.decoding.loop.Attached`."""
+        if self._first_laws is not None:
+            self._first_laws.start(len(self._noise), self._vocab_size, conditions)
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
@@ -105,7 +137,10 @@ class JacobiDrafter:
     ) -> tuple[Tensor, Tensor]:
         """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
         positions = lengths[:, None] + places
-        law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
+        if self._first_laws is None:
+            law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
+        else:
+            law = self._first_laws.at(positions)
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
             return (law + noise).argmax(-1), law
@@ -144,6 +179,9 @@ class JacobiDrafter:
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Keep what the pass put behind its final tokens."""
         num = verdict.tokens.shape[1]
+        if self._first_laws is not None:
+            offsets = torch.arange(num, device=verdict.counts.device).expand(len(chain.drafts), num)
+            self._first_laws.observe(chain, verdict, offsets, num)
         places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
@@ -156,6 +194,8 @@ class JacobiDrafter:
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._noise = self._noise.select(rows)
+        if self._first_laws is not None:
+            self._first_laws.select(rows)
         self._num_held = self._num_held[rows]
         if self._drafts is not None:
             self._drafts = self._drafts[rows]

@@ -62,6 +62,13 @@ class Attached(Protocol):
         ...
 
 
+@runtime_checkable
+class Branches(Protocol):
+    """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
+
+    branches: bool
+
+
 class NoDrafter:
     """Drafts nothing: the loop is then plain autoregressive sampling."""
 
@@ -77,6 +84,10 @@ class NoDrafter:
 
     def select(self, rows: Tensor) -> None:
         """Nothing to drop."""
+
+
+LARGEST_TREE = 64
+"""Candidates of a tree that branches: the room that models keep behind the last token."""
 
 
 class WindowPolicy(Protocol):
@@ -162,8 +173,7 @@ def decode_tokens(
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
         room = run.num_tokens - lengths
-        # With a draft even for the last token, an image does not depend on how long others take.
-        most = int(room.max()) + 1 if can_overrun else min(int(room.min()), rows.frozen_room)
+        most = _most(room, rows, can_overrun, drafter)
         num = max(1, policy.next(rows.num_active, most))
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
@@ -200,6 +210,16 @@ def decode_tokens(
         rows.commit(verdict, num)
         rows.leave(drafter)
     return run.samples(candidates=candidates, windows=windows)
+
+
+def _most(room: Tensor, rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
+    """Candidates that a pass may hold at most, where rows have `room` [B] for more tokens."""
+    if not can_overrun:
+        return min(int(room.min()), rows.frozen_room)
+    if isinstance(drafter, Branches) and drafter.branches:
+        return LARGEST_TREE
+    # With a draft even for the last token, an image does not depend on how long others take.
+    return int(room.max()) + 1
 
 
 def _hidden(state: TokenState) -> Tensor | None:
