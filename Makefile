@@ -10,7 +10,7 @@ GET_VENV := $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-v
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint bench bench-eval eval-demo docs clean
+.PHONY: demo test test-slow test-floor lint bench bench-eval eval-demo docs clean
 
 demo: $(READY)
 	$(BIN)/arvision demo --out out
@@ -20,6 +20,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow" -n 1
+
+test-floor:
+	$(PYTHON) tests/floor.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ def load(
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
     force_download: bool = False,
+    compile: str | None = None,
 ) -> ARPipeline:
     """Load a pipeline.
 
@@ -45,6 +46,7 @@ def load(
         local_files_only: take what was downloaded before and ask nobody.
         cache_dir: where downloads lie; None for the hub's own place.
         force_download: fetch also what is there.
+        compile: a mode of `ARPipeline.compile`; None for plain PyTorch.
 
     Raises:
         InputError: an unknown name, device or dtype; a repository, revision or variant that is not
@@ -52,7 +54,7 @@ def load(
         CheckpointError: a folder or repository that is not a complete pipeline, a download that
             failed, or a file that is not what the hub says.
     """
-    return open_model(
+    pipe = open_model(
         name_or_path,
         device,
         dtype,
@@ -63,6 +65,7 @@ def load(
         cache_dir=cache_dir,
         force_download=force_download,
     )
+    return pipe if compile is None else pipe.compile(compile)
 
 
 def sample(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, unknown_name
+from .files import user_path
 
 StateDict = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ def read_state_dict(
         content: object = source
         name = "the given state dict"
     else:
-        path = Path(source)
+        path = user_path(source)
         name = str(path)
         if path.is_dir():
             path = _index_in(path)

@@ -37,7 +37,7 @@ Conditions = Sequence[Any]
 Seeds = Sequence[Any]
 """One entry per image: an integer, or a pair (seed, index of the image within that seed)."""
 
-Schedule: TypeAlias = "float | Sequence[float]"
+Schedule: TypeAlias = float | Sequence[float]
 """A number for all scales of a scale model, or one for each of them, coarse to fine."""
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
@@ -98,6 +98,34 @@ class DropsRows(Protocol):
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
+        ...
+
+
+@runtime_checkable
+class Advances(Protocol):
+    """A state that commits chains without asking its device."""
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first `counts` [B] candidates of each row and forget the rest.
+
+        `given` are the same numbers on the host.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesFixedChains(Protocol):
+    """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
+
+    It is then driven by `extend_fixed` alone: what is fed behind `lengths` is forgotten by the next
+    call that says so, and nothing is committed.
+    """
+
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of what follows chains [B, T] behind the first `lengths` [B] tokens.
+
+        Places past the last token may be asked for; their logits mean nothing.
+        """
         ...
 
 
@@ -195,9 +223,9 @@ class TellsCalibration(Protocol):
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer more, which samplers use where it exists: `DropsRows`, `Overruns`,
-    `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`, `TellsCost`,
-    `TellsCalibration`.
+    A state may offer more, which samplers use where it exists: `DropsRows`, `Advances`,
+    `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
+    `TellsCost`, `TellsCalibration`.
     """
 
     vocab_size: int

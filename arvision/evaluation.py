@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from torch import nn
 
 from .api import load, sample
 from .decoding.teacher_forcing import teacher_forced
-from .errors import InputError
+from .errors import InputError, as_integer
 from .eval.distributed import local_device, processes
+from .eval.evaluate import choose_metrics
 from .eval.features import Extractor, get_extractor
 from .eval.full_report import full_report
 from .eval.generate import GenerateConfig, Made, generate
 from .eval.protocols import get_pixels, get_protocol
+from .eval.reference import prepare_reference
 from .eval.report import write_report
 from .eval.shards import ShardFolder, config_hash
 from .eval.sources import TensorSource
 from .eval.writers import read_prompts
+from .files import user_path
 from .folders import ASSETS
 from .pipeline import ARPipeline
 from .samplers import get_sampler
@@ -39,10 +43,10 @@ def evaluate(
     protocol: str = "adm-in256",
     sampler: str = "ar",
     num: int | None = None,
-    reference: str | Path | None = None,
+    reference: Any = None,
     extractor: str | nn.Module | None = None,
     extractor_options: dict[str, Any] | None = None,
-    metrics: list[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     seed: int = 0,
     pixels: str = "plain",
     prompts: str | Path | None = None,
@@ -65,11 +69,12 @@ def evaluate(
         protocol: "adm-in256", "coco-30k", "fashion" or "free", see `arvision.eval.protocols`.
         sampler: a name, see `list_samplers`, or one with options: "sjd:window=32".
         num: images; None for the protocol's number.
-        reference: an .npz file, a folder of images or a run, "fashion-test"; None where the
-            protocol names one.
+        reference: "fashion-test", or what `arvision.eval.evaluate` takes: statistics, a file or a
+            folder of images, a run, images in memory; None where the protocol names one.
         extractor: a name or a module, see `arvision.eval.get_extractor`; None for the protocol's.
         extractor_options: of a named extractor, such as {"size": 64} or {"weights": "file.pth"}.
-        metrics: see `arvision.eval.evaluate`; None for what the extractor can give.
+        metrics: see `arvision.eval.evaluate`; None for what the extractor can give and the
+            reference allows.
         seed: image k has the identity (seed, k).
         pixels: how floats become bytes: "plain", "llamagen", "var", "mar" or "to256".
         prompts: file of captions: text, JSON lines or JSON.
@@ -89,30 +94,32 @@ def evaluate(
 
     """
     chosen = get_protocol(protocol)
-    goal = REFERENCES.get(chosen.id) if reference is None else str(reference)
+    goal = REFERENCES.get(chosen.id) if reference is None else reference
     if goal is None:
         raise InputError(f"protocol {chosen.id} has no reference of its own: give reference=PATH")
     with processes():
         opened = open_reference(goal)
         options = {"device": local_device(), **(extractor_options or {})}
         network = get_extractor(chosen.extractor if extractor is None else extractor, **options)
+        opened = prepare_reference(opened, network, allow_jpeg=True)
+        wanted = choose_metrics(metrics, network, opened, as_integer(num))
         shards = draw_samples(
             model,
-            Path(out) / "samples",
+            user_path(out) / "samples",
             sampler,
             protocol=protocol,
             num=num,
             num_classes=num_classes,
             seed=seed,
             pixels=pixels,
-            prompts=None if prompts is None else Path(prompts),
+            prompts=None if prompts is None else user_path(prompts),
             per_prompt=per_prompt,
             batch_size=batch_size,
             dtype=dtype,
             options=sampler_options,
             progress=progress,
         )
-        return report(str(shards.folder), opened, network, out, metrics=metrics, progress=progress)
+        return report(str(shards.folder), opened, network, out, metrics=wanted, progress=progress)
 
 
 def report(
@@ -247,16 +254,19 @@ def _maker(pipe: Any, sampler: str, settings: dict[str, Any], to_pixels: Any) ->
     return make
 
 
-def open_reference(where: str) -> Any:
-    """The Fashion-MNIST images by name; any other reference stays the path that it is.
+def open_reference(where: Any) -> Any:
+    """The Fashion-MNIST images by name; any other reference stays what it is.
 
     Raises:
         InputError: no data set, or no such path.
     """
-    if where in ("fashion-test", "fashion-train"):
-        images, labels = load_fashion(where.removeprefix("fashion-"))
-        return TensorSource(images.unsqueeze(1), labels.tolist(), where)
-    if not Path(where).exists():
+    if not isinstance(where, (str, Path)):
+        return where
+    name = str(where)
+    if name in ("fashion-test", "fashion-train"):
+        images, labels = load_fashion(name.removeprefix("fashion-"))
+        return TensorSource(images.unsqueeze(1), labels.tolist(), name)
+    if not user_path(where).exists():
         raise InputError(
             f"reference {where} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"

@@ -51,6 +51,8 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     goal = _followed(path)
     if os.path.isdir(goal):
         raise InputError(f"{goal} is a folder: expected a file name")
+    if os.path.lexists(goal) and not os.path.isfile(goal):
+        raise InputError(f"{goal} is a pipe or a device: expected a file name")
     with _place(goal) as temporary:
         yield temporary
         temporary.chmod(0o644)
@@ -129,7 +131,7 @@ def working_in(folder: str | Path) -> Iterator[None]:
     Raises:
         InputError: another run works in it.
     """
-    place = Path(folder)
+    place = user_path(folder)
     with _refused(place):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,22 @@ def working_in(folder: str | Path) -> Iterator[None]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as users write it: a leading `~` or `~name` is that user's home.
+
+    Raises:
+        InputError: no such user, or a character that no path has.
+    """
+    try:
+        place = Path(path).expanduser()
+        os.fsencode(place)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"path {path!r}: {error}, expected a path") from error
+    if "\0" in str(place):
+        raise InputError(f"path {str(path)[:60]!r}: expected no zero byte")
+    return place
 
 
 @contextlib.contextmanager
@@ -190,14 +208,11 @@ def read_regular(path: str | Path, most: int) -> str:
         OSError: it cannot be read.
     """
     try:
-        handle = _open_regular(Path(path), os.O_RDONLY)
+        file = regular_file(path, most)
     except FileNotFoundError:
         return ""
-    with open(handle, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise InputError(f"{path}: expected at most {most} bytes")
-    return data.decode(errors="replace")
+    with file:
+        return file.read(most).decode(errors="replace")
 
 
 def _open_regular(path: Path, flags: int) -> int:
@@ -209,7 +224,7 @@ def _open_regular(path: Path, flags: int) -> int:
 
 
 def _followed(path: str | Path) -> Path:
-    path = Path(path)
+    path = user_path(path)
     return path.resolve() if os.path.islink(path) else path
 
 
@@ -381,21 +396,29 @@ KINDS = {
 }
 
 
-def regular_file(path: str | Path) -> BinaryIO:
+def regular_file(path: str | Path, most: int | None = None) -> BinaryIO:
     """Open a regular file for reading; what it links to counts.
 
     Opening a FIFO waits for whoever writes into it, and a device may give bytes without end: what
     comes from strangers is opened here.
 
+    Args:
+        path: of the file; `~` is the user's home.
+        most: bytes that it may have; None for any number.
+
     Raises:
-        InputError: a FIFO, a socket, a device or a folder.
+        InputError: a FIFO, a socket, a device or a folder, or a file of more bytes.
         OSError: no such file, or nobody may read it.
     """
-    _check_regular(path, os.stat(path).st_mode)
+    place = user_path(path)
+    _check_regular(path, os.stat(place).st_mode)
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    handle = os.open(path, flags)  # without waiting: it may have become a FIFO meanwhile
+    handle = os.open(place, flags)  # without waiting: it may have become a FIFO meanwhile
     try:
-        _check_regular(path, os.fstat(handle).st_mode)
+        found = os.fstat(handle)
+        _check_regular(path, found.st_mode)
+        if most is not None and found.st_size > most:
+            raise InputError(f"{path}: {found.st_size} bytes, expected at most {most}")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -461,8 +484,8 @@ def check_seal(path: str | Path, advice: str) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
+    """Hexadecimal SHA-256 of a regular file."""
+    with regular_file(path) as file:
         return _digest(file, os.fstat(file.fileno()).st_size).decode()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, InputError, unknown_name
+from .files import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def find_model(name_or_path: str | Path) -> str | Path:
     name = str(name_or_path)
     if name in embedded_models():
         return ASSETS / name
-    path = Path(name)
+    path = user_path(name)
     if path.is_dir():
         if not (path / "model_index.json").exists():
             raise CheckpointError(

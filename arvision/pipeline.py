@@ -22,47 +22,20 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
+from .compiling import compile_networks
 from .contracts import Schedule, Stats
 from .errors import CheckpointError, InputError, StateError, unknown_name
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .threads import THREADS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _LOADING = threading.RLock()
 """Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
-
-
-class _Threads:
-    """The process's number of CPU threads, lowered for some draws and restored by each.
-
-    torch keeps a number for the process, which new threads take, and one for each thread. The
-    number before the first of several draws is the one that every draw restores: what a later one
-    reads may be the work of the first.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._going, self._before = threading.Lock(), 0, 1
-
-    @contextlib.contextmanager
-    def at_most(self, wanted: int) -> Iterator[None]:
-        """Run on that many threads at most."""
-        with self._lock:
-            if self._going == 0:
-                self._before = torch.get_num_threads()
-            self._going += 1
-            torch.set_num_threads(min(wanted, self._before))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._going -= 1
-                torch.set_num_threads(self._before)
-
-
-THREADS = _Threads()
 
 
 @dataclass
@@ -92,7 +65,7 @@ class _Call:
     is_interrupted: bool = False
 
 
-class ARPipeline(DiffusionPipeline):
+class ARPipeline(Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -118,6 +91,7 @@ class ARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components = ["tokenizer", "sampler", "text_encoder", "text_tokenizer"]
     _callback_tensor_inputs = ["finished", "total", "accepted"]
+    local_models = ("draft",)
 
     @register_to_config
     def __init__(
@@ -150,6 +124,7 @@ class ARPipeline(DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls: list[_Call] = []
+        self._steps: Any = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -226,6 +201,25 @@ class ARPipeline(DiffusionPipeline):
         from .opening import open_cached
 
         return open_cached(name, str(self.device), self.dtype)
+
+    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
+        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
+
+        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
+        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
+        their network is compiled in place, a graph for each shape.
+
+        Args:
+            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
+                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
+                are modes of `torch.compile`.
+            reads_every: passes between two looks at how many images of a token model go on.
+
+        Raises:
+            InputError: an unknown mode, or no positive number of passes.
+        """
+        self._steps = compile_networks(self, mode, reads_every)
+        return self
 
     @property
     def kind(self) -> str:
@@ -373,7 +367,10 @@ class ARPipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            samples = chosen(model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step)
+            more = {} if self._steps is None else {"steps": self._steps}
+            samples = chosen(
+                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
+            )
             decoded = samples.tokens if samples.embeddings is None else samples.embeddings
             wanted = samples.tokens if output_type == "latent" else decoded
             images = self._images(model, wanted, output_type)

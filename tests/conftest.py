@@ -81,7 +81,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
             main()
         code = end.value.code
         assert code is None or isinstance(code, int)
-        return Ended(code or 0, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Ended(code or 0, str(out), str(err))
 
     return run
 

@@ -376,7 +376,6 @@ def tiny_glm_pipeline(seed=0) -> Any:
     """A `GlmImagePipeline` of diffusers with random weights."""
     import diffusers
     import transformers
-    from diffusers.pipelines.glm_image import GlmImagePipeline
 
     d: Any = diffusers
     t: Any = transformers
@@ -411,7 +410,7 @@ def tiny_glm_pipeline(seed=0) -> Any:
     network = tiny_glm(seed).float()
     network.generation_config.top_k = 1
     network.generation_config.suppress_tokens = list(range(GLM["codes"], 80))
-    pipe = GlmImagePipeline(
+    pipe = d.GlmImagePipeline(
         tokenizer=t.ByT5Tokenizer(),
         processor=glm_processor(),
         text_encoder=encoder.eval(),

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy"}
+GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "schema", "portable"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -18,10 +18,12 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "schema": {"errors", "files"},
+    "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
     "needed": {"errors"},
     "hub": {"errors", "files", "headers", "needed"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
@@ -29,11 +31,24 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"decoding"} | GROUND,
     "eval": GROUND,
     "sheet": set(),
-    "folders": {"errors"},
+    "folders": {"errors", "files"},
     "inputs": {"errors", "contracts", "decoding"},
     "opening": {"pipeline", "folders", "hub"} | GROUND,
+    "threads": set(),
+    "counting": set(),
+    "compiling": {"decoding"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
-    "pipeline": {"card", "models", "samplers", "folders", "inputs", "opening"} | GROUND,
+    "pipeline": {
+        "card",
+        "compiling",
+        "threads",
+        "models",
+        "samplers",
+        "folders",
+        "inputs",
+        "opening",
+    }
+    | GROUND,
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,

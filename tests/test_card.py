@@ -29,7 +29,7 @@ def test_a_saved_pipeline_has_a_card_and_keeps_it(tmp_path):
     pipe = arvision.ARPipeline.from_model(tiny_llamagen(), guidance_scale=3.0, top_k=7)
     pipe.save_pretrained(tmp_path / "mine")
     card = ModelCard.load(tmp_path / "mine" / "README.md")
-    assert card.data.library_name == "arvision"
+    assert card.data.to_dict()["library_name"] == "arvision"
     assert "# mine\n\nA LlamaGen pipeline" in card.text
     assert "guidance 3, top-k 7" in card.text
     (tmp_path / "mine" / "README.md").write_text("my own")

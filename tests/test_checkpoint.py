@@ -193,6 +193,7 @@ def test_weights_are_placed_as_they_are_read(weights):
         MARAutoencoder.from_official(half, dtype="int8")
     network = tiny_llamagen()
     sizes = {"num_heads": network.transformer.config["num_heads"], "grid": network.grid}
+    assert network.tokenizer is not None
     both = network.transformer.state_dict(), network.tokenizer.state_dict()
     model = LlamaGen.from_official(*both, dtype=torch.bfloat16, **sizes)
     assert model.transformer.dtype == model.tokenizer.dtype == torch.bfloat16

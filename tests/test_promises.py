@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -137,7 +138,8 @@ def test_pictures_without_a_tokenizer_and_devices_that_are_not_there(tiny_pipeli
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(InputError, match="no tokenizer"):
         pipe(1, seed=0)
-    for device in ("cuda:99", "abacus", 1.5, ["cpu"]):
+    devices: tuple[Any, ...] = ("cuda:99", "abacus", 1.5, ["cpu"])
+    for device in devices:
         with pytest.raises(InputError, match="device"):
             parse_device(device)
 
@@ -179,7 +181,7 @@ def test_diffusers_own_ways_to_load(tmp_path, tiny_pipeline):
     pipe = arvision.load(tmp_path, device="cpu", variant="fp16")
     plain = tiny_pipeline(1, seed=3).tokens
     assert torch.equal(pipe(1, seed=3).tokens, plain)
-    general = diffusers.DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    general = cast(Any, diffusers).DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
     assert isinstance(general, ARPipeline)
     assert torch.equal(general(1, seed=3).tokens, plain)
     again = ARPipeline.from_pipe(general, guidance_scale=1.0)

@@ -69,11 +69,25 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "summary": summary,
         }
     operations["linear"] = _linear(wanted)
+    operations["step"] = _step(wanted)
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "devices": devices,
         "device": wanted,
         "operations": operations,
+    }
+
+
+def _step(device: str) -> dict[str, str]:
+    """What `ARPipeline.compile("auto")` makes of a pass of a token model."""
+    is_cuda = device.startswith("cuda")
+    return {
+        "implementation": "cuda graph" if is_cuda else "loop",
+        "reason": "captured for each window, on CUDA"
+        if is_cuda
+        else "nothing to capture here; "
+        "'eager' makes passes of fixed shapes, 'default' compiles them",
+        "summary": "one pass of a token model, after compile()",
     }
 
 

@@ -141,15 +141,16 @@ arvision eval fid --samples xl --reference VIRTUAL_imagenet256_labeled.npz --wei
 
 arvision eval fid --samples samples/ar --reference fashion-test --extractor lite0 --size 64
 
-Samples and reference: an .npz (arr_0), a folder of PNGs, or a folder of `arvision eval generate`.
-The reference may also be statistics (mu, sigma), or fashion-test for the Fashion-MNIST test images.
+Samples and reference: an .npz (arr_0), .npy, .zip or .tar, a folder of pictures, or a folder of
+`arvision eval generate`. The reference may also be statistics (mu, sigma), or fashion-test for the
+Fashion-MNIST test images.
 """
 
 
 @app.command(epilog=FID_EPILOG)
 def fid(
-    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
-    reference: Annotated[str, typer.Option(help="Reference: npz, folder, run or fashion-test.")],
+    samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
+    reference: Annotated[str, typer.Option(help="The same, statistics, or fashion-test.")],
     extractor: ExtractorName = "inception-adm",
     weights: Weights = None,
     download: Download = False,
@@ -157,7 +158,7 @@ def fid(
     metrics: Annotated[str | None, typer.Option(help="Comma-separated; see the guide.")] = None,
     batch_size: Batch = 50,
     crop: Annotated[int | None, typer.Option(help="Crop the reference's pictures (COCO).")] = None,
-    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score JPEG samples.")] = False,
+    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score lossy samples.")] = False,
     allow_sorted: Annotated[
         bool, typer.Option("--allow-sorted", help="IS of sorted files.")
     ] = False,
@@ -178,7 +179,7 @@ def fid(
             source,
             goal,
             network,
-            metrics=metrics.split(",") if metrics else None,
+            metrics=metrics,
             batch_size=batch_size,
             allow_jpeg=allow_jpeg,
             allow_sorted=allow_sorted,
@@ -197,7 +198,7 @@ arvision eval clip --samples coco --prompts coco30k.jsonl --weights openai/clip-
 
 @app.command(epilog=CLIP_EPILOG)
 def clip(
-    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
     prompts: Annotated[Path, typer.Option(help="Captions in the samples' order.")],
     weights: Annotated[str, typer.Option(help="CLIP folder, or hub id with --download.")],
     download: Download = False,
@@ -235,8 +236,8 @@ arvision eval report --samples samples/ar --reference fashion-test --extractor l
 
 @app.command(epilog=REPORT_EPILOG)
 def report(
-    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
-    reference: Annotated[str, typer.Option(help="Reference: npz, folder, run or fashion-test.")],
+    samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
+    reference: Annotated[str, typer.Option(help="The same, statistics, or fashion-test.")],
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.md.")],
     extractor: ExtractorName = "inception-adm",
     weights: Weights = None,
@@ -245,7 +246,7 @@ def report(
     metrics: Annotated[str | None, typer.Option(help="Comma-separated; see the guide.")] = None,
     batch_size: Batch = 50,
     crop: Annotated[int | None, typer.Option(help="Crop the reference's pictures (COCO).")] = None,
-    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score JPEG samples.")] = False,
+    allow_jpeg: Annotated[bool, typer.Option("--allow-jpeg", help="Score lossy samples.")] = False,
     allow_sorted: Annotated[
         bool, typer.Option("--allow-sorted", help="IS of sorted files.")
     ] = False,
@@ -268,7 +269,7 @@ def report(
             goal,
             _extractor(extractor, weights, download, size),
             out,
-            metrics=metrics.split(",") if metrics else None,
+            metrics=metrics,
             batch_size=batch_size,
             allow_jpeg=allow_jpeg,
             allow_sorted=allow_sorted,
@@ -364,7 +365,7 @@ Layouts: npz (ADM), png, tar, geneval, hpsv2, dpg-bench.
 
 @app.command(epilog=EXPORT_EPILOG)
 def export(
-    samples: Annotated[str, typer.Option(help="Samples: npz, folder or run.")],
+    samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
     layout: Annotated[str, typer.Option(help="npz, png, tar, geneval, hpsv2, dpg-bench.")],
     out: Annotated[Path, typer.Option(help="New file or folder.")],
     prompts: Annotated[Path | None, typer.Option(help="For the benchmark layouts.")] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -135,13 +137,29 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
+    def begin_fixed(self, slots: Tensor, visible: int) -> Tensor:
+        """Make room for chains at slots that only the device knows; nothing is read back.
+
+        Args:
+            slots: [R, T] int64, one behind the other; those past the end share the last slot.
+            visible: S, positions that are looked at at most.
+
+        Returns:
+            The additive mask [R, 1, T, S].
+        """
+        self._num, self._slots, self._end = 0, slots.clamp(max=self.capacity - 1), visible
+        mask = self._ragged_mask(self._slots, visible)
+        return mask if self._closed is None else mask + self._closed[..., :visible]
+
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
+        if self._causal is not None and len(slots) == 1 and self.is_uniform:
+            here = slice(self._first, self._first + slots.shape[1])
+            return self._causal[None, None, here, :visible]
+        return self._ragged_mask(slots, visible)
+
+    def _ragged_mask(self, slots: Tensor, visible: int) -> Tensor:
         if self._causal is not None:
-            if len(slots) == 1 and self.is_uniform:
-                return self._causal[
-                    None, None, self._first : self._first + slots.shape[1], :visible
-                ]
             return self._causal[slots, :visible][:, None]
         mask = torch.zeros(*slots.shape, visible, device=slots.device, dtype=self.keys.dtype)
         return mask.masked_fill_(self._order[:visible] > slots[..., None], float("-inf"))[:, None]
@@ -201,8 +219,12 @@ class KVCache:
         used = order < counts[:, None]
         if not bool(((kept == order) | ~used).all()):
             compact_(self.keys, self.values, self.lengths, kept, counts)
+        self.advance(counts, counts.tolist())
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first `counts` [R] candidates of each row, `given` on the host."""
         self.lengths = self.lengths + counts
-        self._host_lengths = self.lengths.tolist()
+        self._host_lengths = [old + new for old, new in zip(self._host_lengths, given, strict=True)]
         self._num = 0
 
     def rewind(self, num: int) -> tuple[Tensor, Tensor]:

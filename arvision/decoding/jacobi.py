@@ -93,13 +93,19 @@ class JacobiDrafter:
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether drafts follow from the last verdict alone, by a function of fixed shapes."""
+        return self._first_laws is None
+
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._drafts: Tensor | None = None
         self._laws: Tensor | None = None
         self._prior: Tensor | None = None
-        self._num_held = torch.zeros(len(noise), dtype=torch.int64)
+        self._num_held = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+        self._least_held = 0
 
     def attach(self, state: object, conditions: Conditions) -> None:
         """See `arvision.decoding.loop.Attached`."""
@@ -120,12 +126,16 @@ class JacobiDrafter:
             drafts[:, :width] = self._drafts[:, :width]
             if laws is not None and self._laws is not None:
                 laws[:, :width] = self._laws[:, :width]
-        first = int(held.min()) if batch else num
+        first = min(self._least_held, num) if batch else num
         # A spatial choice may look at the draft just made to its left: one position at a time.
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
             places = torch.arange(place, min(place + stride, num), device=device)
-            token, law = self._first_drafts(tokens, drafts, lengths, places, round_number)
+            if self._first_laws is None:
+                law = self._first_law(tokens, drafts, lengths, place)[:, None]
+            else:
+                law = self._first_laws.at(lengths[:, None] + places)
+            token = self._first_drafts(law, lengths, places, round_number)
             is_new = places >= held[:, None]
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
             if laws is not None:
@@ -133,20 +143,15 @@ class JacobiDrafter:
         return TokenTree(drafts, laws)
 
     def _first_drafts(
-        self, tokens: Tensor, drafts: Tensor, lengths: Tensor, places: Tensor, round_number: int
-    ) -> tuple[Tensor, Tensor]:
-        """First drafts [B, k] of positions `lengths + places`, and their laws [B, k or 1, V]."""
+        self, law: Tensor, lengths: Tensor, places: Tensor, round_number: int
+    ) -> Tensor:
+        """First drafts [B, k] of positions `lengths + places`, drawn from laws [B, 1 or k, V]."""
         positions = lengths[:, None] + places
-        if self._first_laws is None:
-            law = self._first_law(tokens, drafts, lengths, int(places[0]))[:, None]
-        else:
-            law = self._first_laws.at(positions)
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
-            return (law + noise).argmax(-1), law
+            return (law + noise).argmax(-1)
         uniforms = self._noise.uniform(positions, "init", round_number)
-        wide = law.exp().expand(-1, len(places), -1)
-        return draw(wide, uniforms), law
+        return draw(law.exp().expand(-1, len(places), -1), uniforms)
 
     def _first_law(self, tokens: Tensor, drafts: Tensor, lengths: Tensor, place: int) -> Tensor:
         """Law [B, V] of first drafts; for spatial choices that of the one at `lengths + place`."""
@@ -186,6 +191,8 @@ class JacobiDrafter:
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
         self._num_held = num - verdict.counts
+        given = verdict.counts.tolist() if verdict.given is None else verdict.given
+        self._least_held = num - max(given, default=0)
         self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..contracts import (
+    Advances,
     Conditions,
     DropsRows,
     Editable,
     Overruns,
     Samples,
+    TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
+from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of
@@ -69,8 +73,17 @@ class Branches(Protocol):
     branches: bool
 
 
+@runtime_checkable
+class FixedDrafter(Protocol):
+    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
+
+    has_fixed_shapes: bool
+
+
 class NoDrafter:
     """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    has_fixed_shapes = True
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Nothing to prepare."""
@@ -97,8 +110,8 @@ class WindowPolicy(Protocol):
         """Candidates of the next pass of `num_rows` images, at most `most`."""
         ...
 
-    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
-        """Counts [B] of final tokens that a pass gave, of at most `num_useful` [B] possible."""
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
+        """How many tokens a pass made final in each row, and how many the row still needed."""
         ...
 
 
@@ -112,13 +125,13 @@ class FixedWindow:
         """The window, cut to what the images still need."""
         return min(self.window, most)
 
-    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """Nothing to adapt."""
 
 
-StopCheck = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
-"""Ends rows before their last token: rows [B'] of the batch, new tokens [B', K] and their counts
-[B'] to the counts that stay, and which rows are finished, [B'] bool."""
+StopCheck = Callable[[Sequence[int], Sequence[Sequence[int]]], "tuple[list[int], list[bool]]"]
+"""Ends rows before their last token: rows of the batch and the new tokens of each, to how many of
+these stay and which rows are finished."""
 
 
 def decode_tokens(
@@ -167,14 +180,24 @@ def decode_tokens(
     first = rows.settle(rule(prefill))
     drafter.observe(prefill, first)
     rows.leave(drafter)
-    can_overrun = isinstance(state, Overruns) and state.allows_overrun
     candidates = 0
     windows: list[int] = []
+    if run.steps is not None and run.steps.drives(logits.device):
+        why_not = _no_fixed_shapes(state, drafter, stop)
+        if why_not is None:
+            candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
+            told = {"step": run.steps.mode, "warm_up": run.warm_up}
+            return run.samples(candidates=candidates, windows=windows, **told)
+        warnings.warn(
+            f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
+        )
+    can_overrun = isinstance(state, Overruns) and state.allows_overrun
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
-        room = run.num_tokens - lengths
+        room = rows.room
         most = _most(room, rows, can_overrun, drafter)
         num = max(1, policy.next(rows.num_active, most))
+        run.noise.reserve(run.num_tokens - min(room) + num)
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
@@ -202,24 +225,65 @@ def decode_tokens(
             None if hidden is None else hidden[rows.in_state],
         )
         verdict = rule(batch)
-        useful = room.clamp(max=num)
-        counts = torch.minimum(verdict.counts, useful)
-        verdict = rows.settle(Verdict(verdict.tokens, counts, verdict.path))
-        policy.observe(num, verdict.counts, useful)
+        verdict = rows.settle(verdict)
+        policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
         rows.commit(verdict, num)
         rows.leave(drafter)
-    return run.samples(candidates=candidates, windows=windows)
+    return run.samples(candidates=candidates, windows=windows, step="loop")
 
 
-def _most(room: Tensor, rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
-    """Candidates that a pass may hold at most, where rows have `room` [B] for more tokens."""
+def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
+    """Why a run cannot be made of fixed steps; None where it can."""
+    if not isinstance(state, TakesFixedChains):
+        return "this model has no passes of fixed shapes"
+    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
+        return "the sampler's drafts are made on the host"
+    return None if stop is None else "what ends a row is looked up on the host"
+
+
+def _fixed_rounds(
+    rows: _Rows,
+    state: Any,
+    drafter: Drafter,
+    rule: Rule,
+    shape: Callable[[Tensor], Tensor],
+    policy: WindowPolicy,
+) -> tuple[int, list[int]]:
+    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
+    run, candidates, windows = rows.run, 0, []
+    run.noise.reserve(2 * run.num_tokens)
+    ready, step = None, None
+    while rows.num_going and not run.stopped:
+        rows.shrink(drafter)
+        window = max(1, policy.next(rows.num_active, run.num_tokens))
+        if ready is None or step is None or step.is_other(rows.active, window):
+            known, lengths = rows.known()
+            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
+            first = tree.tokens, tree.logq
+            step = FixedStep(
+                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
+            )
+            ready = run.steps.ready(step)
+        for _ in range(run.steps.reads_every):
+            ready()
+            run.num_passes += 1
+            windows.append(window)
+        candidates += run.steps.reads_every * rows.num_active * window
+        room = rows.room
+        rows.catch_up(step.lengths)
+        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+    return candidates, windows
+
+
+def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
+    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
     if not can_overrun:
-        return min(int(room.min()), rows.frozen_room)
+        return min(*room, rows.frozen_room)
     if isinstance(drafter, Branches) and drafter.branches:
         return LARGEST_TREE
     # With a draft even for the last token, an image does not depend on how long others take.
-    return int(room.max()) + 1
+    return max(room) + 1
 
 
 def _hidden(state: TokenState) -> Tensor | None:
@@ -252,23 +316,25 @@ class _Rows:
     """Which images of the run are still being drawn, and in which rows of the state they stand."""
 
     def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
-        self._run, self._state, self._stop = run, state, stop
+        self.run, self._state, self._stop = run, state, stop
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
+        self.room = [run.num_tokens] * run.batch
         self.in_state: Any = slice(None)
         self.num_in_state = run.batch
         self.frozen_room = run.num_tokens
-        self._going = self.active >= 0
+        self._images = list(range(run.batch))
+        self._going = [True] * run.batch
 
     @property
     def num_active(self) -> int:
         """Rows that are not finished."""
-        return len(self.active)
+        return len(self._images)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
-        tokens = self._run.tokens
+        tokens = self.run.tokens
         return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -279,30 +345,63 @@ class _Rows:
         out[self.in_state] = rows
         return out
 
+    @property
+    def num_going(self) -> int:
+        """Images that need more tokens; finished ones may wait in the batch."""
+        return sum(self._going)
+
+    def catch_up(self, lengths: Tensor) -> None:
+        """Read how far passes that kept the books themselves have come, lengths [B']."""
+        run = self.run
+        (found,) = run.read(lengths)
+        before, self.room = self.room, [run.num_tokens - length for length in found]
+        given = [old - new for old, new in zip(before, self.room, strict=True)]
+        self._going = [room > 0 for room in self.room]
+        self.lengths = lengths
+        run.tell(lengths, given, tokens=run.tokens, lengths=run.lengths)
+
+    def shrink(self, drafter: Drafter) -> None:
+        """Let finished rows leave once they are half of the batch: shapes change seldom."""
+        if 2 * self.num_going <= self.num_active:
+            self.leave(drafter)
+
     def settle(self, verdict: Verdict) -> Verdict:
-        """Write what is final into the ledger; what is left of a verdict where `stop` ends a row."""
-        stopped = None
-        if self._stop is not None:
-            counts, stopped = self._stop(self.active, verdict.tokens, verdict.counts)
-            verdict = Verdict(verdict.tokens, counts, verdict.path)
-        offsets = torch.arange(verdict.tokens.shape[1], device=self.lengths.device)
-        rows, places = (offsets < verdict.counts[:, None]).nonzero(as_tuple=True)
-        positions = self.lengths[rows] + places
-        self._run.record(self.active[rows], positions, verdict.tokens[rows, places])
-        self.lengths = self.lengths + verdict.counts
-        self._going = self.lengths < self._run.num_tokens
-        if stopped is not None:
-            self._going &= ~stopped
-        run = self._run
-        run.report(verdict.counts, self.active, tokens=run.tokens, lengths=run.lengths)
-        return verdict
+        """Write what is final into the ledger; what is left of a verdict where a row ends.
+
+        The one place where a round waits for the device.
+        """
+        run, counts, tokens = self.run, verdict.counts, verdict.tokens
+        counts = torch.minimum(counts, run.num_tokens - self.lengths)
+        stopped = [False] * self.num_active
+        if self._stop is None:
+            (given,) = run.read(counts)
+        else:
+            given, read = run.read(counts, tokens)
+            width = tokens.shape[1]
+            new = [read[row * width :][:count] for row, count in enumerate(given)]
+            stays, stopped = self._stop(self._images, new)
+            if stays != given:
+                given, counts = stays, counts.new_tensor(stays)
+        run.record_rows(self.active, self.lengths, tokens, counts)
+        self.lengths = self.lengths + counts
+        self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
+        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given)
 
     def commit(self, verdict: Verdict, num: int) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
         Rows that are finished keep nothing: they leave, or wait where they are.
         """
-        counts = torch.where(self._going, verdict.counts, 0)
+        counts, given = verdict.counts, verdict.given or []
+        if not all(self._going):
+            given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
+            counts = counts.new_tensor(given)
+        is_whole = isinstance(self.in_state, slice)
+        if verdict.path is None and is_whole and isinstance(self._state, Advances):
+            self._state.advance(counts, given)
+            return
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
         else:
@@ -313,9 +412,10 @@ class _Rows:
 
     def leave(self, drafter: Drafter) -> None:
         """Let finished rows leave the state and the drafter, or wait in the state where they are."""
-        if self._run.check(self._going) == self.num_active:
+        if all(self._going):
             return
-        keep = self._going.nonzero()[:, 0]
+        places = [place for place, going in enumerate(self._going) if going]
+        keep = torch.tensor(places, dtype=torch.int64, device=self.active.device)
         drafter.select(keep)
         if isinstance(self._state, DropsRows):
             self._state.select(keep)
@@ -325,6 +425,9 @@ class _Rows:
             if isinstance(self.in_state, slice):
                 self.in_state = torch.arange(self.num_in_state, device=keep.device)
             self.in_state = self.in_state[keep]
-            self.frozen_room = self._run.num_tokens - 1 - int(self._state.lengths.max())
+            self.frozen_room = self.run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
+        self._images = [self._images[place] for place in places]
+        self.room = [self.room[place] for place in places]
+        self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

@@ -68,7 +68,8 @@ class Noise:
         pairs = parse_seeds(seeds)
         words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in pairs]
         self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
-        self._memo: Tensor | None = None
+        self._memo = _Memo(self._words)
+        self._rows = torch.arange(len(words), device=self._words.device)
 
     def __len__(self) -> int:
         return len(self._words)
@@ -81,18 +82,17 @@ class Noise:
     def select(self, rows: Tensor) -> Noise:
         """The noise of some of the images, rows [B']."""
         chosen = object.__new__(Noise)
-        chosen._words = self._words[rows]
-        chosen._memo = None if self._memo is None else self._memo[rows]
+        chosen._words, chosen._rows = self._words[rows], self._rows[rows]
+        chosen._memo = self._memo
         return chosen
 
-    def _bits(
-        self, positions: Tensor, lanes: Tensor, purpose: str, round_number: Tensor | int
-    ) -> Tensor:
-        """Words [B, T, L, 4] of positions [B, T] and lanes [L]."""
-        low, high, image = (word[:, None, None] for word in self._words.unbind(1))
-        use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
-        use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
-        return philox4x32((image, positions[..., None], lanes, use), (low, high))
+    def reserve(self, num_positions: int) -> None:
+        """Promise that `gumbel` is asked for positions below `num_positions` until the next promise.
+
+        Without a promise `gumbel` looks at the positions it is given, which an accelerator has to
+        wait for.
+        """
+        self._memo.promised = num_positions
 
     def uniform(
         self,
@@ -113,10 +113,8 @@ class Noise:
         Returns:
             [B, T], or [B, T, num].
         """
-        lanes = torch.arange(-(-(num or 1) // 4), device=positions.device)
-        words = self._bits(positions, lanes, purpose, round_number).flatten(-2)
-        uniforms = (words.double() + 0.5) * 2.0**-32
-        return uniforms[..., 0] if num is None else uniforms[..., :num]
+        uniforms = _uniform(self._words, positions, purpose, round_number, num or 1)
+        return uniforms[..., 0] if num is None else uniforms
 
     def normal(
         self, positions: Tensor, num: int, purpose: str, round_number: Tensor | int = 0
@@ -135,23 +133,50 @@ class Noise:
 
         They have no round: every pass, window and sampler sees the same ones.
         """
-        furthest = int(positions.max()) + 1
-        memo = self._memo
-        fits = memo is not None and memo.shape[2] == num and memo.dtype == dtype
-        if memo is not None and fits and furthest <= memo.shape[1]:
-            return self._from_memo(memo, positions)
+        if self._memo.promised is None and positions.numel():
+            reach = int(positions.max()) + 1
+        else:
+            reach = self._memo.promised or 0
+        table = self._memo.table(reach, num, dtype)
+        if table is None:
+            return _gumbel(self._words, positions, num).to(dtype)
+        return table[self._rows[:, None], positions]
+
+
+class _Memo:
+    """Gumbel numbers of the images that a run began with, computed once as long as they are few."""
+
+    def __init__(self, words: Tensor) -> None:
+        self._words = words
+        self._table: Tensor | None = None
+        self.promised: int | None = None
+
+    def table(self, reach: int, num: int, dtype: torch.dtype) -> Tensor | None:
+        """Numbers [B, P, num] of at least `reach` positions; None where they are too many."""
+        made = self._table
+        is_right = made is not None and made.shape[2] == num and made.dtype == dtype
+        if made is not None and is_right and reach <= made.shape[1]:
+            return made
         # Room for the positions to come, so that a typical image is computed in one go.
-        length = max(64, 1 << (furthest - 1).bit_length())
-        if len(self) * length * num <= MEMO_ELEMENTS:
-            every = torch.arange(length, device=positions.device).expand(len(self), length)
-            self._memo = self._gumbel(every, num).to(dtype)
-            return self._from_memo(self._memo, positions)
-        return self._gumbel(positions, num).to(dtype)
+        length = max(64, 1 << (reach - 1).bit_length())
+        if len(self._words) * length * num > MEMO_ELEMENTS:
+            return None
+        every = torch.arange(length, device=self._words.device).expand(len(self._words), length)
+        self._table = _gumbel(self._words, every, num).to(dtype)
+        return self._table
 
-    @staticmethod
-    def _from_memo(memo: Tensor, positions: Tensor) -> Tensor:
-        rows = torch.arange(len(memo), device=memo.device)[:, None]
-        return memo[rows, positions]
 
-    def _gumbel(self, positions: Tensor, num: int) -> Tensor:
-        return -(-self.uniform(positions, "token", num=num).log()).log()
+def _uniform(
+    identities: Tensor, positions: Tensor, purpose: str, round_number: Tensor | int, num: int
+) -> Tensor:
+    """Numbers [B, T, num] for identities [B, 3] (seed low and high, image), positions [B, T]."""
+    low, high, image = (word[:, None, None] for word in identities.unbind(1))
+    lanes = torch.arange(-(-num // 4), device=positions.device)
+    use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
+    use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
+    words = philox4x32((image, positions[..., None], lanes, use), (low, high)).flatten(-2)
+    return ((words.double() + 0.5) * 2.0**-32)[..., :num]
+
+
+def _gumbel(identities: Tensor, positions: Tensor, num: int) -> Tensor:
+    return -(-_uniform(identities, positions, "token", 0, num).log()).log()

@@ -6,6 +6,7 @@ Every loop keeps its books here: the token loop, several rows at once, scales, l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Run:
         seeds: one per image, an integer or a pair (seed, image).
         on_step: see `arvision.contracts.StepCallback`.
         guidance_scale: weight of the condition, for the models.
+        steps: how passes of fixed shapes run, see `arvision.decoding.fixed_step.Steps`; None for the
+            ordinary loop.
 
     Attributes:
         noise: of the B images.
@@ -37,6 +40,7 @@ class Run:
         passes: [B] int64, passes that an image took part in.
         num_passes: of the model so far.
         stopped: whether `on_step` asked for the end.
+        warm_up: seconds that compiling and capturing took.
 
     Raises:
         InputError: another number of seeds than of images.
@@ -56,12 +60,14 @@ class Run:
         on_step: StepCallback | None = None,
         *,
         guidance_scale: Any = 1.0,
+        steps: Any = None,
     ) -> None:
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} conditions: expected one each")
         self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
-        self.guidance_scale, self._on_step = guidance_scale, on_step
+        self.guidance_scale, self._on_step, self.steps = guidance_scale, on_step, steps
         self.num_passes, self.stopped = 0, False
+        self._num_final, self.warm_up = 0, 0.0
 
     def begin(
         self,
@@ -77,11 +83,13 @@ class Run:
             dtype: of the tokens.
         """
         self.noise = Noise(self.seeds, device)
-        shape = (self.batch, self.num_tokens)
-        self.commit_pass = torch.zeros(shape, dtype=torch.int64, device=device)
+        shape = (self.batch, self.num_tokens + 1)
+        self._commit_pass = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.commit_pass = self._commit_pass[:, :-1]
         self.lengths = torch.zeros(self.batch, dtype=torch.int64, device=device)
         self.passes = torch.zeros_like(self.lengths)
-        self.tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
+        self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
+        self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def next_pass(self, images: Tensor | None = None) -> None:
@@ -101,9 +109,43 @@ class Run:
             tokens: like `positions`; with a last dimension D for latents.
         """
         if self.tokens.dtype != tokens.dtype:
-            self.tokens = self.tokens.to(tokens.dtype)
+            self._tokens = self._tokens.to(tokens.dtype)
+            self.tokens = self._tokens[:, :-1]
         self.tokens[images, positions] = tokens
         self.commit_pass[images, positions] = self.num_passes
+
+    def record_rows(
+        self,
+        images: Tensor,
+        starts: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        number: Tensor | None = None,
+    ) -> None:
+        """Write down a row of tokens for each image, of which some are final; reads nothing back.
+
+        Args:
+            images: [A].
+            starts: [A], place of the first token of each row.
+            tokens: [A, K].
+            counts: [A], how many from the left are final; the rest is dropped.
+            number: of the pass, where only the device knows it.
+        """
+        offsets = torch.arange(tokens.shape[1], device=starts.device)
+        # What is dropped lands in a column behind the last token.
+        places = torch.where(offsets < counts[:, None], starts[:, None] + offsets, self.num_tokens)
+        rows = images[:, None]
+        self._tokens[rows, places] = tokens.to(self._tokens.dtype)
+        self._commit_pass[rows, places] = self.num_passes if number is None else number
+
+    def count(self, images: Tensor, counts: Tensor) -> None:
+        """Keep the books of a pass that gave `counts` [A] tokens of `images` [A]; reads nothing."""
+        self.lengths.index_add_(0, images, counts)
+        self.passes.index_add_(0, images, (counts > 0).long())
+
+    def buffers(self) -> list[Tensor]:
+        """Everything that `record_rows`, `count` and `watch_laws` change."""
+        return [self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken]
 
     def watch(self, values: Tensor) -> None:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""
@@ -120,8 +162,7 @@ class Run:
         """Stop at numbers that no model should give.
 
         Args:
-            going: [A] bool, which images go on; it is read together with the check, so that a pass
-                costs one read from an accelerator.
+            going: [A] bool, which images go on.
 
         Returns:
             How many images go on (0 without `going`).
@@ -129,37 +170,64 @@ class Run:
         Raises:
             InputError: a law or a latent was NaN or infinite.
         """
-        broken = self._is_broken.long()
-        flags = broken[None] if going is None else torch.stack([broken, going.sum()])
-        found = flags.tolist()
+        return sum(self.read() if going is None else self.read(going.sum())[0])
+
+    def read(self, *wanted: Tensor) -> list[list[int]]:
+        """What the host must know of a pass, in the one read from an accelerator that it costs.
+
+        Args:
+            *wanted: int64 tensors of any shape.
+
+        Returns:
+            The elements of each, in order.
+
+        Raises:
+            InputError: a law or a latent was NaN or infinite.
+        """
+        parts = [self._is_broken.long().view(1), *(part.flatten() for part in wanted)]
+        found = torch.cat(parts).tolist()
         if found[0]:
             raise InputError(
                 f"the model gave NaN or infinity in pass {self.num_passes}: expected finite "
                 "numbers; look at its weights, its dtype and the prompt's features"
             )
-        return found[-1]
+        ends = list(accumulate((part.numel() for part in wanted), initial=1))
+        return [found[begin:end] for begin, end in pairwise(ends)]
 
-    def report(self, counts: Tensor, images: Tensor | None = None, **more: Any) -> None:
+    def report(
+        self,
+        counts: Tensor,
+        images: Tensor | None = None,
+        given: list[int] | None = None,
+        **more: Any,
+    ) -> None:
         """A pass is over: tell `on_step`, whose true answer sets `stopped`.
 
         Args:
             counts: [A] int64, tokens that the pass made final.
             images: [A], whose; None for all.
+            given: `counts` on the host, where a loop has read them.
             **more: what a loop tells besides the figures of `progress`.
         """
         if images is None:
             self.lengths = (self.lengths + counts).clamp(max=self.num_tokens)
         else:
             self.lengths[images] += counts
-        if self._on_step is not None and self.num_passes:
-            self.stopped = bool(self._on_step(self.num_passes, self.progress(counts) | more))
+        self.tell(counts, given, **more)
 
-    def progress(self, counts: Tensor) -> dict[str, Any]:
+    def tell(self, counts: Tensor, given: list[int] | None = None, **more: Any) -> None:
+        """`report` of what is in the books already."""
+        if given is not None:
+            self._num_final += sum(given)
+        if self._on_step is not None and self.num_passes:
+            self.stopped = bool(self._on_step(self.num_passes, self.progress(counts, given) | more))
+
+    def progress(self, counts: Tensor, given: list[int] | None = None) -> dict[str, Any]:
         """Figures for progress bars, see `arvision.contracts.StepCallback`."""
         return {
-            "finished": int(self.lengths.sum()),
+            "finished": int(self.lengths.sum()) if given is None else self._num_final,
             "total": self.batch * self.num_tokens,
-            "accepted": counts.tolist(),
+            "accepted": counts.tolist() if given is None else given,
         }
 
     def stats(self, **more: Any) -> Stats:
@@ -181,4 +249,4 @@ class Run:
 
     def samples(self, embeddings: Tensor | None = None, **more: Any) -> Samples:
         """What was drawn, with its statistics."""
-        return Samples(self.tokens, self.stats(**more), embeddings)
+        return Samples(self.tokens.contiguous(), self.stats(**more), embeddings)

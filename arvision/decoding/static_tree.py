@@ -167,7 +167,7 @@ class StaticTreeDrafter:
         coupled = maximal_coupling(chain).tokens
         final = torch.arange(levels + 1, device=end.device) < verdict.counts[:, None]
         tokens = torch.where(final, verdict.tokens[:, : levels + 1], coupled)
-        self._chain.observe(chain, Verdict(tokens, verdict.counts))
+        self._chain.observe(chain, Verdict(tokens, verdict.counts, given=verdict.given))
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

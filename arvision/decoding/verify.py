@@ -69,11 +69,13 @@ class Verdict:
         counts: [B] int64, at least 1: `tokens[b, :counts[b]]` are final.
         path: [B, levels] int64, the drafts that stay: `path[b, :counts[b] - 1]`. None for a chain,
             where they are the first ones.
+        given: `counts` on the host, once the loop has read them.
     """
 
     tokens: Tensor
     counts: Tensor
     path: Tensor | None = None
+    given: list[int] | None = None
 
 
 Rule = Callable[[Round], Verdict]

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..contracts import Conditions, TellsCost, device_of
 from ..contracts import Sampler as SamplerLike
@@ -159,10 +158,10 @@ class GoodputWindow:
         drafts = (self._table.tokens(window) - 1) * self._accepted / self._promised
         return num_rows * (1 + min(drafts, window - 1)) / self._table.seconds(num_rows, window)
 
-    def observe(self, num_candidates: int, counts: Tensor, num_useful: Tensor) -> None:
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """Compare what a pass gave with what the table promised, where the image left room."""
         promised = self._table.tokens(num_candidates) - 1
-        for count, useful in zip(counts.tolist(), num_useful.tolist(), strict=True):
+        for count, useful in zip(counts, room, strict=True):
             if useful >= num_candidates:
                 self._accepted += count - 1
                 self._promised += promised

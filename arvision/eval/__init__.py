@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import on_demand
 from . import extractors
 from .classifier import FashionClassifier, class_consistency, classify, load_classifier
-from .evaluate import evaluate, load_reference
+from .evaluate import evaluate
 from .features import EXTRACTORS, Extractor, ExtractorFacts, get_extractor, list_extractors
 from .frechet import (
     frechet_between,
@@ -17,6 +17,7 @@ from .frechet import (
 from .generate import GenerateConfig, Made, generate
 from .moments import GroupedMoments, Moments, merge_all
 from .pixels import to_uint8
+from .reference import load_reference
 from .score import Score
 from .scores import bootstrap_mean, inception_score, kernel_distance, precision_recall
 from .sources import open_source

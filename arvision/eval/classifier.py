@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
+from ..files import user_path
 from .pixels import check_images
 from .score import Score
 
@@ -87,7 +88,7 @@ def load_classifier(folder: str | Path | None = None) -> FashionClassifier:
     Raises:
         CheckpointError: a file is missing or does not fit.
     """
-    place = ASSET if folder is None else Path(folder)
+    place = ASSET if folder is None else user_path(folder)
     try:
         config = json.loads((place / "config.json").read_text())
         weights = load_file(str(place / "model.safetensors"))

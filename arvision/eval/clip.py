@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError, optional, unknown_name
+from ..errors import InputError, check_count, optional, unknown_name
 from .extractors.clip import CLIP
 from .score import Score
 from .scores import bootstrap_mean
@@ -69,6 +69,7 @@ def clip_score(
     if len(captions) != len(source) or len(source) == 0:
         raise InputError(f"{len(captions)} captions for {len(source)} images: expected as many")
     apply_convention(torch.zeros(1), convention)
+    check_count("batch_size", batch_size)
     cosines = []
     starts = range(0, len(source), batch_size)
     for start in tqdm(starts, desc="clip", file=sys.stderr, disable=not progress):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import user_path, write_text
 
 
 def choose_captions(
@@ -32,7 +32,7 @@ def choose_captions(
         InputError: another file, or fewer images than `num`.
     """
     try:
-        found = json.loads(Path(annotations).read_text())
+        found = json.loads(user_path(annotations).read_text())
         names = {image["id"]: image["file_name"] for image in found["images"]}
         captions: dict[int, tuple[int, str]] = {}
         for entry in found["annotations"]:

@@ -19,10 +19,10 @@ from .equivalence import (
     token_law,
     verdict,
 )
-from .evaluate import load_reference
 from .extract import extract
 from .features import Extractor
 from .frechet import frechet_jackknife
+from .reference import load_reference
 from .shards import ShardFolder
 from .sources import ShardSource
 

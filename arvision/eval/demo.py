@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import optional
-from ..files import replacing, write_json, write_text
+from ..files import replacing, user_path, write_json, write_text
 from .classifier import class_consistency
 from .equivalence import TestResult, log_likelihoods, permutation_mmd, same_tokens, token_law
 from .equivalence import verdict as verdict_of
-from .evaluate import Reference, load_reference, score_features
+from .evaluate import score_features
 from .extract import FeatureSet, extract
 from .features import Extractor
+from .reference import Reference, load_reference
 from .report import git_commit, machine, package_versions
 from .score import Score
 from .shards import ShardFolder
@@ -195,14 +196,14 @@ def plot(rows: Sequence[Row], distance: str, path: str | Path) -> Path:
     axes.set_title("quality against speed: exact samplers blue, lossy ones orange", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    return Path(path)
+    return user_path(path)
 
 
 def write_demo(
     rows: Sequence[Row], judge: Judge, out: str | Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """`report.json`, `report.md` and `quality-speed.png` in `out`; returns the report."""
-    place = Path(out)
+    place = user_path(out)
     distances = [name for name in rows[0].scores if name.startswith("frechet_")]
     plot(rows, distances[0], place / "quality-speed.png")
     report = {

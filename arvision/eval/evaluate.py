@@ -4,153 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ..errors import InputError
+from ..errors import InputError, check_count, unknown_name
+from .distributed import rank_and_size
 from .extract import FeatureSet, extract
-from .features import Extractor, file_sha256
+from .features import Extractor
 from .frechet import frechet_jackknife
-from .moments import Moments, merge_all
+from .moments import Moments
+from .reference import Opened, OpenedImages, Reference, load_reference, prepare_reference
 from .score import Score
 from .scores import (
+    NUM_SPLITS,
     check_label_order,
     check_score_order,
     inception_score,
     kernel_distance,
-    neighbour_radii,
     precision_recall,
     refuse_sorted,
 )
-from .sources import ArraySource, Source, open_npz, open_source
+from .sources import Source, open_source
 
-METRICS = ("frechet", "sfid", "is", "precision", "recall", "density", "coverage", "kid")
-ADM_KEYS = ("mu", "sigma")
-
-
-@dataclass
-class Reference:
-    """What samples are held against.
-
-    Attributes:
-        name: path or description.
-        mean: [D] of the features.
-        covariance: [D, D].
-        spatial: mean and covariance of the spatial features, or None.
-        features: rows for precision, recall and KID, or None.
-        sha256: of the file, or None for a folder.
-        from_statistics: whether mean and covariance were read rather than computed.
-    """
-
-    name: str
-    mean: Any
-    covariance: Any
-    spatial: tuple[Any, Any] | None
-    features: np.ndarray | None
-    sha256: str | None
-    from_statistics: bool
-    count: int | None = None
-
-    @cached_property
-    def radii(self) -> torch.Tensor:
-        """Squared distances of the rows to their third neighbours, computed once."""
-        return neighbour_radii(torch.as_tensor(self.features).float())
-
-
-def load_reference(
-    where: Any,
-    extractor: Extractor,
-    *,
-    need_rows: bool,
-    batch_size: int = 50,
-    progress: bool = True,
-    allow_jpeg: bool = False,
-    crop: int | None = None,
-) -> Reference | None:
-    """A reference from statistics (npz with mu and sigma) or from images.
-
-    With ADM's file the distance uses mu and sigma, which cover the whole training set, and its
-    10,000 images `arr_0` serve precision and recall only.
-
-    Args:
-        where: a path (npz of statistics or images, folder, shards) or a source.
-        extractor: for images.
-        need_rows: whether features of the images are wanted (precision and recall, KID).
-        batch_size: images per forward pass.
-        progress: bar on stderr.
-        allow_jpeg: take JPEG files in a folder.
-        crop: centre crop and Lanczos resize of a folder's pictures.
-
-    Returns:
-        The reference on rank 0, None elsewhere.
-
-    Raises:
-        InputError: statistics of another width, or other keys.
-    """
-    options = {"batch_size": batch_size, "progress": progress}
-    path = Path(where) if isinstance(where, (str, Path)) else None
-    if path is not None and path.is_file():
-        members = open_npz(path)
-        if any(key in members for key in ADM_KEYS):
-            return _from_statistics(path, members, extractor, need_rows, options)
-    source: Any = (
-        where
-        if path is None and not isinstance(where, torch.Tensor)
-        else open_source(where, allow_jpeg=allow_jpeg, crop=crop)
-    )
-    found = extract(source, extractor, keep_rows=need_rows, **options)
-    if found is None:
-        return None
-    whole = found.moments
-    spatial = None
-    if found.spatial is not None:
-        merged = merge_all(found.spatial)
-        spatial = merged.mean, merged.covariance()
-    digest = file_sha256(path) if path is not None and path.is_file() else None
-    return Reference(
-        source.name,
-        whole.mean,
-        whole.covariance(),
-        spatial,
-        found.features,
-        digest,
-        False,
-        found.count,
-    )
-
-
-def _from_statistics(
-    path: Path,
-    members: dict[str, np.ndarray],
-    extractor: Extractor,
-    need_rows: bool,
-    options: dict[str, Any],
-) -> Reference | None:
-    """mu, sigma, mu_s, sigma_s of a file, and features of its images."""
-    missing = [key for key in ADM_KEYS if key not in members]
-    if missing:
-        raise InputError(f"{path} holds {', '.join(members)}: expected {missing[0]} too")
-    width, mean = extractor.facts.dim, members["mu"].reshape(-1)
-    if len(mean) != width or members["sigma"].shape != (width, width):
-        shapes = f"mu {list(members['mu'].shape)}, sigma {list(members['sigma'].shape)}"
-        wanted = f"[{width}] and [{width}, {width}] for {extractor.facts.name}"
-        raise InputError(f"{path} holds {shapes}: expected {wanted}")
-    features = None
-    if need_rows and "arr_0" in members:
-        images = ArraySource(members["arr_0"], None, f"{path}[arr_0]")
-        kept = extract(images, extractor, **options)
-        if kept is None:
-            return None
-        features = kept.features
-    spatial = None
-    if "mu_s" in members and "sigma_s" in members:
-        spatial = members["mu_s"].reshape(-1), members["sigma_s"]
-    return Reference(str(path), mean, members["sigma"], spatial, features, file_sha256(path), True)
+BALLS = ("precision", "recall", "density", "coverage")
+METRICS = ("frechet", "sfid", "is", *BALLS, "kid")
+SMALLEST = {**dict.fromkeys(BALLS, 4), "kid": 2, "is": NUM_SPLITS, "frechet": 2, "sfid": 2}
+"""Images that a metric takes at least, of either side that it looks at."""
 
 
 def default_metrics(extractor: Extractor) -> tuple[str, ...]:
@@ -174,7 +52,7 @@ def evaluate(
     reference: Any,
     extractor: Extractor,
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     batch_size: int = 50,
     allow_jpeg: bool = False,
     allow_sorted: bool = False,
@@ -184,10 +62,11 @@ def evaluate(
     """Score samples against a reference.
 
     Args:
-        samples: a source, a path or a uint8 tensor.
-        reference: likewise, a statistics file, or a loaded `Reference`.
+        samples: what `open_source` takes.
+        reference: likewise, a statistics file or `Moments`, or a loaded `Reference`.
         extractor: see `get_extractor`.
-        metrics: from `METRICS`; None takes what the extractor can give.
+        metrics: from `METRICS`; None takes what the extractor can give and the reference allows,
+            and names the rest.
         batch_size: images per forward pass.
         allow_jpeg: take JPEG samples.
         allow_sorted: give an inception score of class-sorted samples, with a warning.
@@ -200,34 +79,104 @@ def evaluate(
     Raises:
         InputError: see the parts; nothing is scored halfway.
     """
-    wanted = tuple(metrics) if metrics is not None else default_metrics(extractor)
-    for name in wanted:
-        if name not in METRICS:
-            raise InputError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")
-    source = samples if hasattr(samples, "read") else open_source(samples, allow_jpeg=allow_jpeg)
+    found = score_against(
+        samples,
+        reference,
+        extractor,
+        metrics=metrics,
+        batch_size=batch_size,
+        allow_jpeg=allow_jpeg,
+        allow_sorted=allow_sorted,
+        crop=crop,
+        progress=progress,
+    )
+    return None if found is None else found[0]
+
+
+def score_against(
+    samples: Source | Any,
+    reference: Any,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] | str | None = None,
+    batch_size: int = 50,
+    allow_jpeg: bool = False,
+    allow_sorted: bool = False,
+    crop: int | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Score], Reference] | None:
+    """The scores of `evaluate`, and the reference they were computed against."""
+    check_count("batch_size", batch_size)
+    source = open_source(samples, allow_jpeg=allow_jpeg)
+    opened = prepare_reference(reference, extractor, allow_jpeg=True, crop=crop)
+    wanted = choose_metrics(metrics, extractor, opened, len(source))
     if "is" in wanted:
-        _need(extractor, "logits", "is")
         refuse_sorted(check_label_order(source.labels), allow_sorted)
-    if "sfid" in wanted:
-        _need(extractor, "spatial", "sfid")
     need_rows = any(name not in ("frechet", "sfid", "is") for name in wanted)
     options = {"batch_size": batch_size, "progress": progress}
-    goal = reference
-    if not isinstance(reference, Reference):
-        goal = load_reference(
-            reference, extractor, need_rows=need_rows, allow_jpeg=True, crop=crop, **options
-        )
+    goal = load_reference(opened, extractor, need_rows=need_rows, **options)
     found = extract(source, extractor, keep_rows=need_rows, **options)
     if found is None or goal is None:
         return None
     if "is" in wanted and found.labels is None:
         refuse_sorted(check_score_order(found.logits), allow_sorted)
-    return score_features(found, goal, extractor, wanted)
+    return score_features(found, goal, extractor, wanted), goal
 
 
-def _need(extractor: Extractor, output: str, metric: str) -> None:
-    if output not in extractor.facts.outputs:
-        raise InputError(f"metric {metric} needs {output}, which {extractor.facts.name} lacks")
+def choose_metrics(
+    metrics: Sequence[str] | str | None,
+    extractor: Extractor,
+    reference: Opened,
+    num_samples: int | None = None,
+) -> tuple[str, ...]:
+    """What will be scored, known before any picture is read.
+
+    Args:
+        metrics: asked for by name; None for all that the extractor gives, of which those that the
+            reference or the number of images does not allow are left out with a warning.
+        extractor: see `get_extractor`.
+        reference: see `arvision.eval.reference.prepare_reference`.
+        num_samples: images that will be scored, where known.
+
+    Raises:
+        InputError: an unknown metric; one that was asked for and is not possible; none is possible.
+    """
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    wanted = default_metrics(extractor) if names is None else tuple(n.strip() for n in names)
+    for name in wanted:
+        if name not in METRICS:
+            raise unknown_name("metric", name, METRICS)
+    if not wanted:
+        raise InputError(f"no metric: expected some of {', '.join(METRICS)}")
+    obstacles = {name: _obstacle(name, extractor, reference, num_samples) for name in wanted}
+    lacking = {name: why for name, why in obstacles.items() if why is not None}
+    if lacking and (metrics is not None or len(lacking) == len(wanted)):
+        name, why = next(iter(lacking.items()))
+        raise InputError(f"metric {name}: {why}")
+    for why in dict.fromkeys(lacking.values()):
+        named = ", ".join(name for name in lacking if lacking[name] == why)
+        if rank_and_size()[0] == 0:
+            warnings.warn(f"not scored: {named} ({why})", stacklevel=2)
+    return tuple(name for name in wanted if name not in lacking)
+
+
+def _obstacle(
+    name: str, extractor: Extractor, reference: Opened, num_samples: int | None
+) -> str | None:
+    """Why a metric is not possible, None where it is."""
+    output = {"is": "logits", "sfid": "spatial"}.get(name)
+    if output is not None and output not in extractor.facts.outputs:
+        return f"needs {output}, which {extractor.facts.name} lacks"
+    least = SMALLEST[name]
+    if num_samples is not None and num_samples < least:
+        return f"{num_samples} samples: expected at least {least} images"
+    if name == "sfid" and not isinstance(reference, OpenedImages) and reference.spatial is None:
+        return f"{reference.name} has no mu_s and sigma_s: expected them for sfid"
+    if name in (*BALLS, "kid") and reference.num_rows < least:
+        if reference.num_rows == 0:
+            return f"{reference.name} has no images: expected arr_0, or a folder of pictures"
+        return f"{reference.name} holds {reference.num_rows} images: expected at least {least}"
+    return None
 
 
 def score_features(
@@ -250,7 +199,7 @@ def score_features(
     if "is" in wanted:
         name = "is" if extractor.facts.name == "inception-adm" else f"is_{extractor.facts.name}"
         scores[name] = inception_score(found.logits)
-    rows = [name for name in ("precision", "recall", "density", "coverage") if name in wanted]
+    rows = [name for name in BALLS if name in wanted]
     if rows or "kid" in wanted:
         if goal.features is None or found.features is None:
             raise InputError(f"{goal.name} has no images: expected arr_0 for {(*rows, 'kid')[0]}")

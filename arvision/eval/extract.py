@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, check_count
 from .distributed import gather, rank_and_size
 from .features import Extractor
 from .moments import GroupAssigner, GroupedMoments, Moments
@@ -109,6 +109,7 @@ def extract(
     Raises:
         InputError: fewer than 2 images, images of another size than the first.
     """
+    batch_size = check_count("batch_size", batch_size)
     if len(source) < 2:
         raise InputError(f"{source.name} holds {len(source)} image(s): expected at least 2")
     rank, size = rank_and_size()

@@ -7,7 +7,7 @@ because a distance means nothing without them.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, InputError
+from ..errors import ArvisionError, CheckpointError, InputError, check_count
+from ..files import regular_file, sha256_of
 from ..registry import Registry
 from .pixels import check_images
 
@@ -95,9 +96,9 @@ class WrappedModule(Extractor):
     """Any module that maps uint8 [B, 3, H, W] to [B, D].
 
     Args:
-        module: called as it is, in evaluation mode.
+        module: a copy of it is called, in evaluation mode; the module itself stays as it is.
         name: for reports.
-        dim: D; None measures it with one black image of 64x64.
+        dim: D; None measures it with black images of 64x64.
         preprocess_id: what the module does with the bytes.
     """
 
@@ -108,22 +109,50 @@ class WrappedModule(Extractor):
         dim: int | None = None,
         preprocess_id: str = "own",
     ) -> None:
-        width = dim
-        if width is None:
-            with torch.inference_mode():
-                probe = module.eval()(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-            width = int(probe.shape[-1])
-        super().__init__(ExtractorFacts(name or type(module).__name__, width, preprocess_id))
-        self.module = module
+        name, own = name or type(module).__name__, _copy_of(module, "extractor").eval()
+        width = _measure(own, name) if dim is None else check_count("dim", dim)
+        super().__init__(ExtractorFacts(name, width, preprocess_id))
+        self.module = own
         self.eval().requires_grad_(False)
 
     def compute(self, images: Tensor) -> dict[str, Tensor]:
         """The module's answer, which must be [B, D]."""
         found = self.module(images)
+        if not isinstance(found, Tensor):
+            kind, wanted = type(found).__name__, f"a tensor [B, {self.facts.dim}]"
+            raise InputError(f"extractor {self.facts.name} gave a {kind}: expected {wanted}")
         if found.ndim != 2 or found.shape[1] != self.facts.dim:
             shape, wanted = list(found.shape), f"[B, {self.facts.dim}]"
             raise InputError(f"extractor {self.facts.name} gave {shape}: expected {wanted}")
         return {"features": found}
+
+
+def _copy_of(module: Any, name: str) -> Any:
+    """A copy that can be moved and set to evaluation without its owner noticing."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        raise InputError(f"{name} {type(module).__name__} cannot be copied ({reason})") from error
+
+
+def _measure(module: nn.Module, name: str) -> int:
+    """D of a module, from two black images of 64x64."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    device = None if tensor is None else tensor.device
+    try:
+        with torch.inference_mode():
+            found = module(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        raise InputError(
+            f"extractor {name} does not take uint8 [2, 3, 64, 64] ({reason}): expected a module from "
+            "bytes to [B, D], or dim=D if it needs another size"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 2:
+        given = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise InputError(f"extractor {name} gave {given}: expected [B, D]")
+    return int(found.shape[1])
 
 
 EXTRACTORS: Registry[Any] = Registry("extractor", "arvision.extractors")
@@ -133,6 +162,8 @@ def get_extractor(
     extractor: str | nn.Module, device: str | torch.device | None = None, **options: Any
 ) -> Extractor:
     """An extractor by name, or any module wrapped as one.
+
+    A module or an extractor of the caller's is left as it is: in its mode, on its device.
 
     Args:
         extractor: a registered name, an `Extractor`, or a module from bytes to features.
@@ -152,7 +183,8 @@ def get_extractor(
                 raise
             raise InputError(f"extractor {extractor}: {error}") from error
     elif isinstance(extractor, Extractor):
-        made = extractor
+        elsewhere = device is not None and torch.device(device) != extractor.device
+        made = _copy_of(extractor, "extractor") if elsewhere else extractor
     elif isinstance(extractor, nn.Module):
         made = WrappedModule(extractor, **options)
     else:
@@ -172,14 +204,10 @@ def file_sha256(path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        return sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
 
 
 def safe_load(path: str | Path) -> dict[str, Tensor]:
@@ -189,11 +217,14 @@ def safe_load(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: unreadable, truncated, or holding anything but tensors.
     """
     try:
+        regular_file(path).close()
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
             return load_file(str(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except ArvisionError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise CheckpointError(f"{path}: expected a file of plain tensors ({reason})") from error

@@ -24,12 +24,45 @@ from .moments import Moments, check_features
 from .score import Score, normal_score
 
 SAFE_PIVOT = 1e-10
+SLACK = 4 * 2.0**-23
+"""How far below zero, in units of sqrt(D) times the largest, an eigenvalue may lie: a covariance that
+was computed or stored in float32 has such ones where it is singular (few images)."""
+
+
+def check_gaussian(mean: Any, covariance: Any, name: str) -> None:
+    """Refuse what is no mean [D] and covariance [D, D].
+
+    Raises:
+        InputError: other shapes or types, values that are not finite, an asymmetric matrix, or one
+            with an eigenvalue below what float32 rounds zero to.
+    """
+    vector, matrix = _vector(mean, f"{name}: mean"), _symmetric(covariance, f"{name}: covariance")
+    if len(vector) != len(matrix):
+        sizes = f"{len(vector)} and {len(matrix)}"
+        raise InputError(f"{name}: mean and covariance have {sizes} dimensions, expected equal")
+    try:
+        _factor(matrix)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _numbers(values: Any, name: str) -> Tensor:
+    """Real numbers as a float64 tensor."""
+    if isinstance(values, Tensor):
+        found = values
+    else:
+        array = np.array(values)
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{name} has the dtype {array.dtype}: expected real numbers")
+        found = torch.from_numpy(array.astype(np.float64))
+    if found.is_complex() or found.dtype == torch.bool:
+        raise InputError(f"{name} has the dtype {found.dtype}: expected real numbers")
+    return found.double()
 
 
 def _symmetric(matrix: Any, name: str) -> Tensor:
     """`matrix` as a finite, symmetric float64 tensor [D, D]."""
-    tensor = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.array(matrix))
-    tensor = tensor.double()
+    tensor = _numbers(matrix, name)
     if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
         raise InputError(f"{name} has shape {list(tensor.shape)}: expected [D, D]")
     if not bool(torch.isfinite(tensor).all()):
@@ -41,23 +74,30 @@ def _symmetric(matrix: Any, name: str) -> Tensor:
 
 
 def _vector(vector: Any, name: str) -> Tensor:
-    tensor = vector if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
-    if tensor.ndim != 1 or not bool(torch.isfinite(tensor.double()).all()):
+    tensor = _numbers(vector, name)
+    if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{name} has shape {list(tensor.shape)}: expected a finite vector [D]")
-    return tensor.double()
+    return tensor
 
 
 def _root_factor(covariance: Tensor) -> Tensor:
     """R [D, D] with R^T R = covariance (rows: root of eigenvalue times eigenvector).
 
     Eigenvalues below the rounding noise of `eigh` (4 sqrt(D) eps times the largest) are zero: the
-    root of noise 1e-16 would count as 1e-8.
+    root of noise 1e-16 would count as 1e-8. So are those that float32 made negative: R^T R is then
+    the nearest covariance, whose trace the distance takes.
+
+    Raises:
+        InputError: an eigenvalue below what rounding makes of zero.
     """
     values, vectors = torch.linalg.eigh(covariance)
     noise = 4 * len(values) ** 0.5 * torch.finfo(values.dtype).eps * float(values.abs().max())
     kept = torch.where(values > noise, values, torch.zeros_like(values))
-    if float(values.min()) < -1e3 * noise:
-        raise InputError(f"smallest eigenvalue {float(values.min()):g}: expected a covariance")
+    lowest, largest = float(values.min()), float(values.abs().max())
+    if lowest < -SLACK * len(values) ** 0.5 * largest:
+        raise InputError(
+            f"smallest eigenvalue {lowest:g} beside {largest:g}: expected a covariance"
+        )
     return kept.sqrt()[:, None] * vectors.T
 
 
@@ -99,8 +139,10 @@ def frechet_distance(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
     sizes = (len(mean_a), len(cov_a), len(mean_b), len(cov_b))
     if len(set(sizes)) != 1:
         raise InputError(f"mean_a, cov_a, mean_b, cov_b have {sizes} dimensions: expected equal")
-    nuclear = torch.linalg.svdvals(_factor(cov_a) @ _factor(cov_b).T).sum()
-    return _assemble(mean_a - mean_b, cov_a.trace() + cov_b.trace(), nuclear)
+    factor_a, factor_b = _factor(cov_a), _factor(cov_b)
+    nuclear = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    traces = factor_a.square().sum() + factor_b.square().sum()
+    return _assemble(mean_a - mean_b, traces, nuclear)
 
 
 def _assemble(difference: Tensor, traces: Tensor, nuclear: Tensor) -> float:
@@ -165,10 +207,10 @@ def frechet_jackknife(
     usable = [part for part in parts if part.count and whole.count - part.count >= 2]
     if len(usable) < 2:
         return Score(value, whole.count)
-    goal, cov = _vector(mean, "mean").to(whole.mean.device), _symmetric(covariance, "covariance")
-    cov = cov.to(whole.mean.device)
-    root = _root_factor(cov)
-    replicas = np.array([_replica(whole.without(part), goal, cov, root) for part in usable])
+    device = whole.mean.device
+    goal = _vector(mean, "mean").to(device)
+    root = _root_factor(_symmetric(covariance, "covariance").to(device))
+    replicas = np.array([_replica(whole.without(part), goal, root) for part in usable])
     # Replicas use the symmetric product: its error (1e-7 relative) is far below their spread.
     count = len(replicas)
     variance = (count - 1) / count * float(np.square(replicas - replicas.mean()).sum())
@@ -183,11 +225,11 @@ def _merged(parts: Sequence[Moments]) -> Moments:
     return merge_all(parts)
 
 
-def _replica(rest: Moments, mean: Tensor, covariance: Tensor, root: Tensor) -> float:
+def _replica(rest: Moments, mean: Tensor, root: Tensor) -> float:
     """The distance of `rest`, by one eigenvalue problem (about 1e-7 relative)."""
     sample = rest.covariance()
     values = torch.linalg.eigvalsh(root @ sample @ root.T)
-    trace = sample.trace() + covariance.trace()
+    trace = sample.trace() + root.square().sum()
     fidelity = values.clamp_min(0).sqrt().sum()
     return float((rest.mean - mean).square().sum() + trace - 2 * fidelity)
 
@@ -221,12 +263,12 @@ def frechet_infinity(
         raise InputError(f"smallest is {smallest}: expected between 2 and N = {len(rows)}")
     draw = np.random.default_rng(seed)
     sizes = np.linspace(smallest, len(rows), num_sizes).astype(int)
-    goal_mean, goal_cov = _vector(mean, "mean"), _symmetric(covariance, "covariance")
-    root = _root_factor(goal_cov)
+    goal_mean = _vector(mean, "mean")
+    root = _root_factor(_symmetric(covariance, "covariance"))
     values = []
     for size in sizes:
         chosen = torch.from_numpy(draw.choice(len(rows), size, replace=False))
-        values.append(_replica(Moments.of(rows[chosen]), goal_mean, goal_cov, root))
+        values.append(_replica(Moments.of(rows[chosen]), goal_mean, root))
     (slope, intercept), spread = np.polyfit(1 / sizes, values, 1, cov=True)
     error = float(spread[1, 1]) ** 0.5
     return normal_score(float(intercept), error, len(rows), "linear-1/N", slope=float(slope))

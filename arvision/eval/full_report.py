@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .classifier import class_consistency
-from .evaluate import Reference, default_metrics, evaluate, load_reference
+from .evaluate import score_against
 from .features import Extractor
 from .generate import run_facts
 from .protocols import PROTOCOLS
@@ -21,7 +21,7 @@ def full_report(
     reference: Any,
     extractor: Extractor,
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | str | None = None,
     batch_size: int = 50,
     allow_jpeg: bool = False,
     allow_sorted: bool = False,
@@ -34,8 +34,8 @@ def full_report(
     A run of the fashion protocol is scored for class consistency too.
 
     Args:
-        samples: a source, a path or a tensor.
-        reference: likewise, or a loaded `Reference`.
+        samples: what `open_source` takes.
+        reference: see `evaluate`.
         extractor: see `get_extractor`.
         metrics: see `evaluate`.
         batch_size: images per forward pass.
@@ -46,31 +46,21 @@ def full_report(
         progress: bars on stderr.
     """
     started = time.perf_counter()
-    source = samples if hasattr(samples, "read") else open_source(samples, allow_jpeg=allow_jpeg)
-    wanted = tuple(metrics) if metrics is not None else default_metrics(extractor)
-    goal = reference
-    if not isinstance(reference, Reference):
-        goal = load_reference(
-            reference,
-            extractor,
-            need_rows=any(name not in ("frechet", "sfid", "is") for name in wanted),
-            batch_size=batch_size,
-            progress=progress,
-            allow_jpeg=True,
-            crop=crop,
-        )
-    scores = evaluate(
+    source = open_source(samples, allow_jpeg=allow_jpeg)
+    found = score_against(
         source,
-        goal if goal is not None else reference,
+        reference,
         extractor,
-        metrics=wanted,
+        metrics=metrics,
         batch_size=batch_size,
         allow_jpeg=allow_jpeg,
         allow_sorted=allow_sorted,
+        crop=crop,
         progress=progress,
     )
-    if scores is None or goal is None:
+    if found is None:
         return None
+    scores, goal = found
     run, measured = None, None
     if isinstance(source, ShardSource):
         run, measured = source.shards.config, run_facts(source.shards)
@@ -88,6 +78,7 @@ def full_report(
             "from_statistics": goal.from_statistics,
             "count": goal.count,
         },
+        notes={"samples": getattr(source, "notes", {}), "reference": goal.notes},
         run=run,
         measured=measured,
         seconds=time.perf_counter() - started,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import write_json, write_text
+from ..files import user_path, write_json, write_text
 from .features import Extractor
 from .protocols import PIXEL_PRESETS, PROTOCOLS, Protocol
 from .score import Score
@@ -73,6 +73,7 @@ def build_report(
     num: int,
     extractor: Extractor | None = None,
     reference: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
     run: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
     seconds: float | None = None,
@@ -85,6 +86,8 @@ def build_report(
         num: how many.
         extractor: that was used.
         reference: name, sha256 and whether its statistics were read.
+        notes: what reading the pictures of "samples" and "reference" left out or changed, by
+            reason, with counts and first names.
         run: settings of the run that made the samples (`run.json`), where known.
         measured: seconds, passes and images per second of that run.
         seconds: of the evaluation.
@@ -101,6 +104,7 @@ def build_report(
         "scores": {key: score.to_dict() for key, score in scores.items()},
         "extractor": extractor.facts.to_dict() if extractor else None,
         "reference": dict(reference) if reference else None,
+        "notes": {side: dict(found) for side, found in (notes or {}).items() if found},
         "run": dict(run) if run else None,
         "config_hash": config_hash(dict(run)) if run else None,
         "pixels": dict(vars(preset)) if preset else None,
@@ -129,6 +133,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         for key, value in (report.get(part) or {}).items():
             if value not in (None, {}, []):
                 lines.append(f"| {part}: {key} | {_short(value)} |")
+    for side, kinds in (report.get("notes") or {}).items():
+        for kind, reasons in kinds.items():
+            for reason, found in reasons.items():
+                row = f"| {side}: {kind.replace('_', ' ')} | {found['count']}: {reason} "
+                lines.append(f"{row}({_short(', '.join(found['first']))}) |")
     for key in ("config_hash", "commit", "evaluation_seconds"):
         if report.get(key) is not None:
             lines.append(f"| {key} | {_short(report[key])} |")
@@ -142,7 +151,7 @@ def _short(value: Any) -> str:
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """`report.json` and `report.md` in `folder`, each whole or not at all."""
-    place = Path(folder)
+    place = user_path(folder)
     write_json(place / "report.json", dict(report), indent=2)
     write_text(place / "report.md", to_markdown(report))
     return place / "report.json", place / "report.md"

@@ -15,9 +15,13 @@ from .moments import check_features
 from .score import Score, normal_score
 
 TILE = 2048
+NUM_SPLITS = 10
+SCORE_LOSS = 0.9
+NUM_SHUFFLES = 20
+SIGMAS = 5.0
 
 
-def inception_score(logits: Any, num_splits: int = 10) -> Score:
+def inception_score(logits: Any, num_splits: int = NUM_SPLITS) -> Score:
     """exp of the mean divergence of class predictions from their average.
 
     ADM's definition: consecutive, unshuffled chunks, the mean over chunks. A class-sorted file
@@ -53,37 +57,71 @@ def inception_score(logits: Any, num_splits: int = 10) -> Score:
     )
 
 
-def check_label_order(labels: Sequence[int] | None, num_splits: int = 10) -> bool:
-    """Whether every chunk of the inception score sees about as many classes as the whole.
+def check_label_order(
+    labels: Sequence[int] | None, num_splits: int = NUM_SPLITS, seed: int = 2020
+) -> bool:
+    """Whether the order of the labels leaves the inception score as high as a shuffled order would.
+
+    For a perfect classifier the log of the score is the entropy of the classes within a chunk, on
+    average: that of the whole file less the mutual information between chunk and class. Shuffled
+    files have some of it by chance, the more the rarer the classes are. The file counts as sorted
+    where it has so much more that the score falls below 90 %, and more than chance explains (5
+    standard deviations over 20 shuffles).
 
     Args:
         labels: [N] class ids in file order; None (unknown) passes.
         num_splits: chunks of the score.
+        seed: of the shuffles.
     """
     if labels is None or len(labels) < 2 * num_splits:
         return True
-    values = np.asarray(labels)
-    size = len(values) // num_splits
-    num_classes = len(np.unique(values))
-    seen = [len(np.unique(values[i * size : (i + 1) * size])) for i in range(num_splits)]
-    return min(seen) >= 0.5 * min(num_classes, size)
+    ids = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1)
+    ids = ids[: len(ids) // num_splits * num_splits]
+    draw = np.random.default_rng(seed)
+    own = _chunk_information(ids, num_splits)
+    excess = [
+        own - _chunk_information(draw.permutation(ids), num_splits) for _ in range(NUM_SHUFFLES)
+    ]
+    return not _is_beyond_chance(excess, -np.log(SCORE_LOSS))
 
 
-def check_score_order(logits: Any, num_splits: int = 10, seed: int = 2020) -> bool:
+def _is_beyond_chance(excess: Sequence[float], least: float) -> bool:
+    """Whether what a file has more than its shuffles is large, and large beside their spread."""
+    return float(np.mean(excess)) > max(least, SIGMAS * float(np.std(excess, ddof=1)))
+
+
+def _chunk_information(ids: np.ndarray, num_splits: int) -> float:
+    """Mutual information, in nats, between consecutive chunks and the class ids [N] in them."""
+    num_classes = int(ids.max()) + 1
+    chunk = np.repeat(np.arange(num_splits), len(ids) // num_splits)
+    pairs, joint = np.unique(chunk * num_classes + ids, return_counts=True)
+    whole = np.bincount(ids)[pairs % num_classes]
+    return float((joint / len(ids) * np.log(joint * num_splits / whole)).sum())
+
+
+def check_score_order(logits: Any, num_splits: int = NUM_SPLITS, seed: int = 2020) -> bool:
     """Whether a file without labels scores about the same when its images are shuffled.
 
     Chunks of a class-sorted file see few classes, so its inception score rises when it is
-    shuffled; below 90 % of the shuffled score the file counts as sorted.
+    shuffled; below 90 % of the shuffled scores, and further below them than they are spread, the
+    file counts as sorted.
 
     Args:
         logits: [N, classes] in file order.
         num_splits: chunks of the score.
-        seed: of the shuffle.
+        seed: of the shuffles.
     """
     rows = check_features(logits, "logits")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))
-    shuffled = inception_score(rows[order], num_splits).value
-    return inception_score(rows, num_splits).value >= 0.9 * shuffled
+    draw, own = np.random.default_rng(seed), inception_score(rows, num_splits).value
+
+    def excess(count: int) -> list[float]:
+        orders = (torch.from_numpy(draw.permutation(len(rows))) for _ in range(count))
+        return [np.log(inception_score(rows[order], num_splits).value / own) for order in orders]
+
+    first = excess(1)
+    if first[0] <= -np.log(SCORE_LOSS):  # one look is enough for most files
+        return True
+    return not _is_beyond_chance(first + excess(NUM_SHUFFLES - 1), -np.log(SCORE_LOSS))
 
 
 def refuse_sorted(is_fine: bool, allow: bool = False) -> None:

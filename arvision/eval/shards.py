@@ -23,7 +23,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, StateError
-from ..files import append_line, sweep, working_in, write_bytes, write_json, write_text
+from ..files import (
+    append_line,
+    regular_file,
+    sha256_of,
+    sweep,
+    user_path,
+    working_in,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from .arrays import open_npy
 
 BLOCK_SIZE = 500
 
@@ -68,7 +79,7 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.blocks = self.folder / "blocks"
         self._config: dict[str, Any] | None = None
 
@@ -82,7 +93,8 @@ class ShardFolder:
         if self._config is None:
             path = self.folder / "run.json"
             try:
-                self._config = json.loads(path.read_text())["config"]
+                with regular_file(path) as file:
+                    self._config = json.loads(file.read())["config"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path}: expected the settings of a run ({error})") from error
         assert self._config is not None
@@ -178,7 +190,7 @@ class ShardFolder:
     def _check(self, path: Path, wanted: str) -> None:
         if not path.exists():
             raise InputError(f"{path} is in the manifest but missing: {self._advice()}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         if digest != wanted:
             raise InputError(
                 f"{path}: sha256 {digest[:12]}..., its manifest says {wanted[:12]}...: "
@@ -292,5 +304,5 @@ class ShardFolder:
     def _pieces(self, start: int, stop: int, path_of: Any) -> Iterator[np.ndarray]:
         for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
             first, _ = self.range_of(block)
-            array = np.load(path_of(block), mmap_mode="r", allow_pickle=False)
+            array = open_npy(path_of(block))
             yield np.array(array[max(0, start - first) : stop - first])

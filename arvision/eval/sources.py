@@ -1,28 +1,26 @@
-"""Where images come from: ADM `.npz` files, folders of pictures, shard folders, tensors.
+"""Where images come from: files of arrays, folders and archives of pictures, runs, memory.
 
 A source gives uint8 [n, 3, H, W] for a range of indices, without holding the rest in memory.
 """
 
 from __future__ import annotations
 
-import re
-import struct
-import zipfile
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import regular_file, user_path
+from .arrays import NpzFile, open_npy
+from .picture_sources import FolderSource, archive_source, list_source
+from .pictures import is_called_picture
 from .pixels import check_images
 from .shards import BLOCK_SIZE, ShardFolder
-
-LOSSLESS = {".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"}
-LOSSY = {".jpg", ".jpeg"}
 
 
 class Source(Protocol):
@@ -60,16 +58,49 @@ class TensorSource:
 
 
 class ArraySource:
-    """Images as an array uint8 [N, H, W, 3], which may be a memory map."""
+    """Images as an array uint8 [N, H, W, 3], which may be a memory map.
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int] | None, name: str) -> None:
+    Args:
+        images: see above.
+        labels: [N] class ids; whole floats count, and texts are numbered in alphabetical order.
+        name: for messages and reports.
+
+    Raises:
+        InputError: another shape or dtype, labels that are no classes, or of another number.
+    """
+
+    def __init__(self, images: np.ndarray, labels: Any, name: str) -> None:
         if images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise InputError(f"{name}: images of shape {list(images.shape)}, expected [N, H, W, 3]")
+            is_first = images.ndim == 4 and images.shape[1] in (1, 3)
+            hint = " (transpose(0, 2, 3, 1) gives it)" if is_first else ""
+            shape = list(images.shape)
+            raise InputError(f"{name}: images of shape {shape}, expected [N, H, W, 3]{hint}")
         if images.dtype != np.uint8:
             raise InputError(f"{name}: images of dtype {images.dtype}, expected uint8")
-        if labels is not None and len(labels) != len(images):
-            raise InputError(f"{name}: {len(labels)} labels for {len(images)} images")
-        self.images, self.labels, self.name = images, labels, name
+        if min(images.shape[1:3], default=0) == 0:
+            raise InputError(f"{name}: images of shape {list(images.shape)}, expected pixels")
+        self.images, self.name, self.notes = images, name, {}
+        self.labels = None if labels is None else self._class_ids(np.asarray(labels))
+
+    def _class_ids(self, labels: np.ndarray) -> list[int]:
+        if labels.size != len(self.images):
+            given = f"{labels.size} labels for {len(self.images)} images"
+            raise InputError(f"{self.name}: {given}, expected as many (arr_1)")
+        labels = labels.reshape(-1)
+        if labels.dtype.kind in "US":
+            names, ids = np.unique(labels, return_inverse=True)
+            first = [str(name) for name in names[:3]]
+            note = {"labels are texts, numbered": {"count": len(names), "first": first}}
+            self.notes = {"read_with": note}
+            return ids.tolist()
+        is_whole = labels.dtype.kind in "iub" or (
+            labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
+        )
+        if not is_whole or (labels.dtype.kind == "f" and not np.isfinite(labels).all()):
+            raise InputError(
+                f"{self.name}: labels of dtype {labels.dtype}, expected class ids, whole numbers"
+            )
+        return [int(label) for label in labels.tolist()]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,70 +109,6 @@ class ArraySource:
         """A slice, channels first."""
         part = torch.from_numpy(np.array(self.images[start:stop]))
         return part.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-
-
-class FolderSource:
-    """Pictures of one size in a folder, in the order of the numbers in their names.
-
-    Args:
-        folder: searched with its subfolders.
-        allow_jpeg: take JPEG files, whose artefacts change a distance without being seen.
-        crop: side of a centre crop of the short side with Lanczos resize (COCO); None takes
-            pictures as they are, all of one size.
-
-    Raises:
-        InputError: no pictures, or JPEG without leave.
-    """
-
-    def __init__(self, folder: str | Path, allow_jpeg: bool = False, crop: int | None = None):
-        self.name, self.crop, self.labels = str(folder), crop, None
-        files = [p for p in Path(folder).rglob("*") if p.suffix.lower() in LOSSLESS | LOSSY]
-        self.files = sorted(files, key=lambda p: _natural(str(p.relative_to(folder))))
-        jpeg = [p for p in self.files if p.suffix.lower() in LOSSY]
-        if jpeg and not allow_jpeg:
-            raise InputError(
-                f"{jpeg[0]} is JPEG, which changes every distance: expected PNG (allow JPEG to "
-                "score it anyway)"
-            )
-        if not self.files:
-            raise InputError(f"{folder} holds no pictures: expected {', '.join(sorted(LOSSLESS))}")
-        self._size: tuple[int, int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Open, check the size, stack."""
-        return torch.stack([self._open(path) for path in self.files[start:stop]])
-
-    def _open(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise InputError(f"{path} cannot be read as a picture ({error})") from error
-        if self.crop is not None:
-            picture = centre_crop(picture, self.crop)
-        if self._size is None:
-            self._size = picture.size
-        if picture.size != self._size:
-            first = f"{self._size[0]}x{self._size[1]}"
-            given = f"{picture.size[0]}x{picture.size[1]}"
-            raise InputError(f"{path} is {given}, the first picture {first}: expected one size")
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def centre_crop(picture: Image.Image, side: int) -> Image.Image:
-    """Centre crop to the short side, then Lanczos to `side`."""
-    short = min(picture.size)
-    left, top = (picture.width - short) // 2, (picture.height - short) // 2
-    square = picture.crop((left, top, left + short, top + short))
-    return square.resize((side, side), Image.Resampling.LANCZOS)
-
-
-def _natural(name: str) -> list[Any]:
-    """Sort key in which 2.png stands before 10.png."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
 
 class ShardSource:
@@ -163,82 +130,96 @@ class ShardSource:
         return part.permute(0, 3, 1, 2).contiguous()
 
 
-def open_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Members of an `.npz`; uncompressed ones are memory maps and cost no memory.
-
-    Raises:
-        InputError: truncated, not an npz, or holding pickled objects.
-    """
-    path = Path(path)
-    members = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if not info.filename.endswith(".npy"):
-                    continue
-                with archive.open(info) as file:
-                    array = _mapped(path, info, file)
-                members[info.filename.removesuffix(".npy")] = array
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
-        raise InputError(f"{path}: expected a whole .npz file of plain arrays ({error})") from error
-    return members
-
-
-def _mapped(path: Path, info: zipfile.ZipInfo, file: Any) -> np.ndarray:
-    """One member: mapped where it is stored, read where it is compressed."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        return np.lib.format.read_array(file, allow_pickle=False)
-    version = np.lib.format.read_magic(file)
-    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-    shape, fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError(f"{info.filename} holds pickled objects")
-    with open(path, "rb") as raw:
-        raw.seek(info.header_offset)
-        header = raw.read(30)
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-    start = info.header_offset + 30 + name_length + extra_length + file.tell()
-    order = "F" if fortran else "C"
-    if path.stat().st_size < start + int(np.prod(shape)) * dtype.itemsize:
-        raise ValueError(f"{info.filename} is cut off")
-    if int(np.prod(shape)) == 0 or not shape:
-        file.seek(0)
-        return np.lib.format.read_array(file, allow_pickle=False)
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order=order)
-
-
 def open_source(
     where: Any, *, allow_jpeg: bool = False, crop: int | None = None, name: str | None = None
 ) -> Source:
-    """Images from a path or a tensor.
+    """Images from a path, an array, a tensor or a list of pictures.
 
     Args:
-        where: an `.npz` with `arr_0` uint8 [N, H, W, 3] (and labels `arr_1`), a folder of
-            pictures, a folder of `arvision eval generate`, or a uint8 tensor [N, 3, H, W].
-        allow_jpeg: take JPEG files in a folder.
-        crop: centre crop and Lanczos resize of a folder's pictures to this side.
+        where: a path to an `.npz` with `arr_0` uint8 [N, H, W, 3] (and labels `arr_1`), a `.npy`, a
+            `.zip` or `.tar` of pictures, a folder of pictures, or a folder of `arvision eval
+            generate`; a uint8 tensor [N, 3, H, W] or array [N, H, W, 3]; a list of PIL pictures,
+            paths, or arrays [H, W, 3] or tensors [3, H, W] of one size; or a source, as it is.
+        allow_jpeg: take pictures of lossy formats.
+        crop: centre crop and Lanczos resize of pictures to this side.
         name: for messages and reports.
 
     Raises:
         InputError: nothing there, or not images.
     """
+    if hasattr(where, "read") and hasattr(where, "labels"):
+        return where
     if isinstance(where, Tensor):
         return TensorSource(where, name=name or "tensor")
-    path = Path(where)
+    if isinstance(where, np.ndarray):
+        return ArraySource(where, None, name or "array")
+    if isinstance(where, (list, tuple)):
+        return _open_list(where, name or "list", allow_jpeg, crop)
+    if not isinstance(where, (str, os.PathLike)):
+        kind = type(where).__name__
+        raise InputError(f"images are a {kind}: expected a path, an array, a tensor or a list")
+    path = user_path(where)
     if path.is_dir():
         if (path / "run.json").exists():
             return ShardSource(path)
         return FolderSource(path, allow_jpeg, crop)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: expected an .npz file or a folder of images")
-    members = open_npz(path)
+    return _open_file(path, allow_jpeg, crop)
+
+
+def _open_list(items: Any, name: str, allow_jpeg: bool, crop: int | None) -> Source:
+    """Arrays or tensors of one shape, stacked; else pictures and paths."""
+    if not items:
+        raise InputError(f"{name} is empty: expected at least one picture")
+    for kind, stack, source in (
+        (Tensor, torch.stack, TensorSource),
+        (np.ndarray, np.stack, ArraySource),
+    ):
+        if all(isinstance(item, kind) for item in items):
+            shapes = sorted({tuple(item.shape) for item in items})
+            if len(shapes) > 1:
+                raise InputError(f"{name} holds arrays of shapes {shapes[:3]}: expected one")
+            return source(stack(list(items)), None, name)
+    return list_source(items, name, allow_jpeg, crop)
+
+
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _open_file(path: Path, allow_jpeg: bool, crop: int | None) -> Source:
+    """Images of one file, by its first bytes."""
+    wanted = "an .npz, .npy, .zip or .tar file or a folder of images"
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: expected {wanted}")
+    try:
+        with regular_file(path) as file:
+            start = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    if start.startswith(b"\x93NUMPY"):
+        return ArraySource(open_npy(path), None, str(path))
+    if start.startswith(b"PK") or path.suffix == ".npz":
+        members = NpzFile(path)
+        if members or path.suffix == ".npz":
+            return _open_npz(path, members)
+        return archive_source(path, allow_jpeg, crop)
+    if start[257:262] == b"ustar" or path.suffix == ".tar":
+        return archive_source(path, allow_jpeg, crop, is_tar=True)
+    for mark, kind in PACKED.items():
+        if start.startswith(mark):
+            raise InputError(
+                f"{path} is packed with {kind}, which has no places to read at: expected {wanted} "
+                "(unpack it)"
+            )
+    if is_called_picture(path):
+        raise InputError(f"{path} is one picture: expected {wanted}")
+    raise InputError(f"{path} is no file of images: expected {wanted}")
+
+
+def _open_npz(path: Path, members: NpzFile) -> ArraySource:
     if "arr_0" not in members:
         found = ", ".join(members) or "nothing"
         raise InputError(f"{path} holds {found}: expected images under arr_0")
-    labels = members.get("arr_1")
-    return ArraySource(
-        members["arr_0"], None if labels is None else labels.reshape(-1).tolist(), str(path)
-    )
+    return ArraySource(members["arr_0"], members.get("arr_1"), str(path))
 
 
 def iterate(source: Source, size: int = BLOCK_SIZE) -> Iterator[tuple[int, Tensor]]:

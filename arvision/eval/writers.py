@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError, StateError
-from ..files import making_folder, replacing
+from ..files import making_folder, replacing, user_path
 from .sources import Source, iterate
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -26,7 +26,7 @@ def write_npz(source: Source, path: str | Path) -> Path:
 
     The same images give the same bytes. ZIP64, so 9.83 GB are no difficulty.
     """
-    path = Path(path)
+    path = user_path(path)
     side = source.read(0, 1).shape[-2:]
     with (
         replacing(path) as temporary,
@@ -78,7 +78,7 @@ def write_pictures(
                 name = f"{start + offset:06d}.{file_format}"
                 (place / name).write_bytes(_encode(image, file_format))
         _check_pictures(place, len(source))
-    return Path(folder)
+    return user_path(folder)
 
 
 def _check_pictures(place: Path, num: int) -> None:
@@ -94,7 +94,7 @@ def _check_pictures(place: Path, num: int) -> None:
 
 def write_tar(source: Source, path: str | Path) -> Path:
     """A tar file of numbered PNGs, each with a `.cls` file where labels are known (WebDataset)."""
-    path = Path(path)
+    path = user_path(path)
     with (
         replacing(path) as temporary,
         tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar,
@@ -120,7 +120,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: unreadable, empty, or a record without a prompt.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         text = path.read_text()
         if path.suffix == ".jsonl":
@@ -189,7 +189,7 @@ def export_layout(
     with making_folder(folder) as place:
         writers[layout](source, records, place, per_prompt)
         _check_pictures(place, len(records) if layout == "dpg-bench" else len(source))
-    return Path(folder)
+    return user_path(folder)
 
 
 RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{k}" for d in ("com", "lpt") for k in range(1, 10))}

@@ -97,6 +97,9 @@ def explain(device: torch.device | str, backend: str = "auto", limit: str | None
         raise unknown_name("backend", backend, BACKENDS)
     if backend == "reference":
         return Choice("reference", "asked for")
+    if device.type == "cpu" and backend == "auto":
+        # The interpreter is for tests, and never chosen by itself.
+        return ON_CPU
     obstacle = _obstacle(device) or limit
     if backend == "triton":
         if triton_version() is None:
@@ -106,9 +109,6 @@ def explain(device: torch.device | str, backend: str = "auto", limit: str | None
         if obstacle is not None:
             raise InputError(f"backend 'triton': {obstacle}; 'reference' takes these arguments")
         return Choice("triton", "asked for")
-    if device.type == "cpu":
-        # The interpreter is for tests, and never chosen by itself.
-        return ON_CPU
     if obstacle is not None:
         return Choice("reference", obstacle)
     return Choice("triton", f"Triton {triton_version()} compiles for {device.type}")

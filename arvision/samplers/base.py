@@ -26,11 +26,13 @@ from ..contracts import (
     StepCallback,
     TokenModel,
 )
+from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
+from ..portable import Portable, travels
 from ..registry import Registry
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
@@ -65,7 +67,7 @@ NOUNS: dict[type, str] = {
 """What messages call a model that a sampler needs, with its article."""
 
 
-class BaseSampler(SchedulerMixin, ConfigMixin):
+class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
     """A sampler: constructor arguments are its saved configuration.
 
     Subclasses record their arguments with `register_to_config`, declare what they need besides the
@@ -80,6 +82,12 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
     """Models that the sampler needs besides the one it draws with: option to contract. The option
     takes a name or folder, which a pipeline loads, a pipeline, or a model."""
 
+    @classmethod
+    def stays(cls, option: str, value: Any) -> bool:
+        """Whether an option is set to what belongs to this machine: `needs` may name folders."""
+        is_model = option in cls.needs and value is not None and not travels(value)
+        return is_model or super().stays(option, value)
+
     @property
     def is_exact(self) -> bool:
         """Whether this configuration draws from the model's own law."""
@@ -93,6 +101,7 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
         seeds: Seeds,
         guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
+        steps: Steps | None = None,
     ) -> Samples:
         """Draw one image per condition.
 
@@ -103,6 +112,8 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
             guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
                 also take a list with a weight for each scale.
             on_step: called after each pass.
+            steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
+                ordinary loop.
 
         Returns:
             Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
@@ -112,7 +123,14 @@ class BaseSampler(SchedulerMixin, ConfigMixin):
             InputError: a negative guidance scale, another number of seeds than of conditions, or
                 what the sampler's class names.
         """
-        run = Run(len(conditions), model.num_tokens, seeds, on_step, guidance_scale=guidance_scale)
+        run = Run(
+            len(conditions),
+            model.num_tokens,
+            seeds,
+            on_step,
+            guidance_scale=guidance_scale,
+            steps=steps,
+        )
         samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
         return samples

@@ -63,7 +63,7 @@ class SJDSampler(TokenSampler):
         cost_table: for window "auto": rows [images, window, seconds] or [images, window, seconds,
             tokens per pass], or a dict of windows to seconds; None to measure.
         cost_file: for window "auto": where measured tables are kept; None for the user's cache
-            folder.
+            folder. It stays on this machine: it is not saved, nor taken from a saved sampler.
         temperature: divides the logits; 0 is greedy.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
@@ -77,6 +77,8 @@ class SJDSampler(TokenSampler):
     Decoding", 2025 (reuse of confident drafts); Liu et al., "Optimizing Speculative Decoding for
     Serving Large Language Models Using Goodput", 2024, section 4 (window "auto").
     """
+
+    local_files = ("cost_file",)
 
     @register_to_config
     def __init__(

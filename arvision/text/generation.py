@@ -18,6 +18,7 @@ from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decod
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
+from ..files import user_path
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
@@ -264,7 +265,7 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
     ):
-        if (Path(folder) / file).exists():
+        if (user_path(folder) / file).exists():
             return found
     return "draft_model", "draft"
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, InputError, optional
+from ..files import user_path
 
 
 def load_text_model(
@@ -34,9 +35,9 @@ def load_text_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name)
+    path = user_path(name)
     options: dict[str, Any] = {}
-    source = str(name)
+    source = str(path) if path.is_dir() else str(name)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
         if not files or not files[0].is_file():
@@ -47,6 +48,8 @@ def load_text_model(
     elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
         raise InputError(f"model {str(name)!r}: no such folder")
     try:
+        # transformers would ask at the terminal whether it may run a stranger's code.
+        options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         network: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", **options

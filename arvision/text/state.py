@@ -301,6 +301,16 @@ class HFState:
         if self._prefixes is not None:
             self._prefixes.commit(self._fed, kept, counts)
 
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
+        if self.cache.num_pending == 0 or self._is_draft:
+            raise StateError("advance without candidates: call extend first")
+        self.cache.advance(counts, given)
+        self.lengths = self.lengths + counts
+        if self._prefixes is not None:
+            every = torch.arange(self._fed.shape[1], device=counts.device)
+            self._prefixes.commit(self._fed, every.expand_as(self._fed), counts)
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)

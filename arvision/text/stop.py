@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
 from ..errors import InputError
 
 Decode = Callable[[list[int]], str]
@@ -51,20 +48,21 @@ class TextEnd:
         """Whether anything can end a row."""
         return bool(self._end_ids or self._strings or self._criterion)
 
-    def __call__(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts [B'] that stay of new tokens [B', K], and which rows are finished."""
+    def __call__(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[bool]]:
+        """How many of the new tokens of each row stay, and which rows are finished."""
         stays, finished = [], []
-        for row, new, count in zip(rows.tolist(), tokens.tolist(), counts.tolist(), strict=True):
-            kept = self._cut(row, new[:count])
-            is_end = len(kept) < count or (bool(kept) and self._ends(row, kept))
+        for row, new in zip(rows, tokens, strict=True):
+            kept = self._cut(row, list(new))
+            is_end = len(kept) < len(new) or (bool(kept) and self._ends(row, kept))
             met = self._criterion_met(row, kept)
             if met is not None:
                 kept, is_end = kept[:met], True
             stays.append(len(kept))
             finished.append(is_end)
             self._drawn[row] += kept
-        device = counts.device
-        return torch.tensor(stays, device=device), torch.tensor(finished, device=device)
+        return stays, finished
 
     def _ends(self, row: int, kept: list[int]) -> bool:
         return kept[-1] in self._end_ids or self._has_string(self._drawn[row], kept)

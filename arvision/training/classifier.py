@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..card import FASHION, write_card
 from ..errors import InputError
 from ..eval.classifier import FashionClassifier, class_consistency
-from ..files import write_bytes, write_json
+from ..files import user_path, write_bytes, write_json
 from .data import load_fashion
 
 BATCH_SIZE = 128
@@ -97,7 +97,7 @@ def train_classifier(
     """
     if epochs < 1:
         raise InputError(f"epochs is {epochs}: expected at least 1")
-    out = Path(out)
+    out = user_path(out)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):

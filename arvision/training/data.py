@@ -7,6 +7,7 @@ Learning Algorithms", 2017; MIT licence.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import regular_file, user_path
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+MAX_BYTES = 2**28
+"""Bytes that one file may hold when inflated; the data set's largest has 47 million."""
 FOLDER_VARIABLE = "ARVISION_FASHION_MNIST"
 FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -46,7 +50,7 @@ def fashion_folder() -> Path:
         InputError: neither is there, or files are missing.
     """
     named = os.environ.get(FOLDER_VARIABLE)
-    folder = Path(named) if named else DEBIAN_FOLDER
+    folder = user_path(named) if named else DEBIAN_FOLDER
     missing = [file for pair in FILES.values() for file in pair if not (folder / file).is_file()]
     if missing and named:
         raise InputError(
@@ -63,13 +67,28 @@ def fashion_folder() -> Path:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Read one gzipped IDX file of unsigned bytes."""
+    """Read one gzipped IDX file of unsigned bytes, of the size that its header says.
+
+    Raises:
+        InputError: no regular file, cut off, longer than its header says, or larger than `MAX_BYTES`.
+    """
     try:
-        raw = gzip.decompress(path.read_bytes())
-        num_dims = raw[3]
-        shape = np.frombuffer(raw, dtype=">i4", count=num_dims, offset=4)
-        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_dims).reshape(tuple(shape))
-    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        with regular_file(path) as packed, gzip.GzipFile(fileobj=packed) as file:
+            start = file.read(4)
+            if start[:3] != b"\0\0\x08" or len(start) < 4:
+                raise ValueError("no header of unsigned bytes")
+            sides = file.read(4 * start[3])
+            shape = tuple(np.frombuffer(sides, ">i4", start[3]).tolist())
+            size = math.prod(shape)
+            if min(shape, default=0) < 1 or size > MAX_BYTES:
+                raise ValueError(f"{list(shape)}, {MAX_BYTES:,} bytes at most")
+            data = file.read(size + 1)  # and its check sum, which is looked at behind the last byte
+        if len(data) != size:
+            raise ValueError(f"{len(data):,} bytes or more for {list(shape)}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path}: expected a whole gzipped IDX file ({error})") from error
 
 

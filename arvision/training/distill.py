@@ -16,7 +16,7 @@ from ..api import load
 from ..decoding.student import check_teacher
 from ..errors import InputError, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
-from ..files import working_in
+from ..files import user_path, working_in
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
@@ -136,7 +136,7 @@ def distill(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     settings = settings or DistillSettings()
-    processes, out = PartialState(), Path(out)
+    processes, out = PartialState(), user_path(out)
     if method == "dd2" and processes.num_processes > 1:
         raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
     is_main = processes.is_main_process

@@ -11,7 +11,7 @@ def test_every_operation_and_version_is_told(cli):
     done = cli("doctor", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert set(told["operations"]) == {*OPS, "linear"}
+    assert set(told["operations"]) == {*OPS, "linear", "step"}
     for name in OPS:
         assert told["operations"][name]["implementation"] == "reference"
         assert told["operations"][name]["reason"] == "Triton does not compile for cpu tensors"

@@ -21,7 +21,9 @@ SIZES = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
 
 
 def _llamagen() -> LlamaGenTokenizer:
-    return tiny_llamagen().tokenizer
+    tokenizer = tiny_llamagen().tokenizer
+    assert tokenizer is not None
+    return tokenizer
 
 
 # Each reads pictures of 16 x 16, and none of 33 x 33.

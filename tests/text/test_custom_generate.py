@@ -253,11 +253,11 @@ def test_inputs_that_are_not_read_are_refused_by_name(network, name):
 
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
-    value = cache if name == "cache" else torch.zeros(1, 3, 4, 4)
+    given: Any = {name: cache if name == "cache" else torch.zeros(1, 3, 4, 4)}
     with pytest.raises(InputError, match=name):
         arvision.custom_generate(
             network,
             torch.tensor([[1, 2, 3]]),
             generation_config=network.generation_config,
-            **{name: value},
+            **given,
         )

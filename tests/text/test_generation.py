@@ -339,9 +339,8 @@ def test_auto_counts_whole_rounds_and_drops_a_draft_that_does_not_pay(network):
         target, [list(range(8)) * 4], drafter="token_recycling", num_draft="auto", max_new_tokens=60
     )
     assert max(lookup.stats.windows) > 1
-    table = costs.round_costs(
-        HFCausalLM(network, 20), "x", lambda _: plain_run, [torch.ones(3)] * 5, 4
-    )
+    run: Any = plain_run
+    table = costs.round_costs(HFCausalLM(network, 20), "x", lambda _: run, [torch.ones(3)] * 5, 4)
     assert sorted({int(row[0]) for row in table}) == [1, 4, 16]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import tracemalloc
 
 import pytest
 import torch
@@ -222,3 +225,38 @@ def test_absent_fashion_mnist_is_one_line_that_says_how_to_get_it(tmp_path, monk
         (tmp_path / file).write_bytes(b"\x1f\x8b\x08")
     with pytest.raises(InputError, match=r"t10k-images.* expected a whole gzipped IDX file"):
         load_fashion("test")
+
+
+def idx(kind: int, shape: tuple[int, ...], data: bytes) -> bytes:
+    sides = b"".join(side.to_bytes(4, "big", signed=True) for side in shape)
+    return gzip.compress(bytes([0, 0, kind, len(shape)]) + sides + data, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (idx(8, (2, 4, 4), bytes(2**26)), "33 bytes or more for"),
+        (idx(8, (2, 4, 4), bytes(31)), "31 bytes"),
+        (idx(8, (2**20, 2**10, 28), bytes(9)), "268,435,456 bytes at most"),
+        (idx(8, (-2, -4, 4), bytes(32)), "at most"),
+        (idx(8, (0, 4, 4), b""), "at most"),
+        (idx(13, (2, 4, 4), bytes(32)), "no header of unsigned bytes"),
+        (idx(8, (2,) * 200, bytes(9)), "at most"),
+        (b"not gzip", "gzip"),
+        (idx(8, (2, 4, 4), bytes(32))[:-6], "gzipped IDX"),
+        (gzip.compress(b""), "no header"),
+    ],
+)
+def test_idx_files_are_as_large_as_their_header_says(tmp_path, content, message):
+    path = tmp_path / "images.gz"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=message) as error:
+        data._read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is a FIFO"):
+        data._read_idx(path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError
+from ...files import user_path
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, resize
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -46,7 +47,7 @@ class CLIP(Extractor):
         if network is None:
             network, tokenizer = _load(weights, download)
         width, side = network.config.projection_dim, network.config.vision_config.image_size
-        label = f"clip:{Path(name).name if Path(name).exists() else name}"
+        label = f"clip:{Path(name).name if user_path(name).exists() else name}"
         preprocess = f"bicubic-aa-{side} centre-crop clip-mean-std"
         super().__init__(ExtractorFacts(label, width, preprocess, None, "see the model"))
         self.network, self.tokenizer, self.side = network, tokenizer, side
@@ -85,7 +86,7 @@ def _unit(found: Any) -> Tensor:
 
 
 def _load(weights: str | Path | None, download: bool) -> tuple[Any, Any]:
-    if weights is None or not (download or Path(weights).is_dir()):
+    if weights is None or not (download or user_path(weights).is_dir()):
         raise InputError(
             f"extractor clip has no weights at {weights}: give weights=FOLDER, or a hub id such as "
             "openai/clip-vit-base-patch32 with download=True"

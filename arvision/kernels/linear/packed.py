@@ -61,7 +61,8 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
     and this build has the `packed_operators`.
     """
     return (
-        not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and x.numel() >= MIN_ROWS * weight.shape[1]
         and x.dtype == weight.dtype == torch.float32
         and weight.is_cpu

@@ -36,7 +36,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> Tensor:
     words = torch.broadcast_tensors(*counter, *key)
     flat = torch.stack(words).view(6, -1)
     shape = (*words[0].shape, 4)
-    if flat.device.type != "cpu":
+    if flat.device.type != "cpu" or torch.compiler.is_compiling():
         constants = torch.tensor([MULTIPLIERS, WEYL[::-1]], device=flat.device)[..., None]
         return _rounds(torch, flat, *constants).view(shape)
     made = np.empty((flat.shape[1], 4), np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ class LlamaGenState:
         _, mask = self.cache.begin(num, ancestors)
         last = len(self._rotary) - 1
         if self.cache.is_uniform:
-            first = int(self.cache.lengths[0])
+            first = self.cache.host_lengths[0]
             if parents is None and first + num <= last + 1:
                 rotary = self._rotary[first : first + num]
             else:
@@ -121,6 +123,14 @@ class LlamaGenState:
         else:
             rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
         return self._run(tokens, rotary, mask)
+
+    @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        slots = self._doubled(lengths[:, None] + (self._num_conditions + steps))
+        mask = self.cache.begin_fixed(slots, self._num_conditions + self._transformer.num_tokens)
+        return self._run(tokens, self._rotary[slots.clamp(max=len(self._rotary) - 1)], mask)
 
     def _run(self, tokens: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
         """Guided logits [B, T, V] after the cache was told where the candidates stand."""
@@ -172,6 +182,14 @@ class LlamaGenState:
             raise StateError("commit without candidates: call extend first")
         check_path(kept, counts, self._parents, num, len(self.lengths))
         self.cache.commit(self._doubled(kept), self._doubled(counts))
+        self.lengths = self.lengths + counts
+
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
+        if self.cache.num_pending == 0:
+            raise StateError("advance without candidates: call extend first")
+        twice = [*given, *given] if self._is_doubled else given
+        self.cache.advance(self._doubled(counts), twice)
         self.lengths = self.lengths + counts
 
     def select(self, rows: Tensor) -> None:

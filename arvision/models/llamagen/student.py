@@ -15,6 +15,7 @@ from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...portable import Portable
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .model import LlamaGen
@@ -31,7 +32,7 @@ OFFICIAL_PLANS = {
 """What the published students LlamaGen-B and -L were trained for; not in their tensors."""
 
 
-class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
+class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
     """Transformer from vectors (codes of known tokens, then noise) to all tokens of an image.
 
     As its teacher's, a sequence is a class row and H * W image rows, and attention is causal; but a
@@ -61,6 +62,7 @@ class LlamaGenStudentTransformer(ModelMixin, ConfigMixin):
     Paper: Liu et al., "Distilled Decoding 1", 2024, section 3.3 and appendix.
     """
 
+    local_models = ("teacher_name",)
     _supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
+from ...files import user_path
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..pixels import read_pixels
 from .convert import autoencoder_sizes, read_config
@@ -68,7 +69,7 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
         config: dict[str, Any] = {}
         name, weights = "the given state dict", source
         if not isinstance(source, Mapping):
-            folder = Path(source)
+            folder = user_path(source)
             if not folder.is_dir():
                 raise CheckpointError(f"{folder}: no such folder; expected one with checkpoint.pt")
             config, weights = read_config(folder / "config.json"), folder / "checkpoint.pt"

@@ -16,6 +16,7 @@ from ...checkpoint import (
     shape_of,
 )
 from ...errors import CheckpointError
+from ...files import user_path
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 POSITION_TABLE = "gen_pos_embed"
@@ -113,7 +114,7 @@ def network_files(
         name, config = "the given state dict", {}
         tensors = read_state_dict(source, ())
     else:
-        folder, name = Path(source), str(source)
+        folder, name = user_path(source), str(source)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{name}: no such folder; expected one with {' or '.join(WEIGHTS)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import CheckpointError, InputError
+from ...files import user_path
 from ..conditions import ImagePrompt
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead
@@ -94,11 +95,11 @@ class NextStep:
             InputError: a size that there is not, or out of range.
         """
         network = NextStepTransformer.from_official(folder, dtype, **sizes)
-        inside = Path(folder) / "vae"
+        inside = user_path(folder) / "vae"
         if vae is None and inside.is_dir():
             vae = inside
         autoencoder = None if vae is None else NextStepAutoencoder.from_official(vae)
-        return cls(network, autoencoder, text_tokenizer=_text_tokenizer(Path(folder)))
+        return cls(network, autoencoder, text_tokenizer=_text_tokenizer(user_path(folder)))
 
     @property
     def device(self) -> torch.device:

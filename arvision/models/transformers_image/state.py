@@ -306,6 +306,15 @@ class ImageState:
             kept, counts = expansion.kept(kept, counts)
         self.cache.commit(self._spread(kept), self._spread(counts))
 
+    def advance(self, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
+        if self._expansion is not None or self.cache.num_pending == 0:
+            every = torch.arange(int(max(given, default=0)), device=counts.device)
+            self.commit(every.expand(len(given), -1), counts)
+            return
+        self.cache.advance(self._spread(counts), list(given) * self._branches)
+        self.lengths = self.lengths + counts
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         batch = len(self.lengths)

@@ -17,6 +17,7 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...portable import Portable
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
 from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
@@ -53,7 +54,7 @@ class StudentBlock(Block):
         return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
 
 
-class VARStudentTransformer(ModelMixin, ConfigMixin):
+class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
     """Transformer from vectors (codes of known scales, then noise) to all tokens of an image.
 
     A sequence is a class row and a row per token of every scale. A row holds a vector of its own
@@ -86,6 +87,7 @@ class VARStudentTransformer(ModelMixin, ConfigMixin):
     the authors' checkpoints.
     """
 
+    local_models = ("teacher_name",)
     _supports_gradient_checkpointing = False
     _no_split_modules = ["StudentBlock"]
 

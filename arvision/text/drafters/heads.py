@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict
 from ...errors import CheckpointError, InputError, unknown_name
-from ...files import write_bytes, write_json
+from ...files import user_path, write_bytes, write_json
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def save_heads(heads: DraftHeads, vocabulary: Tensor, folder: str | Path, **fact
     """Write heads and the tokens they guess, [W], into a folder."""
     from safetensors.torch import save
 
-    folder = Path(folder)
+    folder = user_path(folder)
     weights = {name: value.contiguous() for name, value in heads.state_dict().items()}
     write_bytes(folder / "heads.safetensors", save({**weights, "vocabulary": vocabulary.cpu()}))
     config = {
@@ -207,7 +207,7 @@ def load_heads(folder: str | Path) -> tuple[DraftHeads, Tensor]:
     Raises:
         CheckpointError: a file that is missing or does not fit.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         config = json.loads((folder / "heads.json").read_text())
         cls = KINDS[config["kind"]]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.verify import Round, Rule, Verdict, deepest, gumbel_draw
 from ...errors import InputError
+from ...files import user_path
 
 JUDGE_FILE = "judge.safetensors"
 """What `arvision train-draft --kind judge` writes into its folder."""
@@ -85,7 +86,8 @@ class JudgeHead(nn.Module):
         Raises:
             CheckpointError: a file that cannot be read or does not fit.
         """
-        path = Path(path) / JUDGE_FILE if Path(path).is_dir() else Path(path)
+        path = user_path(path)
+        path = path / JUDGE_FILE if path.is_dir() else path
         weights = read_state_dict(path, ())
         sizes = {"hidden_size": shape_of(weights, "score.weight", 2, str(path))[1]}
         return load_strictly(cls, sizes, weights, str(path))

@@ -23,7 +23,7 @@ from ....checkpoint import load_strictly, read_state_dict
 from ....decoding.tree import TokenTree
 from ....decoding.verify import Round, Verdict
 from ....errors import CheckpointError, InputError, unknown_name
-from ....files import write_bytes, write_json
+from ....files import user_path, write_bytes, write_json
 from ..base import TextDrafter, register
 
 
@@ -105,7 +105,7 @@ def save_pseudo(module: Any, folder: str | Path, **facts: Any) -> None:
     """Write pseudo tokens into a folder."""
     from safetensors.torch import save
 
-    folder = Path(folder)
+    folder = user_path(folder)
     weights = {name: value.contiguous() for name, value in module.state_dict().items()}
     write_bytes(folder / "pseudo.safetensors", save(weights))
     config = {
@@ -120,7 +120,7 @@ def load_pseudo(folder: str | Path) -> Any:
     Raises:
         CheckpointError: a file that is missing or does not fit.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         config = json.loads((folder / "pseudo.json").read_text())
         cls = KINDS[config["kind"]]

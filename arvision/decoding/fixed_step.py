@@ -1,0 +1,191 @@
+"""One pass of the token loop as a function of fixed shapes, which can be compiled or captured.
+
+Root and drafts go in, the network runs over a preallocated cache, the rule decides, the books are
+kept and the next drafts come out: all of it over preallocated buffers, with lengths on the device,
+and nothing read back. Finished images stay in the batch, masked, until it shrinks to half.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import TakesFixedChains
+from ..errors import InputError, as_integer, unknown_name
+from .noise import Noise
+from .run import Run
+from .verify import Round, Rule, Verdict
+
+MODES = ("auto", "eager", "default", "reduce-overhead", "max-autotune")
+MOST_KEPT = 16
+"""Compiled or captured steps that are kept, one for each (images, window); the oldest go first."""
+
+WARM_UP = 3
+"""Passes before a graph is captured, as CUDA's libraries choose their kernels in the first ones."""
+
+
+class FixedStep:
+    """One pass of A images with `window` candidates each, over buffers of its own and of the run.
+
+    Calling it makes a pass. The buffers keep their places, so that a captured pass can be replayed.
+
+    Args:
+        state: of the model, in whose rows the images stand.
+        drafter: whose drafts follow from the last verdict, such as `JacobiDrafter`.
+        rule: decides what is final; a rule for chains.
+        shape: guided logits to log-probabilities.
+        run: the ledger.
+        images: [A] int64, which images of the run these are.
+        noise: of these images.
+        window: candidates of each image, the root included.
+        first: drafts [A, window - 1] of the first pass, and their laws [A, window - 1, V] or None.
+    """
+
+    def __init__(
+        self,
+        state: TakesFixedChains,
+        drafter: Any,
+        rule: Rule,
+        shape: Callable[[Tensor], Tensor],
+        run: Run,
+        images: Tensor,
+        noise: Noise,
+        window: int,
+        first: tuple[Tensor, Tensor | None],
+    ) -> None:
+        self.state, self.drafter, self.rule, self.shape = state, drafter, rule, shape
+        self.run, self.images, self.noise, self.window = run, images, noise, window
+        self.lengths = run.lengths[images]
+        self.drafts, self.draft_logp = first[0].clone(), first[1]
+        if self.draft_logp is not None:
+            self.draft_logp = self.draft_logp.clone()
+        self.counts = torch.zeros_like(self.lengths)
+        self.number = torch.full((), run.num_passes + 1, dtype=torch.int64, device=images.device)
+        self.offsets = torch.arange(window, device=images.device)
+        # The drafter need not ask how many of its drafts are new: it makes all of them.
+        self.given = [window]
+
+    def is_other(self, images: Tensor, window: int) -> bool:
+        """Whether a pass of these images and this window needs another step."""
+        return window != self.window or images is not self.images
+
+    def buffers(self) -> list[Tensor]:
+        """Everything that a pass changes, apart from the cache behind the known tokens."""
+        laws = [] if self.draft_logp is None else [self.draft_logp]
+        return [self.lengths, self.drafts, self.counts, self.number, *laws, *self.run.buffers()]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Make a pass; `counts` [A] then tells how many tokens became final."""
+        run, lengths = self.run, self.lengths
+        root = run.tokens[self.images].gather(1, lengths[:, None] - 1)
+        fed = torch.cat([root, self.drafts], dim=1)
+        laws = self.shape(self.state.extend_fixed(fed, lengths - 1))
+        run.watch_laws(laws)
+        places = lengths[:, None] + self.offsets
+        number: Any = self.number
+        batch = Round(self.drafts, self.draft_logp, laws, places, self.noise, number)
+        verdict = self.rule(batch)
+        counts = torch.minimum(verdict.counts, run.num_tokens - lengths)
+        run.record_rows(self.images, lengths, verdict.tokens, counts, number)
+        run.count(self.images, counts)
+        self.counts.copy_(counts)
+        lengths.add_(counts)
+        self.drafter.observe(batch, Verdict(verdict.tokens, counts, None, self.given))
+        known = run.tokens[self.images]
+        tree = self.drafter.propose(known, lengths, self.window - 1, number + 1)
+        self.drafts.copy_(tree.tokens)
+        if self.draft_logp is not None:
+            self.draft_logp.copy_(tree.logq)
+        number.add_(1)
+
+
+class Steps:
+    """Makes fixed steps run in a mode, and keeps what was compiled for each (images, window).
+
+    Args:
+        mode: "eager" runs the step as it is; "default", "reduce-overhead" and "max-autotune" are
+            those of `torch.compile`, without a graph break; "auto" captures a CUDA graph for each
+            window on an NVIDIA GPU, and elsewhere leaves the ordinary loop as it is.
+        reads_every: passes between two looks at how many images go on; passes after the last token
+            of an image change nothing.
+
+    Raises:
+        InputError: an unknown mode, or no positive number of passes.
+    """
+
+    def __init__(self, mode: str = "auto", reads_every: int = 1) -> None:
+        if mode not in MODES:
+            raise unknown_name("mode of a step:", mode, MODES)
+        number = as_integer(reads_every)
+        if number is None or number < 1:
+            raise InputError(f"reads_every {reads_every!r}: expected an integer >= 1")
+        self.mode, self.reads_every = mode, number
+        self._known: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def drives(self, device: torch.device) -> bool:
+        """Whether this mode replaces the ordinary loop on that device."""
+        return self.mode != "auto" or device.type == "cuda"
+
+    def ready(self, step: FixedStep) -> Callable[[], Any]:
+        """What makes a pass of `step` in this mode."""
+        if self.mode == "eager":
+            return step
+        key = (len(step.images), step.window)
+        is_new = key not in self._known
+        if self.mode == "auto":
+            self._keep(key, None)
+            return _prepared(step, lambda: capture(step, WARM_UP if is_new else 0))
+        if is_new:
+            compiled = torch.compile(
+                FixedStep.__call__,
+                mode=self.mode,
+                fullgraph=True,
+                dynamic=False,
+                isolate_recompiles=True,
+            )
+            _prepared(step, lambda: compiled(step))
+            self._keep(key, compiled)
+        self._known.move_to_end(key)
+        return partial(self._known[key], step)
+
+    def _keep(self, key: tuple[int, int], value: Any) -> None:
+        self._known[key] = value
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
+
+
+def _prepared(step: FixedStep, work: Callable[[], Any]) -> Any:
+    """Do what makes a step ready, write down its seconds, and undo the passes that it made."""
+    kept = [buffer.clone() for buffer in step.buffers()]
+    started = time.perf_counter()
+    made = work()
+    step.run.warm_up += time.perf_counter() - started
+    for buffer, old in zip(step.buffers(), kept, strict=True):
+        buffer.copy_(old)
+    return made
+
+
+def capture(step: FixedStep, warm_up: int) -> Callable[[], Any]:
+    """A CUDA graph of `step`: what it replays changes the same buffers.
+
+    Args:
+        step: of a run that goes on.
+        warm_up: passes before, in which libraries choose their kernels.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
