@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..contracts import Conditions
 from .verify import Round, Verdict
+from .window import model_key
 
 RING = 64
 """Positions behind the last known token whose laws are kept, besides a line of the grid."""
@@ -83,23 +83,28 @@ class LawMemory:
 
 
 class Memories:
-    """The memories of one sampler, one for each model and way of shaping its laws.
+    """The memories of one sampler, one for each kind of model and way of shaping its laws.
 
-    They go with their models, and a copied or saved sampler begins without any.
+    A copied or saved sampler begins without any.
     """
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[Any, dict[Any, LawMemory]] = WeakKeyDictionary()
+        self._of: dict[Any, LawMemory] = {}
 
     def __reduce__(self) -> tuple[type[Memories], tuple[()]]:
         return Memories, ()
 
     def of(self, model: Any, kind: Any, device: torch.device) -> LawMemory:
-        """The memory of a model's laws; `kind` tells apart what changes them."""
-        known = self._of.setdefault(model, {})
-        if kind not in known:
-            known[kind] = LawMemory(model.num_tokens, model.vocab_size, device)
-        return known[kind]
+        """The memory of a model's laws; `kind` tells apart what changes them.
+
+        Models are told apart as cost tables tell them: a pipeline may make its model anew for every
+        call. Two of the same sizes share a memory, which costs passes and changes no picture.
+        """
+        sizes = (model.num_tokens, model.vocab_size, model.grid)
+        key = (model_key(model), *sizes, str(device), kind)
+        if key not in self._of:
+            self._of[key] = LawMemory(model.num_tokens, model.vocab_size, device)
+        return self._of[key]
 
 
 class FirstLaws:

@@ -14,6 +14,7 @@ maximal coupling, one place at a time, as in a chain.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -96,12 +97,17 @@ class StaticTreeDrafter:
 
     Args:
         chain: it keeps laws.
+        shape: parents of so many candidates on so many levels, a chain of all levels first.
     """
 
     branches = True
 
-    def __init__(self, chain: JacobiDrafter) -> None:
-        self._chain = chain
+    def __init__(
+        self,
+        chain: JacobiDrafter,
+        shape: Callable[[int, int], tuple[int, ...]] = static_parents,
+    ) -> None:
+        self._chain, self._shape = chain, shape
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
@@ -120,7 +126,7 @@ class StaticTreeDrafter:
         chain = self._chain.propose(tokens, lengths, levels, round_number)
         if num == levels:
             return chain
-        parents = static_parents(num, levels)
+        parents = self._shape(num, levels)
         shape = topology(parents, lengths.device)
         assert chain.logq is not None
         siblings = self._siblings(chain, lengths, shape.children.shape[1], round_number)

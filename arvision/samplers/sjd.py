@@ -121,8 +121,9 @@ class SJDSampler(TokenSampler):
                 f'init "memory" with coupling {coupling!r}: expected coupling "gumbel", under which '
                 "a picture does not depend on those before it"
             )
-        if not 0 <= min_share < 1:
-            raise InputError(f"min_share {min_share}: expected 0 <= min_share < 1")
+        is_number = isinstance(min_share, int | float) and not isinstance(min_share, bool)
+        if not is_number or not 0 <= min_share < 1:
+            raise InputError(f"min_share {min_share!r}: expected a number, 0 <= min_share < 1")
         if min_share and tree != "drift":
             raise InputError(f'min_share {min_share} with tree {tree!r}: expected tree "drift"')
         table = self.config["cost_table"]

@@ -92,7 +92,7 @@ def test_the_embedded_models_draw_the_same_pictures_for_twenty_seeds(name, init,
 
 
 def test_an_embedded_model_draws_the_same_pictures_in_fewer_passes(fashion):
-    classes, seeds = [0, 3, 5, 7, 8, 9], [(11, k) for k in range(6)]
+    classes, seeds = [0, 3, 5, 7], [(11, k) for k in range(4)]
 
     def draw(model, **options):
         sampler = get_sampler(options.pop("name", "sjd"), **options)
@@ -300,8 +300,8 @@ def test_a_saved_sampler_draws_the_same(model, plain, tmp_path):
         ({"tree": "static", "coupling": "maximal", "reuse": 0.5}, "expected reuse None"),
         ({"tree": "drift", "window": 65}, "window 65 with tree 'drift': expected at most 64"),
         ({"min_share": 0.1}, "min_share 0.1 with tree None: expected tree"),
-        ({"tree": "drift", "min_share": 1.0}, "expected 0 <= min_share < 1"),
-        ({"tree": "drift", "min_share": float("nan")}, "expected 0 <= min_share < 1"),
+        ({"tree": "drift", "min_share": 1.0}, "expected a number, 0 <= min_share < 1"),
+        ({"tree": "drift", "min_share": float("nan")}, "expected a number, 0 <= min_share < 1"),
         ({"tree": "drift", "min_share": "x"}, "min_share 'x': expected a number"),
         ({"init": "memory", "coupling": "maximal"}, "init \"memory\" with coupling 'maximal'"),
         ({"window": "auto", "cost_table": [[1, 4, 1.0, "bush"]]}, "unknown tree 'bush'"),
@@ -351,7 +351,7 @@ def test_window_auto_chooses_among_chains_and_trees(model, plain):
         assert out.stats.tree == chosen
         assert out.stats.cost_table == table
         assert torch.equal(out.tokens, plain[:3])
-        assert set(out.stats.windows) <= {1, 8}
+        assert max(out.stats.windows) == 8
     maximal = get_sampler("sjd", window="auto", coupling="maximal", cost_table=table_of(2, 4))
     assert maximal(model, [0], seeds=[0]).stats.tree is None, "drift trees are for Gumbel coupling"
     static = table_of(2, 4, "static")
