@@ -13,6 +13,7 @@ from typing import Any
 from .errors import CheckpointError
 from .folders import ASSETS, embedded_models, find_model
 from .hub import Source, fetch_index
+from .schema import read_json
 
 SAMPLERS_FOLDER = Path(__file__).parent / "samplers"
 
@@ -98,8 +99,8 @@ def _kind(model: Any) -> str:
     place = find_model(model)
     index = fetch_index(Source(place)) if isinstance(place, str) else place / "model_index.json"
     try:
-        _, network = json.loads(index.read_text())["transformer"]
-    except (OSError, ValueError, KeyError) as error:
+        _, network = read_json(index)["transformer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{model}: no pipeline with a transformer ({error})") from error
     from .models import FAMILIES
 

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from zipfile import BadZipFile
 
 import torch
@@ -133,7 +133,7 @@ def _harmless() -> list[Any]:
     return found
 
 
-def _check_is_weights(path: Path) -> None:
+def check_is_weights(path: Path) -> None:
     """Name what downloads leave in the place of weights.
 
     Raises:
@@ -168,7 +168,7 @@ def _index_in(folder: Path) -> Path:
 
 def _read(path: Path) -> object:
     try:
-        _check_is_weights(path)
+        check_is_weights(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -221,6 +221,57 @@ def _read_shards(index: Path) -> StateDict:
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class Held(NamedTuple):
+    """What a file says of one tensor: its shape, and the name of its type in safetensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, value: Tensor) -> Held:
+        """What it would say of this tensor."""
+        kind = "F" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        return cls(tuple(value.shape), kind)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it holds real numbers."""
+        return self.dtype.startswith(("F", "BF"))
+
+
+def check_fit(module: nn.Module, found: Mapping[str, Held], name: str) -> None:
+    """Refuse tensors that are not just those of a module.
+
+    Args:
+        module: to be filled; it may lie on the meta device.
+        found: what there is, by key.
+        name: where, for messages.
+
+    Raises:
+        CheckpointError: names the first missing, misshapen or unexpected key, or the first of
+            integers where the module has real numbers, or the reverse.
+    """
+    wanted = module.state_dict()
+    for key, value in wanted.items():
+        if key not in found:
+            near = difflib.get_close_matches(key, [k for k in found if k not in wanted], n=1)
+            hint = f"; it has an unexpected {near[0]!r}" if near else ""
+            raise CheckpointError(f"{name}: key {key!r} is missing{hint}")
+        shape, kind = found[key].shape, found[key].dtype
+        if shape != tuple(value.shape):
+            raise CheckpointError(
+                f"{name}: key {key!r} has shape {list(shape)}, expected {list(value.shape)}"
+            )
+        if found[key].is_floating != value.is_floating_point():
+            what = "floating-point numbers" if value.is_floating_point() else "integers"
+            raise CheckpointError(f"{name}: key {key!r} holds {kind}, expected {what}")
+    for key in found:
+        if key not in wanted:
+            near = difflib.get_close_matches(key, list(wanted), n=1)
+            hint = f"; the nearest expected key is {near[0]!r}" if near else ""
+            raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
+
+
 def load_strictly(
     cls: type[Module],
     sizes: dict[str, Any],
@@ -241,21 +292,7 @@ def load_strictly(
         module = cls(**sizes)
     wanted = module.state_dict()
     tensors = {key: value for key, value in tensors.items() if key in wanted or not is_stray(key)}
-    for key, value in wanted.items():
-        if key not in tensors:
-            near = difflib.get_close_matches(key, [k for k in tensors if k not in wanted], n=1)
-            hint = f"; it has an unexpected {near[0]!r}" if near else ""
-            raise CheckpointError(f"{name}: key {key!r} is missing{hint}")
-        if tensors[key].shape != value.shape:
-            raise CheckpointError(
-                f"{name}: key {key!r} has shape {list(tensors[key].shape)}, expected "
-                f"{list(value.shape)}"
-            )
-    for key in tensors:
-        if key not in wanted:
-            near = difflib.get_close_matches(key, list(wanted), n=1)
-            hint = f"; the nearest expected key is {near[0]!r}" if near else ""
-            raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
+    check_fit(module, {key: Held.of(value) for key, value in tensors.items()}, name)
     cast = {key: value.to(device, dtype) for key, value in tensors.items()}
     module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import schema
 from .errors import CheckpointError, InputError
 
 INDEXES = ("model_index.json", "config.json")
@@ -27,8 +27,8 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         CheckpointError: it does not; `name` is what messages call it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = schema.read_json(path)
+    except (OSError, InputError) as error:
         raise CheckpointError(f"{name} cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{name}: expected a JSON object, found {type(found).__name__}")
@@ -83,7 +83,7 @@ def needed_files(
         if not inside:
             raise CheckpointError(f"{name}: part {part} is missing, which {index} names")
         texts = [f for f in inside if f.endswith(TEXTS) and SHARDS not in f]
-        weights, is_variant = _weights(name, part, inside, read, variant)
+        weights, is_variant = weight_files(name, part, inside, read, variant)
         has_variant |= is_variant
         found += sorted(part + f for f in (*texts, *weights) if part + f != index)
     if variant is not None and not has_variant:
@@ -95,7 +95,7 @@ def needed_files(
     return found
 
 
-def _weights(
+def weight_files(
     name: str,
     part: str,
     inside: set[str],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,27 +14,28 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 from .card import megabytes, settings_in_words, write_card
 from .compiling import compile_networks
+from .components import check_pipeline, load_text_encoder, quietly, read_card, told
 from .contracts import Schedule, Stats
-from .errors import CheckpointError, InputError, StateError, unknown_name
+from .errors import InputError, StateError, unknown_name
+from .files import user_path
 from .folders import ASSETS, find_model, parse_device, parse_dtype
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
+from .models.network import REACHED
+from .networks import hooks_of, place_of
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .schema import Side
 from .threads import THREADS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_LOADING = threading.RLock()
-"""Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         temperature: Schedule = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        num_threads: int | None = None,
+        num_threads: Side | None = None,
         draft: str | None = None,
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
@@ -143,6 +143,47 @@ class ARPipeline(Portable, DiffusionPipeline):
             "class_names": getattr(model, "class_names", None) or None,
         }
         return cls(model.transformer, **held | config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A saved pipeline, see diffusers' `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: folder, or a hub id "owner/name".
+            **kwargs: parts that replace the saved ones, `dtype`, `variant`, and others of diffusers'.
+
+        Raises:
+            InputError: code of a stranger is asked for (`custom_pipeline`, `trust_remote_code`).
+            CheckpointError: a folder that is not a complete pipeline, or names a class that we do
+                not know, or whose weights do not fit; nothing of it was built or run.
+        """
+        for name in ("custom_pipeline", "trust_remote_code"):
+            if kwargs.pop(name, None):
+                raise InputError(f"{name}: code of a model's folder is never run, leave it out")
+        folder = user_path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            from .opening import find_folder
+
+            reached = {name: kwargs.pop(name) for name in REACHED if name in kwargs}
+            folder = find_folder(
+                str(pretrained_model_name_or_path), kwargs.get("variant"), **reached
+            )
+        with told(folder), quietly():
+            shared = {
+                part: cls.from_pretrained(ASSETS / owner, **kwargs).components[part]
+                for part, owner in read_card(folder).get("shared", {}).items()
+                if part not in kwargs and not (folder / part).exists()
+            }
+            given = shared | kwargs
+            parts = check_pipeline(folder, cls, given, kwargs.get("variant"))
+            if "text_encoder" in parts:
+                given["text_encoder"] = load_text_encoder(
+                    parts["text_encoder"],
+                    folder / "text_encoder",
+                    kwargs.get("dtype", kwargs.get("torch_dtype")),
+                    kwargs.get("variant"),
+                )
+            return super().from_pretrained(str(folder), **{"use_safetensors": True} | given)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -200,7 +241,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         """A further model by name, on this device and dtype."""
         from .opening import open_cached
 
-        return open_cached(name, str(self.device), self.dtype)
+        return open_cached(name, str(place_of(self.transformer)), self.dtype)
 
     def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
         """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
@@ -269,6 +310,21 @@ class ARPipeline(Portable, DiffusionPipeline):
         if self._calls:
             raise StateError(f"{len(self._calls)} draws are going on: expected to() after them")
         return super().to(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep weights in main memory and bring each layer's for its call, see diffusers.
+
+        diffusers names the CPU "cpu:0", which accelerate takes for another device than "cpu": on the
+        way there parameters would become plain tensors, and the second call would fail.
+        """
+        super().enable_sequential_cpu_offload(gpu_id, cast(Any, device))
+        networks = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        for module in (module for network in networks for module in network.modules()):
+            for hook in hooks_of(module):
+                if torch.device(hook.execution_device or "meta").type == "cpu":
+                    hook.execution_device = torch.device("cpu")
 
     def check_sampler(self, sampler: BaseSampler) -> None:
         """Refuse a sampler for another kind of model.
@@ -378,7 +434,8 @@ class ARPipeline(Portable, DiffusionPipeline):
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
         )
-        self.maybe_free_model_hooks()
+        if not self._calls:  # another draw needs its networks where they are
+            self.maybe_free_model_hooks()
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
@@ -404,7 +461,7 @@ class ARPipeline(Portable, DiffusionPipeline):
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Run on the recommended number of CPU threads."""
         wanted = self.config["num_threads"]
-        if wanted is None or self.device.type != "cpu":
+        if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
 
@@ -437,39 +494,5 @@ def open_pipeline(
     """Load a pipeline; see `arvision.load`."""
     place = parse_device(device)
     kind = parse_dtype(dtype, place)
-    source = str(find_model(name_or_path))
-    try:
-        with _LOADING, _quietly():
-            shared = _shared_parts(Path(source), kind)
-            pipe = ARPipeline.from_pretrained(source, dtype=kind, variant=variant, **shared)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: cannot be loaded as a pipeline ({reason})") from error
-    return pipe.to(place)
-
-
-def _shared_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Parts that an embedded model takes from another one, so that the wheel ships them once."""
-    card = folder / "card.json"
-    shared = json.loads(card.read_text()).get("shared", {}) if card.exists() else {}
-    parts = {}
-    for part, owner in shared.items():
-        if not (folder / part).exists():
-            whole = ARPipeline.from_pretrained(str(ASSETS / owner), dtype=dtype)
-            parts[part] = whole.components[part]
-    return parts
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the libraries' bars over two or three small components."""
-    switches = [(diffusers_logging, diffusers_logging.is_progress_bar_enabled())]
-    switches.append((transformers_logging, transformers_logging.is_progress_bar_enabled()))
-    for switch, _ in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in switches:
-            if was_shown:
-                switch.enable_progress_bar()
+    source = find_model(name_or_path)
+    return ARPipeline.from_pretrained(source, dtype=kind, variant=variant).to(place)

@@ -57,6 +57,16 @@ class Between:
         return " and ".join(words)
 
 
+class Modules:
+    """Marks a number of modules, each of which holds a tensor at least."""
+
+
+Layers = Annotated[int, Between(1, 1 << 20), Modules]
+"""A number of layers or blocks."""
+
+Levels = Annotated[Sequence[Annotated[int, Between(1, 1 << 10)]], Between(1, 16)]
+"""Factors of the width of an autoencoder's levels."""
+
 Size = Annotated[int, Between(1, 1 << 24)]
 """A width, a number of codes, classes or tokens."""
 
@@ -65,6 +75,12 @@ Count = Annotated[int, Between(0, 1 << 24)]
 
 Side = Annotated[int, Between(1, 1 << 12)]
 """Rows or columns of tokens."""
+
+Scales = Annotated[Sequence[Side], Between(1, 64)]
+"""Sides of square token maps."""
+
+Maps = Annotated[Sequence[tuple[Side, Side]], Between(1, 64)]
+"""Rows and columns of token maps."""
 
 Positive = Annotated[float, Between(above=0)]
 """A finite number above 0."""
@@ -166,7 +182,7 @@ def _check_depth(content: Any) -> None:
 def hints_of(owner: Any) -> Mapping[str, Any]:
     """Names and type hints of what a class or a function takes, or a `TypedDict` holds."""
     if hasattr(owner, "__required_keys__"):
-        return get_type_hints(owner, include_extras=True)
+        return get_type_hints(owner, include_extras=True)  # of a `TypedDict`
     call = owner.__init__ if isinstance(owner, type) else owner
     try:
         known = get_type_hints(call, include_extras=True)
@@ -225,7 +241,10 @@ def _fits(value: Any, hint: Any, descend: Callable[[Any, Any], None]) -> bool:
             return False
         return all(limit.holds(value) for limit in limits if isinstance(limit, Between))
     if origin in (Union, types.UnionType):
-        return any(_is(value, each) for each in inner)
+        kinds = [each for each in inner if each is not type(None)]
+        if value is None or len(kinds) > 1:
+            return any(_is(value, each) for each in inner)
+        return _fits(value, kinds[0], descend)
     if origin is Literal:
         return any(value == each and type(value) is type(each) for each in inner)
     if hint in (None, type(None)):

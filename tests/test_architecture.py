@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "arvision"
 
 # Each part may import the parts in its set, and itself.
-GROUND = {"errors", "contracts", "registry", "files", "checkpoint", "lazy", "schema", "portable"}
+GROUND = {
+    "errors",
+    "contracts",
+    "registry",
+    "files",
+    "checkpoint",
+    "lazy",
+    "schema",
+    "portable",
+    "stored",
+    "networks",
+}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -18,11 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
-    "needed": {"errors"},
+    "needed": {"errors", "schema"},
     "hub": {"errors", "files", "headers", "needed"},
+    "stored": {"checkpoint", "errors", "headers", "needed", "schema"},
     "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
@@ -38,8 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "counting": set(),
     "compiling": {"decoding"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
+    "components": {"folders", "models", "samplers"} | GROUND,
     "pipeline": {
         "card",
+        "components",
         "compiling",
         "threads",
         "models",
@@ -52,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
+    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
@@ -108,8 +124,8 @@ def test_imports_point_downwards(path: Path):
         here = path.relative_to(PACKAGE).parts
         if part == target[0] == "models" and len(target) > 1 and len(here) > 2:
             family = target[1:2]
-            names = ("adaptive", "captions", "conditions", "conv_blocks", "latent_head", "pixels")
-            shared = (here[1:2], *((name,) for name in (*names, "student")))
+            names = ("adaptive", "captions", "conditions", "conv_blocks", "latent_head", "network")
+            shared = (here[1:2], *((name,) for name in (*names, "pixels", "student")))
             assert family in shared, f"{path}: model families do not know each other"
         if part == "samplers" and path.name not in ("__init__.py", "base.py"):
             own = target[:1] != ("samplers",) or target == ("samplers", "base")

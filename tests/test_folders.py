@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 import warnings
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import arvision
-from arvision import ARPipeline, InputError
+from arvision import ARPipeline, CheckpointError, InputError
+from arvision.folders import ASSETS
+from arvision.models import LlamaGenTransformer
 from arvision.samplers import SAMPLERS, SJDSampler, get_sampler
 from arvision.testing import tiny_llamagen
 
@@ -130,3 +136,363 @@ def test_a_home_is_a_home(tmp_path, monkeypatch):
     assert arvision.load("~/model", device="cpu").kind == "token"
     with pytest.raises(InputError, match="no-such-user"):
         arvision.load("~no-such-user/model", device="cpu")
+
+
+# What a folder may not make us run.
+
+
+def code(path, mark):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"open({str(mark)!r}, 'w').close()\nclass Foo:\n    pass\n")
+
+
+def strangers(folder, mark, kind):
+    """Let a folder ask for its own code to be run, which would leave a mark."""
+    index = folder / "model_index.json"
+    if kind == "component":
+        code(folder / "transformer" / "my_mod.py", mark)
+        edit(index, transformer=["my_mod", "Foo"])
+    elif kind == "module on the path":
+        code(folder.parent / "path" / "my_mod.py", mark)
+        edit(index, transformer=["my_mod", "LlamaGenTransformer"])
+    elif kind == "sampler":
+        code(folder / "sampler" / "samp.py", mark)
+        edit(index, sampler=["samp", "Foo"])
+    elif kind == "pipeline":
+        code(folder / "pipeline.py", mark)
+        edit(index, _class_name=["pipeline", "Foo"])
+    elif kind == "pipeline beside":
+        code(folder / "pipeline.py", mark)
+    elif kind == "custom_pipeline":
+        code(folder / "pipeline.py", mark)
+        edit(index, custom_pipeline=str(folder))
+    elif kind == "auto_map":
+        edit(folder / "transformer" / "config.json", auto_map={"AutoModel": "my_mod.Foo"})
+    elif kind == "auto class":
+        edit(index, transformer=["diffusers", "AutoModel"])
+    elif kind == "text encoder":
+        edit(index, text_encoder=["transformers", "AutoModel"])
+    elif kind == "any function":
+        edit(index, text_encoder=["subprocess", "run"])
+    elif kind == "other part":
+        edit(index, helper=["my_mod", "Foo"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("component", "module on the path", "sampler", "pipeline", "pipeline beside"),
+        *("custom_pipeline", "auto_map", "auto class", "text encoder", "any function"),
+        "other part",
+    ],
+)
+def test_nothing_of_a_folder_is_run(folder, tmp_path, monkeypatch, kind):
+    mark = tmp_path / "mark"
+    strangers(folder, mark, kind)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    monkeypatch.syspath_prepend(str(folder))
+    refused(folder)
+    with pytest.raises(CheckpointError):
+        ARPipeline.from_pretrained(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("option", ["custom_pipeline", "trust_remote_code"])
+def test_nobody_can_ask_for_code(folder, option):
+    with pytest.raises(InputError, match=option):
+        ARPipeline.from_pretrained(folder, **{option: str(folder)})
+
+
+# What does not fit.
+
+
+def refused(folder, *words):
+    """Refused at once, in one line that holds these words."""
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError) as found:
+        arvision.load(folder, device="cpu")
+    said = str(found.value)
+    assert "\n" not in said
+    assert str(folder) in said
+    assert len(said) < 500
+    for word in words:
+        assert word in said
+    assert time.perf_counter() - started < 20, "a loaded machine takes one"
+
+
+TRANSFORMER = [
+    ("num_layers", 1, "unexpected"),
+    ("num_layers", 3, "layers.2.attention.wqkv.weight' is missing"),
+    ("num_layers", 0, "num_layers 0: expected"),
+    ("num_layers", 10**6, "num_layers 1000000"),
+    ("num_layers", "2", "num_layers '2': expected an integer"),
+    ("num_layers", None, "num_layers None"),
+    ("num_layers", 2.5, "num_layers 2.5"),
+    ("num_layers", True, "num_layers True"),
+    ("num_layers", [2], "num_layers [2]"),
+    ("num_layers", 10**400, "num_layers an integer of 1329 bits"),
+    ("hidden_size", 10**9, "hidden_size 1000000000"),
+    ("hidden_size", 128, "has shape [4, 32], expected [4, 128]"),
+    ("vocab_size", -1, "vocab_size -1"),
+    ("num_heads", 0, "num_heads 0"),
+    ("rope_theta", float("nan"), "NaN"),
+    ("rope_theta", -1.0, "rope_theta -1.0: expected"),
+    ("norm_eps", 0, "norm_eps 0: expected a finite number > 0"),
+    ("grid", [0, 6], "grid[0] 0"),
+    ("grid", 6, "grid 6: expected a list of 2"),
+    ("grid", [6, 6, 6], "grid [6, 6, 6]"),
+    ("num_layer", 2, "unknown name 'num_layer'"),
+    ("_class_name", "VARTransformer", "a saved 'VARTransformer'"),
+    ("_class_name", ["my_mod", "LlamaGenTransformer"], "expected 'LlamaGenTransformer'"),
+]
+TOKENIZER = [
+    ("num_res_blocks", 10**8, "num_res_blocks 100000000"),
+    ("num_res_blocks", 10**5, "num_res_blocks 100000"),
+    ("num_recorded", 10**8, "num_recorded 100000000"),
+    ("num_recorded", 10**7, "codebook_used"),
+    ("ch_mult", [1] * 10**5, "ch_mult a list of 100000"),
+    ("ch_mult", [1, "x"], "ch_mult[1] 'x'"),
+    ("ch", 33, "ch 33"),
+    ("codebook_size", 7, "'quantize.embedding.weight' has shape"),
+]
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "words"),
+    [("transformer", *row) for row in TRANSFORMER] + [("tokenizer", *row) for row in TOKENIZER],
+)
+def test_sizes_are_those_of_the_weights(folder, part, option, value, words):
+    edit(folder / part / "config.json", **{option: value})
+    refused(folder, words)
+
+
+def other_weights(path, kind):
+    weights = load_file(path)
+    key = "layers.0.attention.wo.weight"
+    if kind == "extra":
+        weights["layers.0.attention.more.weight"] = torch.zeros(2)
+    elif kind == "missing":
+        del weights[key]
+    elif kind == "misshapen":
+        weights[key] = weights[key][:-1].clone()
+    elif kind == "integers":
+        weights = {k: v.to(torch.int32) for k, v in weights.items()}
+    path.unlink()
+    save_file(weights, path)
+
+
+WEIGHTS = {
+    "extra": "'layers.0.attention.more.weight' is unexpected",
+    "missing": "'layers.0.attention.wo.weight' is missing",
+    "misshapen": "'layers.0.attention.wo.weight' has shape",
+    "integers": "holds I32, expected floating-point numbers",
+    "empty": "is empty",
+    "truncated": "not complete",
+    "pointer": "git-lfs pointer",
+    "page": "HTML page",
+    "text": "JSON",
+    "pickle": "may hold code",
+    "none": "transformer: ",
+    "pipe": "a pipe or a device",
+    "tokenizer's": "is missing",
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_are_those_of_the_network(folder, kind):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    contents = {
+        "empty": b"",
+        "truncated": path.read_bytes()[:-100],
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "page": b"<!DOCTYPE html><html>404</html>",
+        "text": b'{"error": "not found"}',
+    }
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    elif kind == "pickle":
+        path.rename(path.with_suffix(".bin"))
+    elif kind == "none":
+        path.unlink()
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "tokenizer's":
+        shutil.copy(folder / "tokenizer" / path.name, path)
+    else:
+        other_weights(path, kind)
+    refused(folder, WEIGHTS[kind])
+
+
+def shrunk(name, folder):
+    """A copy of an embedded model whose configurations may be written and whose weights are links."""
+
+    def take(source, goal):
+        return (
+            os.symlink(source, goal)
+            if source.endswith(".safetensors")
+            else shutil.copy(source, goal)
+        )
+
+    return shutil.copytree(ASSETS / name, folder / name, copy_function=take)
+
+
+EMBEDDED = [
+    ("var-fashion", "transformer", "num_layers", 10**6),
+    ("var-fashion", "transformer", "patch_nums", [1, 2, 3]),
+    ("var-fashion", "tokenizer", "num_shared", 10**6),
+    ("var-fashion", "tokenizer", "num_res_blocks", 10**8),
+    ("var-fashion-dd", "transformer", "num_layers", 1),
+    ("var-fashion-dd", "transformer", "timesteps", [0, "1"]),
+    ("mar-fashion", "transformer", "encoder_depth", 10**6),
+    ("mar-fashion", "transformer", "head_depth", 10**6),
+    ("mar-fashion", "tokenizer", "scaling_factor", 0),
+    ("mar-fashion", "tokenizer", "num_res_blocks", 10**6),
+    ("mar-fashion-draft", "transformer", "num_buffer", 10**6),
+    ("llamagen-fashion-dd", "transformer", "num_layers", 10**6),
+    ("llamagen-fashion-t2i", "text_encoder", "num_layers", 10**6),
+    ("llamagen-fashion-t2i", "text_encoder", "num_layers", 1),
+    ("llamagen-fashion-t2i", "text_encoder", "d_ff", 7),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "option", "value"), EMBEDDED)
+def test_every_family_and_part_is_checked(tmp_path, name, part, option, value):
+    folder = shrunk(name, tmp_path)
+    edit(folder / part / "config.json", **{option: value})
+    refused(folder)
+
+
+def test_a_network_alone_is_checked(folder):
+    edit(folder / "transformer" / "config.json", num_layers=3)
+    with pytest.raises(CheckpointError, match="layers"):
+        LlamaGenTransformer.from_pretrained(folder / "transformer")
+    with pytest.raises(CheckpointError, match="layers"):
+        LlamaGenTransformer.from_pretrained(folder, subfolder="transformer")
+
+
+def test_shards_are_checked(folder):
+    network = arvision.load(folder, device="cpu").transformer
+    shutil.rmtree(folder / "transformer")
+    network.save_pretrained(folder / "transformer", max_shard_size="10KB")
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    again = arvision.load(folder, device="cpu").transformer
+    assert torch.equal(again.output.weight, network.output.weight)
+    places = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=places | {"norm.weight": "../../elsewhere.safetensors"})
+    refused(folder, "elsewhere.safetensors")
+    edit(index, weight_map={k: v for k, v in places.items() if k != "norm.weight"})
+    refused(folder, "'norm.weight'")
+
+
+# What stands where an object should.
+
+WRONG = {
+    "list": "[]",
+    "null": "null",
+    "number": "3",
+    "text": '"x"',
+    "not a number": "NaN",
+    "deep": "[" * 100_000,
+    "twice": '{"_class_name": "ARPipeline", "_class_name": "ARPipeline"}',
+    "torn": '{"_class_name": ',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [*WRONG, "mark", "utf-16", "bytes", "large", "pipe", "folder", "link"]
+)
+@pytest.mark.parametrize(
+    "file",
+    ["model_index.json", "card.json", "transformer/config.json", "sampler/sampler_config.json"],
+)
+def test_configurations_are_objects(folder, file, kind):
+    path = folder / file
+    content = path.read_bytes() if path.exists() else b"["
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "large":
+        with path.open("wb") as out:
+            out.truncate(1 << 30)
+    elif kind == "mark":
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+    elif kind == "utf-16":
+        path.write_text("{}", encoding="utf-16")
+    elif kind == "bytes":
+        path.write_bytes(b'{"a": "\xff"}')
+    else:
+        path.write_text(WRONG[kind])
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("class_names", "abc", "class_names 'abc'"),
+        ("class_names", [1, 2], "class_names[0] 1"),
+        ("guidance_scale", "3", "guidance_scale '3'"),
+        ("guidance_scale", [1, None], "guidance_scale"),
+        ("temperature", {"a": 1}, "temperature an object of 1"),
+        ("top_k", [], "top_k []"),
+        ("top_p", None, "top_p None"),
+        ("num_threads", -1, "num_threads -1"),
+        ("num_threads", 10**12, "num_threads"),
+        ("draft", 3, "draft 3"),
+        ("calibration", [1], "calibration [1]"),
+        ("calibration", {"a": "x"}, "calibration['a'] 'x'"),
+        ("transformer", None, "transformer None"),
+        ("transformer", [None, None], "transformer [None, None]"),
+        ("transformer", "LlamaGenTransformer", "expected [library, class]"),
+        ("tokenizer", ["arvision.samplers.ar", "ARSampler"], "tokenizer"),
+        ("sampler", ["arvision.samplers.ar", "TokenSampler"], "a registered sampler"),
+        ("more", 1, "unknown name 'more'"),
+        ("_class_name", 3, "a saved 3"),
+    ],
+)
+def test_values_of_an_index(folder, option, value, words):
+    edit(folder / "model_index.json", **{option: value})
+    refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sjd", {"window": []}),
+        ("sjd", {"window": "all"}),
+        ("sjd", {"window": "auto", "cost_table": [["x"]]}),
+        ("sjd", {"coupling": 3}),
+        ("ar", {"temperature": "hot"}),
+        ("ar", {"top_p": -1}),
+        ("ar", {"top_k": None}),
+        ("draft", {"max_draft": None}),
+    ],
+)
+def test_values_of_a_stored_sampler(folder, name, options):
+    store_sampler(folder, name, **options)
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"tokenizer": "/etc"},
+        {"tokenizer": "../llamagen-fashion"},
+        {"tokenizer": "llamagen-fashion/../llamagen-fashion"},
+        {"tokenizer": "somebody/model"},
+        {"tokenizer": 3},
+        {"../tokenizer": "llamagen-fashion"},
+        {"transformer": "llamagen-fashion"},
+        ["llamagen-fashion"],
+        "llamagen-fashion",
+    ],
+)
+def test_parts_are_shared_with_embedded_models_only(folder, shared):
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "card.json").write_text(json.dumps({"shared": shared}))
+    refused(folder, "card.json")

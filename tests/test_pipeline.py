@@ -176,5 +176,5 @@ def test_a_damaged_pipeline_folder(tmp_path, tiny_pipeline):
     tiny_pipeline.save_pretrained(tmp_path)
     weights = next(tmp_path.glob("transformer/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="cut off"):
         arvision.load(tmp_path)

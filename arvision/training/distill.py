@@ -161,6 +161,7 @@ def _distill(
     else:
         torch.manual_seed(settings.fit.seed)  # layers that the teacher lacks start at random
         student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
+        student = student.to(processes.device)
         figures |= run.from_pairs(student)
     if method == "dd2":
         student, found = run.from_scores(student)
@@ -347,15 +348,14 @@ def student_family(pipe: ARPipeline) -> Any:
 def _picture(student: Any, settings: DistillSettings) -> tuple[Any, ...]:
     if settings.picture_weight == 0:
         return ()
-    classifier: FashionClassifier = load_classifier().requires_grad_(False)
+    classifier: FashionClassifier = load_classifier().requires_grad_(False).to(student.device)
 
     def features(pixels: Tensor) -> Tensor:
         return classifier.trunk(pixels.mean(1, keepdim=True))
 
     with torch.no_grad():
-        blank = student.decode_vectors(
-            torch.zeros(1, student.num_tokens, student.codebook.shape[1])
-        )
+        codes = student.codebook
+        blank = student.decode_vectors(codes.new_zeros(1, student.num_tokens, codes.shape[1]))
     known = features if blank.shape[2:] == (32, 32) else None
     return PictureLoss(student.decode_vectors, known), settings.picture_weight
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loop import Objective
+from .loop import Chance, Objective
 from .pairs import Pairs, pair_noise
 
 
@@ -86,22 +86,26 @@ class DistillObjective(Objective):
         self.codes = model.codebook.float().cpu()
         self.variance = float(self.codes.var(0, correction=0).mean())
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss, and the share of tokens that are the teacher's, of the samples `indices`."""
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """What the student is given, and what it should make of it."""
         tokens = self.pairs.tokens[indices]
         noise = pair_noise(self.seed, indices, tokens.shape[1], self.codes.shape[1])
         chosen = torch.randint(len(self.timesteps), (len(indices),), generator=generator)
         known = self.timesteps[chosen]
         codes = self.codes[tokens]
         is_known = torch.arange(tokens.shape[1]) < self.ends[known][:, None]
-        device = next(self.student.parameters()).device
         given = (self.pairs.labels[indices], torch.where(is_known[..., None], codes, noise), known)
-        logits, vectors = self.student(*(part.to(device) for part in given))
-        tokens, codes, is_known = (part.to(device) for part in (tokens, codes, is_known))
+        return {"given": given, "tokens": tokens, "codes": codes, "is_known": is_known}
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Loss, and the share of tokens that are the teacher's."""
+        tokens, codes, is_known = (inputs[name] for name in ("tokens", "codes", "is_known"))
+        known = inputs["given"][2]
+        logits, vectors = self.student(*inputs["given"])
         right = (logits.argmax(-1) == tokens).float()
         error = (vectors - codes)[~is_known].square().mean() / self.variance
         loss = F.cross_entropy(logits[~is_known], tokens[~is_known]) + self.vector_weight * error
-        from_noise = (known == 0).to(device)[:, None].expand_as(is_known)
+        from_noise = (known == 0)[:, None].expand_as(is_known)
         figures = {
             "agreement": _mean(right, from_noise),
             "agreement_known": _mean(right, ~from_noise & ~is_known),

@@ -13,7 +13,7 @@ from ..models.infinity.bits import BitPyramid
 from ..models.infinity.tokenizer import InfinityTokenizer
 from ..models.infinity.transformer import InfinityTransformer
 from .data import to_pixels
-from .loop import Objective
+from .loop import Chance, Objective
 
 
 class BitTokenizerObjective(Objective):
@@ -35,9 +35,13 @@ class BitTokenizerObjective(Objective):
         self.tokenizer, self.images, self.commitment = tokenizer, images, commitment
         self.num_items = len(images)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss and PSNR in dB of the images `indices`."""
-        pixels = to_pixels(self.images[indices])
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures."""
+        return {"images": self.images[indices]}
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Loss and PSNR in dB."""
+        pixels = to_pixels(inputs["images"])
         features = self.tokenizer.features(pixels).float()
         canvas, distance = self._canvas(features)
         out = self.tokenizer.paint(features + (canvas - features).detach()).float()
@@ -121,13 +125,19 @@ class BitCaptionObjective(Objective):
         self.condition_dropout, self.flip_rate = condition_dropout, flip_rate
         self.num_items = len(features)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean loss in nats per bit of the samples `indices`, and that of the finest scale."""
-        with torch.autocast("cpu", enabled=False):
-            bits, views = corrected_bits(
-                self.pyramid, self.image_features[indices].float(), self.flip_rate, generator
-            )
-        texts = self._texts(indices, generator)
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Bits and what is fed on the way, ids and mask of captions, and which are the null text."""
+        features = self.image_features[indices].float()
+        bits, views = corrected_bits(self.pyramid, features, self.flip_rate, generator)
+        captions = [self.write_caption(index, generator) for index in indices.tolist()]
+        words = self.text_tokenizer(captions, padding=True, return_tensors="pt")
+        null = torch.rand(len(captions), generator=generator) < self.condition_dropout
+        return {"bits": bits, "views": views, "words": dict(words), "null": null}
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Mean loss in nats per bit, and that of the finest scale."""
+        bits, views = inputs["bits"], inputs["views"]
+        texts = self._texts(inputs["words"], inputs["null"])
         with sdpa_kernel(SDPBackend.MATH):
             logits = self.transformer.teacher_forced(texts, views)
         losses = F.binary_cross_entropy_with_logits(
@@ -136,13 +146,10 @@ class BitCaptionObjective(Objective):
         finest = losses[:, -self.pyramid.counts[-1] :]
         return {"loss": losses.mean(), "finest": finest.mean()}
 
-    def _texts(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Features [T_i, C] of freshly written captions, or null rows in their place."""
-        captions = [self.write_caption(index, generator) for index in indices.tolist()]
-        batch = self.text_tokenizer(captions, padding=True, return_tensors="pt")
-        found = self.text_encoder(**batch).last_hidden_state
-        lengths = batch["attention_mask"].sum(1).tolist()
-        null = torch.rand(len(lengths), generator=generator) < self.condition_dropout
+    def _texts(self, words: dict[str, Tensor], null: Tensor) -> list[Tensor]:
+        """Features [T_i, C] of captions, or null rows in their place."""
+        found = self.text_encoder(**words).last_hidden_state
+        lengths = words["attention_mask"].sum(1).tolist()
         table = self.transformer.cfg_uncond
         return [
             table[:length] if dropped else rows[:length]

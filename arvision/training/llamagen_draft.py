@@ -23,7 +23,7 @@ from ..errors import InputError, unknown_name
 from ..files import write_json
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
 from .llamagen_samples import Drawn, draw_from_target, together
-from .loop import FitConfig, Objective, shortened
+from .loop import Chance, FitConfig, Objective, shortened
 from .stages import Stage, run_stages, stage_seconds
 
 DIVERGENCES = {
@@ -78,19 +78,22 @@ class DraftObjective(Objective):
         self.transformer, self.drawn, self.divergence = transformer, drawn, divergence
         self.num_items = len(drawn.tokens)
 
-    def laws(self, drawn: Drawn) -> Tensor:
-        """Guided log-probabilities [B, N, V] of the draft along samples."""
+    def laws(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Guided log-probabilities [B, N, V] of target and draft along samples."""
         embed = self.transformer.cls_embedding
         null = torch.full_like(drawn.labels, self.transformer.config["num_classes"])
         rows = embed(torch.cat([drawn.labels, null]))
         logits = self.transformer.teacher_forced(rows, drawn.tokens.repeat(2, 1))
         guided = guide(*logits.chunk(2), drawn.scales[:, None, None])  # pyright: ignore
-        return guided.log_softmax(-1)
+        return drawn.logp.float(), guided.log_softmax(-1)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Samples and the laws they were drawn from."""
+        return vars(self.drawn.rows(indices))
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Mean divergence per token, and the mean probability of acceptance (1 - TV)."""
-        drawn = self.drawn.rows(indices)
-        logq, logp = self.laws(drawn), drawn.logp.float()
+        logp, logq = self.laws(Drawn(**inputs))
         loss = divergence(self.divergence, logp, logq).mean()
         overlap = torch.minimum(logp, logq.detach()).exp().sum(-1).mean()
         return {"loss": loss, "acceptance": overlap}
@@ -115,7 +118,7 @@ def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> di
     objective = DraftObjective(transformer.eval(), drawn, "forward_kl")
     for index in torch.arange(len(drawn.tokens)).split(64):
         part = drawn.rows(index)
-        logq, logp = objective.laws(part), part.logp.float()
+        logp, logq = objective.laws(part)
         noise = Noise([(seed, int(k)) for k in index])
         positions = torch.arange(logq.shape[1]).expand(len(index), -1)
         gumbel = noise.gumbel(positions, logq.shape[2], logq.dtype)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import to_pixels
-from .loop import Objective
+from .loop import Chance, Objective
 
 
 class CodebookObjective(Objective):
@@ -54,6 +54,10 @@ class CodebookObjective(Objective):
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self._last: tuple[Tensor, Tensor] | None = None
 
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures."""
+        return {"images": self.images[indices]}
+
     def codes(self) -> Tensor:
         """The codebook [V, D] that the averages stand for: the mean of what each code was given."""
         return self.sums / self.uses[:, None]
@@ -93,14 +97,14 @@ class TokenizerObjective(CodebookObjective):
         """The codebook [V, D] that the averages stand for: directions."""
         return F.normalize(self.sums, dim=-1)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss, PSNR in dB and code usage of the images `indices`."""
-        pixels = to_pixels(self.images[indices])
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Loss, PSNR in dB and code usage."""
+        pixels = to_pixels(inputs["images"])
         z = F.normalize(self.tokenizer.pre_quant(pixels).float(), dim=1)
         flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
         step = int(self.steps_done)
         if step == self.unquantised_steps:
-            self._initialise(flat, generator)
+            self._initialise(flat, chance)
         if step < self.unquantised_steps:
             out, commitment = self.tokenizer.decode_codes(z), z.new_zeros(())
         else:
@@ -119,11 +123,10 @@ class TokenizerObjective(CodebookObjective):
         }
 
     @torch.no_grad()
-    def _initialise(self, flat: Tensor, generator: torch.Generator) -> None:
+    def _initialise(self, flat: Tensor, chance: Chance) -> None:
         """Ten rounds of spherical k-means on the outputs of one batch."""
         size = len(self.uses)
-        picks = torch.randint(len(flat), (size,), generator=generator)
-        centres = flat[picks]
+        centres = flat[chance.randint(len(flat), size)]
         for _ in range(10):
             one_hot = F.one_hot((flat @ centres.T).argmax(-1), size).to(flat.dtype)
             sums, counts = one_hot.T @ flat, one_hot.sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..decoding.logits import Shaping
 from ..models.llamagen.transformer import LlamaGenTransformer
-from .loop import Objective
+from .loop import Chance, Objective
 
 
 class ClassObjective(Objective):
@@ -41,12 +40,16 @@ class ClassObjective(Objective):
         self.num_items = len(tokens)
         self.condition_dropout, self.context_noise = condition_dropout, context_noise
 
-    def describe(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def describe(self, indices: Tensor, generator: torch.Generator) -> Any:
+        """What samples are described by, on the CPU: classes [B] here, captions in a subclass."""
+        return self.labels[indices]
+
+    def encode(self, described: Any) -> tuple[Tensor, Tensor | None]:
         """What a transformer embeds as conditions, and the mask of rows that count (or None).
 
         Classes [B] here; a subclass may give features [B, P, C'] and a mask [B, P].
         """
-        return self.labels[indices], None
+        return described, None
 
     @staticmethod
     def rows(transformer: LlamaGenTransformer, described: Tensor, null: Tensor) -> Tensor:
@@ -54,42 +57,38 @@ class ClassObjective(Objective):
         num_classes = transformer.config["num_classes"]
         return transformer.cls_embedding(described.masked_fill(null, num_classes))
 
-    def conditions(
-        self, indices: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        """Conditioning rows [B, P, C] and the mask of the ones that count [B, P] (or None)."""
-        described, valid = self.describe(indices, generator)
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Tokens, what describes them, and which are trained with the null condition."""
+        described = self.describe(indices, generator)
         null = torch.rand(len(indices), generator=generator) < self.condition_dropout
-        return self.rows(self.transformer, described, null), valid
+        return {"tokens": self.tokens[indices], "described": described, "null": null}
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean loss in nats per token of the samples `indices`."""
-        tokens = self.tokens[indices]
-        rows, valid = self.conditions(indices, generator)
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Mean loss in nats per token."""
+        tokens = inputs["tokens"]
+        encoded, valid = self.encode(inputs["described"])
+        rows = self.rows(self.transformer, encoded, inputs["null"])
         context = tokens
         if self.context_noise > 0:
             with torch.no_grad():
                 logits = self.transformer.teacher_forced(rows, tokens, valid)
-            context = with_draws(tokens, logits, self.context_noise, generator)
+            context = with_draws(tokens, logits, self.context_noise, chance)
         logits = self.transformer.teacher_forced(rows, context, valid)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), tokens.flatten())}
 
 
-def with_draws(
-    tokens: Tensor, logits: Tensor, context_noise: float, generator: torch.Generator
-) -> Tensor:
+def with_draws(tokens: Tensor, logits: Tensor, context_noise: float, chance: Chance) -> Tensor:
     """Tokens [B, N] of which a share, another one for each sample, is drawn from `logits`.
 
     Args:
         tokens: [B, N].
         logits: [B, N, V].
         context_noise: mean share, at most 0.5.
-        generator: of the draws.
+        chance: of the draws.
     """
-    draws = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-    share = 2 * context_noise * torch.rand(len(tokens), 1, generator=generator)
-    replaced = torch.rand(tokens.shape, generator=generator) < share
-    return torch.where(replaced, draws.view_as(tokens), tokens)
+    draws = chance.pick(logits.softmax(-1))
+    share = 2 * context_noise * chance.rand(len(tokens), 1)
+    return torch.where(chance.rand(*tokens.shape) < share, draws, tokens)
 
 
 class CaptionObjective(ClassObjective):
@@ -117,15 +116,22 @@ class CaptionObjective(ClassObjective):
         self.write_caption = write_caption
         self.text_encoder, self.text_tokenizer = text_encoder, text_tokenizer
 
-    def describe(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Features [B, P, C'] of freshly written captions, padded on the left, and their mask."""
-        captions = [self.write_caption(index, generator) for index in indices.tolist()]
-        return encode_captions(
-            captions,
-            self.text_encoder,
-            self.text_tokenizer,
-            self.transformer.config["caption_length"],
+    def describe(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Ids and mask [B, P] of freshly written captions."""
+        batch = self.text_tokenizer(
+            [self.write_caption(index, generator) for index in indices.tolist()],
+            max_length=self.transformer.config["caption_length"],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         )
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def encode(self, described: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Features [B, P, C'] of captions, padded on the left, and their mask [B, P] bool."""
+        mask = described["attention_mask"]
+        features = self.text_encoder(**described).last_hidden_state
+        return pad_left(features * mask[..., None].to(features.dtype), mask.bool())
 
     @staticmethod
     def rows(transformer: LlamaGenTransformer, described: Tensor, null: Tensor) -> Tensor:
@@ -160,17 +166,22 @@ class ConsistencyObjective(Objective):
         for name, part in base.named_children():
             part.requires_grad_(name == "transformer")
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean divergences in nats per token of the samples `indices`, and their total variation.
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Tokens, and what describes them."""
+        described = self.base.describe(indices, generator)
+        return {"tokens": self.base.tokens[indices], "described": described}
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Mean divergences in nats per token, and their total variation.
 
         "variation" is that between the model's laws with and without wrong tokens: one minus it is
         the chance that a guess stays under maximal coupling.
         """
-        tokens = self.base.tokens[indices]
+        tokens = inputs["tokens"]
         with torch.no_grad():
-            described, valid = self.base.describe(indices, generator)
+            described, valid = self.base.encode(inputs["described"])
             goal = self._law(self.teacher, described, valid, tokens)
-            noisy = with_draws(tokens, goal, self.context_noise, generator)
+            noisy = with_draws(tokens, goal, self.context_noise, chance)
         clean_law = self._law(self.base.transformer, described, valid, tokens)
         noisy_law = self._law(self.base.transformer, described, valid, noisy)
         clean, wrong = (
@@ -184,28 +195,12 @@ class ConsistencyObjective(Objective):
     ) -> Tensor:
         """Guided log-probabilities [B, N, V] of the tokens, teacher forced."""
         twice = torch.cat([described, described])
-        is_null = torch.arange(len(twice)) >= len(described)
+        is_null = torch.arange(len(twice), device=twice.device) >= len(described)
         mask = None if valid is None else torch.cat([valid, valid])
         rows = self.base.rows(network, twice, is_null)
         logits = network.teacher_forced(rows, torch.cat([tokens, tokens]), mask)
         conditional, null = logits.chunk(2)
         return Shaping()(conditional, null, self.guidance_scale)
-
-
-def encode_captions(
-    captions: Sequence[str], text_encoder: nn.Module, text_tokenizer: Any, length: int
-) -> tuple[Tensor, Tensor]:
-    """Captions to left-padded features [B, length, C] and their mask [B, length] bool."""
-    batch = text_tokenizer(
-        list(captions),
-        max_length=length,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-    )
-    mask = batch["attention_mask"]
-    features = text_encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    return pad_left(features * mask[..., None].to(features.dtype), mask.bool())
 
 
 def pad_left(features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

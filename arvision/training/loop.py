@@ -1,7 +1,8 @@
 """The one training loop: optimiser, schedule, checkpoints, progress bar, JSON log.
 
 Data order and all randomness are functions of the seed and
-the step, so a resumed run takes the very steps that an uninterrupted one takes.
+the step, so a resumed run takes the very steps that an uninterrupted one takes. Data and random
+numbers are made on the CPU and moved in one place to where the module is (`Objective.forward`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -115,14 +117,74 @@ def shortened(recipe: Staged, steps: int, **changes: Any) -> Staged:
     return replace(old, **changes)
 
 
+class Chance:
+    """Random numbers of a step, drawn on the CPU, so that they are the same on every device.
+
+    Args:
+        generator: on the CPU.
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self._generator, self._device = generator, device
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1)."""
+        return torch.rand(shape, generator=self._generator).to(self._device)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(shape, generator=self._generator).to(self._device)
+
+    def randint(self, end: int, *shape: int) -> Tensor:
+        """Integers in [0, end)."""
+        return torch.randint(end, shape, generator=self._generator).to(self._device)
+
+    def pick(self, probs: Tensor) -> Tensor:
+        """One index per row of probabilities [..., V], int64 [...]; `torch.multinomial`'s, anywhere."""
+        race = torch.empty(probs.shape, dtype=probs.dtype).exponential_(generator=self._generator)
+        return (probs / race.to(self._device)).argmax(-1)
+
+
 class Objective(nn.Module):
-    """What the loop trains: a loss over numbered samples."""
+    """What the loop trains: a loss over numbered samples.
+
+    Its data stay on the CPU; what is trained is wherever `to` has put it.
+
+    Attributes:
+        beside: frozen modules that the loss uses; they move along, but are neither trained nor saved.
+    """
 
     num_items: int
+    beside: Sequence[nn.Module] = ()
+
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Data and random numbers of the samples `indices` [B], all on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} has no inputs")
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Scalar "loss" (and figures worth logging) of inputs that are where the module is."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalar "loss" (and figures worth logging) of the samples `indices` [B]."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
+        device = self.device
+        with full_precision(torch.device("cpu")):
+            inputs = self.inputs(
+                indices.cpu(), generator
+            )  # data parallel wrappers move the indices
+        return self.loss(send_to_device(inputs, device), Chance(generator, device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters are."""
+        return next(self.parameters()).device
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; what stands beside it moves along."""
+        for part in self.beside:
+            part.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
 
     def rate_share(self, name: str) -> float:
         """Learning rate of the parameter `name`, as a share of the run's; 1 by default."""
@@ -130,6 +192,13 @@ class Objective(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Called after each optimiser step; does nothing by default."""
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """No autocast inside."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def batch_indices(step: int, batch_size: int, num_items: int, seed: int) -> Tensor:
@@ -165,16 +234,20 @@ def fit(
     config: FitConfig,
     folder: Path,
     *,
+    device: torch.device | None = None,
     progress: bool = True,
     stop_after: int | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `objective` in place, resuming from `folder` where a checkpoint lies there.
 
+    When all is done, the objective is back on the device that it came from.
+
     Args:
         objective: what to train.
         config: settings; a checkpoint made with others is refused.
         folder: takes `checkpoint.pt` and `log.jsonl`.
+        device: where to train; None for `accelerate`'s choice.
         progress: show a bar on stderr.
         stop_after: stop (with a checkpoint) after this many steps of this call.
         on_log: called with each line of the log.
@@ -187,8 +260,14 @@ def fit(
         InputError: another run works in the folder.
     """
     accelerator = _accelerator(config.mixed_precision)
+    home = objective.device
     with working_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        return _fit(objective, config, folder, accelerator, progress, stop_after, on_log)
+        # Before the optimiser is made: a move may replace the parameters.
+        objective.to(device or accelerator.device)
+        try:
+            return _fit(objective, config, folder, accelerator, progress, stop_after, on_log)
+        finally:
+            objective.to(home)
 
 
 def _fit(
@@ -208,7 +287,7 @@ def _fit(
     average = None if decay is None else WeightAverage(objective, decay)
     first, log = _resume(objective, optimizer, config, folder, average)
     objective.train()
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[False, False])
     last = config.steps if stop_after is None else min(config.steps, first + stop_after)
     show = progress and accelerator.is_main_process
     bar = tqdm(total=config.steps, initial=first, disable=not show, desc=folder.name)

@@ -12,7 +12,7 @@ from ..decoding.latents.schedule import NUM_TRAIN_STEPS, Schedule
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
 from .data import to_pixels
-from .loop import Objective
+from .loop import Chance, Objective
 
 
 class AutoencoderObjective(Objective):
@@ -33,11 +33,15 @@ class AutoencoderObjective(Objective):
         self.autoencoder, self.images, self.num_items = autoencoder, images, len(images)
         self.divergence_weight = divergence_weight
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss, PSNR in dB and divergence in nats per latent number of the images `indices`."""
-        pixels = to_pixels(self.images[indices])
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures."""
+        return {"images": self.images[indices]}
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Loss, PSNR in dB and divergence in nats per latent number."""
+        pixels = to_pixels(inputs["images"])
         mean, log_variance = (part.float() for part in self.autoencoder.moments(pixels))
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = chance.randn(*mean.shape)
         out = self.autoencoder.decode_map(mean + (0.5 * log_variance).exp() * noise).float()
         error = F.mse_loss(out, pixels)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
@@ -144,9 +148,7 @@ class MARObjective(Objective):
         self.condition_dropout = condition_dropout
         self.schedule = Schedule(NUM_TRAIN_STEPS)
 
-    def batch(
-        self, indices: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Latents [B, N, D], which are known [B, N], classes [B], which of them are dropped [B]."""
         noise = torch.randn(self.means[indices].shape, generator=generator)
         latents = self.means[indices] + self.deviations[indices] * noise
@@ -158,15 +160,21 @@ class MARObjective(Objective):
         num_masked = max(1, round(share * num))
         ranks = torch.rand(size, num, generator=generator).argsort(1)
         dropped = torch.rand(size, generator=generator) < self.condition_dropout
-        return latents, ranks >= num_masked, self.labels[indices], dropped
+        return {
+            "latents": latents,
+            "known": ranks >= num_masked,
+            "labels": self.labels[indices],
+            "dropped": dropped,
+        }
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean loss of the masked latents of the samples `indices`."""
-        latents, known, labels, dropped = self.batch(indices, generator)
-        z = self.transformer(latents, known, self.transformer.embed_classes(labels, dropped))
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Mean loss of the masked latents."""
+        latents, known = inputs["latents"], inputs["known"]
+        condition = self.transformer.embed_classes(inputs["labels"], inputs["dropped"])
+        z = self.transformer(latents, known, condition)
         z, start = z[~known].repeat(self.draws, 1), latents[~known].repeat(self.draws, 1)
-        steps = torch.randint(NUM_TRAIN_STEPS, (len(start),), generator=generator)
-        noise = torch.randn(start.shape, generator=generator)
+        steps = chance.randint(NUM_TRAIN_STEPS, len(start))
+        noise = chance.randn(*start.shape)
         x = self.schedule.add_noise(start, noise, steps)
         output = self.transformer.diffloss.net(x, steps, z)
         loss = diffusion_loss(self.schedule, output, start, x, noise, steps).mean()

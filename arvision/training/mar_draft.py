@@ -14,7 +14,7 @@ from ..decoding.latents.schedule import Schedule
 from ..errors import InputError
 from ..models.mar.model import MAR
 from ..models.mar.transformer import MARTransformer
-from .loop import FitConfig, Objective
+from .loop import Chance, FitConfig, Objective
 from .mar import MARObjective, encode_moments, initialise
 from .stages import Recipe, Stage, Work
 
@@ -37,24 +37,28 @@ class MARDraftObjective(Objective):
     ) -> None:
         super().__init__()
         self.draft, self.num_items, self.draws = draft, data.num_items, draws
-        # In a list, so that the frozen parts are neither parameters nor in the checkpoint.
-        self._frozen = [target.eval().requires_grad_(False), data]
+        self.beside = (target.eval().requires_grad_(False),)
+        self._data = (data,)  # in a tuple: its transformer is no part of what is trained
         config = target.config
         self.schedule = Schedule(config["num_sampling_steps"], noisiest=config["noisiest"])
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean loss of the masked latents of the samples `indices`."""
-        target, data = self._frozen
-        latents, known, labels, dropped = data.batch(indices, generator)
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `MARObjective`'s."""
+        return self._data[0].inputs(indices, generator)
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Mean loss of the masked latents."""
+        latents, known = inputs["latents"], inputs["known"]
         start = latents[~known].repeat(self.draws, 1)
-        steps = torch.randint(self.schedule.num_steps, (len(start),), generator=generator)
-        x = self.schedule.add_noise(start, torch.randn(start.shape, generator=generator), steps)
+        steps = chance.randint(self.schedule.num_steps, len(start))
+        x = self.schedule.add_noise(start, chance.randn(*start.shape), steps)
+        told = self.schedule.timesteps.to(steps.device)[steps]
         outputs = []
-        for model in (target, self.draft):
+        for model in (self.beside[0], self.draft):
             with torch.set_grad_enabled(model is self.draft):
-                condition = model.embed_classes(labels, dropped)
+                condition = model.embed_classes(inputs["labels"], inputs["dropped"])
                 z = model(latents, known, condition)[~known].repeat(self.draws, 1)
-                outputs.append(model.diffloss.net(x, self.schedule.timesteps[steps], z).float())
+                outputs.append(model.diffloss.net(x, told, z).float())
         (goal, goal_share), (noise, share) = (out.chunk(2, dim=-1) for out in outputs)
         error = F.mse_loss(noise, goal)
         return {"loss": error + 0.1 * F.mse_loss(share, goal_share), "error": error.detach()}

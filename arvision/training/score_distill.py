@@ -24,7 +24,7 @@ from ..decoding.logits import Shaping
 from ..decoding.student import nearest_code
 from ..decoding.teacher_forcing import teacher_forced
 from ..models.latent_head import HeadNetwork
-from .loop import Objective
+from .loop import Chance, Objective, full_precision
 from .pairs import pair_noise
 
 
@@ -144,19 +144,23 @@ class ScoreObjective(Objective):
         """Remember how far the run is."""
         self.steps_done.fill_(step + 1)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Losses of the images `indices`, of which each has a class and noise of its own."""
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """A class and noise of its own for each image."""
+        noise = pair_noise(self.seed, indices, self.num_tokens, self.codes.shape[1])
+        return {"labels": indices % self.num_classes, "noise": noise}
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Losses of the guidance network and, where it is its turn, of the student."""
         step, settings = int(self.steps_done), self.settings
         is_warm = step >= settings.warmup
         moves = is_warm and step % settings.guidance_updates == 0
-        labels = indices % self.num_classes
-        noise = pair_noise(self.seed, indices, self.num_tokens, self.codes.shape[1])
+        labels, noise = inputs["labels"], inputs["noise"]
         with torch.set_grad_enabled(moves):
             vectors = self.student(labels, noise, torch.zeros_like(labels))[1].float()
         tokens = nearest_code(vectors.detach(), self.codes)
         logp, features = self.scores(labels, tokens)
-        with torch.autocast(vectors.device.type, enabled=False):
-            x, t = self._noisy(vectors.detach(), generator)
+        with full_precision(vectors.device):
+            x, t = self._noisy(vectors.detach(), chance)
             goal = vectors.detach()
             if not is_warm:
                 goal = denoised_mean(logp, self.codes, x, t)
@@ -165,27 +169,27 @@ class ScoreObjective(Objective):
             loss = error.square().mean()
             figures = {"guidance": loss, "log_likelihood": log_likelihood(logp, tokens)}
             if moves:
-                figures["student"] = self._student_loss(vectors, logp, features, generator)
+                figures["student"] = self._student_loss(vectors, logp, features, chance)
                 loss = loss + figures["student"]
         return {"loss": loss, **figures}
 
     def _student_loss(
-        self, vectors: Tensor, logp: Tensor, features: Tensor, generator: torch.Generator
+        self, vectors: Tensor, logp: Tensor, features: Tensor, chance: Chance
     ) -> Tensor:
         """Score identity loss with alpha 1: (f_teacher - f_student) . (f_student - x)."""
         self.guidance.requires_grad_(False)
-        x, t = self._noisy(vectors, generator)
+        x, t = self._noisy(vectors, chance)
         theirs = denoised_mean(logp, self.codes, x, t)
         ours = self._guess(x, t, features)
         self.guidance.requires_grad_(True)
         size = (theirs - vectors).detach().abs().mean(-1).clamp_min(1e-4)
         return (((theirs - ours) * (ours - vectors)).sum(-1) / size).mean()
 
-    def _noisy(self, vectors: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _noisy(self, vectors: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
         """Vectors with noise, and how much: times spread evenly between code and noise."""
-        share = torch.rand(vectors.shape[:-1], generator=generator).to(vectors).clamp(0.02, 0.98)
+        share = chance.rand(*vectors.shape[:-1]).to(vectors).clamp(0.02, 0.98)
         t = share * self._spread / (share * self._spread + 1 - share)
-        e = torch.randn(vectors.shape, generator=generator).to(vectors)
+        e = chance.randn(*vectors.shape).to(vectors)
         return (1 - t)[..., None] * vectors + t[..., None] * e, t
 
     def _guess(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:

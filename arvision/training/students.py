@@ -33,7 +33,7 @@ def draw_sheet(
         seeds: of the images.
         path: of the picture.
     """
-    rows = [("teacher", student.decode(own))]
+    rows = [("teacher", student.decode(own.to(student.device)))]
     for steps in range(1, len(student.timesteps) + 1):
         drawn = get_sampler("dd", steps=steps)(student, labels, seeds=seeds)
         found = drawn.tokens if drawn.embeddings is None else drawn.embeddings

@@ -11,7 +11,7 @@ from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
 from .data import to_pixels
 from .llamagen_tokenizer import CodebookObjective
-from .loop import Objective
+from .loop import Chance, Objective, full_precision
 
 
 class VARTokenizerObjective(CodebookObjective):
@@ -27,17 +27,17 @@ class VARTokenizerObjective(CodebookObjective):
     Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (averages).
     """
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Loss, PSNR in dB and code usage of the images `indices`."""
-        pixels = to_pixels(self.images[indices])
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Loss, PSNR in dB and code usage."""
+        pixels = to_pixels(inputs["images"])
         features = self.tokenizer.pre_quant(pixels).float()
         step = int(self.steps_done)
         if step == self.unquantised_steps:
-            self._initialise(features.detach(), generator)
+            self._initialise(features.detach(), chance)
         distance = features.new_zeros(())
         fed = features
         if step >= self.unquantised_steps:
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features.device):
                 canvas, distance = self._quantise(features)
             fed = features + (canvas - features).detach()
         out = self.tokenizer.paint(fed)
@@ -52,14 +52,14 @@ class VARTokenizerObjective(CodebookObjective):
     def _quantise(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The canvas [B, D, P, P], and the mean over scales of its distance to the features."""
         quantize = self.tokenizer.quantize
-        still = features.detach()
-        canvas = quantize.blank(len(features), features)
+        painter, still = quantize.painter(), features.detach()
+        canvas = painter.blank(len(features))
         distance = features.new_zeros(())
         asked, given = [], []
         for scale in range(len(quantize.scales)):
-            rest = quantize.view(still - canvas.detach(), scale)
+            rest = painter.view(still - canvas.detach(), scale)
             chosen = quantize.nearest(rest)
-            canvas = quantize.paint(canvas, quantize.codes()[chosen], scale)
+            canvas = painter.paint(canvas, painter.codes[chosen], scale)
             distance = distance + F.mse_loss(canvas, still)
             distance = distance + self.commitment * F.mse_loss(canvas.detach(), features)
             asked.append(rest.flatten(0, 1))
@@ -68,18 +68,18 @@ class VARTokenizerObjective(CodebookObjective):
         return canvas, distance / len(quantize.scales)
 
     @torch.no_grad()
-    def _initialise(self, features: Tensor, generator: torch.Generator) -> None:
+    def _initialise(self, features: Tensor, chance: Chance) -> None:
         """Set the codes to random features of random scales, shrunk towards zero at random.
 
         Residuals are smaller than features, hence the shrinking.
         """
         quantize = self.tokenizer.quantize
+        painter = quantize.painter()
         seen = torch.cat(
-            [quantize.view(features, k).flatten(0, 1) for k in range(len(quantize.scales))]
+            [painter.view(features, k).flatten(0, 1) for k in range(len(quantize.scales))]
         )
         size = len(self.uses)
-        picks = torch.randint(len(seen), (size,), generator=generator)
-        shrink = torch.rand(size, 1, generator=generator)
+        picks, shrink = chance.randint(len(seen), size), chance.rand(size, 1)
         self.uses.fill_(1.0)
         self.sums.copy_(seen[picks] * shrink)
         quantize.embedding.weight.copy_(self.sums)
@@ -108,15 +108,20 @@ class VARClassObjective(Objective):
         self.transformer, self.tokens, self.labels = transformer, tokens, labels
         self.num_items = len(tokens)
         self.condition_dropout = condition_dropout
-        self._tokenizer = [tokenizer.eval()]  # not a part: it is not trained, nor saved again
+        self.beside = (tokenizer.eval(),)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean loss in nats per token of the samples `indices`, and that of the finest scale."""
-        tokens, labels = self.tokens[indices], self.labels[indices]
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Tokens, and classes of which some are the null one."""
+        labels = self.labels[indices]
         null = torch.rand(len(labels), generator=generator) < self.condition_dropout
         labels = labels.masked_fill(null, self.transformer.config["num_classes"])
-        with torch.autocast(tokens.device.type, enabled=False):
-            views = self._tokenizer[0].views(tokens)
+        return {"tokens": self.tokens[indices], "labels": labels}
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
+        """Mean loss in nats per token, and that of the finest scale."""
+        tokens, labels = inputs["tokens"], inputs["labels"]
+        with full_precision(tokens.device):
+            views = self.beside[0].views(tokens)
         # The plain form trains faster on a CPU than the fused one, whose backward pass is slow.
         with sdpa_kernel(SDPBackend.MATH):
             logits = self.transformer.teacher_forced(labels, views)

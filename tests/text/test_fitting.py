@@ -78,11 +78,23 @@ def test_answers_are_the_targets_own(network, prompts, answers):
 def test_examples_hold_the_states_and_tokens_of_their_places(network, answers):
     examples = head_examples(network, answers, 2, progress=False)
     per_text = 40 - 2
-    assert examples.hidden.shape == (24 * per_text, 3, 32)
+    assert len(examples.places) == 24 * per_text
     states = hidden_states(network, answers.texts[1])
-    first = per_text  # the first place of the second text: its prompt's last token
-    assert examples.tokens[first].tolist() == answers.texts[1][6:9]
-    torch.testing.assert_close(examples.hidden[first].float(), states[5:8], rtol=0, atol=2e-2)
+    # The first place of the second text: its prompt's last token; and the first text's last place.
+    found = examples.rows(torch.tensor([per_text, per_text - 1]))
+    assert found["tokens"].tolist() == [answers.texts[1][6:9], answers.texts[0][-3:]]
+    torch.testing.assert_close(found["hidden"][0].float(), states[5:8], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_every_hidden_state_is_stored_once(network, answers, num_heads):
+    """Two bytes a number, however many heads look at it; nothing of the prompts."""
+    examples = head_examples(network, answers, num_heads, progress=False)
+    stored = sum(part.untyped_storage().nbytes() for part in (examples.hidden, examples.tokens))
+    assert stored == 24 * 40 * (32 * 2 + 8)
+
+
+def test_frequent_tokens(answers):
     common = frequent_tokens(answers, 5)
     assert len(common) == 5
     assert common.tolist() == sorted(common.tolist())

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
+from ...networks import entry
+from ...schema import Layers, Levels, Maps, Size
 from ..conv_blocks import Decoder, Encoder
+from ..network import Network
 from ..pixels import read_pixels
 from .bits import BitPyramid
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, tokenizer_weights
 from .schedules import Scales, check_scales, scale_schedule
 
 
-class InfinityTokenizer(ModelMixin, ConfigMixin):
+class InfinityTokenizer(Network):
     """Autoencoder whose features are coded scale by scale, one bit per channel.
 
     Args:
@@ -42,13 +44,13 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        scale_schedule: Sequence[Sequence[int]] | None = None,
+        scale_schedule: Maps | None = None,
         patchify: bool = False,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4, 4),
-        decoder_ch_mult: Sequence[int] | None = None,
-        num_res_blocks: int = 2,
-        z_channels: int = 32,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 2, 4, 4, 4),
+        decoder_ch_mult: Levels | None = None,
+        num_res_blocks: Layers = 2,
+        z_channels: Size = 32,
     ) -> None:
         super().__init__()
         self.set_scales(scale_schedule)
@@ -99,6 +101,7 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
         """Pixels per latent along one side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to features [B, D, h, w] before they become bits.
 
@@ -111,8 +114,12 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
             raise InputError(
                 f"pixels {tuple(pixels.shape)}: expected [B, 3, {height * factor}, {width * factor}]"
             )
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         return self.encoder(pixels.to(self.dtype))
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine.
 
@@ -123,10 +130,11 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
             InputError: another size, a value out of range, NaN or infinity.
         """
         height, width = (side * self.downsample_factor for side in self.pyramid.latent_size(-1))
-        features = self.features(read_pixels(pixels, self, size=(height, width)))
+        features = self._features(read_pixels(pixels, self, size=(height, width)))
         wide = features if features.dtype == torch.float64 else features.float()
         return self.pyramid.encode(wide)
 
+    @entry
     def decode(self, bits: Tensor) -> Tensor:
         """Bits [B, L, d] of all scales to pixels [B, 3, H, W] in [-1, 1].
 
@@ -139,14 +147,14 @@ class InfinityTokenizer(ModelMixin, ConfigMixin):
             raise InputError(f"bits {tuple(bits.shape)}: expected [B, {shape[0]}, {shape[1]}]")
         check_bits(bits)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self.decode_features(pyramid.canvas(bits, dtype)[0])
+        return self._pixels(pyramid.canvas(bits, dtype)[0]).clamp(-1, 1)
 
-    def decode_features(self, features: Tensor) -> Tensor:
-        """A canvas [B, D, h, w] to pixels [B, 3, H, W] in [-1, 1]."""
-        return self.paint(features).clamp(-1, 1)
-
+    @entry
     def paint(self, features: Tensor) -> Tensor:
         """Features [B, D, h, w] to pixels that are not clamped, for training."""
+        return self._pixels(features)
+
+    def _pixels(self, features: Tensor) -> Tensor:
         return self.decoder(features.to(self.dtype))
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ...portable import Portable
+from ...networks import enter, place_of
+from ...schema import Count, Layers, Positive, Side, Size
+from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
 from .convert import STRAY_KEYS, transformer_sizes
 from .model import LlamaGen
@@ -32,7 +33,7 @@ OFFICIAL_PLANS = {
 """What the published students LlamaGen-B and -L were trained for; not in their tensors."""
 
 
-class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
+class LlamaGenStudentTransformer(Network):
     """Transformer from vectors (codes of known tokens, then noise) to all tokens of an image.
 
     As its teacher's, a sequence is a class row and H * W image rows, and attention is causal; but a
@@ -69,20 +70,20 @@ class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        intermediate_size: int | None = None,
-        num_classes: int = 1000,
-        code_dim: int = 8,
-        timesteps: Sequence[int] = (0, 80),
-        split: int | None = None,
+        vocab_size: Size = 16384,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        num_layers: Layers = 12,
+        num_heads: Size = 12,
+        intermediate_size: Size | None = None,
+        num_classes: Size = 1000,
+        code_dim: Size = 8,
+        timesteps: Sequence[Count] = (0, 80),
+        split: Count | None = None,
         teacher_name: str | None = None,
         codebook_mark: Sequence[float] | None = None,
-        norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 10000.0,
     ) -> None:
         super().__init__()
         check_timesteps(timesteps, grid[0] * grid[1])
@@ -136,7 +137,8 @@ class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
         student.load_state_dict(weights, strict=False)
         ones = codebook.new_ones(len(codebook), 1)
         inputs = torch.cat([codebook, ones], dim=1).double()
-        fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.detach().double()).solution
+        rows = teacher.tok_embeddings.weight.detach().to(inputs)
+        fit = torch.linalg.lstsq(inputs, rows).solution
         with torch.no_grad():
             student.tok_embeddings.weight.copy_(fit[:-1].T)
             student.tok_embeddings.bias.copy_(fit[-1])
@@ -186,11 +188,12 @@ class LlamaGenStudentTransformer(Portable, ModelMixin, ConfigMixin):
     def rotary(self) -> Tensor:
         """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (self.device, dtype)
+        place = place_of(self)
+        key = (place, dtype)
         if key not in self._rotary:
             width = self.config["hidden_size"] // self.config["num_heads"]
             table = rotary_table(tuple(self.config["grid"]), width, 1, self.config["rope_theta"])
-            self._rotary[key] = table.to(device=self.device, dtype=dtype)
+            self._rotary[key] = table.to(device=place, dtype=dtype)
         return self._rotary[key]
 
     def forward(self, class_ids: Tensor, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +246,7 @@ class LlamaGenStudent(Student):
         """
         if teacher.tokenizer is None:
             raise InputError("the teacher has no image tokenizer: expected one, for its codes")
-        codes = teacher.tokenizer.quantize.codes().detach().float().cpu()
+        codes = enter(teacher.tokenizer, "codes").detach().float().cpu()
         steps = (0, teacher.num_tokens * 5 // 16) if timesteps is None else tuple(timesteps)
         network = LlamaGenStudentTransformer.from_teacher(
             teacher.transformer,
@@ -278,9 +281,9 @@ class LlamaGenStudent(Student):
         """
         if tokens.is_floating_point():
             return self.decode_vectors(tokens).clamp(-1, 1)
-        return self.tokenizer.decode(tokens, self.grid).float().clamp(-1, 1)
+        return enter(self.tokenizer, "decode", tokens, self.grid).float().clamp(-1, 1)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
         codes = vectors.to(self.tokenizer.dtype).transpose(1, 2).unflatten(2, self.grid)
-        return self.tokenizer.decode_codes(codes).float()
+        return enter(self.tokenizer, "decode_codes", codes).float()

@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import Entered, entry, place_of
+from ...schema import Layers, Positive, Side, Size
+from ..network import Network
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
 
 
@@ -151,7 +153,7 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(class_ids).unsqueeze(1)
 
 
-class CaptionEmbedding(nn.Module):
+class CaptionEmbedding(Entered):
     """Caption features [R, L, caption_dim] to conditioning rows [R, L, C].
 
     The learnt null caption `uncond_embedding` [L, caption_dim] stands before the projection.
@@ -167,6 +169,11 @@ class CaptionEmbedding(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project the features."""
         return self.cap_proj(features)
+
+    @entry
+    def null(self, like: Tensor) -> Tensor:
+        """The null caption for each row of features `like` [R, L, caption_dim], in their type."""
+        return self.uncond_embedding.to(like).expand_as(like)
 
 
 class CaptionProjection(nn.Module):
@@ -214,7 +221,7 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-class LlamaGenTransformer(ModelMixin, ConfigMixin):
+class LlamaGenTransformer(Network):
     """Decoder-only transformer over the codes of one image in raster order.
 
     A sequence is `num_condition_tokens` conditioning rows (one class row, or a caption padded on
@@ -247,18 +254,18 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        num_kv_heads: int | None = None,
-        intermediate_size: int | None = None,
-        num_classes: int | None = 1000,
-        caption_dim: int | None = None,
-        caption_length: int = 120,
-        norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
+        vocab_size: Size = 16384,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        num_layers: Layers = 12,
+        num_heads: Size = 12,
+        num_kv_heads: Size | None = None,
+        intermediate_size: Size | None = None,
+        num_classes: Size | None = 1000,
+        caption_dim: Size | None = None,
+        caption_length: Side = 120,
+        norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 10000.0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -328,7 +335,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     def rotary(self) -> Tensor:
         """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (self.device, dtype)
+        place = place_of(self)
+        key = (place, dtype)
         if key not in self._rotary:
             table = rotary_table(
                 tuple(self.config["grid"]),
@@ -336,12 +344,22 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
                 self.num_condition_tokens,
                 self.config["rope_theta"],
             )
-            self._rotary[key] = table.to(device=self.device, dtype=dtype)
+            self._rotary[key] = table.to(device=place, dtype=dtype)
         return self._rotary[key]
+
+    @entry
+    def class_rows(self, class_ids: Tensor) -> Tensor:
+        """Conditioning rows [R, 1, C] of class ids [R]; `num_classes` is the null class."""
+        return self.cls_embedding(class_ids)
+
+    @entry
+    def caption_rows(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditioning rows [R, L, C] of caption features [R, L, caption_dim], and null rows."""
+        return self.cls_embedding(features), self.cls_embedding(self.cls_embedding.null(features))
 
     def forward(
         self,
-        embeddings: Tensor,
+        inputs: Tensor,
         rotary: Tensor,
         *,
         mask: Tensor | None = None,
@@ -349,17 +367,17 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         cache: AttentionCache | None = None,
         num_logits: int | None = None,
     ) -> Tensor:
-        """Embedded inputs [R, T, C] to logits of the last `num_logits` positions, float32 or wider.
+        """Inputs to logits of the last `num_logits` positions, float32 or wider.
 
         Args:
-            embeddings: conditioning rows and/or embedded tokens.
+            inputs: tokens [R, T] int64, or conditioning rows and embedded tokens [R, T, C].
             rotary: (cos, sin) of their positions, see `rotary`.
             mask: [R or 1, 1, T, S] bool, true where a query may look.
             is_causal: a plain causal mask, without a cache.
             cache: key and value cache.
             num_logits: how many positions, from the right, need logits; None for all.
         """
-        x = embeddings
+        x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, index, mask=mask, is_causal=is_causal, cache=cache)
         if num_logits is not None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ..latent_head import HeadHolder
+from ...networks import entry
+from ...schema import Count, Layers, Side, Size
+from ..latent_head import HeadHolder, run_part
+from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import NORM_EPS, Block, KeptKeys
 
@@ -33,7 +35,7 @@ class KeptFeatures:
         self.decoder = [KeptKeys(slots) for _ in transformer.decoder_blocks]
 
 
-class MARTransformer(ModelMixin, ConfigMixin):
+class MARTransformer(Network):
     """Encoder over the known latents, decoder over all positions, and the head that draws latents.
 
     Parameter names are those of the published checkpoints.
@@ -59,18 +61,18 @@ class MARTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_dim: int = 16,
-        grid: tuple[int, int] = (16, 16),
-        hidden_size: int = 768,
-        encoder_depth: int = 12,
-        decoder_depth: int = 12,
-        num_heads: int = 12,
-        head_width: int = 1024,
-        head_depth: int = 6,
-        num_classes: int = 1000,
-        num_buffer: int = 64,
-        num_sampling_steps: int = 100,
-        noisiest: int = NUM_TRAIN_STEPS - 1,
+        latent_dim: Size = 16,
+        grid: tuple[Side, Side] = (16, 16),
+        hidden_size: Size = 768,
+        encoder_depth: Layers = 12,
+        decoder_depth: Layers = 12,
+        num_heads: Size = 12,
+        head_width: Size = 1024,
+        head_depth: Layers = 6,
+        num_classes: Size = 1000,
+        num_buffer: Count = 64,
+        num_sampling_steps: Side = 100,
+        noisiest: Count = NUM_TRAIN_STEPS - 1,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -109,6 +111,12 @@ class MARTransformer(ModelMixin, ConfigMixin):
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name, **place)
 
+    @entry
+    def run_head(self, name: str, *arguments: Any) -> Any:
+        """Run a part of the diffusion head, see `arvision.models.latent_head.RunPart`."""
+        return run_part(self.diffloss.net, name, *arguments)
+
+    @entry
     def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
         """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
         return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
@@ -143,6 +151,7 @@ class MARTransformer(ModelMixin, ConfigMixin):
         x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
+    @entry
     def update(
         self,
         latents: Tensor,

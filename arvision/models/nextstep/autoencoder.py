@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
 from ...files import user_path
+from ...networks import entry
+from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..network import Network
 from ..pixels import read_pixels
 from .convert import autoencoder_sizes, read_config
 
 WRAPPERS = ("model", "state_dict")
 
 
-class NextStepAutoencoder(ModelMixin, ConfigMixin):
+class NextStepAutoencoder(Network):
     """Pixels to tokens, squares of scaled latents, and back.
 
     Parameter names are those of the published `vae/checkpoint.pt`.
@@ -38,14 +40,14 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        latent_channels: int = 16,
-        scaling_factor: float = 1.0,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 2, 4, 4),
+        num_res_blocks: Layers = 2,
+        latent_channels: Size = 16,
+        scaling_factor: Positive = 1.0,
         shift_factor: float = 0.0,
         encoder_norm: bool = True,
-        patch_size: int = 2,
+        patch_size: Side = 2,
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)
@@ -85,8 +87,12 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
         """Pixels per token and side."""
         return self.config["patch_size"] * 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, C, h, w] of the unscaled latents of pixels in [-1, 1]."""
+        return self._moments(pixels)
+
+    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
         if self.config["encoder_norm"]:
             side, grid = self.config["patch_size"], (mean.shape[2], mean.shape[3])
@@ -95,6 +101,7 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
             mean = unpatchify(normed, side, (grid[0] // side, grid[1] // side))
         return mean, log_variance
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to tokens [B, N, D] of the mean latents, row by row.
 
@@ -105,19 +112,21 @@ class NextStepAutoencoder(ModelMixin, ConfigMixin):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
-        latents = self.moments(pixels)[0] - self.config["shift_factor"]
+        latents = self._moments(pixels)[0] - self.config["shift_factor"]
         return patchify(latents * self.config["scaling_factor"], self.config["patch_size"])
 
+    @entry
     def decode_map(self, latents: Tensor) -> Tensor:
         """Unscaled latents [B, C, h, w] to pixels [B, 3, H, W], about [-1, 1]."""
         return self.decoder(latents)
 
+    @entry
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Tokens [B, N, D] to pixels; `grid` is square unless given."""
         side = round(tokens.shape[1] ** 0.5)
         latents = unpatchify(tokens, self.config["patch_size"], grid or (side, side))
         latents = latents / self.config["scaling_factor"] + self.config["shift_factor"]
-        return self.decode_map(latents)
+        return self.decoder(latents)
 
 
 def patchify(latents: Tensor, side: int) -> Tensor:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly
 from ...errors import InputError
-from ..latent_head import HeadHolder
+from ...networks import entry
+from ...schema import Count, Layers, NotNegative, Positive, Side, Size
+from ..latent_head import HeadHolder, run_part
+from ..network import Network
 from .convert import network_files, network_sizes
 
 NUM_GEN_POSITIONS = 32 * 32
@@ -44,7 +46,7 @@ class Rotary(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-class NextStepTransformer(ModelMixin, ConfigMixin):
+class NextStepTransformer(Network):
     """Language model over prompt and latents, and the head that draws the next latent.
 
     Args:
@@ -77,34 +79,34 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocab_size: int = 152064,
-        hidden_size: int = 5120,
-        num_layers: int = 48,
-        num_heads: int = 40,
-        num_kv_heads: int = 8,
-        head_dim: int = 128,
-        intermediate_size: int = 13824,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
-        num_positions: int = 131072,
+        vocab_size: Size = 152064,
+        hidden_size: Size = 5120,
+        num_layers: Layers = 48,
+        num_heads: Size = 40,
+        num_kv_heads: Size = 8,
+        head_dim: Size = 128,
+        intermediate_size: Size = 13824,
+        rms_norm_eps: Positive = 1e-5,
+        rope_theta: Positive = 1e6,
+        num_positions: Size = 131072,
         attention_bias: bool = True,
         output_bias: bool = False,
-        latent_channels: int = 16,
-        latent_patch_size: int = 2,
-        head_width: int = 1536,
-        head_depth: int = 12,
-        begin_image: int = 151667,
-        end_image: int = 151668,
-        image_placeholder: int = 151669,
-        pad_token: int = 151665,
-        grid: tuple[int, int] = (32, 32),
-        num_sampling_steps: int = 50,
-        shift: float = 1.0,
+        latent_channels: Size = 16,
+        latent_patch_size: Side = 2,
+        head_width: Size = 1536,
+        head_depth: Layers = 12,
+        begin_image: Count = 151667,
+        end_image: Count = 151668,
+        image_placeholder: Count = 151669,
+        pad_token: Count = 151665,
+        grid: tuple[Side, Side] = (32, 32),
+        num_sampling_steps: Side = 50,
+        shift: Positive = 1.0,
         release: str = "1",
         use_norm: bool = True,
         positive_prompt: str = "",
         negative_prompt: str = "",
-        image_guidance_scale: float = 2.0,
+        image_guidance_scale: NotNegative = 2.0,
         use_gen_pos_embed: bool = False,
     ) -> None:
         super().__init__()
@@ -153,11 +155,27 @@ class NextStepTransformer(ModelMixin, ConfigMixin):
         arguments = network_sizes(tensors, config, name, sizes)
         return load_strictly(cls, arguments, tensors, name, dtype)
 
+    @entry
+    def run_head(self, name: str, *arguments: Any) -> Any:
+        """Run a part of the flow head, see `arvision.models.latent_head.RunPart`."""
+        return run_part(self.image_head.net, name, *arguments)
+
+    @entry
+    def embed_prompt(self, ids: Tensor, pictures: Tensor | None = None) -> Tensor:
+        """Embeddings [L, W] of token ids [L], placeholders filled with tokens [M, D] of pictures."""
+        embeddings = self.embed_tokens(ids)
+        places = ids == self.config["image_placeholder"]
+        if pictures is not None and bool(places.any()):
+            embeddings[places] = self.image_in_projector(pictures.to(embeddings.dtype))
+        return embeddings
+
+    @entry
     def embed_latents(self, latents: Tensor) -> Tensor:
         """What the language model is fed for tokens [..., D], normalised where the model does so."""
         weight = self.image_in_projector.weight
         return self.image_in_projector(self.normalised(latents).to(weight.dtype))
 
+    @entry
     def conditions(self, hidden: Tensor, places: Tensor) -> Tensor:
         """Conditions [..., W] of the latents at `places` [...], from the hidden states before them."""
         if self.config["use_gen_pos_embed"]:

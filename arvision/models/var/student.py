@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
@@ -17,8 +16,10 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ...portable import Portable
+from ...networks import Table, enter, place_of
+from ...schema import Count, Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
+from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
 from .convert import TRANSFORMER_SIZES, transformer_sizes, without_records
 from .layers import Block
@@ -54,7 +55,7 @@ class StudentBlock(Block):
         return x + gate2 * self.ffn(modulated_norm(x, scale2, shift2, self.eps))
 
 
-class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
+class VARStudentTransformer(Network):
     """Transformer from vectors (codes of known scales, then noise) to all tokens of an image.
 
     A sequence is a class row and a row per token of every scale. A row holds a vector of its own
@@ -94,18 +95,18 @@ class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        codebook_size: int = 4096,
-        z_channels: int = 32,
-        hidden_size: int = 1024,
-        num_layers: int = 16,
-        num_heads: int = 16,
-        num_classes: int = 1000,
+        patch_nums: Scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        codebook_size: Size = 4096,
+        z_channels: Size = 32,
+        hidden_size: Size = 1024,
+        num_layers: Layers = 16,
+        num_heads: Size = 16,
+        num_classes: Size = 1000,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
-        norm_eps: float = 1e-6,
-        timesteps: Sequence[int] = (0, 5),
-        split: int | None = None,
+        norm_eps: Positive = 1e-6,
+        timesteps: Sequence[Count] = (0, 5),
+        split: Count | None = None,
         teacher_name: str | None = None,
         codebook_mark: Sequence[float] | None = None,
     ) -> None:
@@ -130,7 +131,7 @@ class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
         self.head_nm = HeadNorm(hidden_size, norm_eps)
         self.head = Linear(hidden_size, codebook_size)
         self.final_layer_conti = VectorHead(hidden_size, z_channels)
-        self.n_d_embed = nn.Embedding(2, hidden_size)
+        self.n_d_embed = Table(2, hidden_size)
         self.layerwise_n_d_embed = nn.ModuleList(
             Linear(hidden_size, hidden_size) for _ in range(num_layers + 1)
         )
@@ -198,8 +199,9 @@ class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
 
     def levels(self) -> Tensor:
         """Level of each row [1 + N] int64: 0 for the class row, 1 for the first scale."""
-        sizes = torch.tensor([1, *(side * side for side in self.scales)], device=self.device)
-        return torch.arange(len(sizes), device=self.device).repeat_interleave(sizes)
+        place = place_of(self)
+        sizes = torch.tensor([1, *(side * side for side in self.scales)], device=place)
+        return torch.arange(len(sizes), device=place).repeat_interleave(sizes)
 
     def mask(self) -> Tensor:
         """[1 + N, 1 + N] bool, true where a row may look: at itself and at coarser levels."""
@@ -218,7 +220,7 @@ class VARStudentTransformer(Portable, ModelMixin, ConfigMixin):
         condition = self.class_emb(class_ids)[:, None]
         starts = torch.tensor((1, *(1 + end for end in self.ends())), device=vectors.device)
         is_data = torch.arange(1 + self.num_tokens, device=vectors.device) < starts[known, None]
-        told = self.n_d_embed.weight
+        told = self.n_d_embed.whole()
         rows = self.word_embed(vectors.to(condition.dtype))
         x = torch.cat([condition + self.pos_start, rows], dim=1)
         x = x + self.lvl_embed(self.levels()) + self.pos_1LC + _by_kind(told, is_data)
@@ -322,9 +324,8 @@ class VARStudent(Student):
         Raises:
             InputError: tokens of another shape or range.
         """
-        return self.tokenizer.decode(tokens).float()
+        return enter(self.tokenizer, "decode", tokens).float()
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
-        canvas, _ = self.tokenizer.quantize.canvas(vectors.to(self.codebook.dtype))
-        return self.tokenizer.paint(canvas).float()
+        return enter(self.tokenizer, "decode_vectors", vectors).float()

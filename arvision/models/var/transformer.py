@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import entry, place_of
+from ...schema import Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection
+from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes, without_records
 from .layers import Block
 from .tokenizer import check_scales
@@ -35,7 +37,7 @@ class Modulations:
     head: Tensor
 
 
-class VARTransformer(ModelMixin, ConfigMixin):
+class VARTransformer(Network):
     """Transformer over token maps of growing size; a scale sees itself and all coarser ones.
 
     Args:
@@ -62,16 +64,16 @@ class VARTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        codebook_size: int = 4096,
-        z_channels: int = 32,
-        hidden_size: int = 1024,
-        num_layers: int = 16,
-        num_heads: int = 16,
-        num_classes: int = 1000,
+        patch_nums: Scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        codebook_size: Size = 4096,
+        z_channels: Size = 32,
+        hidden_size: Size = 1024,
+        num_layers: Layers = 16,
+        num_heads: Size = 16,
+        num_classes: Size = 1000,
         shared_aln: bool = False,
         attn_l2_norm: bool = True,
-        norm_eps: float = 1e-6,
+        norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -147,8 +149,9 @@ class VARTransformer(ModelMixin, ConfigMixin):
 
     def places(self, first: int, last: int) -> Tensor:
         """Position and level embeddings [1, last - first, C] of the tokens `first`..`last - 1`."""
-        offsets = torch.tensor(self.offsets()[1:], device=self.device)
-        tokens = torch.arange(first, last, device=self.device)
+        place = place_of(self)
+        offsets = torch.tensor(self.offsets()[1:], device=place)
+        tokens = torch.arange(first, last, device=place)
         levels = torch.bucketize(tokens, offsets, right=True)
         return self.pos_1LC[:, first:last] + self.lvl_embed(levels)
 
@@ -156,6 +159,37 @@ class VARTransformer(ModelMixin, ConfigMixin):
         """Inputs of scale 0, [R, n_0, C], without position and level."""
         num = self.scales[0] ** 2
         return conditions[:, None].expand(-1, num, -1) + self.pos_start
+
+    @entry
+    def read_classes(self, class_ids: Tensor) -> tuple[Tensor, Modulations]:
+        """Conditions [R, C] of class ids [R] (`num_classes` is the null class), and what they set."""
+        conditions = self.class_emb(class_ids)
+        return conditions, self.modulations(conditions)
+
+    @entry
+    def inputs(self, seen: Tensor, scale: int) -> Tensor:
+        """Embedded inputs [R, n, C] of a scale.
+
+        Args:
+            seen: conditions [R, C] at the first scale, then the canvas at that size [R, n, D].
+            scale: its number.
+        """
+        rows = self.start_rows(seen) if scale == 0 else self.word_embed(seen)
+        return rows + self.places(*self.offsets()[scale : scale + 2])
+
+    def forward(
+        self,
+        x: Tensor,
+        modulations: Modulations,
+        num_logits: int,
+        *,
+        mask: Tensor | None = None,
+        cache: ScaleCache | None = None,
+        compute: Compute = compute_all,
+    ) -> Tensor:
+        """Inputs [R, T, C] to logits [R, num_logits, V] of the last ones, see `features`."""
+        x = self.features(x, modulations, mask=mask, cache=cache, compute=compute)
+        return self.logits(x[:, -num_logits:], modulations)
 
     def features(
         self,
@@ -188,6 +222,7 @@ class VARTransformer(ModelMixin, ConfigMixin):
             return self.head(normed)
         return self.head(normed.to(self.head.weight.dtype)).float()
 
+    @entry
     def teacher_forced(self, class_ids: Tensor, views: Tensor) -> Tensor:
         """Logits [B, L, V] of every token given its class and all coarser scales.
 

@@ -102,15 +102,28 @@ def hidden_states(network: Any, text: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadExamples:
-    """Places in answers, M of them.
+    """Places in answers, M of them, and what is known about the S tokens of all answers.
+
+    A place is an example together with the K places behind it, which are the next rows: every
+    hidden state is stored once.
 
     Attributes:
-        hidden: [M, K + 1, C], hidden states at a place and at the K behind it (the teacher's).
-        tokens: [M, K + 2], what follows each place: the token drawn there and K + 1 more.
+        hidden: [S, C] float16, hidden states at the place before each token.
+        tokens: [S] int64, the tokens.
+        places: [M] int64, rows that have K more of their answer behind them.
+        num_heads: K.
     """
 
     hidden: Tensor
     tokens: Tensor
+    places: Tensor
+    num_heads: int
+
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """Examples `indices` [B]: "hidden" [B, K + 1, C], at a place and the K behind it (the
+        teacher's), and "tokens" [B, K + 1], what follows each of these."""
+        rows = self.places[indices][:, None] + torch.arange(self.num_heads + 1)
+        return {"hidden": self.hidden[rows], "tokens": self.tokens[rows]}
 
 
 def head_examples(
@@ -121,21 +134,25 @@ def head_examples(
     Raises:
         InputError: answers that are all too short.
     """
-    hidden, tokens = [], []
-    texts = zip(answers.texts, answers.starts, strict=True)
-    for text, start in tqdm(list(texts), disable=not progress, desc="hidden states"):
-        last = len(text) - num_heads - 2
-        if last < start - 1:
-            continue
-        states = hidden_states(network, text).to(torch.float16).cpu()
-        ids = torch.tensor(text)
-        places = torch.arange(start - 1, last + 1)
-        offsets = torch.arange(num_heads + 1)
-        hidden.append(states[places[:, None] + offsets])
-        tokens.append(ids[places[:, None] + 1 + torch.arange(num_heads + 1)])
-    if not hidden:
-        raise InputError(f"answers of fewer than {num_heads + 2} tokens: nothing to learn from")
-    return HeadExamples(torch.cat(hidden), torch.cat(tokens))
+    texts = [
+        (text, start)
+        for text, start in zip(answers.texts, answers.starts, strict=True)
+        if len(text) - start > num_heads
+    ]
+    if not texts:
+        raise InputError(f"answers of fewer than {num_heads + 1} tokens: nothing to learn from")
+    total = sum(len(text) - start for text, start in texts)
+    hidden, places, begin = torch.empty(0), [], 0
+    for text, start in tqdm(texts, disable=not progress, desc="hidden states"):
+        states = hidden_states(network, text)[start - 1 : -1].to(torch.float16)
+        if begin == 0:  # room for all at once: lists that are joined would need twice as much
+            hidden = torch.empty(total, states.shape[1], dtype=torch.float16)
+        end = begin + len(states)
+        hidden[begin:end] = states
+        places.append(torch.arange(begin, end - num_heads))
+        begin = end
+    tokens = torch.tensor([token for text, start in texts for token in text[start:]])
+    return HeadExamples(hidden, tokens, torch.cat(places), num_heads)
 
 
 def frequent_tokens(answers: Answers, num: int) -> Tensor:

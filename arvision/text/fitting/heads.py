@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError, unknown_name
 from ...training.llamagen_draft import DIVERGENCES, divergence
-from ...training.loop import FitConfig, Objective, fit
+from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.heads import DraftHeads, make_heads, save_heads
 from .data import Answers, HeadExamples, frequent_tokens, head_examples
 
@@ -78,13 +78,18 @@ class HeadObjective(Objective):
         super().__init__()
         self.heads, self.training_settings = heads, training
         self._examples, self._embedding, self._output = examples, embedding, output
-        self.num_items = len(examples.tokens)
+        self.num_items = len(examples.places)
 
-    def laws(self, head: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """See `HeadExamples.rows`."""
+        return self._examples.rows(indices)
+
+    def laws(self, head: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The target's and a head's log-probabilities [B, W] of examples."""
         # The heads are trained in float32 (under autocast), whatever the target's dtype.
-        hidden = self._examples.hidden[indices].float()
-        path = self._embedding[self._examples.tokens[indices, : head + 1]].float()
+        hidden, path = inputs["hidden"].float(), inputs["tokens"][:, : head + 1]
+        # A target may be spread over devices: its first layer's is not always its last one's.
+        path = self._embedding[path.to(self._embedding.device)].to(hidden)
         guess = self.heads(head, hidden[:, 0], path)
         logq = (guess.to(self._output.dtype) @ self._output.T).float().log_softmax(-1)
         with torch.no_grad():
@@ -92,11 +97,11 @@ class HeadObjective(Objective):
             logp = (teacher @ self._output.T).float().log_softmax(-1)
         return logp, logq
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Weighted divergence, and how often the first head's best guess is the target's."""
-        loss, right = torch.zeros(()), torch.zeros(())
+        loss = right = torch.zeros((), device=self.device)
         for head in range(self.heads.num_heads):
-            logp, logq = self.laws(head, indices)
+            logp, logq = self.laws(head, inputs)
             weight = self.training_settings.decay**head
             loss = loss + weight * divergence(self.training_settings.divergence, logp, logq).mean()
             if head == 0:
@@ -104,13 +109,15 @@ class HeadObjective(Objective):
         return {"loss": loss, "agreement": right}
 
     @torch.no_grad()
-    def agreement(self, indices: Tensor) -> list[float]:
-        """For each head, how often its best guess is the target's."""
-        out = []
-        for head in range(self.heads.num_heads):
-            logp, logq = self.laws(head, indices)
-            out.append(round(float((logp.argmax(-1) == logq.argmax(-1)).float().mean()), 4))
-        return out
+    def agreement(self, indices: Tensor, batch_size: int = 512) -> list[float]:
+        """For each head, how often its best guess is the target's; `batch_size` examples at a time."""
+        right = torch.zeros(self.heads.num_heads, device=self.device)
+        for part in indices.split(batch_size):
+            inputs = {k: v.to(self.device) for k, v in self._examples.rows(part).items()}
+            for head in range(self.heads.num_heads):
+                logp, logq = self.laws(head, inputs)
+                right[head] += (logp.argmax(-1) == logq.argmax(-1)).sum()
+        return [round(num / len(indices), 4) for num in right.tolist()]
 
 
 def train_heads(
@@ -141,20 +148,21 @@ def train_heads(
     embedding = network.get_input_embeddings().weight.detach()
     output = network.get_output_embeddings().weight.detach()
     heads = make_heads(training.kind, embedding.shape[1], training.num_heads)
-    heads.to(embedding.device)
+    heads.to(output.device)
     vocabulary = frequent_tokens(answers, training.num_vocabulary).to(output.device)
     examples = head_examples(network, answers, training.num_heads, progress=progress)
-    num_held = max(1, int(HELD_OUT * len(examples.tokens)))
-    split = [slice(num_held, None), slice(0, num_held)]
-    learn, held = (HeadExamples(examples.hidden[s], examples.tokens[s]) for s in split)
-    if len(learn.tokens) == 0:
-        raise InputError(f"{len(examples.tokens)} examples: expected more answers, or longer ones")
+    num_examples = len(examples.places)
+    num_held = max(1, int(HELD_OUT * num_examples))
+    if num_held == num_examples:
+        raise InputError(f"{num_examples} examples: expected more answers, or longer ones")
+    learn = replace(examples, places=examples.places[num_held:])
+    held = replace(examples, places=examples.places[:num_held])
     objective = HeadObjective(heads, learn, embedding, output[vocabulary], training)
-    log = fit(objective, training.fit, out / "fit", progress=progress)
+    log = fit(objective, training.fit, out / "fit", device=output.device, progress=progress)
     judge = HeadObjective(heads.eval(), held, embedding, output[vocabulary], training)
     figures = {
         "agreement": judge.agreement(torch.arange(num_held)),
-        "examples": len(learn.tokens),
+        "examples": len(learn.places),
         "parameters": sum(parameter.numel() for parameter in heads.parameters()),
         "vocabulary": len(vocabulary),
         "seconds": log[-1]["seconds"],

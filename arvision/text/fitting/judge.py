@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...errors import InputError
 from ...files import write_bytes, write_json
-from ...training.loop import FitConfig, Objective, fit
+from ...training.loop import Chance, FitConfig, Objective, fit
 from ..rules.lossy import JUDGE_FILE, JudgeHead
 from .data import hidden_states, question_ids
 
@@ -122,10 +122,13 @@ class JudgeObjective(Objective):
         share = float(tokens.fine.mean())
         self._weights = 0.5 / (1 - share), 0.5 / share
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Hidden states at tokens, and which of these are fine."""
+        return {"hidden": self._tokens.hidden[indices], "fine": self._tokens.fine[indices]}
+
+    def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Loss, and the share of tokens that the judge calls by their name."""
-        fine = self._tokens.fine[indices]
-        score = self.head(self._tokens.hidden[indices])
+        fine, score = inputs["fine"], self.head(inputs["hidden"])
         weight = torch.where(fine > 0, self._weights[1], self._weights[0])
         loss = F.binary_cross_entropy_with_logits(score, fine, weight)
         return {"loss": loss, "right": ((score > 0) == (fine > 0)).float().mean()}
@@ -167,7 +170,9 @@ def train_judge(
     if len(learn.fine.unique()) != 2:
         raise InputError("the answers have tokens of one kind only: expected fine and wrong ones")
     head = JudgeHead(learn.hidden.shape[1])
-    log = fit(JudgeObjective(head, learn), config, out / "fit", progress=progress)
+    objective = JudgeObjective(head, learn)
+    device = network.get_input_embeddings().weight.device
+    log = fit(objective, config, out / "fit", device=device, progress=progress)
     held = judged_tokens(network, tokenizer, answers[-num_held:], progress=False)
     with torch.no_grad():
         called = head(held.hidden) > 0

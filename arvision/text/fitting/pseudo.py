@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...decoding.tree import topology
 from ...errors import InputError
-from ...training.loop import FitConfig, Objective, fit
+from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.papers.pseudo import make_pseudo, save_pseudo
 from ..state import TextSizes, edited, find_layers
 from .data import Answers
@@ -75,22 +75,27 @@ class PseudoObjective(Objective):
             )
         self.num_items = len(self._texts)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Mean forward divergence over texts, and the agreement of the first guess."""
-        losses, right = [], []
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Texts, and a draw of places of each."""
+        texts, places = [], []
         for index in indices.tolist():
-            loss, agreement = self.text_loss(index, generator)
-            losses.append(loss)
-            right.append(agreement)
+            text, start = self._texts[index]
+            room = torch.arange(start - 1, len(text) - self._settings.num_guesses - 1)
+            order = torch.randperm(len(room), generator=generator)
+            texts.append(torch.tensor([text]))
+            places.append(room[order[: self._settings.num_places]])
+        return {"texts": texts, "places": places}
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
+        """Mean forward divergence over texts, and the agreement of the first guess."""
+        pairs = zip(inputs["texts"], inputs["places"], strict=True)
+        losses, right = zip(*(self.text_loss(text, places) for text, places in pairs), strict=True)
         return {"loss": torch.stack(losses).mean(), "agreement": torch.stack(right).mean()}
 
-    def text_loss(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Loss and agreement on one text, pseudo tokens behind a draw of its places."""
-        network, settings = self._frozen[0], self._settings
-        text, start = self._texts[index]
-        count, num = settings.num_guesses, len(text)
-        room = torch.arange(start - 1, num - count - 1)
-        chosen = room[torch.randperm(len(room), generator=generator)[: settings.num_places]]
+    def text_loss(self, text: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and agreement on one text [1, L], pseudo tokens behind places [P]."""
+        network = self._frozen[0]
+        count, num = self._settings.num_guesses, text.shape[1]
         parents = list(range(-1, num - 1))
         owners, numbers = list(range(num)), [-1] * num
         for place in chosen.tolist():
@@ -102,7 +107,7 @@ class PseudoObjective(Objective):
                 numbers.append(number)
         weight = network.get_input_embeddings().weight
         shape = topology(tuple(parents), weight.device)
-        known = network.get_input_embeddings()(torch.tensor([text], device=weight.device))
+        known = network.get_input_embeddings()(text)
         extra = self.module.vectors().to(known.dtype).repeat(len(chosen), 1)[None]
         bars = torch.zeros(
             1, 1, len(parents), len(parents), device=weight.device, dtype=weight.dtype
@@ -120,7 +125,7 @@ class PseudoObjective(Objective):
                 use_cache=False,
             ).logits[0]
         guesses = logits[num:].float().log_softmax(-1).view(len(chosen), count, -1)
-        later = chosen[:, None] + 1 + torch.arange(count)
+        later = chosen[:, None] + 1 + torch.arange(count, device=chosen.device)
         teacher = logits[:num].detach()[later].float().log_softmax(-1)
         loss = (teacher.exp() * (teacher - guesses)).sum(-1).mean()
         right = (teacher[:, 0].argmax(-1) == guesses[:, 0].argmax(-1)).float().mean()
@@ -150,9 +155,10 @@ def train_pseudo(
     sizes = TextSizes.of(network)
     layer = round(training.layer * sizes.num_layers)
     module = make_pseudo(training.kind, sizes.hidden_size, training.num_guesses, layer)
-    module.to(network.get_input_embeddings().weight.device)
+    device = network.get_input_embeddings().weight.device
+    module.to(device)
     objective = PseudoObjective(module, network, answers, training)
-    log = fit(objective, training.fit, out / "fit", progress=progress)
+    log = fit(objective, training.fit, out / "fit", device=device, progress=progress)
     figures = {
         "agreement": log[-1]["agreement"],
         "loss": log[-1]["loss"],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...training.llamagen_draft import divergence as divergence_of
-from ...training.loop import FitConfig, Objective, fit
+from ...training.loop import Chance, FitConfig, Objective, fit
 from ..state import TextSizes, find_layers
 from .data import Answers
 
@@ -67,13 +67,17 @@ class SmallModelObjective(Objective):
         draft.get_output_embeddings().weight.requires_grad_(False)
         self.num_items = len(answers.texts)
 
-    def forward(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Texts, and the place of each whose law is the first to be learnt."""
+        texts = [torch.tensor([self._answers.texts[i][: self._length]]) for i in indices.tolist()]
+        starts = [self._answers.starts[i] for i in indices.tolist()]
+        firsts = [min(start, t.shape[1] - 1) - 1 for start, t in zip(starts, texts, strict=True)]
+        return {"texts": texts, "firsts": firsts}
+
+    def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
         """Mean divergence per token of the answers, and the mean probability of acceptance."""
         network, losses, overlaps = self._frozen[0], [], []
-        device = network.get_input_embeddings().weight.device
-        for index in indices.tolist():
-            text = torch.tensor([self._answers.texts[index][: self._length]], device=device)
-            first = min(self._answers.starts[index], text.shape[1] - 1) - 1
+        for text, first in zip(inputs["texts"], inputs["firsts"], strict=True):
             with torch.no_grad():
                 logp = network(text, use_cache=False).logits[0, first:].float().log_softmax(-1)
             logq = self.draft(text, use_cache=False).logits[0, first:].float().log_softmax(-1)
@@ -105,9 +109,10 @@ def train_small_model(
     2024 (there the draft is pre-trained first; here it starts from the target's own layers).
     """
     torch.manual_seed(0)
-    draft = small_copy(network, share).to(network.get_input_embeddings().weight.device)
+    device = network.get_input_embeddings().weight.device
+    draft = small_copy(network, share).to(device)
     objective = SmallModelObjective(draft, network, answers, divergence)
-    log = fit(objective, config, out / "fit", progress=progress)
+    log = fit(objective, config, out / "fit", device=device, progress=progress)
     draft.requires_grad_(True).eval().to(network.dtype).save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)

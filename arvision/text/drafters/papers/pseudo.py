@@ -193,8 +193,7 @@ class PseudoDrafter(TextDrafter):
                 f"pseudo tokens of width {self.module.hidden_size}: the model has {width}"
             )
         self._state = state
-        weight = state.model.network.get_input_embeddings().weight
-        self.module.to(weight.device)
+        self.module.to(state.model.device)
         state.pseudo = self.module.vectors().detach()
         self._guesses: Tensor | None = None
         self._num_chain = 0

@@ -1,0 +1,156 @@
+"""A saved network, looked at before anything is built: its configuration, and the headers of its files.
+
+Files that somebody else wrote may name a million layers, or weights of another network: the
+configuration must hold to the annotations of the class (see `arvision.schema`), must not ask for
+more modules than the files hold tensors, and the network that it describes, laid out without
+storage, must have just the tensors of the files.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import torch
+from torch import nn
+
+from .checkpoint import Held, check_fit, check_is_weights
+from .errors import ArvisionError, CheckpointError, InputError
+from .headers import read_header
+from .needed import SHARDS, weight_files
+from .schema import Modules, check_fields, hints_of, read_json, short
+
+CODE = ("auto_map", "custom_pipeline", "custom_components", "trust_remote_code")
+"""Names by which a configuration asks for code of its folder."""
+
+UNREAD = ("tokenizer.json", "vocab.json", "merges.txt")
+"""Long tables of text tokenizers, which their own readers check."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A configuration: strict JSON that holds an object and asks for no code.
+
+    Raises:
+        CheckpointError: anything else, or no such file.
+    """
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, InputError) as error:
+        raise CheckpointError(
+            str(error) if str(path) in str(error) else f"{path}: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: {short(content)}, expected an object")
+    for name in CODE:
+        if content.get(name):
+            raise CheckpointError(
+                f"{path}: {name!r} asks for code of the folder, which is never run"
+            )
+    return content
+
+
+def check_plain(folder: Path) -> None:
+    """Refuse a folder with code, pipes or devices in it, or with a configuration that is none.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for path in sorted(folder.iterdir()):
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(f"{path}: a pipe or a device, expected a regular file")
+        if path.suffix == ".py":
+            raise CheckpointError(f"{path}: code of a stranger, expected a folder without any")
+        if path.suffix == ".json" and path.name not in UNREAD and SHARDS not in path.name:
+            read_object(path)
+
+
+def check_network(cls: type[nn.Module], folder: Path, variant: str | None = None) -> None:
+    """Refuse a saved network whose configuration or weights are not those of its class.
+
+    Args:
+        cls: a class whose constructor arguments are its saved configuration.
+        folder: with `config.json` and safetensors.
+        variant: of the weight files.
+
+    Raises:
+        CheckpointError: names the first value, or the first missing, unexpected or misshapen key.
+    """
+    check_plain(folder)
+    path = folder / "config.json"
+    config = read_object(path)
+    saved = config.get("_class_name", cls.__name__)
+    if saved != cls.__name__:
+        raise CheckpointError(f"{path}: a saved {short(saved)}, expected {cls.__name__!r}")
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    found, name = read_headers(folder, variant)
+    try:
+        check_fields(own, cls, str(path), only=True)
+        check_counts(own, cls, str(path), len(found))
+        with torch.device("meta"):
+            network = cls(**own)
+    except CheckpointError:
+        raise
+    except ArvisionError as error:
+        said = str(error)
+        raise CheckpointError(said if str(path) in said else f"{path}: {said}") from error
+    except (ValueError, TypeError, RuntimeError, IndexError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: no network has these sizes ({reason})") from error
+    check_fit(network, found, name)
+
+
+def check_counts(config: Mapping[str, Any], cls: Any, name: str, num_tensors: int) -> None:
+    """Refuse a number of modules that so many tensors cannot fill; building them takes minutes.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for field, hint in hints_of(cls).items():
+        is_count = Modules in _marks(hint)
+        value = config.get(field)
+        if is_count and isinstance(value, int) and value > num_tensors:
+            raise CheckpointError(
+                f"{name}: {field} {short(value)}, but the weights are {num_tensors} tensors"
+            )
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    """What an annotation says besides the type, also of one of several types."""
+    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return own + tuple(mark for each in get_args(hint) for mark in _marks(each))
+
+
+def read_headers(folder: Path, variant: str | None = None) -> tuple[dict[str, Held], str]:
+    """Shapes and kinds of the tensors of a folder's safetensors, by key; and what to call them.
+
+    Raises:
+        CheckpointError: no such files, or files that are cut off, something else, or not what
+            their index says.
+    """
+    inside = {path.name for path in folder.iterdir()}
+    files, _ = weight_files(
+        str(folder), "", inside, lambda file: read_object(folder / file), variant
+    )
+    if not files:
+        raise CheckpointError(f"{folder}: expected config.json and *.safetensors")
+    found: dict[str, Held] = {}
+    for file in (file for file in files if file.endswith(".safetensors")):
+        check_is_weights(folder / file)
+        header = read_header(folder / file)
+        if twice := set(header.shapes) & set(found):
+            raise CheckpointError(f"{folder / file}: key {min(twice)!r} is in two files")
+        for key, shape in header.shapes.items():
+            found[key] = Held(shape, header.dtypes[key])
+    if SHARDS in files[0]:
+        listed = set(read_object(folder / files[0])["weight_map"])
+        if off := listed ^ set(found):
+            raise CheckpointError(f"{folder / files[0]}: key {min(off)!r} is not where it says")
+    return found, str(folder / files[0])
