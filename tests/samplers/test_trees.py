@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_mutants_are_found(name, mutant):
 
 
 def test_rows_have_trees_of_their_own_and_candidates_are_not_wasted(fashion):
-    sampler = get_sampler("sjd", tree="drift", window=16, init="above")
+    sampler: Any = get_sampler("sjd", tree="drift", window=16, init="above")
     drafter = sampler.drafter(fashion.model)
     seen = []
     inner = drafter.propose
@@ -220,7 +221,7 @@ def test_rows_have_trees_of_their_own_and_candidates_are_not_wasted(fashion):
             zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
         ):
             depth = {-1: 0}
-            paths = {-1: ()}
+            paths: dict[int, tuple[int, ...]] = {-1: ()}
             for node, (token, parent) in enumerate(zip(own, parents, strict=True)):
                 depth[node] = depth[parent] + 1
                 paths[node] = (*paths[parent], token)
