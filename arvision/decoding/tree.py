@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -254,6 +255,22 @@ def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
             heapq.heappush(heap, (value * acceptance[0], entered, depth + 1, 0, own))
             entered += 1
     return torch.tensor(parents, dtype=torch.int64)
+
+
+CHAIN = {2: 1, 4: 3, 8: 6, 16: 11, 32: 18, 64: 26}
+"""Candidates of the main chain by candidates of a pass, root included."""
+
+
+def chain_length(num: int) -> int:
+    """Candidates of the main chain of a tree of `num`, root included in `num` only."""
+    if num in CHAIN:
+        return CHAIN[num]
+    below = max((size for size in CHAIN if size < num), default=2)
+    above = min((size for size in CHAIN if size > num), default=64)
+    if below >= above:
+        return max(0, min(num - 1, CHAIN[below]))
+    share = math.log(num / below) / math.log(above / below)
+    return min(num - 1, round(CHAIN[below] + share * (CHAIN[above] - CHAIN[below])))
 
 
 def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> TokenTree:

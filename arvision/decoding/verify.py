@@ -13,7 +13,7 @@ round, and then has exactly the law that the target gave for it. For a tree the 
 one path, and the one drawn where it ends.
 
 The rules of this file judge chains; `greedy` and `gumbel_coupling` judge trees as well. More rules
-for trees are in `arvision.text.rules.tree`.
+for trees are in `arvision.decoding.tree_rules`.
 """
 
 from __future__ import annotations
