@@ -296,7 +296,7 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     above = tree.parents
     if above is None or (above.dim() == 1 and is_chain(above.tolist())):
         return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device))
+    shape = topology_of(above.to(device), tree.num_levels)
     root = torch.zeros_like(shape.depths[..., :1])
     return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
