@@ -127,10 +127,26 @@ class WrappedModule(Extractor):
         return {"features": found}
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _copy_of(module: Any, name: str) -> Any:
-    """A copy that can be moved and set to evaluation without its owner noticing."""
+    """A copy that can be moved and set to evaluation without its owner noticing.
+
+    Answers of earlier passes that a module keeps (as `weight_norm` does) lose their graph, which
+    torch does not copy; hooks that are methods of something else, such as a trainer, stay its own.
+    """
+    parts, known = list(module.modules()), {}
+    for part in parts:
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                known[id(value)] = value.detach().clone()
+        for hook in (hook for kind in HOOKS for hook in getattr(part, kind, {}).values()):
+            owner = getattr(hook, "__self__", None)
+            if owner is not None and not any(owner is own for own in parts):
+                known[id(owner)] = owner
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, known)
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise InputError(f"{name} {type(module).__name__} cannot be copied ({reason})") from error

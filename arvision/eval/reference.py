@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def prepare_reference(
         return _checked(found, extractor)
     path = user_path(where) if isinstance(where, (str, Path)) else None
     digest = None
-    if path is not None and path.is_file():
+    if path is not None and os.path.isfile(path):
         digest = file_sha256(path)
         is_npz = path.suffix == ".npz" or zipfile.is_zipfile(path)
         found = _read_statistics(NpzFile(path), str(path)) if is_npz else None

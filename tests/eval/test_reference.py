@@ -400,6 +400,34 @@ def test_a_module_of_the_callers_stays_as_it_was(dtype):
     assert module.convolution.weight.grad is not None
 
 
+class Trainer:
+    """Whose method is a hook; it may not be copied."""
+
+    seen = 0
+
+    def hook(self, *_: Any) -> None:
+        self.seen += 1
+
+    def __deepcopy__(self, memo: Any) -> Trainer:
+        raise AssertionError("a trainer was copied")
+
+
+def test_modules_that_keep_answers_and_have_trainers():
+    inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(192, 5))
+    old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
+    for linear in (inner, old):
+        module, trainer = (
+            torch.nn.Sequential(Odd(lambda x: x.flatten(1).float()), linear),
+            Trainer(),
+        )
+        linear.register_forward_hook(trainer.hook)
+        module(pictures(2)).sum().backward()
+        module[0].kept = module(pictures(2))
+        network = get_extractor(module, dim=5)
+        assert torch.equal(network(pictures(2)), module(pictures(2)).detach())
+        assert trainer.seen == 4
+
+
 def test_an_extractor_of_the_callers_keeps_its_place():
     own = get_extractor("random-conv")
     moved = get_extractor(own, device="meta")
