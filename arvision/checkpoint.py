@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import pathlib
 import pickle
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_args, get_origin
 from zipfile import BadZipFile
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, unknown_name
 from .files import user_path
+from .schema import Modules, check_fields, hints_of, read_json, short
 
 StateDict = dict[str, Tensor]
 
@@ -37,6 +37,13 @@ STRAY_PARTS = {"causal_mask", "kv_cache", "k_cache", "v_cache", "freqs_cis"}
 _NUMPY_MODULES = ("numpy._core.multiarray", "numpy.core.multiarray")
 _READING = threading.Lock()
 """Held while harmless classes are allowed, which torch keeps for the whole process."""
+
+
+class ShardIndex(TypedDict):
+    """What an index of shards says: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
 
 INDEX = ".index.json"
 """End of the name of a file that says which shard holds which tensor."""
@@ -199,13 +206,18 @@ def _read_shards(index: Path) -> StateDict:
         CheckpointError: an index that is none, a shard that is missing, or that holds other keys.
     """
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected an index of shards with a weight_map") from error
+        content: Any = check_fields(read_json(index), ShardIndex, str(index))
+    except (OSError, InputError) as error:
+        raise CheckpointError(
+            f"{index}: expected an index of shards with a weight_map ({error})"
+        ) from error
+    places = content["weight_map"]
+    shards = sorted(set(places.values()))
     tensors: StateDict = {}
     for shard in shards:
         path = index.parent / shard
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: names {shard!r}, expected files beside it")
         if not path.is_file():
             raise CheckpointError(f"{index}: names {shard}, which is missing")
         held = _read(path)
@@ -272,6 +284,27 @@ def check_fit(module: nn.Module, found: Mapping[str, Held], name: str) -> None:
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
 
 
+def check_counts(config: Mapping[str, Any], cls: Any, name: str, num_tensors: int) -> None:
+    """Refuse a number of modules that so many tensors cannot fill; building them takes minutes.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for field, hint in hints_of(cls).items():
+        is_count = Modules in _marks(hint)
+        value = config.get(field)
+        if is_count and isinstance(value, int) and value > num_tensors:
+            raise CheckpointError(
+                f"{name}: {field} {short(value)}, but the weights are {num_tensors} tensors"
+            )
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    """What an annotation says besides the type, also of one of several types."""
+    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return own + tuple(mark for each in get_args(hint) for mark in _marks(each))
+
+
 def load_strictly(
     cls: type[Module],
     sizes: dict[str, Any],
@@ -288,12 +321,16 @@ def load_strictly(
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen key.
     """
+    check_counts(sizes, cls, name, len(tensors))
     with torch.device("meta"):
         module = cls(**sizes)
     wanted = module.state_dict()
     tensors = {key: value for key, value in tensors.items() if key in wanted or not is_stray(key)}
     check_fit(module, {key: Held.of(value) for key, value in tensors.items()}, name)
-    cast = {key: value.to(device, dtype) for key, value in tensors.items()}
+    cast = {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        for key, value in tensors.items()
+    }
     module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()
 

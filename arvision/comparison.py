@@ -216,7 +216,7 @@ def compare(
         raise InputError(f"batch_size {batch_size}: expected at least 1")
     parts = [spec.strip().partition("@") for spec in samplers]
     made = [get_sampler(spec) for spec, _, _ in parts]
-    pipes = [load(name, device=str(pipe.device)) if name else pipe for _, _, name in parts]
+    pipes = [load(name, device=str(pipe.model.device)) if name else pipe for _, _, name in parts]
     for one, own in zip(made, pipes, strict=True):
         own.check_sampler(one)
     conditions = expand_prompts(prompt, num_images)

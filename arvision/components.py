@@ -12,13 +12,14 @@ from typing import Any, TypedDict
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint import check_counts
 from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .folders import embedded_models
 from .models import FAMILIES
 from .models.network import Network
 from .samplers import SAMPLERS
 from .schema import Layers, check_fields, read_json, short
-from .stored import check_counts, check_network, check_plain, read_headers, read_object
+from .stored import check_network, check_plain, read_headers, read_object
 
 _LOADING = threading.RLock()
 """Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""

@@ -286,7 +286,7 @@ def likelihood(model: str, baseline: Path) -> Any:
 
     @torch.inference_mode()
     def log_likelihood(tokens: Any, labels: Any) -> Any:
-        sequence = torch.as_tensor(tokens).to(pipe.device)
+        sequence = torch.as_tensor(tokens).to(pipe.model.device)
         logits = teacher_forced(pipe.model, list(labels), sequence, scale) / max(temperature, 1e-6)
         logp = logits.float().log_softmax(-1).gather(2, sequence[..., None])
         return logp[..., 0].sum(1).cpu().numpy()

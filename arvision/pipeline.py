@@ -29,6 +29,7 @@ from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
+from .networks import hooks_of, place_of
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 from .schema import Side
@@ -240,7 +241,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         """A further model by name, on this device and dtype."""
         from .opening import open_cached
 
-        return open_cached(name, str(self.device), self.dtype)
+        return open_cached(name, str(place_of(self.transformer)), self.dtype)
 
     def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
         """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
@@ -309,6 +310,21 @@ class ARPipeline(Portable, DiffusionPipeline):
         if self._calls:
             raise StateError(f"{len(self._calls)} draws are going on: expected to() after them")
         return super().to(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep weights in main memory and bring each layer's for its call, see diffusers.
+
+        diffusers names the CPU "cpu:0", which accelerate takes for another device than "cpu": on the
+        way there parameters would become plain tensors, and the second call would fail.
+        """
+        super().enable_sequential_cpu_offload(gpu_id, cast(Any, device))
+        networks = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        for module in (module for network in networks for module in network.modules()):
+            for hook in hooks_of(module):
+                if torch.device(hook.execution_device or "meta").type == "cpu":
+                    hook.execution_device = torch.device("cpu")
 
     def check_sampler(self, sampler: BaseSampler) -> None:
         """Refuse a sampler for another kind of model.
@@ -418,7 +434,8 @@ class ARPipeline(Portable, DiffusionPipeline):
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
         )
-        self.maybe_free_model_hooks()
+        if not self._calls:  # another draw needs its networks where they are
+            self.maybe_free_model_hooks()
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
@@ -444,7 +461,7 @@ class ARPipeline(Portable, DiffusionPipeline):
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Run on the recommended number of CPU threads."""
         wanted = self.config["num_threads"]
-        if wanted is None or self.device.type != "cpu":
+        if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
 

@@ -20,6 +20,7 @@ GROUND = {
     "schema",
     "portable",
     "stored",
+    "networks",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "card": {"errors", "files"},
     "lazy": set(),
+    "networks": set(),
     "schema": {"errors", "files"},
     "portable": {"errors", "folders", "schema"},
     "headers": {"errors"},
@@ -65,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "models", "samplers"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
+    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
     "comparison": {"api", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,

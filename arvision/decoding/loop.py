@@ -24,7 +24,7 @@ from ..contracts import (
 from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology_of
+from .tree import TokenTree, Topology, is_chain, topology_of, with_root
 from .verify import Round, Rule, Verdict
 
 
@@ -278,9 +278,8 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     if above is None or (above.dim() == 1 and is_chain(above.tolist())):
         return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
     shape = topology_of(above.to(device))
-    root = shape.laws.new_zeros(*shape.laws.shape[:-1], 1)
-    parents = torch.cat([root - 1, shape.laws], dim=-1)
-    return parents, torch.cat([root, shape.depths + 1], dim=-1), shape
+    root = torch.zeros_like(shape.depths[..., :1])
+    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def _prefill_chain(

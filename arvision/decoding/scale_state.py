@@ -123,18 +123,14 @@ class ScaleNetwork(Protocol):
         """Embedded inputs [R, n, C] of a scale, from what is painted so far."""
         ...
 
-    def features(
+    def logits(
         self, x: Tensor, scale: int, *, mask: Tensor | None, cache: ScaleCache, compute: Compute
     ) -> Tensor:
-        """Inputs [R, T, C] through the network, [R, T, C].
+        """Inputs [R, T, C] through the network to guided logits [B, n, V] or [B, n, d, 2] of a scale.
 
         `x` ends with the tokens of `scale`; T is larger where coarser ones are read with them, and
         then `mask` [T, T] says who may look at whom.
         """
-        ...
-
-    def logits(self, features: Tensor, scale: int) -> Tensor:
-        """Features [R, n, C] of a scale to guided logits [B, n, V] or [B, n, d, 2]."""
         ...
 
     def paint(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
@@ -220,7 +216,7 @@ class NextScaleState:
         if self.scale == len(self._network.sizes):
             raise StateError(f"all {self.scale} scales are drawn")
         inputs = self._network.inputs(self.canvas, self.scale)
-        num, mask = inputs.shape[1], None
+        mask = None
         if self._unread:
             inputs = torch.cat([*self._unread, inputs], dim=1)
             self._unread = []
@@ -228,11 +224,10 @@ class NextScaleState:
             mask = mask[: inputs.shape[1], : inputs.shape[1]]
         self._pruner.begin(self._network.sizes[self.scale], share, keeps)
         self.computed_tokens += inputs.shape[1] if share == 0 else self._pruner.num_kept()
-        features = self._network.features(
+        self._is_waiting = True
+        return self._network.logits(
             inputs, self.scale, mask=mask, cache=self._cache, compute=self._pruner
         )
-        self._is_waiting = True
-        return self._network.logits(features[:, -num:], self.scale)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> None:

@@ -253,52 +253,39 @@ def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
 
 
 def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> TokenTree:
-    """One tree for a batch out of one tree per row.
+    """The trees of a batch: each row keeps its own, padded to the largest.
 
-    A place of the common tree is a path of child numbers (first child, second child, ...); a row
-    that has no candidate there is padded with -1. Rows whose trees all are chains give a chain.
+    So a pass holds as many candidates as the largest tree, however many rows there are, and a row's
+    candidates stand in the same order in every batch.
 
     Args:
         rows: tokens and parents of each row's tree.
         device: of the result.
     """
-    if len(rows) == 1:
-        tokens, parents = rows[0]
-        common, places = parents, [list(range(len(parents)))]
-    else:
-        common, places = common_places([parents for _, parents in rows])
-    drafts = np.full((len(rows), len(common)), -1, dtype=np.int64)
-    for row, (tokens, _) in enumerate(rows):
-        drafts[row, places[row]] = tokens
-    return TokenTree(
-        torch.from_numpy(drafts).to(device),
-        parents=None if is_chain(common) else torch.tensor(common, dtype=torch.int64),
-    )
+    num = max(len(tokens) for tokens, _ in rows)
+    drafts = np.full((len(rows), num), -1, dtype=np.int64)
+    # Padding is a chain behind a row's last candidate, so that a row of a chain stays one.
+    parents = np.tile(np.arange(-1, num - 1), (len(rows), 1))
+    for row, (tokens, above) in enumerate(rows):
+        drafts[row, : len(tokens)] = tokens
+        parents[row, : len(above)] = above
+    return TokenTree(torch.from_numpy(drafts).to(device), parents=_shared(parents, device))
 
 
-def common_places(all_parents: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Parents of the smallest tree that holds all of these, and where each row's nodes are."""
-    common: list[int] = []
-    index: dict[tuple[int, int], int] = {}
-    places = []
-    for parents in all_parents:
-        mine: list[int] = []
-        num_children: dict[int, int] = {}
-        for parent in parents:
-            above = -1 if parent < 0 else mine[parent]
-            number = num_children.get(parent, 0)
-            num_children[parent] = number + 1
-            place = index.get((above, number))
-            if place is None:
-                place = index[above, number] = len(common)
-                common.append(above)
-            mine.append(place)
-        places.append(mine)
-    return common, places
+def _shared(parents: np.ndarray, device: torch.device) -> Tensor | None:
+    """Parents [B, T] as `TokenTree` has them: None for chains, [T] where all rows have the same."""
+    if bool((parents == parents[:1]).all()):
+        return None if is_chain(parents[0].tolist()) else torch.from_numpy(parents[0].copy())
+    return torch.from_numpy(parents).to(device)
+
+
+def with_root(parents: Tensor) -> Tensor:
+    """Parents of the last known token and of the candidates behind it, [1 + T] or [B, 1 + T]."""
+    return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
 
 
 def without_padding(tree: TokenTree) -> TokenTree:
-    """The tree without the candidates that no row has."""
+    """A tree that all rows share, without the candidates that no row has."""
     used = (tree.tokens >= 0).any(0)
     if bool(used.all()):
         return tree

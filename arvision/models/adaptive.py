@@ -35,15 +35,20 @@ def projection(width: int, num: int) -> Any:
     return nn.Sequential(nn.SiLU(), Linear(width, num * width))
 
 
-class SharedProjection(nn.Sequential):
-    """The projection of the condition that all blocks of a shared-AdaLN model start from."""
+class SharedProjection(nn.Module):
+    """The projection of the condition that all blocks of a shared-AdaLN model start from.
+
+    Its layer has the name that it has in a `projection`.
+    """
 
     def __init__(self, width: int) -> None:
-        super().__init__(*projection(width, 6))
+        super().__init__()
+        self.add_module("1", Linear(width, 6 * width))
 
     def forward(self, condition: Tensor) -> Tensor:
         """Condition [R, C] to [R, 1, 6, C]."""
-        return super().forward(condition).view(len(condition), 1, 6, -1)
+        projected = self.get_submodule("1")(F.silu(condition))
+        return projected.view(len(condition), 1, 6, -1)
 
 
 class HeadNorm(nn.Module):

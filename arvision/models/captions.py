@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditions
 from ..errors import InputError
+from ..networks import place_of
 
 
 class CaptionEncoder:
@@ -44,7 +45,7 @@ class CaptionEncoder:
         for caption, text in zip(captions, cleaned, strict=True):
             if not text:
                 raise InputError(f"empty prompt {caption!r}: expected a caption")
-        device = next(self.text_encoder.parameters()).device
+        device = place_of(self.text_encoder)
         batch = self.text_tokenizer(
             cleaned,
             max_length=self.length,

@@ -9,7 +9,9 @@ the official code.
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ MEMO_ELEMENTS = 1 << 24
 """Numbers of a chain's modulations: up to this many, those of all steps are computed in one go."""
 Modulations = list[tuple[Tensor, ...]]
 """What the condition and the step make of every block: (shift, scale, gate), last (shift, scale)."""
+RunPart = Callable[..., Any]
+"""Runs a method of a `HeadNetwork`, by its name, on the arguments that follow: by way of the network
+that the head belongs to, whose calls may be compiled or bring weights that wait elsewhere."""
 
 
 class TimeEmbedding(nn.Module):
@@ -99,6 +104,11 @@ class HeadNetwork(nn.Module):
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, num_outputs * latent_dim)
 
+    def embed(self, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of times [K] and of conditions [M, C], [K, w] and [M, w]."""
+        embedded = self.time_embed(times)
+        return embedded, self.cond_embed(z.to(embedded.dtype))
+
     def modulate(self, conditions: Tensor) -> Modulations:
         """What the blocks need to know of time_embed(t) + cond_embed(z) [..., w].
 
@@ -125,6 +135,11 @@ class HeadNetwork(nn.Module):
         return self.run(x, self.modulate(self.time_embed(times) + self.cond_embed(z)))
 
 
+def run_part(net: HeadNetwork, name: str, *arguments: Any) -> Any:
+    """See `RunPart`."""
+    return getattr(net, name)(*arguments)
+
+
 class HeadHolder(nn.Module):
     """Holds the network under the name that the checkpoints give it; arguments are the network's."""
 
@@ -138,16 +153,16 @@ class SteppedHead:
 
     Args:
         net: the network.
+        run: runs its parts.
         times: [K], what it is told at each step, in the order of drawing.
         z: [M, G * C], conditions of G branches of guidance side by side.
     """
 
-    def __init__(self, net: HeadNetwork, times: Tensor, z: Tensor) -> None:
+    def __init__(self, net: HeadNetwork, run: RunPart, times: Tensor, z: Tensor) -> None:
         self.num_branches = z.shape[1] // net.cond_embed.in_features
-        self._net, self._num_steps = net, len(times)
+        self._run_part, self._num_steps = run, len(times)
         z = z.view(len(z), self.num_branches, -1).transpose(0, 1).flatten(0, 1)
-        self._times = net.time_embed(times.to(z.device))
-        self._conditions = net.cond_embed(z.to(self._times.dtype))
+        self._times, self._conditions = run("embed", times.to(z.device), z)
         per_row = (3 * len(net.res_blocks) + 2) * self._times.shape[1]
         self._rows_at_once = max(1, MEMO_ELEMENTS // max(1, per_row * len(z)))
         self._per_step: list[Modulations] = []
@@ -166,12 +181,12 @@ class SteppedHead:
 
     def _modulations(self, first: int, last: int) -> Modulations:
         """Of rows first to last (exclusive), [last - first, G * M, w] each."""
-        return self._net.modulate(self._times[first:last, None] + self._conditions)
+        return self._run_part("modulate", self._times[first:last, None] + self._conditions)
 
     def _step_modulations(self, row: int) -> Modulations:
         """Of one row, [G * M, w] each."""
         if self._rows_at_once < self._num_steps:
-            return self._net.modulate(self._times[row] + self._conditions)
+            return self._run_part("modulate", self._times[row] + self._conditions)
         if not self._per_step:
             of_blocks = [
                 list(zip(*(part.unbind(0) for part in parts), strict=True))
@@ -183,20 +198,26 @@ class SteppedHead:
     def _run(self, x: Tensor, modulations: Modulations) -> Tensor:
         """Outputs [G, ..., M, O] for `x` [..., M, D]; all branches see the same latents."""
         x = x.to(self._times.dtype)
-        out = self._net.run(torch.cat([x] * self.num_branches, dim=-2), modulations)
+        out = self._run_part("run", torch.cat([x] * self.num_branches, dim=-2), modulations)
         return torch.stack(out.chunk(self.num_branches, dim=-2))
 
 
 class ChainHead:
     """Draws latents from p(x | z) and compares laws; the `head` of a continuous model.
 
+    Args:
+        net: the network.
+        num_steps: K of a chain.
+        run: runs the network's parts; None to call them.
+
     Attributes:
         num_steps: K of a chain.
         latent_dim: D.
     """
 
-    num_steps: int
-    latent_dim: int
+    def __init__(self, net: HeadNetwork, num_steps: int, run: RunPart | None = None) -> None:
+        self.net, self.num_steps, self.latent_dim = net, num_steps, net.input_proj.in_features
+        self.run: RunPart = partial(run_part, net) if run is None else run
 
     def law(self, z: Tensor, guidance_scale: Guidance = 1.0) -> LatentLaw:
         """Law of M latents given conditions [M, Dz]."""

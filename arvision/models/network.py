@@ -9,14 +9,15 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..files import user_path
+from ..networks import Entered
 from ..portable import Portable
 from ..stored import check_network
 
 REACHED = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-class Network(Portable, ModelMixin, ConfigMixin):
-    """A network with saved configuration, loaded as strictly as the authors' checkpoints are.
+class Network(Entered, Portable, ModelMixin, ConfigMixin):
+    """A network with saved configuration, whose entries are calls, loaded as strictly as the authors' checkpoints are.
 
     Subclasses record their constructor's arguments with `register_to_config`; its annotations say
     what a saved configuration may hold, see `arvision.schema`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..networks import place_of
 
 SLACK = 1e-3
 """How far a float pixel may lie outside of [-1, 1]: what half precision rounds 1 to, and more."""
@@ -27,7 +28,7 @@ def read_pixels(
     Args:
         images: a PIL image, an array or tensor [H, W, 3], [3, H, W] or with a batch in front, uint8
             in 0..255 or float in [-1, 1]; or a list of those, all of one size.
-        like: the network, for its `device` and `dtype`.
+        like: the network, for its place and `dtype`.
         multiple: what must divide both sides.
         size: height and width that they must have; None for any.
 
@@ -49,7 +50,8 @@ def read_pixels(
     sizes = {tuple(part.shape[2:]) for part in parts}
     if len(sizes) > 1:
         raise InputError(f"images of sizes {sorted(sizes)}: expected one size")
-    return torch.cat([part.to(like.device, like.dtype) for part in parts])
+    place = place_of(like)
+    return torch.cat([part.to(place, like.dtype) for part in parts])
 
 
 def _read(image: Any) -> Tensor:

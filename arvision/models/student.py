@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..contracts import Conditions
 from ..decoding.student import check_codebook
 from ..errors import InputError
+from ..networks import enter, place_of
 from .conditions import resolve_class
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class Student:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +105,7 @@ class Student:
     @property
     def codebook(self) -> Tensor:
         """Codes of the tokenizer [V, D], as the student is fed them."""
-        return self.tokenizer.quantize.codes().detach()
+        return enter(self.tokenizer, "codes").detach()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast both networks, as `nn.Module.to` does; returns the model itself."""

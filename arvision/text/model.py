@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contracts import Conditions
 from ..errors import InputError
+from ..networks import place_of
 from .probe import check_driven
 from .processors import Prefixes
 from .state import FULL, SLIDING, HFState, TextSizes
@@ -74,16 +75,12 @@ def layer_kinds(config: Any) -> set[str]:
 
 def device_of(network: Any) -> torch.device:
     """Where a network's passes run; its weights may wait elsewhere (offloading by accelerate)."""
-    device = network.get_input_embeddings().weight.device
-    if device.type != "meta":
-        return device
-    for module in network.modules():
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if place is not None:
-            return torch.device(place)
-    raise InputError(
-        f"{type(network).__name__} has weights on the device meta: expected loaded ones"
-    )
+    place = place_of(network)
+    if place.type == "meta":
+        raise InputError(
+            f"{type(network).__name__} has weights on the device meta: expected loaded ones"
+        )
+    return place
 
 
 IMAGE_STARTS = {
@@ -152,10 +149,10 @@ class HFCausalLM:
     def cost_key(self) -> str:
         """What the cost of a pass depends on, apart from the machine."""
         sizes = self.sizes
-        weight = self.network.get_input_embeddings().weight
+        dtype = self.network.get_input_embeddings().weight.dtype
         return (
             f"{type(self.network).__name__} {sizes.num_layers}x{sizes.hidden_size} "
-            f"{self.vocab_size} {weight.dtype} {weight.device.type}"
+            f"{self.vocab_size} {dtype} {self.device.type}"
         )
 
     def prompts(self, conditions: Conditions) -> list[Tensor]:

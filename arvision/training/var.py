@@ -52,14 +52,14 @@ class VARTokenizerObjective(CodebookObjective):
     def _quantise(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The canvas [B, D, P, P], and the mean over scales of its distance to the features."""
         quantize = self.tokenizer.quantize
-        still = features.detach()
-        canvas = quantize.blank(len(features), features)
+        painter, still = quantize.painter(), features.detach()
+        canvas = painter.blank(len(features))
         distance = features.new_zeros(())
         asked, given = [], []
         for scale in range(len(quantize.scales)):
-            rest = quantize.view(still - canvas.detach(), scale)
+            rest = painter.view(still - canvas.detach(), scale)
             chosen = quantize.nearest(rest)
-            canvas = quantize.paint(canvas, quantize.codes()[chosen], scale)
+            canvas = painter.paint(canvas, painter.codes[chosen], scale)
             distance = distance + F.mse_loss(canvas, still)
             distance = distance + self.commitment * F.mse_loss(canvas.detach(), features)
             asked.append(rest.flatten(0, 1))
@@ -74,8 +74,9 @@ class VARTokenizerObjective(CodebookObjective):
         Residuals are smaller than features, hence the shrinking.
         """
         quantize = self.tokenizer.quantize
+        painter = quantize.painter()
         seen = torch.cat(
-            [quantize.view(features, k).flatten(0, 1) for k in range(len(quantize.scales))]
+            [painter.view(features, k).flatten(0, 1) for k in range(len(quantize.scales))]
         )
         size = len(self.uses)
         picks, shrink = chance.randint(len(seen), size), chance.rand(size, 1)

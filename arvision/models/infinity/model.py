@@ -14,6 +14,7 @@ from ...contracts import Conditions, Schedule
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
+from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import Prompt, as_prompt
 from .convert import is_patched, split_sizes
@@ -152,8 +153,8 @@ class Infinity:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,14 +200,14 @@ class Infinity:
         if needs_null:
             nulls = self._nulls(prompts, rows)
             rows = nulls if only_null else rows + nulls
-        text = self.transformer.text_rows(rows)
+        text = enter(self.transformer, "text_rows", rows)
         return NextScaleState(InfinityRun(self.transformer, text, guidance, len(prompts)))
 
     def _nulls(self, prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> list[Tensor]:
         """Features of the negative captions, or as many null rows as the caption has."""
         given = [prompt.negative for prompt in prompts if prompt.negative is not None]
         negatives = iter(self._features(given) if given else [])
-        null = self.transformer.cfg_uncond
+        null = enter(self.transformer, "null_text")
         return [
             null[: len(row)] if prompt.negative is None else next(negatives)
             for prompt, row in zip(prompts, rows, strict=True)
@@ -236,4 +237,4 @@ class Infinity:
         """
         if self.tokenizer is None:
             raise InputError("this model has no image tokenizer: it gives tokens but not images")
-        return self.tokenizer.decode(tokens).float()
+        return enter(self.tokenizer, "decode", tokens).float()

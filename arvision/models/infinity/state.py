@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ...decoding.logits import guide
 from ...decoding.scale_state import Compute, ScaleCache
 from ...errors import InputError
+from ...networks import enter
 from .tokenizer import check_bits
 from .transformer import InfinityTransformer, TextRows
 
@@ -38,7 +40,6 @@ class InfinityRun:
         self._pyramid = transformer.pyramid
         self._is_doubled = len(rows.start) != batch
         self._angles = transformer.angles()
-        self._places = transformer.places(0, self._pyramid.num_tokens)
 
     def blank(self) -> Tensor:
         """The canvas [B, D, H, W], float32 or wider."""
@@ -48,33 +49,35 @@ class InfinityRun:
 
     def inputs(self, canvas: Tensor, scale: int) -> Tensor:
         """Embedded inputs [R, n, C] of a scale."""
-        first = sum(self._pyramid.counts[:scale])
         if scale == 0:
-            x = self._transformer.start_inputs(self._rows)
-        else:
-            seen = self._pyramid.view(canvas, scale)
-            x = self._transformer.word_embed(seen.to(self._rows.start.dtype))
-            x = torch.cat([x, x]) if self._is_doubled else x
-        return x + self._places[first : first + x.shape[1]]
+            return enter(self._transformer, "inputs", self._rows, scale)
+        seen = self._pyramid.view(canvas, scale).to(self._rows.start.dtype)
+        x = enter(self._transformer, "inputs", seen, scale)
+        return torch.cat([x, x]) if self._is_doubled else x
 
-    def features(
+    def logits(
         self, x: Tensor, scale: int, *, mask: Tensor | None, cache: ScaleCache, compute: Compute
     ) -> Tensor:
-        """Inputs [R, T, C] that end with the tokens of `scale` through the network."""
+        """Guided logits [B, n, d, 2] of a scale, whose inputs are the last of [R, T, C]."""
         last = sum(self._pyramid.counts[: scale + 1])
         angles = self._angles[last - x.shape[1] : last]
-        layer = self._transformer.config["guidance_layer"]
-        run = {"mask": mask, "cache": cache, "compute": compute}
-        through = self._transformer.features
-        if not layer or not self._is_doubled:
-            return through(x, self._rows, angles, **run)
-        turn = self._transformer.config["num_layers"] + layer + 1
-        x = through(x, self._rows, angles, **run, last=turn)
-        weights = self._weights(scale, x)
-        conditional, null = x.chunk(2)
-        mixed = guide(conditional, null, weights).repeat(2, 1, 1)
-        x = torch.where(weights == 1, x, mixed)
-        return through(x, self._rows, angles, **run, first=turn)
+        weight = self._guidance[scale]
+        inside = bool(self._transformer.config["guidance_layer"]) and self._is_doubled
+        needs_null = self._is_doubled and not inside and weight != 1
+        run: Any = {"mask": mask, "cache": cache, "compute": compute}
+        logits = self._transformer(
+            x,
+            self._rows,
+            angles,
+            self._pyramid.counts[scale],
+            len(x) if needs_null else self.batch,
+            guidance=self._weights(scale, x) if inside else None,
+            **run,
+        )
+        if not needs_null:
+            return logits
+        conditional, null = logits.chunk(2)
+        return guide(conditional, null, weight)
 
     def _weights(self, scale: int, x: Tensor) -> Tensor:
         """Guidance [T, 1] of the last tokens up to and with those of `scale`."""
@@ -82,16 +85,6 @@ class InfinityRun:
         weights = torch.tensor(self._guidance[: scale + 1], dtype=torch.float64)
         weights = weights.repeat_interleave(counts)
         return weights[-x.shape[1] :, None].to(x)
-
-    def logits(self, features: Tensor, scale: int) -> Tensor:
-        """Features [R, n, C] of a scale to guided logits [B, n, d, 2]."""
-        head = self._rows.head
-        weight = self._guidance[scale]
-        is_plain = self._transformer.config["guidance_layer"] or weight == 1
-        if not self._is_doubled or is_plain:
-            return self._transformer.logits(features[: self.batch], head[: self.batch])
-        conditional, null = self._transformer.logits(features, head).chunk(2)
-        return guide(conditional, null, weight)
 
     def paint(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
         """The canvas after the bits [B, n, d] of a scale.

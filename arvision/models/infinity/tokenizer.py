@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
+from ...networks import entry
 from ...schema import Layers, Levels, Maps, Size
 from ..conv_blocks import Decoder, Encoder
 from ..network import Network
@@ -100,6 +101,7 @@ class InfinityTokenizer(Network):
         """Pixels per latent along one side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to features [B, D, h, w] before they become bits.
 
@@ -112,8 +114,12 @@ class InfinityTokenizer(Network):
             raise InputError(
                 f"pixels {tuple(pixels.shape)}: expected [B, 3, {height * factor}, {width * factor}]"
             )
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         return self.encoder(pixels.to(self.dtype))
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine.
 
@@ -124,10 +130,11 @@ class InfinityTokenizer(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         height, width = (side * self.downsample_factor for side in self.pyramid.latent_size(-1))
-        features = self.features(read_pixels(pixels, self, size=(height, width)))
+        features = self._features(read_pixels(pixels, self, size=(height, width)))
         wide = features if features.dtype == torch.float64 else features.float()
         return self.pyramid.encode(wide)
 
+    @entry
     def decode(self, bits: Tensor) -> Tensor:
         """Bits [B, L, d] of all scales to pixels [B, 3, H, W] in [-1, 1].
 
@@ -140,14 +147,14 @@ class InfinityTokenizer(Network):
             raise InputError(f"bits {tuple(bits.shape)}: expected [B, {shape[0]}, {shape[1]}]")
         check_bits(bits)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self.decode_features(pyramid.canvas(bits, dtype)[0])
+        return self._pixels(pyramid.canvas(bits, dtype)[0]).clamp(-1, 1)
 
-    def decode_features(self, features: Tensor) -> Tensor:
-        """A canvas [B, D, h, w] to pixels [B, 3, H, W] in [-1, 1]."""
-        return self.paint(features).clamp(-1, 1)
-
+    @entry
     def paint(self, features: Tensor) -> Tensor:
         """Features [B, D, h, w] to pixels that are not clamped, for training."""
+        return self._pixels(features)
+
+    def _pixels(self, features: Tensor) -> Tensor:
         return self.decoder(features.to(self.dtype))
 
 

@@ -13,9 +13,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
+from ...decoding.logits import guide
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import entry, place_of
 from ...schema import Layers, Maps, Positive, Side, Size
 from ..adaptive import HeadNorm, SharedProjection
 from ..network import Network
@@ -220,20 +222,29 @@ class InfinityTransformer(Network):
         """Rotary angles [L, D/2] of all tokens: rows turn the first half of the pairs."""
         grid = self.config["rope_grid"] or rotary_grid(self.scales)
         width = self.config["hidden_size"] // self.config["num_heads"]
-        return rotary_angles(self.scales, tuple(grid), width).to(self.device)
+        return rotary_angles(self.scales, tuple(grid), width).to(place_of(self))
 
+    @entry
+    def null_text(self) -> Tensor:
+        """The null text [text_length, text_dim]."""
+        return self.cfg_uncond.view_as(self.cfg_uncond)
+
+    @entry
     def text_rows(self, features: Sequence[Tensor]) -> TextRows:
         """What captions set.
 
         Args:
             features: [T_i, text_dim] of each row, valid ones only.
         """
-        length = max(len(rows) for rows in features)
-        dtype = self.cfg_uncond.dtype
+        return self._text_rows(features)
+
+    def _text_rows(self, features: Sequence[Tensor]) -> TextRows:
+        length, place = max(len(rows) for rows in features), place_of(self)
+        shape = (len(features), length)
         padded = torch.zeros(
-            len(features), length, self.config["text_dim"], device=self.device, dtype=dtype
+            *shape, self.config["text_dim"], device=place, dtype=self.cfg_uncond.dtype
         )
-        valid = torch.zeros(len(features), length, dtype=torch.bool, device=self.device)
+        valid = torch.zeros(shape, dtype=torch.bool, device=place)
         for row, rows in enumerate(features):
             padded[row, : len(rows)] = rows.to(padded)
             valid[row, : len(rows)] = True
@@ -249,14 +260,61 @@ class InfinityTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Level embeddings [last - first, C] of the tokens `first`..`last - 1`."""
-        counts = torch.tensor(self.pyramid.counts, device=self.device)
-        levels = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
+        place = place_of(self)
+        counts = torch.tensor(self.pyramid.counts, device=place)
+        levels = torch.arange(len(counts), device=place).repeat_interleave(counts)
         return self.lvl_embed(levels[first:last])
 
     def start_inputs(self, rows: TextRows) -> Tensor:
         """Inputs [R, n_0, C] of scale 0, without level."""
         num = self.pyramid.counts[0]
         return rows.start[:, None].expand(-1, num, -1) + self.pos_start
+
+    @entry
+    def inputs(self, seen: Any, scale: int) -> Tensor:
+        """Embedded inputs [R, n, C] of a scale.
+
+        Args:
+            seen: what captions set (`TextRows`) at the first scale, then the canvas at that size
+                [R, n, d].
+            scale: its number.
+        """
+        first, num = sum(self.pyramid.counts[:scale]), self.pyramid.counts[scale]
+        x = self.start_inputs(seen) if scale == 0 else self.word_embed(seen)
+        return x + self.places(first, first + num)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: TextRows,
+        angles: Tensor,
+        num_logits: int,
+        num_rows: int,
+        *,
+        mask: Tensor | None = None,
+        cache: ScaleCache | None = None,
+        compute: Compute = compute_all,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Inputs [R, T, C] to logits [num_rows, num_logits, d, 2] of the first rows' last tokens.
+
+        Args:
+            x: see `features`, and so `rows`, `angles`, `mask`, `cache` and `compute`.
+            num_logits: last tokens that need logits.
+            num_rows: first rows that need logits.
+            guidance: [T, 1], weights of the first half of the rows where features are guided behind
+                `guidance_layer`; None for no such guidance.
+        """
+        run: Any = {"mask": mask, "cache": cache, "compute": compute}
+        turn = None
+        if guidance is not None:
+            turn = self.config["num_layers"] + self.config["guidance_layer"] + 1
+            x = self.features(x, rows, angles, **run, last=turn)
+            conditional, null = x.chunk(2)
+            mixed = guide(conditional, null, guidance).repeat(2, 1, 1)
+            x = torch.where(guidance == 1, x, mixed)
+        x = self.features(x, rows, angles, **run, first=turn or 0)
+        return self.logits(x[:num_rows, -num_logits:], rows.head[:num_rows])
 
     def features(
         self,
@@ -296,6 +354,7 @@ class InfinityTransformer(Network):
         out = self.head(wide)
         return (out if out.dtype == torch.float64 else out.float()).unflatten(-1, (-1, 2))
 
+    @entry
     def teacher_forced(self, features: Sequence[Tensor], views: Tensor) -> Tensor:
         """Logits [B, L, d, 2] of every token given its caption and all coarser scales.
 
@@ -303,7 +362,7 @@ class InfinityTransformer(Network):
             features: text features [T_i, text_dim] of each row.
             views: [B, L - n_0, d], what `BitPyramid.canvas` sees on the way.
         """
-        rows = self.text_rows(features)
+        rows = self._text_rows(features)
         views = views.to(self.word_embed.weight.dtype)
         x = torch.cat([self.start_inputs(rows), self.word_embed(views)], dim=1)
         x = x + self.places(0, x.shape[1])

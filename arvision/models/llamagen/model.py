@@ -13,6 +13,7 @@ from ...checkpoint import split_placement
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
+from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import resolve_class
 from .state import LlamaGenState
@@ -89,8 +90,8 @@ class LlamaGen:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +101,7 @@ class LlamaGen:
     @property
     def codebook(self) -> Tensor | None:
         """Codes of the tokenizer [V, D], of unit length; None without a tokenizer."""
-        return None if self.tokenizer is None else self.tokenizer.quantize.codes().detach()
+        return None if self.tokenizer is None else enter(self.tokenizer, "codes").detach()
 
     @property
     def cost_key(self) -> str:
@@ -152,12 +153,12 @@ class LlamaGen:
     def _class_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
         num_classes = self.transformer.config["num_classes"]
         ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        embed = self.transformer.cls_embedding
-        classes = torch.tensor(ids, device=self.device)
-        return embed(classes), embed(torch.full_like(classes, num_classes)), None
+        classes = torch.tensor(ids + [num_classes] * len(ids), device=self.device)
+        rows, null = enter(self.transformer, "class_rows", classes).chunk(2)
+        return rows, null, None
 
     def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
-        config, embed = self.transformer.config, self.transformer.cls_embedding
+        config = self.transformer.config
         length, width = config["caption_length"], config["caption_dim"]
         features = torch.zeros(len(conditions), length, width, device=self.device, dtype=self.dtype)
         valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=self.device)
@@ -169,8 +170,8 @@ class LlamaGen:
                 )
             features[row, length - len(found) :] = found.to(features)
             valid[row, length - len(found) :] = True
-        null = embed.uncond_embedding.to(features).expand_as(features)
-        return embed(features), embed(null), valid
+        rows, null = enter(self.transformer, "caption_rows", features)
+        return rows, null, valid
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -181,4 +182,4 @@ class LlamaGen:
         """
         if self.tokenizer is None:
             raise InputError("this model has no image tokenizer: it gives tokens but not images")
-        return self.tokenizer.decode(tokens, self.grid).float().clamp(-1, 1)
+        return enter(self.tokenizer, "decode", tokens, self.grid).float().clamp(-1, 1)

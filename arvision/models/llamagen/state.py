@@ -134,8 +134,8 @@ class LlamaGenState:
 
     def _run(self, tokens: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
         """Guided logits [B, T, V] after the cache was told where the candidates stand."""
-        embedded = self._transformer.tok_embeddings(self._doubled(tokens))
-        return self._guided(self._transformer(embedded, rotary, mask=mask, cache=self.cache))
+        fed = self._doubled(tokens)
+        return self._guided(self._transformer(fed, rotary, mask=mask, cache=self.cache))
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

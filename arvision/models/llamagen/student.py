@@ -14,6 +14,7 @@ from ...checkpoint import load_strictly, read_state_dict, shape_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import enter, place_of
 from ...schema import Count, Layers, Positive, Side, Size
 from ..network import Network
 from ..student import Student, VectorHead, check_timesteps
@@ -187,11 +188,12 @@ class LlamaGenStudentTransformer(Network):
     def rotary(self) -> Tensor:
         """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (self.device, dtype)
+        place = place_of(self)
+        key = (place, dtype)
         if key not in self._rotary:
             width = self.config["hidden_size"] // self.config["num_heads"]
             table = rotary_table(tuple(self.config["grid"]), width, 1, self.config["rope_theta"])
-            self._rotary[key] = table.to(device=self.device, dtype=dtype)
+            self._rotary[key] = table.to(device=place, dtype=dtype)
         return self._rotary[key]
 
     def forward(self, class_ids: Tensor, vectors: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +246,7 @@ class LlamaGenStudent(Student):
         """
         if teacher.tokenizer is None:
             raise InputError("the teacher has no image tokenizer: expected one, for its codes")
-        codes = teacher.tokenizer.quantize.codes().detach().float().cpu()
+        codes = enter(teacher.tokenizer, "codes").detach().float().cpu()
         steps = (0, teacher.num_tokens * 5 // 16) if timesteps is None else tuple(timesteps)
         network = LlamaGenStudentTransformer.from_teacher(
             teacher.transformer,
@@ -279,9 +281,9 @@ class LlamaGenStudent(Student):
         """
         if tokens.is_floating_point():
             return self.decode_vectors(tokens).clamp(-1, 1)
-        return self.tokenizer.decode(tokens, self.grid).float().clamp(-1, 1)
+        return enter(self.tokenizer, "decode", tokens, self.grid).float().clamp(-1, 1)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
         codes = vectors.to(self.tokenizer.dtype).transpose(1, 2).unflatten(2, self.grid)
-        return self.tokenizer.decode_codes(codes).float()
+        return enter(self.tokenizer, "decode_codes", codes).float()

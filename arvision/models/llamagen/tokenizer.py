@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.nearest_code import nearest_code
+from ...networks import Table, entry
 from ...schema import Count, Layers, Levels, Size
 from ..conv_blocks import (
     AttentionBlock,
@@ -124,13 +125,13 @@ class Quantizer(nn.Module):
 
     def __init__(self, codebook_size: int, code_dim: int, num_recorded: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size, code_dim)
+        self.embedding = Table(codebook_size, code_dim)
         if num_recorded > 0:
             self.register_buffer("codebook_used", torch.zeros(num_recorded))
 
     def codes(self) -> Tensor:
         """Codebook [V, D], rows of unit length."""
-        return F.normalize(self.embedding.weight, dim=-1)
+        return F.normalize(self.embedding.whole(), dim=-1)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code of each row of `z` [..., D]; both sides are normalised.
@@ -201,6 +202,12 @@ class LlamaGenTokenizer(Network):
         """Pixels per code along one side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
+    def codes(self) -> Tensor:
+        """Codebook [V, D], rows of unit length."""
+        return self.quantize.codes()
+
+    @entry
     def pre_quant(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to continuous codes [B, D, h, w] before quantisation.
 
@@ -212,8 +219,12 @@ class LlamaGenTokenizer(Network):
             raise InputError(
                 f"pixels {tuple(pixels.shape)}: expected [B, 3, H, W] with sides divisible by {factor}"
             )
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to code indices [B, h * w] int64, raster order.
 
@@ -224,8 +235,9 @@ class LlamaGenTokenizer(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downsample_factor)
-        return self.quantize.nearest(self.pre_quant(pixels).flatten(2).transpose(1, 2))
+        return self.quantize.nearest(self._features(pixels).flatten(2).transpose(1, 2))
 
+    @entry
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Code indices [B, N] to pixels [B, 3, H, W], nominally in [-1, 1] and not clamped.
 
@@ -244,8 +256,12 @@ class LlamaGenTokenizer(Network):
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
             raise InputError(f"code indices must lie in 0..{size - 1}")
         codes = self.quantize.codes()[indices]
-        return self.decode_codes(codes.transpose(1, 2).unflatten(2, (height, width)))
+        return self._pixels(codes.transpose(1, 2).unflatten(2, (height, width)))
 
+    @entry
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Quantised codes [B, D, h, w] to pixels [B, 3, H, W]."""
+        return self._pixels(codes)
+
+    def _pixels(self, codes: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(codes))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import Entered, entry, place_of
 from ...schema import Layers, Positive, Side, Size
 from ..network import Network
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
@@ -152,7 +153,7 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(class_ids).unsqueeze(1)
 
 
-class CaptionEmbedding(nn.Module):
+class CaptionEmbedding(Entered):
     """Caption features [R, L, caption_dim] to conditioning rows [R, L, C].
 
     The learnt null caption `uncond_embedding` [L, caption_dim] stands before the projection.
@@ -168,6 +169,11 @@ class CaptionEmbedding(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Project the features."""
         return self.cap_proj(features)
+
+    @entry
+    def null(self, like: Tensor) -> Tensor:
+        """The null caption for each row of features `like` [R, L, caption_dim], in their type."""
+        return self.uncond_embedding.to(like).expand_as(like)
 
 
 class CaptionProjection(nn.Module):
@@ -329,7 +335,8 @@ class LlamaGenTransformer(Network):
     def rotary(self) -> Tensor:
         """The rotary table of the whole sequence, float32 (float64 in a float64 model)."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (self.device, dtype)
+        place = place_of(self)
+        key = (place, dtype)
         if key not in self._rotary:
             table = rotary_table(
                 tuple(self.config["grid"]),
@@ -337,12 +344,22 @@ class LlamaGenTransformer(Network):
                 self.num_condition_tokens,
                 self.config["rope_theta"],
             )
-            self._rotary[key] = table.to(device=self.device, dtype=dtype)
+            self._rotary[key] = table.to(device=place, dtype=dtype)
         return self._rotary[key]
+
+    @entry
+    def class_rows(self, class_ids: Tensor) -> Tensor:
+        """Conditioning rows [R, 1, C] of class ids [R]; `num_classes` is the null class."""
+        return self.cls_embedding(class_ids)
+
+    @entry
+    def caption_rows(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditioning rows [R, L, C] of caption features [R, L, caption_dim], and null rows."""
+        return self.cls_embedding(features), self.cls_embedding(self.cls_embedding.null(features))
 
     def forward(
         self,
-        embeddings: Tensor,
+        inputs: Tensor,
         rotary: Tensor,
         *,
         mask: Tensor | None = None,
@@ -350,17 +367,17 @@ class LlamaGenTransformer(Network):
         cache: AttentionCache | None = None,
         num_logits: int | None = None,
     ) -> Tensor:
-        """Embedded inputs [R, T, C] to logits of the last `num_logits` positions, float32 or wider.
+        """Inputs to logits of the last `num_logits` positions, float32 or wider.
 
         Args:
-            embeddings: conditioning rows and/or embedded tokens.
+            inputs: tokens [R, T] int64, or conditioning rows and embedded tokens [R, T, C].
             rotary: (cos, sin) of their positions, see `rotary`.
             mask: [R or 1, 1, T, S] bool, true where a query may look.
             is_causal: a plain causal mask, without a cache.
             cache: key and value cache.
             num_logits: how many positions, from the right, need logits; None for all.
         """
-        x = embeddings
+        x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, index, mask=mask, is_causal=is_causal, cache=cache)
         if num_logits is not None:

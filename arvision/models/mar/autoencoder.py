@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
+from ...networks import entry
 from ...schema import Layers, Levels, Positive, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
@@ -66,15 +67,24 @@ class MARAutoencoder(Network):
         """Pixels per latent and side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, D, h, w] of the unscaled latents of pixels in [-1, 1]."""
+        return self._moments(pixels)
+
+    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
+    @entry
     def decode_map(self, latents: Tensor) -> Tensor:
         """Unscaled latents [B, D, h, w] to pixels [B, 3, H, W], about [-1, 1]."""
+        return self._pixels(latents)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to mean latents [B, N, D], scaled, row by row.
 
@@ -85,11 +95,12 @@ class MARAutoencoder(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
-        return self.moments(pixels)[0].flatten(2).mT * self.config["scaling_factor"]
+        return self._moments(pixels)[0].flatten(2).mT * self.config["scaling_factor"]
 
+    @entry
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Scaled latents [B, N, D] to pixels; `grid` is square unless given."""
         side = round(latents.shape[1] ** 0.5)
         rows, columns = grid or (side, side)
         feature_map = latents.mT.unflatten(2, (rows, columns)) / self.config["scaling_factor"]
-        return self.decode_map(feature_map)
+        return self._pixels(feature_map)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...decoding.latents.chain import Guidance
 from ...decoding.latents.schedule import Schedule
-from ..latent_head import ChainHead, HeadNetwork, SteppedHead
+from ..latent_head import ChainHead, HeadNetwork, RunPart, SteppedHead
 
 
 class MARLaw:
@@ -15,6 +15,7 @@ class MARLaw:
 
     Args:
         net: the head's network.
+        run: runs its parts.
         schedule: of sampling.
         z: [M, W], or with guidance [M, 2W]: the conditional and the unconditional z side by side.
         guidance_scale: epsilon is null + scale * (cond - null); the variance is the conditional
@@ -22,12 +23,17 @@ class MARLaw:
     """
 
     def __init__(
-        self, net: HeadNetwork, schedule: Schedule, z: Tensor, guidance_scale: Guidance
+        self,
+        net: HeadNetwork,
+        run: RunPart,
+        schedule: Schedule,
+        z: Tensor,
+        guidance_scale: Guidance,
     ) -> None:
         self.num_steps, self.latent_dim = schedule.num_steps, net.input_proj.in_features
         self._schedule = schedule
         # Row i of everything belongs to step K - 1 - i.
-        self._net = SteppedHead(net, schedule.timesteps.flip(0), z)
+        self._net = SteppedHead(net, run, schedule.timesteps.flip(0), z)
         is_shared = not isinstance(guidance_scale, Tensor)
         self._scale = z.new_tensor(guidance_scale) if is_shared else guidance_scale[:, None]
 
@@ -57,16 +63,17 @@ class MARHead(ChainHead):
     Args:
         net: the network.
         schedule: of its chains.
+        run: see `ChainHead`.
     """
 
-    def __init__(self, net: HeadNetwork, schedule: Schedule) -> None:
-        self.net, self.schedule = net, schedule
-        self.num_steps, self.latent_dim = schedule.num_steps, net.input_proj.in_features
+    def __init__(self, net: HeadNetwork, schedule: Schedule, run: RunPart | None = None) -> None:
+        super().__init__(net, schedule.num_steps, run)
+        self.schedule = schedule
 
     def law(self, z: Tensor, guidance_scale: Guidance = 1.0) -> MARLaw:
         """Law of M latents given conditions [M, W] or [M, 2W], see `MARLaw`."""
-        return MARLaw(self.net, self.schedule, z, guidance_scale)
+        return MARLaw(self.net, self.run, self.schedule, z, guidance_scale)
 
     def with_steps(self, num_steps: int) -> MARHead:
         """The same head with chains of another number of steps."""
-        return MARHead(self.net, Schedule(num_steps, noisiest=self.schedule.noisiest))
+        return MARHead(self.net, Schedule(num_steps, noisiest=self.schedule.noisiest), self.run)

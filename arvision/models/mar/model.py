@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...contracts import Conditions
 from ...decoding.latents.schedule import Schedule
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
+from ...networks import enter, place_of
 from ..conditions import resolve_class
 from .autoencoder import MARAutoencoder
 from .law import MARHead
@@ -48,7 +50,8 @@ class MAR:
         self.grid: tuple[int, int] = tuple(transformer.config["grid"])
         config = transformer.config
         schedule = Schedule(config["num_sampling_steps"], noisiest=config["noisiest"])
-        self.head = MARHead(transformer.diffloss.net, schedule)
+        run = partial(enter, transformer, "run_head")
+        self.head = MARHead(transformer.diffloss.net, schedule, run)
         if tokenizer is not None and tokenizer.config["latent_dim"] != self.latent_dim:
             raise InputError(
                 f"the autoencoder has latents of width {tokenizer.config['latent_dim']}: expected "
@@ -80,8 +83,8 @@ class MAR:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,7 +138,8 @@ class MAR:
         null = torch.zeros_like(classes, dtype=torch.bool)
         if guidance_scale != 1:
             classes, null = classes.repeat(2), torch.cat([null, ~null])
-        return MARState(self.transformer, self.transformer.embed_classes(classes, null), order)
+        condition = enter(self.transformer, "embed_classes", classes, null)
+        return MARState(self.transformer, condition, order)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -146,4 +150,5 @@ class MAR:
         """
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to decode latents")
-        return self.tokenizer.decode(tokens.to(self.tokenizer.dtype), self.grid).clamp(-1, 1)
+        latents = tokens.to(self.tokenizer.dtype)
+        return enter(self.tokenizer, "decode", latents, self.grid).clamp(-1, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import StateError
+from ...networks import enter
 from .transformer import KeptFeatures, MARTransformer
 
 
@@ -71,7 +72,9 @@ class MARState:
         halves = len(self._condition)
         rows = 1 if self._keeps_guidance else halves
         fed = self._order[:, self._computed : int(self.lengths.max())]
-        z = self._transformer.update(
+        z = enter(
+            self._transformer,
+            "update",
             _at(self._latents, fed).repeat(rows, 1, 1),
             fed.repeat(rows, 1),
             self._known.repeat(rows, 1),

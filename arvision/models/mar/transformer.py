@@ -14,8 +14,9 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import entry
 from ...schema import Count, Layers, Side, Size
-from ..latent_head import HeadHolder
+from ..latent_head import HeadHolder, run_part
 from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
 from .layers import NORM_EPS, Block, KeptKeys
@@ -110,6 +111,12 @@ class MARTransformer(Network):
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name, **place)
 
+    @entry
+    def run_head(self, name: str, *arguments: Any) -> Any:
+        """Run a part of the diffusion head, see `arvision.models.latent_head.RunPart`."""
+        return run_part(self.diffloss.net, name, *arguments)
+
+    @entry
     def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
         """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
         return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
@@ -144,6 +151,7 @@ class MARTransformer(Network):
         x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
+    @entry
     def update(
         self,
         latents: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
 from ...files import user_path
+from ...networks import entry
 from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
@@ -86,8 +87,12 @@ class NextStepAutoencoder(Network):
         """Pixels per token and side."""
         return self.config["patch_size"] * 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, C, h, w] of the unscaled latents of pixels in [-1, 1]."""
+        return self._moments(pixels)
+
+    def _moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encoder(pixels).chunk(2, dim=1)
         if self.config["encoder_norm"]:
             side, grid = self.config["patch_size"], (mean.shape[2], mean.shape[3])
@@ -96,6 +101,7 @@ class NextStepAutoencoder(Network):
             mean = unpatchify(normed, side, (grid[0] // side, grid[1] // side))
         return mean, log_variance
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to tokens [B, N, D] of the mean latents, row by row.
 
@@ -106,19 +112,21 @@ class NextStepAutoencoder(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
-        latents = self.moments(pixels)[0] - self.config["shift_factor"]
+        latents = self._moments(pixels)[0] - self.config["shift_factor"]
         return patchify(latents * self.config["scaling_factor"], self.config["patch_size"])
 
+    @entry
     def decode_map(self, latents: Tensor) -> Tensor:
         """Unscaled latents [B, C, h, w] to pixels [B, 3, H, W], about [-1, 1]."""
         return self.decoder(latents)
 
+    @entry
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Tokens [B, N, D] to pixels; `grid` is square unless given."""
         side = round(tokens.shape[1] ** 0.5)
         latents = unpatchify(tokens, self.config["patch_size"], grid or (side, side))
         latents = latents / self.config["scaling_factor"] + self.config["shift_factor"]
-        return self.decode_map(latents)
+        return self.decoder(latents)
 
 
 def patchify(latents: Tensor, side: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...decoding.latents.chain import Guidance
 from ...errors import InputError, check_count, unknown_name
-from ..latent_head import ChainHead, HeadNetwork, SteppedHead
+from ..latent_head import ChainHead, HeadNetwork, RunPart, SteppedHead
 
 RELEASES = ("1", "1.1")
 LAST_TIME = 0.96
@@ -87,6 +87,7 @@ class NextStepLaw:
 
     Args:
         net: the head's network.
+        run: runs its parts.
         steps: of sampling.
         z: [M, C]; with guidance [M, 2C], the conditional and the unconditional z side by side; for
             edits [M, 3C], between them that of the image alone.
@@ -98,6 +99,7 @@ class NextStepLaw:
     def __init__(
         self,
         net: HeadNetwork,
+        run: RunPart,
         steps: FlowSteps,
         z: Tensor,
         guidance_scale: Guidance,
@@ -105,7 +107,7 @@ class NextStepLaw:
     ) -> None:
         self.num_steps, self.latent_dim = steps.num_steps, net.input_proj.in_features
         self.ends_noisy = steps.ends_noisy
-        self._net = SteppedHead(net, steps.times(), z)
+        self._net = SteppedHead(net, run, steps.times(), z)
         self._scale = (
             guidance_scale[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
         )
@@ -144,18 +146,25 @@ class NextStepHead(ChainHead):
         net: the network.
         steps: of its chains.
         image_scale: guidance towards the images of an edit.
+        run: see `ChainHead`.
     """
 
-    def __init__(self, net: HeadNetwork, steps: FlowSteps, image_scale: float = 1.0) -> None:
-        self.net, self.steps, self.image_scale = net, steps, image_scale
-        self.num_steps, self.latent_dim = steps.num_steps, net.input_proj.in_features
+    def __init__(
+        self,
+        net: HeadNetwork,
+        steps: FlowSteps,
+        image_scale: float = 1.0,
+        run: RunPart | None = None,
+    ) -> None:
+        super().__init__(net, steps.num_steps, run)
+        self.steps, self.image_scale = steps, image_scale
 
     def law(self, z: Tensor, guidance_scale: Guidance = 1.0) -> NextStepLaw:
         """Law of M latents given conditions [M, C], [M, 2C] or [M, 3C], see `NextStepLaw`."""
-        return NextStepLaw(self.net, self.steps, z, guidance_scale, self.image_scale)
+        return NextStepLaw(self.net, self.run, self.steps, z, guidance_scale, self.image_scale)
 
     def with_steps(self, num_steps: int) -> NextStepHead:
         """The same head with chains of another number of steps."""
         old = self.steps
         steps = FlowSteps(num_steps=num_steps, shift=old.shift, release=old.release)
-        return NextStepHead(self.net, steps, self.image_scale)
+        return NextStepHead(self.net, steps, self.image_scale, self.run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import CheckpointError, InputError
 from ...files import user_path
+from ...networks import enter, place_of
 from ..conditions import ImagePrompt
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead
@@ -61,7 +63,8 @@ class NextStep:
             num_steps=config["num_sampling_steps"], shift=config["shift"], release=config["release"]
         )
         net, image_scale = transformer.image_head.net, config["image_guidance_scale"]
-        self.head = NextStepHead(net, steps, image_scale)
+        run = partial(enter, transformer, "run_head")
+        self.head = NextStepHead(net, steps, image_scale, run)
         if tokenizer is not None:
             theirs = (tokenizer.config["latent_channels"], tokenizer.config["patch_size"])
             ours = (config["latent_channels"], config["latent_patch_size"])
@@ -103,8 +106,8 @@ class NextStep:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,12 +176,8 @@ class NextStep:
         ]
 
     def _embed(self, ids: Tensor, pictures: list[Tensor]) -> Tensor:
-        embeddings = self.transformer.embed_tokens(ids)
-        places = ids == self.transformer.config["image_placeholder"]
-        if pictures and bool(places.any()):
-            tokens = torch.cat(pictures).to(embeddings.dtype)
-            embeddings[places] = self.transformer.image_in_projector(tokens)
-        return embeddings
+        tokens = torch.cat(pictures) if pictures else None
+        return enter(self.transformer, "embed_prompt", ids, tokens)
 
     def _encode(self, image: Any) -> tuple[tuple[int, int], Tensor]:
         """Grid and tokens [N, D] of a picture, whose middle is cut to multiples of a token's side.
@@ -197,7 +196,7 @@ class NextStep:
             raise InputError(f"image of {image.size} pixels: expected at least {side} a side")
         top, left = (image.height - rows * side) // 2, (image.width - columns * side) // 2
         pixels = pixels[None, :, top : top + rows * side, left : left + columns * side]
-        tokens = self.tokenizer.encode(pixels.to(self.tokenizer.device, self.tokenizer.dtype))
+        tokens = enter(self.tokenizer, "encode", pixels)
         return (rows, columns), tokens[0].to(self.device)
 
     @torch.no_grad()
@@ -210,7 +209,7 @@ class NextStep:
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to decode latents")
         latents = self.transformer.normalised(tokens).to(self.tokenizer.dtype)
-        return self.tokenizer.decode(latents, self.grid).clamp(-1, 1)
+        return enter(self.tokenizer, "decode", latents, self.grid).clamp(-1, 1)
 
 
 def _text_tokenizer(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...decoding.cache import KVCache
 from ...decoding.transformers_cache import CacheView
 from ...errors import StateError
+from ...networks import enter
 from .transformer import NextStepTransformer
 
 
@@ -63,7 +64,8 @@ class NextStepState:
         slots = torch.arange(padded.shape[1], device=padded.device).expand(len(padded), -1)
         hidden = self._run(padded, slots)
         rows = torch.arange(len(hidden), device=hidden.device)
-        z = self._transformer.conditions(hidden[rows, self._starts - 1], torch.zeros_like(rows))
+        last = hidden[rows, self._starts - 1]
+        z = enter(self._transformer, "conditions", last, torch.zeros_like(rows))
         self._z[:, 0] = torch.cat(z.chunk(len(prompts) // len(self.lengths)), dim=-1)
 
     def _run(self, embeddings: Tensor, slots: Tensor) -> Tensor:
@@ -103,9 +105,9 @@ class NextStepState:
         is_padding[images] = ~counted
         slots = slots.masked_fill(is_padding, self._spare).flatten(0, 1)
         branches = len(slots) // len(fed)
-        embedded = self._transformer.embed_latents(fed).repeat(branches, 1, 1)
+        embedded = enter(self._transformer, "embed_latents", fed).repeat(branches, 1, 1)
         following = (slots - self._starts[:, None] + 1).clamp(min=0)
-        z = self._transformer.conditions(self._run(embedded, slots), following)
+        z = enter(self._transformer, "conditions", self._run(embedded, slots), following)
         z = torch.cat(z.chunk(branches), dim=-1)[images]
         row, column = counted.nonzero(as_tuple=True)
         self._z[images[row], places[row, column] + 1] = z[row, column]

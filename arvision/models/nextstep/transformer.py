@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly
 from ...errors import InputError
+from ...networks import entry
 from ...schema import Count, Layers, NotNegative, Positive, Side, Size
-from ..latent_head import HeadHolder
+from ..latent_head import HeadHolder, run_part
 from ..network import Network
 from .convert import network_files, network_sizes
 
@@ -154,11 +155,27 @@ class NextStepTransformer(Network):
         arguments = network_sizes(tensors, config, name, sizes)
         return load_strictly(cls, arguments, tensors, name, dtype)
 
+    @entry
+    def run_head(self, name: str, *arguments: Any) -> Any:
+        """Run a part of the flow head, see `arvision.models.latent_head.RunPart`."""
+        return run_part(self.image_head.net, name, *arguments)
+
+    @entry
+    def embed_prompt(self, ids: Tensor, pictures: Tensor | None = None) -> Tensor:
+        """Embeddings [L, W] of token ids [L], placeholders filled with tokens [M, D] of pictures."""
+        embeddings = self.embed_tokens(ids)
+        places = ids == self.config["image_placeholder"]
+        if pictures is not None and bool(places.any()):
+            embeddings[places] = self.image_in_projector(pictures.to(embeddings.dtype))
+        return embeddings
+
+    @entry
     def embed_latents(self, latents: Tensor) -> Tensor:
         """What the language model is fed for tokens [..., D], normalised where the model does so."""
         weight = self.image_in_projector.weight
         return self.image_in_projector(self.normalised(latents).to(weight.dtype))
 
+    @entry
     def conditions(self, hidden: Tensor, places: Tensor) -> Tensor:
         """Conditions [..., W] of the latents at `places` [...], from the hidden states before them."""
         if self.config["use_gen_pos_embed"]:

@@ -109,7 +109,7 @@ class TransformersImageModel:
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return device_of(self.base, self.base.get_input_embeddings())
+        return device_of(self.base)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...networks import hooks_of, place_of
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Kinds of attention that take a mask of ours."""
@@ -42,7 +43,7 @@ def check_class(network: Any, expected: str, family: str) -> None:
         raise InputError(f"{type(network).__name__}: {family} drives a {expected} of transformers")
 
 
-def device_of(network: Any, embedding: nn.Module) -> torch.device:
+def device_of(network: Any) -> torch.device:
     """Where a network runs; offloaded weights lie elsewhere between calls.
 
     Raises:
@@ -54,17 +55,15 @@ def device_of(network: Any, embedding: nn.Module) -> torch.device:
         raise InputError(
             f"{type(network).__name__} is spread over {', '.join(used)}: expected one device"
         )
-    for module in (network, embedding):
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if place is not None:
-            return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+    if any(hooks_of(module) for module in network.modules()):
+        return place_of(network)
     weights = {str(p.device) for p in network.parameters() if p.device.type != "meta"}
     if len(weights) > 1:
         raise InputError(
             f"{type(network).__name__} has weights on {', '.join(sorted(weights))}: expected one "
             "device"
         )
-    return embedding.weight.device  # pyright: ignore[reportReturnType]
+    return place_of(network)
 
 
 def wake(network: Any) -> None:

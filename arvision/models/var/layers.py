@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...decoding.scale_state import Compute, ScaleCache, compute_all
 from ...kernels.linear import Linear
+from ...networks import Entered, entry
 from ..adaptive import MAX_LOG_SCALE, FeedForward, modulated_norm, projection
 
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(rows, num, width))
 
 
-class Block(nn.Module):
+class Block(Entered):
     """A transformer block whose normalisations take scale, shift and gate from the condition.
 
     Args:
@@ -97,6 +98,7 @@ class Block(nn.Module):
         table[:2].mul_(1e-5)
         table[2:].mul_(0.5)
 
+    @entry
     def modulation(self, condition: Tensor) -> Tensor:
         """Gates, scales and shifts [R, 1, 6, C] of the condition.
 

@@ -14,8 +14,8 @@ from ...contracts import Conditions, Schedule
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
+from ...networks import enter, place_of
 from ..conditions import resolve_class
-from .quantizer import MultiScaleQuantizer
 from .state import VARRun
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
@@ -92,8 +92,8 @@ class VAR:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies."""
-        return self.transformer.device
+        """Where the transformer runs."""
+        return place_of(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,14 +101,9 @@ class VAR:
         return self.transformer.dtype
 
     @property
-    def quantizer(self) -> MultiScaleQuantizer:
-        """The multi-scale quantiser."""
-        return self.tokenizer.quantize
-
-    @property
     def codebook(self) -> Tensor:
         """Codes of the tokenizer [V, D]."""
-        return self.quantizer.codes().detach()
+        return enter(self.tokenizer, "codes").detach()
 
     @property
     def cost_key(self) -> str:
@@ -153,8 +148,9 @@ class VAR:
             classes = null
         elif any(weight != 1 for weight in guidance):
             classes = torch.cat([classes, null])
-        rows = self.transformer.class_emb(classes)
-        run = VARRun(self.transformer, self.quantizer, rows, guidance, len(ids))
+        # The tokenizer first: offloading sends the transformer away when the tokenizer is called.
+        painter = enter(self.tokenizer, "painter")
+        run = VARRun(self.transformer, painter, classes, guidance, len(ids))
         return NextScaleState(run)
 
     def _guidance(self, guidance_scale: Schedule) -> list[float]:
@@ -172,4 +168,4 @@ class VAR:
         Raises:
             InputError: tokens of another shape or range.
         """
-        return self.tokenizer.decode(tokens).float()
+        return enter(self.tokenizer, "decode", tokens).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from ...decoding.logits import guide
 from ...decoding.scale_state import Compute, ScaleCache
 from ...errors import InputError
-from .quantizer import MultiScaleQuantizer
+from ...networks import enter
+from .quantizer import Painter
 from .transformer import VARTransformer
 
 
@@ -21,8 +23,8 @@ class VARRun:
 
     Args:
         transformer: the network.
-        quantizer: paints the canvas.
-        rows: embeddings of the conditions [R, C], R = B or 2B.
+        painter: of the tokenizer.
+        classes: class ids [R], R = B or 2B.
         guidance: weight of the conditional logits at each scale; not looked at when R is B.
         batch: B.
     """
@@ -30,45 +32,36 @@ class VARRun:
     def __init__(
         self,
         transformer: VARTransformer,
-        quantizer: MultiScaleQuantizer,
-        rows: Tensor,
+        painter: Painter,
+        classes: Tensor,
         guidance: Sequence[float],
         batch: int,
     ) -> None:
         self.batch = batch
         self.sizes = [(side, side) for side in transformer.scales]
-        self._transformer, self._quantizer = transformer, quantizer
-        self._rows, self._guidance = rows, guidance
-        self._is_doubled = len(rows) != batch
-        self._modulations = transformer.modulations(rows)
-        self._offsets = transformer.offsets()
+        self._transformer, self._painter, self._guidance = transformer, painter, guidance
+        self._is_doubled = len(classes) != batch
+        self._rows, self._modulations = enter(transformer, "read_classes", classes)
 
     def blank(self) -> Tensor:
         """The canvas [B, D, P, P]."""
-        return self._quantizer.blank(self.batch, self._rows)
+        return self._painter.blank(self.batch)
 
     def inputs(self, canvas: Tensor, scale: int) -> Tensor:
         """Embedded inputs [R, n, C] of a scale."""
-        network = self._transformer
-        if scale == 0:
-            rows = network.start_rows(self._rows)
-        else:
-            views = self._quantizer.view(canvas, scale)
-            rows = network.word_embed(views.to(self._rows.dtype))
-            if self._is_doubled:
-                rows = torch.cat([rows, rows])
-        return rows + network.places(*self._offsets[scale : scale + 2])
+        seen = self._rows
+        if scale > 0:
+            seen = self._painter.view(canvas, scale).to(seen.dtype)
+        x = enter(self._transformer, "inputs", seen, scale)
+        return torch.cat([x, x]) if scale > 0 and self._is_doubled else x
 
-    def features(
+    def logits(
         self, x: Tensor, scale: int, *, mask: Tensor | None, cache: ScaleCache, compute: Compute
     ) -> Tensor:
-        """Inputs [R, T, C] through the network."""
-        run = {"mask": mask, "cache": cache, "compute": compute}
-        return self._transformer.features(x, self._modulations, **run)
-
-    def logits(self, features: Tensor, scale: int) -> Tensor:
-        """Features [R, n, C] of a scale to guided logits [B, n, V]."""
-        logits = self._transformer.logits(features, self._modulations)
+        """Guided logits [B, n, V] of a scale, whose inputs are the last of [R, T, C]."""
+        num = self._transformer.scales[scale] ** 2
+        run: Any = {"mask": mask, "cache": cache, "compute": compute}
+        logits = self._transformer(x, self._modulations, num, **run)
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
@@ -80,7 +73,7 @@ class VARRun:
         Raises:
             InputError: another shape, or a token out of range.
         """
-        num, codes = self._transformer.scales[scale] ** 2, self._quantizer.codes()
+        num, codes = self._transformer.scales[scale] ** 2, self._painter.codes
         if tokens.is_floating_point():
             if tokens.shape != (self.batch, num, codes.shape[1]):
                 raise InputError(
@@ -96,4 +89,4 @@ class VARRun:
             if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(codes):
                 raise InputError(f"tokens must lie in 0..{len(codes) - 1}")
             vectors = codes[tokens]
-        return self._quantizer.paint(canvas, vectors, scale)
+        return self._painter.paint(canvas, vectors, scale)

@@ -16,6 +16,7 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import Table, enter, place_of
 from ...schema import Count, Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
 from ..network import Network
@@ -130,7 +131,7 @@ class VARStudentTransformer(Network):
         self.head_nm = HeadNorm(hidden_size, norm_eps)
         self.head = Linear(hidden_size, codebook_size)
         self.final_layer_conti = VectorHead(hidden_size, z_channels)
-        self.n_d_embed = nn.Embedding(2, hidden_size)
+        self.n_d_embed = Table(2, hidden_size)
         self.layerwise_n_d_embed = nn.ModuleList(
             Linear(hidden_size, hidden_size) for _ in range(num_layers + 1)
         )
@@ -198,8 +199,9 @@ class VARStudentTransformer(Network):
 
     def levels(self) -> Tensor:
         """Level of each row [1 + N] int64: 0 for the class row, 1 for the first scale."""
-        sizes = torch.tensor([1, *(side * side for side in self.scales)], device=self.device)
-        return torch.arange(len(sizes), device=self.device).repeat_interleave(sizes)
+        place = place_of(self)
+        sizes = torch.tensor([1, *(side * side for side in self.scales)], device=place)
+        return torch.arange(len(sizes), device=place).repeat_interleave(sizes)
 
     def mask(self) -> Tensor:
         """[1 + N, 1 + N] bool, true where a row may look: at itself and at coarser levels."""
@@ -218,7 +220,7 @@ class VARStudentTransformer(Network):
         condition = self.class_emb(class_ids)[:, None]
         starts = torch.tensor((1, *(1 + end for end in self.ends())), device=vectors.device)
         is_data = torch.arange(1 + self.num_tokens, device=vectors.device) < starts[known, None]
-        told = self.n_d_embed.weight
+        told = self.n_d_embed.whole()
         rows = self.word_embed(vectors.to(condition.dtype))
         x = torch.cat([condition + self.pos_start, rows], dim=1)
         x = x + self.lvl_embed(self.levels()) + self.pos_1LC + _by_kind(told, is_data)
@@ -322,9 +324,8 @@ class VARStudent(Student):
         Raises:
             InputError: tokens of another shape or range.
         """
-        return self.tokenizer.decode(tokens).float()
+        return enter(self.tokenizer, "decode", tokens).float()
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors [B, N, D] to pixels [B, 3, H, W], not clamped; gradients pass."""
-        canvas, _ = self.tokenizer.quantize.canvas(vectors.to(self.codebook.dtype))
-        return self.tokenizer.paint(canvas).float()
+        return enter(self.tokenizer, "decode_vectors", vectors).float()

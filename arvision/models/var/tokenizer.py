@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
+from ...networks import entry
 from ...schema import Between, Layers, Levels, Modules, Scales, Size
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
 from ..network import Network
 from ..pixels import read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
-from .quantizer import MultiScaleQuantizer
+from .quantizer import MultiScaleQuantizer, Painter
 
 
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
@@ -107,6 +108,17 @@ class VARTokenizer(Network):
         """Pixels per feature along one side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @entry
+    def codes(self) -> Tensor:
+        """Codebook [V, D], float32 or wider."""
+        return self.quantize.codes()
+
+    @entry
+    def painter(self) -> Painter:
+        """What paints the canvas that a transformer is fed."""
+        return self.quantize.painter()
+
+    @entry
     def pre_quant(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, H] in [-1, 1] to features [B, D, P, P] before quantisation.
 
@@ -116,8 +128,12 @@ class VARTokenizer(Network):
         side = self.scales[-1] * self.downsample_factor
         if pixels.shape[1:] != (3, side, side):
             raise InputError(f"pixels {tuple(pixels.shape)}: expected [B, 3, {side}, {side}]")
+        return self._features(pixels)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
+    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, H] in [-1, 1] to code indices [B, L] int64, scales coarse to fine.
 
@@ -129,14 +145,18 @@ class VARTokenizer(Network):
         """
         side = self.scales[-1] * self.downsample_factor
         pixels = read_pixels(pixels, self, size=(side, side))
-        return self.quantize.encode(self.pre_quant(pixels))
+        return self.quantize.encode(self._features(pixels))
 
+    @entry
     def look_up(self, indices: Tensor) -> Tensor:
         """Codes [B, L, D] of code indices [B, L].
 
         Raises:
             InputError: another number of indices than the scales have, or one out of range.
         """
+        return self._look_up(indices)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
         if indices.dim() != 2 or indices.shape[1] != self.num_tokens:
             raise InputError(
                 f"indices {tuple(indices.shape)}: expected [B, {self.num_tokens}], all tokens of the "
@@ -147,6 +167,7 @@ class VARTokenizer(Network):
             raise InputError(f"code indices must lie in 0..{size - 1}")
         return self.quantize.codes()[indices]
 
+    @entry
     def decode(self, indices: Tensor) -> Tensor:
         """Code indices [B, L], or vectors [B, L, D] in their place, to pixels [B, 3, H, H].
 
@@ -155,24 +176,32 @@ class VARTokenizer(Network):
         Raises:
             InputError: shapes or indices that do not fit.
         """
-        codes = indices if indices.is_floating_point() else self.look_up(indices)
+        codes = indices if indices.is_floating_point() else self._look_up(indices)
         if codes.shape[1:] != (self.num_tokens, self.config["z_channels"]):
             raise InputError(
                 f"vectors {tuple(codes.shape)}: expected [B, {self.num_tokens}, "
                 f"{self.config['z_channels']}]"
             )
-        canvas, _ = self.quantize.canvas(codes.to(self.quantize.codes().dtype))
-        return self.decode_features(canvas)
+        return self._pixels(self._canvas(codes)).clamp(-1, 1)
 
-    def decode_features(self, features: Tensor) -> Tensor:
-        """Quantised features [B, D, P, P] to pixels [B, 3, H, H] in [-1, 1]."""
-        return self.paint(features).clamp(-1, 1)
+    @entry
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, L, D] in the place of codes to pixels [B, 3, H, H], not clamped."""
+        return self._pixels(self._canvas(vectors))
 
+    def _canvas(self, codes: Tensor) -> Tensor:
+        return self.quantize.canvas(codes.to(self.quantize.codes().dtype))[0]
+
+    @entry
     def paint(self, features: Tensor) -> Tensor:
         """Features [B, D, P, P] to pixels that are not clamped, for training."""
+        return self._pixels(features)
+
+    def _pixels(self, features: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(features.to(self.dtype)))
 
     @torch.no_grad()
+    @entry
     def views(self, indices: Tensor) -> Tensor:
         """What a transformer is fed for code indices [B, L]: [B, L - 1, D], without scale 0."""
-        return self.quantize.canvas(self.look_up(indices))[1]
+        return self.quantize.canvas(self._look_up(indices))[1]

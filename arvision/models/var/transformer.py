@@ -15,6 +15,7 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...networks import entry, place_of
 from ...schema import Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection
 from ..network import Network
@@ -148,8 +149,9 @@ class VARTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Position and level embeddings [1, last - first, C] of the tokens `first`..`last - 1`."""
-        offsets = torch.tensor(self.offsets()[1:], device=self.device)
-        tokens = torch.arange(first, last, device=self.device)
+        place = place_of(self)
+        offsets = torch.tensor(self.offsets()[1:], device=place)
+        tokens = torch.arange(first, last, device=place)
         levels = torch.bucketize(tokens, offsets, right=True)
         return self.pos_1LC[:, first:last] + self.lvl_embed(levels)
 
@@ -157,6 +159,37 @@ class VARTransformer(Network):
         """Inputs of scale 0, [R, n_0, C], without position and level."""
         num = self.scales[0] ** 2
         return conditions[:, None].expand(-1, num, -1) + self.pos_start
+
+    @entry
+    def read_classes(self, class_ids: Tensor) -> tuple[Tensor, Modulations]:
+        """Conditions [R, C] of class ids [R] (`num_classes` is the null class), and what they set."""
+        conditions = self.class_emb(class_ids)
+        return conditions, self.modulations(conditions)
+
+    @entry
+    def inputs(self, seen: Tensor, scale: int) -> Tensor:
+        """Embedded inputs [R, n, C] of a scale.
+
+        Args:
+            seen: conditions [R, C] at the first scale, then the canvas at that size [R, n, D].
+            scale: its number.
+        """
+        rows = self.start_rows(seen) if scale == 0 else self.word_embed(seen)
+        return rows + self.places(*self.offsets()[scale : scale + 2])
+
+    def forward(
+        self,
+        x: Tensor,
+        modulations: Modulations,
+        num_logits: int,
+        *,
+        mask: Tensor | None = None,
+        cache: ScaleCache | None = None,
+        compute: Compute = compute_all,
+    ) -> Tensor:
+        """Inputs [R, T, C] to logits [R, num_logits, V] of the last ones, see `features`."""
+        x = self.features(x, modulations, mask=mask, cache=cache, compute=compute)
+        return self.logits(x[:, -num_logits:], modulations)
 
     def features(
         self,
@@ -189,6 +222,7 @@ class VARTransformer(Network):
             return self.head(normed)
         return self.head(normed.to(self.head.weight.dtype)).float()
 
+    @entry
     def teacher_forced(self, class_ids: Tensor, views: Tensor) -> Tensor:
         """Logits [B, L, V] of every token given its class and all coarser scales.
 

@@ -15,10 +15,9 @@ from ...decoding.noise import draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
-    common_places,
     join_rows,
     topology,
-    without_padding,
+    with_root,
 )
 from ...errors import InputError, unknown_name
 from .base import TextDrafter, register
@@ -211,9 +210,8 @@ class DraftTree(TextDrafter):
         """Laws [B, V] after the `wanted` ones of the nodes `known`, which are all their own kin."""
         renumbered = torch.full((len(parents) + 1,), -1, dtype=torch.int64)
         renumbered[known] = torch.arange(len(known))
-        own = torch.cat([torch.tensor([-1]), renumbered[parents[known]] + 1])
         fed = torch.cat([root, drafts[:, known.to(root.device)].clamp(min=0)], dim=1)
-        found = self._state.extend(fed, own.to(root.device))
+        found = self._state.extend(fed, with_root(renumbered[parents[known]]).to(root.device))
         return {
             int(node): found[:, place + 1]
             for place, node in enumerate(known.tolist())
@@ -236,21 +234,22 @@ class DraftTree(TextDrafter):
             fresh = [grown.fresh(level) for grown in rows]
             if not any(fresh):
                 break
-            joint, places = _joined(rows, root.device)
-            parents = joint.parents
-            if parents is None:
-                parents = torch.arange(-1, joint.tokens.shape[1] - 1)
+            joint = self._joined(rows, root.device)
             fed = torch.cat([root, joint.tokens.clamp(min=0)], dim=1)
-            own = torch.cat([torch.tensor([-1]), parents + 1]).to(root.device)
-            laws = self._state.extend(fed, own)
+            above = None if joint.parents is None else with_root(joint.parents.to(root.device))
+            laws = self._state.extend(fed, above)
             for row, grown in enumerate(rows):
                 for node in fresh[row]:
-                    after = laws[row, places[row][node] + 1][None]
+                    after = laws[row, node + 1][None]
                     scores = self._scores_of_row(after, lengths, row, level)
                     grown.add(node, scores.log_softmax(-1), width)
         for grown in rows:
             grown.prune()
-        return _joined(rows, root.device)[0]
+        return self._joined(rows, root.device)
+
+    @staticmethod
+    def _joined(rows: list[_Grown], device: torch.device) -> TokenTree:
+        return join_rows([(grown.tokens, grown.parents) for grown in rows], device)
 
     def _scores_of_row(self, law: Tensor, lengths: Tensor, row: int, level: int) -> Tensor:
         if self.shaping.temperature == 0:
@@ -261,7 +260,7 @@ class DraftTree(TextDrafter):
         return law[0] + noise.gumbel(position, law.shape[-1], law.dtype)[0, 0]
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
-        """Stochastic beam search; a node's place is its path of child numbers, so rows may differ.
+        """Stochastic beam search; every row grows a tree of its own, level by level, best first.
 
         The perturbed log-probability of a path is Gumbel noise around its own, conditioned to have
         its parent's for a maximum; the best paths of a level are drawn without replacement, and so
@@ -271,17 +270,12 @@ class DraftTree(TextDrafter):
         4.1.
         """
         batch, vocab = law.shape
-        widest = max(self.branching)
-        parents = parents_of((widest,) * len(self.branching))
-        # The place behind the last one takes what is no candidate.
-        nowhere = len(parents)
-        drafts = torch.full((batch, nowhere + 1), -1, dtype=torch.int64, device=root.device)
-        logq = law.new_zeros(batch, nowhere + 1, vocab)
+        rows = torch.arange(batch, device=root.device)[:, None]
+        drafts, parents, logq = root[:, :0], root[:, :0], law[:, None][:, :0]
         laws, total = law[:, None], law.new_zeros(batch, 1)
         value, place = law.new_zeros(batch, 1), torch.full_like(root, -1)
-        first, size = 0, widest
         for level, width in enumerate(self.branching):
-            nodes = laws.shape[1]
+            nodes, first = laws.shape[1], drafts.shape[1]
             positions = (lengths + level)[:, None]
             uniforms = self.noise.uniform(
                 positions, "draft", round_number * LANES + level, num=nodes * vocab
@@ -296,28 +290,17 @@ class DraftTree(TextDrafter):
             given = given.masked_fill(path == float("-inf"), float("-inf"))
             best = given.flatten(1).topk(min(width, nodes * vocab), dim=1)
             above, token = best.indices // vocab, best.indices % vocab
-            alive = best.values > float("-inf")
-            # The number of a child among its siblings, best first.
-            same = (above[:, :, None] == above[:, None]) & alive[:, None]
-            number = same.long().tril(-1).sum(-1)
-            parent_place = place.gather(1, above)
-            before = torch.where(parent_place < 0, 0, parent_place - (first - size // widest))
-            where = torch.where(alive, first + before * widest + number, nowhere)
-            rows = torch.arange(batch, device=root.device)[:, None]
-            drafts[rows, where] = torch.where(alive, token, -1)
-            logq[rows, where] = laws[rows, above]
-            total, value, place = path.flatten(1).gather(1, best.indices), best.values, where
+            # Where fewer paths than places are possible the others are no drafts.
+            token = torch.where(best.values > float("-inf"), token, -1)
+            drafts = torch.cat([drafts, token], dim=1)
+            parents = torch.cat([parents, place.gather(1, above)], dim=1)
+            logq = torch.cat([logq, laws[rows, above]], dim=1)
+            total, value = path.flatten(1).gather(1, best.indices), best.values
+            place = torch.arange(first, drafts.shape[1], device=root.device).expand_as(token)
             if level + 1 < len(self.branching):
-                end = first + size
-                tree = without_padding(TokenTree(drafts[:, :end], None, parents[:end]))
-                assert tree.parents is not None
-                used = (drafts[:, :end] >= 0).any(0).cumsum(0) - 1
-                own = torch.cat([torch.tensor([-1]), tree.parents + 1]).to(root.device)
-                fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
-                found = self._state.extend(fed, own)
-                laws = found[rows, used[where.clamp(max=end - 1)] + 1]
-            first, size = first + size, size * widest
-        return without_padding(TokenTree(drafts[:, :nowhere], logq[:, :nowhere], parents))
+                fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+                laws = self._state.extend(fed, with_root(parents))[:, first + 1 :]
+        return TokenTree(drafts, logq, parents if self.branches else None)
 
 
 class _Grown:
@@ -354,11 +337,3 @@ class _Grown:
         self.values = [self.values[node] for node in kept]
         self.tokens = [self.tokens[node] for node in kept]
         self.depths = [self.depths[node] for node in kept]
-
-
-def _joined(rows: list[_Grown], device: torch.device) -> tuple[TokenTree, list[list[int]]]:
-    """The rows' trees as one, and where each row's nodes are in it."""
-    tree = join_rows([(grown.tokens, grown.parents) for grown in rows], device)
-    if len(rows) == 1:
-        return tree, [list(range(len(rows[0].tokens)))]
-    return tree, common_places([grown.parents for grown in rows])[1]

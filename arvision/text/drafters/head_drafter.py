@@ -12,6 +12,7 @@ from torch import Tensor
 from ...decoding.tree import TokenTree, best_tree, topology
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
+from ...networks import weight_of
 from .base import TextDrafter, register
 from .heads import DraftHeads, load_heads
 
@@ -78,8 +79,8 @@ class HeadDrafter(TextDrafter):
         width = state.model.sizes.hidden_size
         if width != self.heads.hidden_size:
             raise InputError(f"heads of width {self.heads.hidden_size}: the model has {width}")
-        self._embedding = network.get_input_embeddings().weight.detach()
-        output = network.get_output_embeddings().weight.detach()
+        self._embedding = weight_of(network.get_input_embeddings())
+        output = weight_of(network.get_output_embeddings())
         if self.vocabulary is not None:
             self.vocabulary = self.vocabulary.to(output.device)
             if int(self.vocabulary.max()) >= len(output):

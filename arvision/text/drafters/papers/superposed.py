@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....decoding.tree import TokenTree, join_rows
 from ....errors import InputError
+from ....networks import place_of
 from ..base import Trie, register
 from .self_draft import ShortTarget, num_skipped, spread_layers
 
@@ -109,7 +110,7 @@ class Superposed(ShortTarget):
         """Sums [B, 1, C] of the embeddings of the paths' last tokens."""
         sums = []
         for paths in rows:
-            device = next(embed.parameters()).device
+            device = place_of(embed)
             tokens = torch.tensor([path[-1] for path, _ in paths], device=device)
             weights = torch.tensor([score for _, score in paths], device=device).softmax(0)
             vectors = embed(tokens)

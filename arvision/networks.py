@@ -1,0 +1,118 @@
+"""Networks as people hand them over: compiled by `torch.compile`, or offloaded to another device.
+
+Both act when a module is called, that is on its `forward` and on nothing else. So all work of a
+network goes through a call of it: `entry` marks the methods that do work, and `enter` calls one of
+them, on a compiled wrapper too. Questions of identity and configuration are asked of `bare(network)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def bare(network: Any) -> Any:
+    """The network that `torch.compile` wrapped; anything else as it is."""
+    while hasattr(network, "_orig_mod"):
+        network = network._orig_mod
+    return network
+
+
+def place_of(network: nn.Module) -> torch.device:
+    """Where a network runs; what is offloaded waits elsewhere between calls.
+
+    Hooks of accelerate tell it (model and sequential offloading, `device_map`), or the group
+    offloading of diffusers; else it is where the weights lie.
+    """
+    network = bare(network)
+    for module in network.modules():
+        for hook in hooks_of(module):
+            place = getattr(hook, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None:
+            hook = registry.get_hook("group_offloading")
+            if hook is not None:
+                return torch.device(hook.group.onload_device)
+    return next(network.parameters()).device
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """The weight of a layer, to keep: brought where it runs, if it waits elsewhere between calls."""
+    if not hooks_of(layer):
+        return layer.weight.detach()
+    from accelerate.utils.modeling import align_module_device
+
+    with align_module_device(layer):
+        return layer.weight.detach()
+
+
+class Entered(nn.Module):
+    """A module whose call can mean more than one thing; to be listed before other bases.
+
+    `module(*arguments)` is its `forward`, `module(*arguments, entry="decode")` the method `decode`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("forward")
+        if own is not None:
+            cls.forward = _with_entries(own)
+
+    def forward(self, *arguments: Any, entry: str, **options: Any) -> Any:
+        """Run the method `entry`."""
+        return getattr(type(self), entry).inner(self, *arguments, **options)
+
+
+def _with_entries(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(self: Any, *arguments: Any, entry: str | None = None, **options: Any) -> Any:
+        if entry is None:
+            return own(self, *arguments, **options)
+        return getattr(type(self), entry).inner(self, *arguments, **options)
+
+    return forward
+
+
+def entry(method: Callable[..., Any]) -> Any:
+    """Mark a method of an `Entered` module: it runs as a call of the module, with all its hooks.
+
+    An entry may call entries of its submodules, but none of its own module: hooks that take weights
+    away behind a call would do so behind the inner one.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        return self(*arguments, entry=name, **options)
+
+    call.inner = method  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
+def enter(network: Any, name: str, *arguments: Any, **options: Any) -> Any:
+    """Run the entry `name` of a network, which may be a compiled one."""
+    return network(*arguments, entry=name, **options)
+
+
+class Table(Entered, nn.Embedding):
+    """An embedding whose rows are also wanted all at once."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows [..., D] of indices [...]."""
+        return nn.Embedding.forward(self, input)
+
+    @entry
+    def whole(self) -> torch.Tensor:
+        """All rows [V, D]: a view, that stays good when the weight is moved away."""
+        return self.weight.view_as(self.weight)
