@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"decoding", "kernels"} | GROUND,
     "samplers": {"decoding"} | GROUND,
     "text": {"decoding"} | GROUND,
-    "eval": GROUND,
+    "eval": {"folders"} | GROUND,
     "sheet": set(),
     "folders": {"errors", "files"},
     "inputs": {"errors", "contracts", "decoding"},

@@ -96,7 +96,7 @@ class ArraySource:
         is_whole = labels.dtype.kind in "iub" or (
             labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
         )
-        if not is_whole or (labels.dtype.kind == "f" and not np.isfinite(labels).all()):
+        if not is_whole or (len(labels) and not float(np.abs(labels.astype(float)).max()) < 2**53):
             raise InputError(
                 f"{self.name}: labels of dtype {labels.dtype}, expected class ids, whole numbers"
             )
