@@ -50,7 +50,7 @@ INDEX = ".index.json"
 
 
 def read_state_dict(
-    source: str | Path | Mapping[str, object], wrappers: Iterable[str]
+    source: str | Path | Mapping[str, object], wrappers: Iterable[str], device: str = "cpu"
 ) -> StateDict:
     """The tensors of a checkpoint, by name.
 
@@ -59,6 +59,7 @@ def read_state_dict(
             (`*.index.json`), or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
+        device: where a pickled file's tensors go; "meta" keeps names and shapes alone.
 
     Raises:
         CheckpointError: no such file, a truncated one, one that holds pickled code, or one without
@@ -74,7 +75,7 @@ def read_state_dict(
             path = _index_in(path)
         if not path.is_file():
             raise CheckpointError(f"{name}: no such file")
-        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
+        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path, device)
     wrappers = tuple(wrappers)
     content = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
@@ -173,7 +174,7 @@ def _index_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, device: str = "cpu") -> object:
     try:
         check_is_weights(path)
         if path.suffix == ".safetensors":
@@ -181,7 +182,7 @@ def _read(path: Path) -> object:
 
             return load_file(path)
         with _READING, torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

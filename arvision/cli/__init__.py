@@ -14,7 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import ArvisionError, DiskError
-from . import bench, compare, distill, doctor, generate, models, sample, train, train_draft
+from . import bench, compare, convert, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ generate.add_to(app)
 compare.add_to(app)
 bench.add_to(app)
 models.add_to(app)
+convert.add_to(app)
 train.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)

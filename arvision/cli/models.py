@@ -14,16 +14,38 @@ def add_to(app: typer.Typer) -> None:
     app.command("samplers")(samplers)
 
 
-def models(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the embedded models."""
-    from ..catalog import list_models
+def models(
+    every: Annotated[
+        bool, typer.Option("--all", help="Published models too: files, licence, settings, figures.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """List the embedded models, and with --all the published ones that can be read."""
+    from ..catalog import list_known_models, list_models
 
     listed = list_models()
+    known = list_known_models() if every else []
     if as_json:
-        typer.echo(json.dumps([{"name": name, **name.facts} for name in listed]))
+        typer.echo(json.dumps([{"name": name, **name.facts} for name in (*listed, *known)]))
         return
     for name in listed:
         typer.echo(f"{name:24} {name.facts['kind']:11} {name.facts['summary']}")
+    for name in known:
+        facts = name.facts
+        settings = ", ".join(f"{key} {value}" for key, value in facts["settings"].items())
+        lines = {
+            "files": ", ".join(facts["files"].values()),
+            "settings": settings or "none",
+            "quality": facts["quality"] or "nothing known to us",
+            "speed": facts["speed"] or "nothing known to us",
+            "source": facts["source"],
+            "samplers": ", ".join(facts["samplers"]),
+            "load": facts["load"],
+        }
+        hub = facts["hub"] or "not at the hub"
+        typer.echo(f"\n{name:24} {facts['kind']:11} {hub}: {facts['size']}, {facts['licence']}")
+        for key, value in lines.items():
+            typer.echo(f"    {key + ':':10}{value}")
 
 
 def samplers(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
@@ -102,3 +103,25 @@ def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
         is_last = pixels.shape[3] == 3 and (prefers_last or pixels.shape[1] != 3)
         return pixels.permute(0, 3, 1, 2) if is_last else pixels
     raise InputError(f"pixels {shape}: expected [B, 3, H, W] or [B, H, W, 3], or one of those")
+
+
+def written(pixels: Tensor, output_type: str) -> Any:
+    """Decoded pixels as users have pictures.
+
+    Args:
+        pixels: [B, 3, H, W] in [-1, 1].
+        output_type: "pt" for a tensor, "np" for an array [B, H, W, 3], both in [0, 1], or "pil".
+
+    Raises:
+        InputError: NaN or infinity among them.
+    """
+    pixels = pixels / 2 + 0.5
+    if not bool(pixels.isfinite().all()):
+        raise InputError(
+            "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
+            'and its dtype (output_type="latent" gives the tokens)'
+        )
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
+    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 
 from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of
 from ..conv_blocks import AttentionBlock, Decoder
 
 
-class ChameleonDecoder(nn.Module):
+class ChameleonDecoder(ModelMixin, ConfigMixin):
     """Latents [B, D, h, w] to pixels [B, 3, 16 h, 16 w], about [-1, 1].
 
     Args:
@@ -24,6 +26,9 @@ class ChameleonDecoder(nn.Module):
     Paper: Gafni et al., "Make-A-Scene", 2022; the file is `vqgan.ckpt` of Chameleon.
     """
 
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
     def __init__(
         self,
         ch: int = 128,
@@ -32,7 +37,7 @@ class ChameleonDecoder(nn.Module):
         latent_dim: int = 256,
     ) -> None:
         super().__init__()
-        self.decoder = Decoder(ch, ch_mult, num_blocks, latent_dim, AttentionBlock, None)
+        self.decoder = Decoder(ch, tuple(ch_mult), num_blocks, latent_dim, AttentionBlock, None)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any]) -> ChameleonDecoder:
