@@ -67,6 +67,13 @@ class Attached(Protocol):
 
 
 @runtime_checkable
+class Branches(Protocol):
+    """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
+
+    branches: bool
+
+
+@runtime_checkable
 class FixedDrafter(Protocol):
     """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
 
@@ -90,6 +97,10 @@ class NoDrafter:
 
     def select(self, rows: Tensor) -> None:
         """Nothing to drop."""
+
+
+LARGEST_TREE = 64
+"""Candidates of a tree that branches: the room that models keep behind the last token."""
 
 
 class WindowPolicy(Protocol):
@@ -184,8 +195,7 @@ def decode_tokens(
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
         room = rows.room
-        # With a draft even for the last token, an image does not depend on how long others take.
-        most = max(room) + 1 if can_overrun else min(*room, rows.frozen_room)
+        most = _most(room, rows, can_overrun, drafter)
         num = max(1, policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
@@ -266,6 +276,16 @@ def _fixed_rounds(
     return candidates, windows
 
 
+def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
+    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
+    if not can_overrun:
+        return min(*room, rows.frozen_room)
+    if isinstance(drafter, Branches) and drafter.branches:
+        return LARGEST_TREE
+    # With a draft even for the last token, an image does not depend on how long others take.
+    return max(room) + 1
+
+
 def _hidden(state: TokenState) -> Tensor | None:
     return state.hidden if isinstance(state, TellsHidden) else None
 
@@ -277,7 +297,7 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     above = tree.parents
     if above is None or (above.dim() == 1 and is_chain(above.tolist())):
         return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device))
+    shape = topology_of(above.to(device), tree.num_levels)
     root = torch.zeros_like(shape.depths[..., :1])
     return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
