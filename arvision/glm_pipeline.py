@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -89,10 +90,8 @@ class GlmPipeline(ImageModelPipeline):
 
     def _decoder(self) -> Any:
         """diffusers' pipeline around the current parts."""
-        from diffusers.pipelines.glm_image import GlmImagePipeline
-
         parts = {name: part for name, part in self.components.items() if name != "sampler"}
-        pipe = GlmImagePipeline(**cast(Any, parts))
+        pipe = cast(Any, diffusers).GlmImagePipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -146,7 +146,19 @@ class Chameleon(TransformersImageModel):
             ids=self._given,
         )
 
-    of_size = resized
+    def of_size(self, height: int, width: int) -> Chameleon:
+        """As `resized`, no larger than what Lumina-mGPT was opened for.
+
+        Raises:
+            InputError: a size that it does not draw.
+        """
+        own_height, own_width = self.picture_size
+        if self._is_lumina and height * width > own_height * own_width:
+            raise InputError(
+                f"{height}x{width}: more than the {own_height}x{own_width} pixels that this "
+                "Lumina-mGPT was opened for, see its name and pass height= and width= there"
+            )
+        return self.resized(height, width)
 
     def to(self, *args: Any, **kwargs: Any) -> Chameleon:
         """Move or cast network and decoder; returns the model itself."""
