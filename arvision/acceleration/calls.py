@@ -51,7 +51,7 @@ def accelerate(obj: Any, sampler: str = "sjd", **options: Any) -> Any:
     if "GlmImagePipeline" in names:
         plan = Plan(*_image_options(sampler, options))
         network = base_of(obj.vision_language_encoder)
-        _ = device_of(network, network.get_input_embeddings())
+        _ = device_of(network)
         obj.generate_prior_tokens = functools.wraps(type(obj).generate_prior_tokens)(
             functools.partial(generate_prior_tokens, obj, network, plan, _note(obj))
         )
@@ -65,11 +65,11 @@ def accelerate(obj: Any, sampler: str = "sjd", **options: Any) -> Any:
             "arvision.models.Chameleon(network), which does"
         )
     if "JanusForConditionalGeneration" in names:
-        _ = device_of(network, network.get_input_embeddings())
+        _ = device_of(network)
         plan = Plan(*_image_options(sampler, options))
         call = functools.partial(janus_images, network, plan, _note(network))
     elif names & {"GlmImageForConditionalGeneration", "Emu3ForConditionalGeneration"}:
-        _ = device_of(network, network.get_input_embeddings())
+        _ = device_of(network)
         plan = Plan(*_image_options(sampler, options))
         entry = glm_entry if "GlmImageForConditionalGeneration" in names else emu3_entry
         call = functools.partial(entry, network, plan, _note(network))
