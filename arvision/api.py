@@ -31,6 +31,7 @@ def load(
     cache_dir: str | Path | None = None,
     force_download: bool = False,
     compile: str | None = None,
+    quantize: str | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     decoder: str | Path | None = None,
@@ -58,6 +59,8 @@ def load(
         cache_dir: where downloads lie; None for the hub's own place.
         force_download: fetch also what is there.
         compile: a mode of `ARPipeline.compile`; None for plain PyTorch.
+        quantize: "int8", "int4" or "fp8" for weights of fewer bits in the transformer (torchao),
+            which makes it another model; None for the weights as they are.
         device_map: where the layers of an image model of transformers go, in place of `device`; they
             must run on one device, with weights offloaded or not.
         quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
@@ -86,6 +89,8 @@ def load(
         decoder=decoder,
         options=options,
     )
+    if quantize is not None:
+        pipe.quantize(quantize)
     return pipe if compile is None else pipe.compile(compile)
 
 

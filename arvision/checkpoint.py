@@ -45,6 +45,9 @@ class ShardIndex(TypedDict):
     weight_map: dict[str, str]
 
 
+SHARD = re.compile(r"-\d+-of-(\d+)\.")
+"""In the name of a shard: the number of all."""
+
 INDEX = ".index.json"
 """End of the name of a file that says which shard holds which tensor."""
 
@@ -73,9 +76,9 @@ def read_state_dict(
         name = str(path)
         if path.is_dir():
             path = _index_in(path)
-        if not path.is_file():
+        if not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{name}: no such file")
-        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path, device)
+        content = _read_content(path, device)
     wrappers = tuple(wrappers)
     content = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
@@ -162,12 +165,46 @@ def check_is_weights(path: Path) -> None:
         raise CheckpointError(f"{path}: {found}")
 
 
+def _read_content(path: Path, device: str) -> object:
+    """What a file holds, what an index of shards names, or what lies in a folder of shards."""
+    if path.is_dir():
+        return _read_loose(path)
+    return _read_shards(path) if path.name.endswith(INDEX) else _read(path, device)
+
+
+def _read_loose(folder: Path) -> StateDict:
+    """The tensors of several safetensors without an index, each in one of them.
+
+    Raises:
+        CheckpointError: a key in two files, as of two variants, or a shard that is missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        numbered = SHARD.search(path.name)
+        if numbered is not None and int(numbered[1]) != len(files):
+            raise CheckpointError(f"{folder}: {path.name} and in all {len(files)} *.safetensors")
+    tensors: StateDict = {}
+    for path in files:
+        held = _read(path)
+        assert isinstance(held, dict)
+        if twice := set(held) & set(tensors):
+            names = ", ".join(file.name for file in files[:4])
+            raise CheckpointError(
+                f"{folder}: key {min(twice)!r} is in two of {names}: expected one *{INDEX}, one "
+                "*.safetensors, or shards of one model"
+            )
+        tensors |= held
+    return tensors
+
+
 def _index_in(folder: Path) -> Path:
-    """The one index of shards, or the one file of tensors, in a folder."""
+    """The one index of shards, the one file of tensors, or the folder of safetensors itself."""
     for pattern in (f"*{INDEX}", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
+        if found and pattern == "*.safetensors":
+            return folder
         if found:
             names = ", ".join(path.name for path in found[:4])
             raise CheckpointError(f"{folder}: {names}: expected one *{INDEX} or one *.safetensors")

@@ -28,6 +28,9 @@ def find_model(name_or_path: str | Path) -> str | Path:
         CheckpointError: a folder that holds no pipeline.
     """
     name = str(name_or_path)
+    longest = max(len(part.encode(errors="replace")) for part in name.split("/"))
+    if "\0" in name or longest > 255 or len(name) > 4000:
+        raise unknown_name("model", name, embedded_models())  # no system has such a folder
     if name in embedded_models():
         return ASSETS / name
     path = user_path(name)

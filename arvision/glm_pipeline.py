@@ -68,7 +68,7 @@ class GlmPipeline(ImageModelPipeline):
         num_threads: int | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)
-        self._calls, self._steps = [], None
+        self._calls = []
         network = base_of(vision_language_encoder)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         own = network.generation_config

@@ -91,7 +91,7 @@ class ImageModelPipeline(ARPipeline):
         draft: str | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)
-        self._calls, self._steps = [], None
+        self._calls = []
         family = family_of(transformer)
         self._settle(
             family,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from .contracts import Conditions
 from .decoding.noise import parse_seeds
-from .errors import InputError, as_integer, check_count, plain_numbers
+from .errors import InputError, as_integer, check_count, plain_numbers, shown
 from .models.conditions import ImagePrompt
+
+MOST_IMAGES = 1_000_000
+"""Images of one call, all of whose pictures it returns; `arvision.evaluate` writes more to the disk."""
 
 
 def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = False) -> Any:
@@ -39,8 +43,8 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
     plain = [plain_numbers(entry) for entry in listed]
     for entry in plain:
         is_number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
-        if not is_number or not 0 <= entry < float("inf"):
-            raise InputError(f"{name} {entry!r}: expected a number >= 0")
+        if not is_number or not 0 <= entry <= sys.float_info.max:
+            raise InputError(f"{name} {shown(entry)}: expected a number >= 0")
     return plain if isinstance(found, (list, tuple)) else plain[0]
 
 
@@ -52,8 +56,16 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    num_images_per_prompt = check_count("num_images", num_images_per_prompt)
+    num_images_per_prompt = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
     prompt = _condition(prompt)
+    if (
+        isinstance(prompt, (list, tuple, range))
+        and len(prompt) * num_images_per_prompt > MOST_IMAGES
+    ):
+        raise InputError(
+            f"{len(prompt):,} prompts with {num_images_per_prompt:,} images each: expected at most "
+            f"{MOST_IMAGES:,} images in one call"
+        )
     prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
     prompts = [_condition(entry) for entry in prompts]
     if not prompts:
@@ -142,6 +154,8 @@ def resolve_seeds(
         seed = _seed_from(generator)
     is_array = not isinstance(seed, (list, tuple))
     seed = plain_numbers(seed)
+    if isinstance(seed, range) and len(seed) != num:
+        raise InputError(f"{len(seed):,} seeds for {num:,} images: expected one each")
     if not isinstance(seed, (list, tuple, range)):
         if as_integer(seed) is None:
             raise InputError(f"seed {seed!r}: expected an integer, or one for each image")

@@ -17,10 +17,11 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
-from .compiling import compile_networks
+from .compiling import Prepares
 from .components import checked_parts, quietly, told
-from .contracts import Conditions, Schedule, Stats
+from .contracts import Conditions, Samples, Schedule, Stats, StepCallback
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
 from .going import Interruptible
@@ -31,6 +32,7 @@ from .models.network import REACHED
 from .models.pixels import written
 from .networks import hooks_of, place_of
 from .portable import Portable
+from .quantization import is_quantized
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 from .schema import Side
 from .threads import THREADS
@@ -57,7 +59,7 @@ class SampleOutput(BaseOutput):
     stats: Stats
 
 
-class ARPipeline(Interruptible, Portable, DiffusionPipeline):
+class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -116,7 +118,6 @@ class ARPipeline(Interruptible, Portable, DiffusionPipeline):
             text_tokenizer=text_tokenizer,
         )
         self._calls = []
-        self._steps: Any = None
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -178,6 +179,10 @@ class ARPipeline(Interruptible, Portable, DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a folder as every diffusers pipeline does, with a model card where there is none."""
+        if is_quantized(self.transformer):
+            raise InputError(
+                "quantised weights are not saved: save the pipeline before, and quantise what is loaded"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (Path(save_directory) / "README.md").exists():
             family = type(self.transformer).__name__.removesuffix("Transformer")
@@ -221,25 +226,6 @@ class ARPipeline(Interruptible, Portable, DiffusionPipeline):
         from .opening import open_cached
 
         return open_cached(name, str(place_of(self.transformer)), self.dtype)
-
-    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
-        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
-
-        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
-        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
-        their network is compiled in place, a graph for each shape.
-
-        Args:
-            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
-                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
-                are modes of `torch.compile`.
-            reads_every: passes between two looks at how many images of a token model go on.
-
-        Raises:
-            InputError: an unknown mode, or no positive number of passes.
-        """
-        self._steps = compile_networks(self, mode, reads_every)
-        return self
 
     @property
     def kind(self) -> str:
@@ -387,6 +373,9 @@ class ARPipeline(Interruptible, Portable, DiffusionPipeline):
         scale = check_numbers("guidance_scale", scale)
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
+        is_guided = scale not in (0, 1)
+        memory = image_memory(model, self.tokenizer, is_guided, output_type)
+        parts = split(len(conditions), memory, self.device)
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -398,21 +387,26 @@ class ARPipeline(Interruptible, Portable, DiffusionPipeline):
                 return call.is_interrupted
 
             more = {} if self._steps is None else {"steps": self._steps}
-            samples = chosen(
-                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
-            )
-            decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-            wanted = samples.tokens if output_type == "latent" else decoded
-            if output_type == "latent":
-                images = wanted
-            elif render is None:
-                images = written(model.decode(wanted), output_type)
-            else:
-                images = render(wanted, seeds)
+
+            def draw(part: slice, tell: StepCallback) -> Samples:
+                identities = {"seeds": seeds[part], "guidance_scale": scale}
+                return chosen(model, conditions[part], **identities, on_step=tell, **more)
+
+            def finish(part: slice, samples: Samples) -> Any:
+                if output_type == "latent":
+                    return samples.tokens
+                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
+                if render is not None:
+                    return render(decoded, seeds[part])
+                return written(model.decode(decoded), output_type)
+
+            samples, images = draw_parts(parts, draw, finish, on_step)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
         )
+        if self._quantized is not None:
+            samples.stats["quantized"] = self._quantized
         if not self._calls:  # another draw needs its networks where they are
             self.maybe_free_model_hooks()
         if not return_dict:

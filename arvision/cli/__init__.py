@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import ArvisionError, DiskError
+from ..errors import ArvisionError, DiskError, one_line
 from . import bench, compare, convert, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
@@ -72,6 +72,10 @@ def main() -> None:
         _end("interrupted, nothing half written", 130)
     except ArvisionError as error:
         _end(str(error), 1 if isinstance(error, DiskError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end("out of memory: lower the number of images, the batch size or the window", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
@@ -79,10 +83,18 @@ def main() -> None:
         _end(f"{error.filename or 'the output'} cannot be written: {error.strerror}", 1)
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python's, the CPU's or an accelerator's memory is at its end."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+    )
+
+
 def _end(message: str, status: int) -> NoReturn:
     """One line on stderr, and the exit status."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"arvision: {message}", file=sys.stderr)  # noqa: T201
+        print(f"arvision: {one_line(message)}", file=sys.stderr)  # noqa: T201
     raise SystemExit(status) from None
 
 
@@ -93,4 +105,4 @@ def _drop_output() -> None:
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"arvision: warning: {message}", file=sys.stderr)  # noqa: T201
+    print(f"arvision: warning: {one_line(message)}", file=sys.stderr)  # noqa: T201

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .output import tell
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
@@ -26,10 +28,10 @@ def models(
     listed = list_models()
     known = list_known_models() if every else []
     if as_json:
-        typer.echo(json.dumps([{"name": name, **name.facts} for name in (*listed, *known)]))
+        tell(json.dumps([{"name": name, **name.facts} for name in (*listed, *known)]))
         return
     for name in listed:
-        typer.echo(f"{name:24} {name.facts['kind']:11} {name.facts['summary']}")
+        tell(f"{name:24} {name.facts['kind']:11} {name.facts['summary']}")
     for name in known:
         facts = name.facts
         settings = ", ".join(f"{key} {value}" for key, value in facts["settings"].items())
@@ -43,9 +45,9 @@ def models(
             "load": facts["load"],
         }
         hub = facts["hub"] or "not at the hub"
-        typer.echo(f"\n{name:24} {facts['kind']:11} {hub}: {facts['size']}, {facts['licence']}")
+        tell(f"\n{name:24} {facts['kind']:11} {hub}: {facts['size']}, {facts['licence']}")
         for key, value in lines.items():
-            typer.echo(f"    {key + ':':10}{value}")
+            tell(f"    {key + ':':10}{value}")
 
 
 def samplers(
@@ -57,8 +59,8 @@ def samplers(
 
     listed = list_samplers(model)
     if as_json:
-        typer.echo(json.dumps([{"name": name, **name.facts} for name in listed]))
+        tell(json.dumps([{"name": name, **name.facts} for name in listed]))
         return
     for name in listed:
         law = "lossless" if name.facts["lossless"] else "lossy"
-        typer.echo(f"{name:10} {law:9} {name.facts['drives']:10} {name.facts['summary']}")
+        tell(f"{name:10} {law:9} {name.facts['drives']:10} {name.facts['summary']}")

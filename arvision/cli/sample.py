@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
@@ -34,7 +36,7 @@ def parse_seed(text: str) -> Any:
     from ..errors import InputError
 
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) <= 20 for part in parts):
         raise InputError(f"seed {text!r}: expected a number, or seed:image such as 0:3")
     numbers = tuple(int(part) for part in parts)
     return numbers[0] if len(numbers) == 1 else [numbers]
@@ -156,10 +158,10 @@ def sample(
         if name not in ("commit_pass", "seeds") or as_json
     }
     if as_json:
-        typer.echo(json.dumps(stats | {"out": None if out is None else str(out)}))
+        tell(json.dumps(stats | {"out": None if out is None else str(out)}))
         return
     images = len(result.images)
-    typer.echo(
+    tell(
         f"{images} image{'s' if images > 1 else ''}, {stats['tokens']} tokens each: "
         f"{stats['forward_passes']} passes, {stats['tokens_per_pass']:.2f} tokens per pass, "
         f"{stats['seconds']:.2f} s" + (f" -> {out}" if out is not None else "")

@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..errors import InputError, StateError
+from ..errors import InputError, StateError, as_integer, shown
 from ..files import (
     append_line,
     read_regular,
@@ -38,6 +38,8 @@ from ..schema import Count, check_fields, parse_json, read_json
 from .arrays import open_npy
 
 BLOCK_SIZE = 500
+MOST_SAMPLES = 10_000_000
+"""Images of one run."""
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -135,7 +137,13 @@ class ShardFolder:
     @property
     def num(self) -> int:
         """Images of the whole run."""
-        return int(self.config["num"])
+        found = as_integer(self.config.get("num"))
+        if found is None or not 1 <= found <= MOST_SAMPLES:
+            raise InputError(
+                f"{self.folder / 'run.json'}: num is {shown(self.config.get('num'))}, expected 1 to "
+                f"{MOST_SAMPLES:,} images"
+            )
+        return found
 
     @property
     def num_blocks(self) -> int:

@@ -287,7 +287,7 @@ def parse_value(text: str) -> Any:
     """A number, boolean or None where the text is one, else the text."""
     try:
         return json.loads({"none": "null"}.get(text.lower(), text.lower()))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number too long for Python
         return text
 
 
