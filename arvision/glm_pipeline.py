@@ -172,9 +172,9 @@ class GlmPipeline(ImageModelPipeline):
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         codes = [ImagePrompt(one.prompt, one.negative, one.images) for one in conditions]
 
-        def render(tokens: Tensor, seeds: list[tuple[int, int]]) -> Any:
+        def render(part: Conditions, tokens: Tensor, seeds: list[tuple[int, int]]) -> Any:
             return self._render(
-                model, codes, tokens, seeds, output_type, scale, int(num_inference_steps)
+                model, part, tokens, seeds, output_type, scale, int(num_inference_steps)
             )
 
         return self._draw(

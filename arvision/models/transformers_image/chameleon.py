@@ -232,7 +232,8 @@ class Chameleon(TransformersImageModel):
     def _filled(self, ids: Tensor, images: Sequence[Any]) -> Tensor:
         codes = [self._source_ids(image) for image in images]
         written = torch.cat([ids[:0], *codes])
-        is_place = ids == self.base.config.image_token_id
+        place = self.base.config.image_token_id
+        is_place = torch.zeros_like(ids, dtype=torch.bool) if place is None else ids == place
         if int(is_place.sum()) != len(written):
             raise InputError(
                 f"the prompt has {int(is_place.sum())} places for tokens of source images, the "
