@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, as_integer, unknown_name
+from .pixels import check_depth
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,20 @@ class Prompt:
         mask: of text features [B, T, C] or [T, C] as an encoder gives them: [B, T] or [T], true where
             they count; features of several captions are as many prompts.
         images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
-            for models that edit.
+            for models that edit; PIL images of 8 bits a channel.
+
+    Raises:
+        InputError: a PIL image of 16 or 32 bits, which would be read as white.
     """
 
     prompt: Any
     negative: Any = None
     images: Sequence[Any] = ()
     mask: Any = None
+
+    def __post_init__(self) -> None:
+        for image in self.images if isinstance(self.images, (list, tuple)) else ():
+            check_depth(image)
 
 
 ImagePrompt = Prompt
