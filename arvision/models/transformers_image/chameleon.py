@@ -36,6 +36,10 @@ NAMES = {
 """Special ids in the published vocabulary; "size" is the first of those that tell sides."""
 
 
+MOST_SIDE = 16_384
+"""Pixels of a side."""
+
+
 def check_size(height: int, width: int, layout: str) -> tuple[int, int]:
     """Rows and columns of tokens of a picture of height x width pixels.
 
@@ -44,7 +48,7 @@ def check_size(height: int, width: int, layout: str) -> tuple[int, int]:
     """
     step = CELL if layout == "chameleon" else 2 * CELL
     for name, side in (("height", height), ("width", width)):
-        check_count(name, side)
+        check_count(name, side, MOST_SIDE)
         if side % step:
             raise InputError(f"{name} {side}: expected a multiple of {step}")
     if layout == "chameleon" and (height, width) != (512, 512):
