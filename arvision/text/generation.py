@@ -27,7 +27,7 @@ from .model import as_text_model
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
-from .stop import TextEnd
+from .stop import TextEnd, stop_strings
 from .stream import Flow, OnText, until
 
 LEAST_COMMON = 0.75
@@ -105,7 +105,7 @@ def generate(
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         seed: of the draws; row k has noise of its own, (seed, k). Or one seed or pair per row.
-        stop: strings that end a text.
+        stop: strings that end a text; one that is a special token ends it as that token.
         stop_token_ids: tokens that end a text, besides the model's own.
         attention_mask: [B, L], 0 where ids [B, L] are padding.
         chat: take strings for a user's message and wrap them in the model's chat template.
@@ -153,12 +153,12 @@ def generate(
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
     seeds = row_seeds(seed, len(ids))
     check_num_draft(num_draft)
-    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    strings, special = stop_strings(stop, tokenizer)
     if prepared is None:
         prepared = Prepared.of(lm.network, ids, max_new_tokens)
         strings += prepared.strings
     decode = None if tokenizer is None else _decoder(tokenizer)
-    ends = [*prepared.end_ids, *check_token_ids(stop_token_ids, lm.vocab_size)]
+    ends = [*prepared.end_ids, *check_token_ids([*stop_token_ids, *special], lm.vocab_size)]
     end = TextEnd(len(ids), ends, strings, decode, prepared.criterion)
     flow = Flow(decode, stream, streamer, strings, ids)
 
