@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -272,9 +273,9 @@ def open_reference(where: Any) -> Any:
     if name in ("fashion-test", "fashion-train"):
         images, labels = load_fashion(name.removeprefix("fashion-"))
         return TensorSource(images.unsqueeze(1), labels.tolist(), name)
-    if not user_path(where).exists():
+    if not os.path.exists(user_path(where)):
         raise InputError(
-            f"reference {where} does not exist: expected an .npz file, a folder of images, "
+            f"reference {name[:300]} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"
         )
     return where

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"decoding", "kernels"} | GROUND,
     "samplers": {"decoding"} | GROUND,
     "text": {"decoding"} | GROUND,
-    "eval": GROUND,
+    "eval": {"folders"} | GROUND,
     "sheet": set(),
     "folders": {"errors", "files", "needed"},
     "inputs": {"errors", "contracts", "decoding", "models"},

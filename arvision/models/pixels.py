@@ -58,8 +58,7 @@ def read_pixels(
 def _read(image: Any) -> Tensor:
     """One picture or batch as float pixels [B, 3, H, W]."""
     if hasattr(image, "convert"):
-        if image.mode[0] in "IF":
-            raise InputError(f"image of mode {image.mode!r}: expected 8 bits a channel")
+        check_depth(image)
         image = np.array(image.convert("RGB"))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(
@@ -82,6 +81,17 @@ def _read(image: Any) -> Tensor:
             f"pixels {low:.4g} to {high:.4g}: expected float in [-1, 1], or uint8 in 0..255"
         )
     return pixels
+
+
+def check_depth(image: Any) -> None:
+    """Refuse PIL pictures of 16 and 32 bits or floats, whose levels PIL cuts off at 255.
+
+    Raises:
+        InputError: see above.
+    """
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and mode[:1] in ("I", "F"):
+        raise InputError(f"image of mode {mode!r}: expected 8 bits a channel")
 
 
 def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
