@@ -86,7 +86,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Image k has the identity (seed, k).")] = 0,
     pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar, to256.")] = "plain",
     prompts: Annotated[
-        Path | None, typer.Option(help="Captions: text, JSON lines or JSON.")
+        Path | None, typer.Option(help="Captions: text, CSV, TSV, JSON lines or JSON.")
     ] = None,
     per_prompt: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
     num_classes: Annotated[int | None, typer.Option(help="Instead of the protocol's.")] = None,
@@ -377,15 +377,20 @@ def export(
     from ..eval.writers import (
         LAYOUTS,
         export_layout,
-        read_prompts,
         write_npz,
         write_pictures,
         write_tar,
     )
+    from ..prompt_files import read_prompts
 
     plain = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if layout not in (*plain, *LAYOUTS):
         raise unknown_name("layout", layout, (*plain, *LAYOUTS))
+    if layout in plain and (prompts is not None or per_prompt != 1):
+        unused = "--per-prompt" if prompts is None else "--prompts"
+        raise InputError(
+            f"{unused} with layout {layout}: expected a benchmark's ({', '.join(LAYOUTS)})"
+        )
     if out.is_file():
         raise InputError(f"{out} exists: expected a new file or folder")
     suffixes = [f".{layout}"] if layout in ("npz", "tar") else []

@@ -44,7 +44,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="At most this many steps per stage.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Only this many training images.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
-    card_samples: Annotated[int, typer.Option(help="Samples that the card is measured on.")] = 1000,
+    card_samples: Annotated[
+        int | None, typer.Option(help="Samples that the card is measured on; 1000.")
+    ] = None,
     fashion_mnist: FashionFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
