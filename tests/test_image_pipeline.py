@@ -315,6 +315,26 @@ def test_from_the_hub(name, hub, pipes, tmp_path):
     assert torch.equal(again("a cat", **run).tokens, expected)
 
 
+def test_the_command_line_draws_and_tells(hub, folders, tmp_path, cli):
+    out = tmp_path / "a.png"
+    line = ["sample", "--model", str(folders["emu3"]), "--prompt", "a cat", "--quiet", "--json"]
+    done = cli(*line, "--height", "16", "--width", "32", "--negative", "bad", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 8
+    done = cli(*line, "--image", str(tmp_path / "none.png"))
+    assert done.returncode == 2
+    assert "none.png: expected a picture" in done.stderr
+    facts = json.loads(cli("info", str(folders["glm"]), "--json").stdout)
+    assert facts["what"] == "a pipeline (GlmImagePipeline)"
+    assert "parameters" in facts["parts"]["vision_language_encoder"]
+    done = cli("info", "some-one/janus")
+    assert 'arvision.load("some-one/janus")' in done.stdout, done.stderr
+    assert not sum(hub.sent[name] for name in hub.sent if name.endswith(".safetensors"))
+    done = cli("info", "some-one/nothing")
+    assert done.returncode == 2
+    assert "no such repository" in done.stderr
+
+
 def test_a_pickle_of_the_hub_is_never_fetched(hub, tmp_path):
     pipe = arvision.load("some-one/chameleon", cache_dir=tmp_path, device="cpu", grids=[(4, 4)])
     assert pipe.decoder is None
