@@ -88,7 +88,7 @@ def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[Ima
     is_ids = isinstance(prompt, Tensor) and prompt.dim() == 1
     is_ids |= isinstance(prompt, (list, tuple)) and any(isinstance(one, int) for one in prompt)
     is_one = is_ids or isinstance(prompt, (str, ImagePrompt)) or prompt is None
-    prompts = [prompt] if is_one else list(prompt)
+    prompts: list[Any] = [prompt] if is_one else list(prompt)  # pyright: ignore[reportArgumentType]
     if not prompts:
         raise InputError("no prompt: expected at least one")
     negatives = [negative] * len(prompts)
