@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import expanded
+
 EPILOG = """Examples:
 
 arvision generate --model ./SmolLM2-135M-Instruct --prompt "What is a llama?" --chat --drafter token_recycling --stats
@@ -73,7 +75,8 @@ def generate(
     model: Annotated[str, typer.Option(help="Folder, GGUF file or hub id of a causal LM.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of them: text, CSV, TSV, JSON lines or JSON.")
+        Path | None,
+        typer.Option(help="File of them: text, CSV, TSV, JSON lines or JSON.", callback=expanded),
     ] = None,
     drafter: Annotated[str | None, typer.Option(help="A drafter, or two joined by +.")] = None,
     draft: Annotated[str | None, typer.Option(help="Draft model, or heads of train-draft.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -99,7 +99,9 @@ def sample(
     ] = None,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     seed: Annotated[str, typer.Option(help="Seed, or seed:image for one image of a run.")] = "0",
-    out: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write (PNG).", callback=expanded)
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to lead away from (text).")] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="Weight of the prompt, or one for each scale: 1,2,3.")

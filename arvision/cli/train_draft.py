@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -35,8 +35,10 @@ def add_to(app: typer.Typer) -> None:
 
 def train_draft(
     model: Annotated[str, typer.Option(help="Target: folder, GGUF file or hub id.")],
-    prompts: Annotated[Path, typer.Option(help="File of prompts, see below.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished draft.")],
+    prompts: Annotated[Path, typer.Option(help="File of prompts, see below.", callback=expanded)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the finished draft.", callback=expanded)
+    ],
     kind: Annotated[
         str,
         typer.Option(help="medusa, hydra, clover, chimera, ppd, hidden_transfer, model or judge."),
