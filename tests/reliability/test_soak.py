@@ -217,6 +217,17 @@ def without_clock(value: Any) -> Any:
     return [without_clock(entry) for entry in value] if isinstance(value, list) else value
 
 
+def tensors_of(data: bytes) -> bytes:
+    """A file of tensors with its header in order: safetensors writes metadata in any order.
+
+    The hash behind the end, which depends on that order, is left out.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
+    return json.dumps(header, sort_keys=True).encode() + data[8 + size : 8 + size + end]
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of the files that a run promises to write alike, by name."""
     found = {}
@@ -229,6 +240,8 @@ def contents(folder: Path) -> dict[str, str]:
             and path.name != "metadata.jsonl"
         ):
             continue  # logs, times and optimiser states; the weights that they led to are compared
+        elif path.suffix == ".safetensors":
+            data = tensors_of(path.read_bytes())
         else:
             data = path.read_bytes()
         found[name] = hashlib.sha256(data).hexdigest()
