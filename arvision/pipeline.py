@@ -29,7 +29,7 @@ from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
-from .networks import hooks_of, place_of
+from .networks import bare, hooks_of, place_of
 from .portable import Portable
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 from .schema import Side
@@ -111,7 +111,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        kind = FAMILIES.entry(type(transformer).__name__).facts["kind"]
+        kind = FAMILIES.entry(type(bare(transformer)).__name__).facts["kind"]
         check_class_names(class_names, transformer.config.get("num_classes"))
         if isinstance(sampler, BaseSampler):
             sampler = sampler.suited(kind)
@@ -201,7 +201,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         """Write a folder as every diffusers pipeline does, with a model card where there is none."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (Path(save_directory) / "README.md").exists():
-            family = type(self.transformer).__name__.removesuffix("Transformer")
+            family = type(bare(self.transformer)).__name__.removesuffix("Transformer")
             facts = {
                 "Size": f"{megabytes(save_directory)}.",
                 "Recommended settings": f"{settings_in_words(self.config)}.",
@@ -212,7 +212,7 @@ class ARPipeline(Portable, DiffusionPipeline):
     @property
     def model(self) -> Any:
         """The family object that satisfies the model contract, around the current networks."""
-        family = FAMILIES[type(self.transformer).__name__]
+        family = FAMILIES[type(bare(self.transformer)).__name__]
         text_parts = {"text_encoder": self.text_encoder, "text_tokenizer": self.text_tokenizer}
         given = {name: part for name, part in text_parts.items() if part is not None}
         return family(
@@ -265,7 +265,7 @@ class ARPipeline(Portable, DiffusionPipeline):
     @property
     def kind(self) -> str:
         """Kind of model: "token", "scale", "continuous" or "student"."""
-        return FAMILIES.entry(type(self.transformer).__name__).facts["kind"]
+        return FAMILIES.entry(type(bare(self.transformer)).__name__).facts["kind"]
 
     @property
     def interrupt(self) -> bool:

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Layers, Levels, Positive, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
@@ -84,7 +84,6 @@ class MARAutoencoder(Network):
     def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to mean latents [B, N, D], scaled, row by row.
 
@@ -95,9 +94,14 @@ class MARAutoencoder(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
+        return self.encode_pixels(pixels)
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
         return self._moments(pixels)[0].flatten(2).mT * self.config["scaling_factor"]
 
-    @entry
+    @hot_entry
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Scaled latents [B, N, D] to pixels; `grid` is square unless given."""
         side = round(latents.shape[1] ** 0.5)

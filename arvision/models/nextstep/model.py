@@ -196,7 +196,8 @@ class NextStep:
             raise InputError(f"image of {image.size} pixels: expected at least {side} a side")
         top, left = (image.height - rows * side) // 2, (image.width - columns * side) // 2
         pixels = pixels[None, :, top : top + rows * side, left : left + columns * side]
-        tokens = enter(self.tokenizer, "encode", pixels)
+        pixels = pixels.to(place_of(self.tokenizer), self.tokenizer.dtype)
+        tokens = enter(self.tokenizer, "encode_pixels", pixels)
         return (rows, columns), tokens[0].to(self.device)
 
     @torch.no_grad()
