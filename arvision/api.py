@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from .contracts import Schedule
 from .errors import InputError
 from .folders import parse_device, parse_dtype
+from .inputs import as_prompts
 from .opening import open_cached, open_model
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
@@ -28,8 +31,17 @@ def load(
     cache_dir: str | Path | None = None,
     force_download: bool = False,
     compile: str | None = None,
+    quantize: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    decoder: str | Path | None = None,
+    **options: Any,
 ) -> ARPipeline:
-    """Load a pipeline.
+    """Load a pipeline, or an image model of transformers with its authors' settings.
+
+    A folder or repository is told apart by its `model_index.json` (a pipeline of ours, or
+    `GlmImagePipeline` of diffusers) or its `config.json` (a network of transformers: Janus, Emu3,
+    Chameleon, Anole, Lumina-mGPT).
 
     From the hub comes only what is needed, as safetensors, and is compared with the sizes and sums
     that the hub tells; code of a repository is never fetched and never run. Without an answer of the
@@ -47,6 +59,14 @@ def load(
         cache_dir: where downloads lie; None for the hub's own place.
         force_download: fetch also what is there.
         compile: a mode of `ARPipeline.compile`; None for plain PyTorch.
+        quantize: "int8", "int4" or "fp8" for weights of fewer bits in the transformer (torchao),
+            which makes it another model; None for the weights as they are.
+        device_map: where the layers of an image model of transformers go, in place of `device`; they
+            must run on one device, with weights offloaded or not.
+        quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
+            what its `config.json` says.
+        decoder: of a Chameleon's pixels, a `vqgan.ckpt` or a folder; None for one beside the network.
+        **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`.
 
     Raises:
         InputError: an unknown name, device or dtype; a repository, revision or variant that is not
@@ -64,7 +84,13 @@ def load(
         local_files_only=local_files_only,
         cache_dir=cache_dir,
         force_download=force_download,
+        device_map=device_map,
+        quantization_config=quantization_config,
+        decoder=decoder,
+        options=options,
     )
+    if quantize is not None:
+        pipe.quantize(quantize)
     return pipe if compile is None else pipe.compile(compile)
 
 
@@ -83,6 +109,11 @@ def sample(
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
     output_type: str = "pil",
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    image: Any = None,
+    num_inference_steps: int | None = None,
     **sampler_options: Any,
 ) -> SampleOutput:
     """Draw images in one call.
@@ -105,6 +136,12 @@ def sample(
         dtype: likewise; None for float32 on a CPU and bfloat16 elsewhere.
         progress: show a progress bar.
         output_type: "pil", "np", "pt" or "latent".
+        height: pixels, for models that draw several sizes; None for the model's own.
+        width: likewise.
+        negative_prompt: what guidance leads away from, for models that take text; one for all
+            prompts, or one each.
+        image: source images, for models that edit.
+        num_inference_steps: of a diffusion decoder (GLM-Image).
         **sampler_options: passed to the sampler, such as `window=32`.
 
     Raises:
@@ -135,6 +172,14 @@ def sample(
         is_open = value is None and isinstance(wanted, str) and name not in written
         if is_open and name in chosen.config:
             given[name] = pipe.config[name]
+    beside = {
+        "height": height,
+        "width": width,
+        "negative_prompt": negative_prompt,
+        "image": image,
+        "num_inference_steps": num_inference_steps,
+    }
+    prompt, beside = _beside(pipe, prompt, {k: v for k, v in beside.items() if v is not None})
     out = pipe(
         prompt,
         num_images_per_prompt=num_images,
@@ -144,9 +189,28 @@ def sample(
         output_type=output_type,
         progress=progress,
         **given,
+        **beside,
     )
     assert isinstance(out, SampleOutput)
     return out
+
+
+def _beside(pipe: ARPipeline, prompt: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The prompt, and what a call says beside it, in the words of the pipeline.
+
+    Raises:
+        InputError: something that the pipeline does not take.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "negative_prompt" in given and "negative_prompt" not in known:
+        prompt = as_prompts(prompt, given.pop("negative_prompt"))
+    for name, value in given.items():
+        if name not in known:
+            shown = value if isinstance(value, (int, str)) else type(value).__name__
+            raise InputError(
+                f"{name} {shown!r}: this model takes none, it draws one size from a prompt"
+            )
+    return prompt, given
 
 
 def _own_sampler(pipe: ARPipeline) -> BaseSampler:

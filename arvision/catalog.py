@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ from typing import Any
 from .errors import CheckpointError
 from .folders import ASSETS, embedded_models, find_model
 from .hub import Source, fetch_index
-from .schema import read_json
+from .known import known_models
+from .needed import index_of, read_json
+
+IMAGE_PIPELINES = ("GlmImagePipeline", "ImageModelPipeline")
+"""Pipelines around image models of transformers, which are token models."""
 
 SAMPLERS_FOLDER = Path(__file__).parent / "samplers"
 
@@ -43,6 +48,20 @@ def list_models() -> list[Listed]:
         card = json.loads((ASSETS / name / "card.json").read_text())
         card.pop("shared", None)
         models.append(Listed(name, **card))
+    return models
+
+
+def list_known_models() -> list[Listed]:
+    """Names of published models that arvision reads, each with what `arvision.known.KnownModel`
+    says, its `.size` in words and the `.samplers` that fit."""
+    models = []
+    for model in known_models():
+        facts = {"size": model.size, **dataclasses.asdict(model)}
+        fitting = [each for each in _samplers() if model.kind in each.facts["drives"]]
+        without = facts.pop("without")
+        facts["samplers"] = [str(each) for each in fitting if each not in without]
+        del facts["name"]
+        models.append(Listed(model.name, **facts))
     return models
 
 
@@ -97,11 +116,16 @@ def _kind(model: Any) -> str:
         if listed == str(model):
             return listed.facts["kind"]
     place = find_model(model)
-    index = fetch_index(Source(place)) if isinstance(place, str) else place / "model_index.json"
-    try:
-        _, network = read_json(index)["transformer"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{model}: no pipeline with a transformer ({error})") from error
+    if isinstance(place, str):
+        path = fetch_index(Source(place))
+    else:
+        path = place / index_of(str(place), {one.name: one for one in place.iterdir()})
+    content = read_json(path, str(path))
+    if path.name == "config.json" or content.get("_class_name") in IMAGE_PIPELINES:
+        return "token"
+    part = content.get("transformer")
+    if not isinstance(part, list) or len(part) != 2:
+        raise CheckpointError(f"{model}: no pipeline with a transformer")
     from .models import FAMILIES
 
-    return FAMILIES.entry(network).facts["kind"]
+    return FAMILIES.entry(part[1]).facts["kind"]

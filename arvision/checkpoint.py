@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import pathlib
 import pickle
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_args, get_origin
 from zipfile import BadZipFile
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, unknown_name
 from .files import user_path
+from .schema import Modules, check_fields, hints_of, read_json, short
 
 StateDict = dict[str, Tensor]
 
@@ -38,12 +38,22 @@ _NUMPY_MODULES = ("numpy._core.multiarray", "numpy.core.multiarray")
 _READING = threading.Lock()
 """Held while harmless classes are allowed, which torch keeps for the whole process."""
 
+
+class ShardIndex(TypedDict):
+    """What an index of shards says: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+SHARD = re.compile(r"-\d+-of-(\d+)\.")
+"""In the name of a shard: the number of all."""
+
 INDEX = ".index.json"
 """End of the name of a file that says which shard holds which tensor."""
 
 
 def read_state_dict(
-    source: str | Path | Mapping[str, object], wrappers: Iterable[str]
+    source: str | Path | Mapping[str, object], wrappers: Iterable[str], device: str = "cpu"
 ) -> StateDict:
     """The tensors of a checkpoint, by name.
 
@@ -52,6 +62,7 @@ def read_state_dict(
             (`*.index.json`), or a dict.
         wrappers: keys under which a release may keep the tensors, best first, "a.b" for a dict
             within a dict; a file without any of them is taken as it is.
+        device: where a pickled file's tensors go; "meta" keeps names and shapes alone.
 
     Raises:
         CheckpointError: no such file, a truncated one, one that holds pickled code, or one without
@@ -65,9 +76,9 @@ def read_state_dict(
         name = str(path)
         if path.is_dir():
             path = _index_in(path)
-        if not path.is_file():
+        if not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{name}: no such file")
-        content = _read_shards(path) if path.name.endswith(INDEX) else _read(path)
+        content = _read_content(path, device)
     wrappers = tuple(wrappers)
     content = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
@@ -154,19 +165,53 @@ def check_is_weights(path: Path) -> None:
         raise CheckpointError(f"{path}: {found}")
 
 
+def _read_content(path: Path, device: str) -> object:
+    """What a file holds, what an index of shards names, or what lies in a folder of shards."""
+    if path.is_dir():
+        return _read_loose(path)
+    return _read_shards(path) if path.name.endswith(INDEX) else _read(path, device)
+
+
+def _read_loose(folder: Path) -> StateDict:
+    """The tensors of several safetensors without an index, each in one of them.
+
+    Raises:
+        CheckpointError: a key in two files, as of two variants, or a shard that is missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        numbered = SHARD.search(path.name)
+        if numbered is not None and int(numbered[1]) != len(files):
+            raise CheckpointError(f"{folder}: {path.name} and in all {len(files)} *.safetensors")
+    tensors: StateDict = {}
+    for path in files:
+        held = _read(path)
+        assert isinstance(held, dict)
+        if twice := set(held) & set(tensors):
+            names = ", ".join(file.name for file in files[:4])
+            raise CheckpointError(
+                f"{folder}: key {min(twice)!r} is in two of {names}: expected one *{INDEX}, one "
+                "*.safetensors, or shards of one model"
+            )
+        tensors |= held
+    return tensors
+
+
 def _index_in(folder: Path) -> Path:
-    """The one index of shards, or the one file of tensors, in a folder."""
+    """The one index of shards, the one file of tensors, or the folder of safetensors itself."""
     for pattern in (f"*{INDEX}", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
+        if found and pattern == "*.safetensors":
+            return folder
         if found:
             names = ", ".join(path.name for path in found[:4])
             raise CheckpointError(f"{folder}: {names}: expected one *{INDEX} or one *.safetensors")
     raise CheckpointError(f"{folder}: a folder without *{INDEX} or *.safetensors")
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, device: str = "cpu") -> object:
     try:
         check_is_weights(path)
         if path.suffix == ".safetensors":
@@ -174,7 +219,7 @@ def _read(path: Path) -> object:
 
             return load_file(path)
         with _READING, torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -199,13 +244,18 @@ def _read_shards(index: Path) -> StateDict:
         CheckpointError: an index that is none, a shard that is missing, or that holds other keys.
     """
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected an index of shards with a weight_map") from error
+        content: Any = check_fields(read_json(index), ShardIndex, str(index))
+    except (OSError, InputError) as error:
+        raise CheckpointError(
+            f"{index}: expected an index of shards with a weight_map ({error})"
+        ) from error
+    places = content["weight_map"]
+    shards = sorted(set(places.values()))
     tensors: StateDict = {}
     for shard in shards:
         path = index.parent / shard
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: names {shard!r}, expected files beside it")
         if not path.is_file():
             raise CheckpointError(f"{index}: names {shard}, which is missing")
         held = _read(path)
@@ -272,6 +322,27 @@ def check_fit(module: nn.Module, found: Mapping[str, Held], name: str) -> None:
             raise CheckpointError(f"{name}: key {key!r} is unexpected{hint}")
 
 
+def check_counts(config: Mapping[str, Any], cls: Any, name: str, num_tensors: int) -> None:
+    """Refuse a number of modules that so many tensors cannot fill; building them takes minutes.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    for field, hint in hints_of(cls).items():
+        is_count = Modules in _marks(hint)
+        value = config.get(field)
+        if is_count and isinstance(value, int) and value > num_tensors:
+            raise CheckpointError(
+                f"{name}: {field} {short(value)}, but the weights are {num_tensors} tensors"
+            )
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    """What an annotation says besides the type, also of one of several types."""
+    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return own + tuple(mark for each in get_args(hint) for mark in _marks(each))
+
+
 def load_strictly(
     cls: type[Module],
     sizes: dict[str, Any],
@@ -288,12 +359,16 @@ def load_strictly(
     Raises:
         CheckpointError: names the first missing, unexpected or misshapen key.
     """
+    check_counts(sizes, cls, name, len(tensors))
     with torch.device("meta"):
         module = cls(**sizes)
     wanted = module.state_dict()
     tensors = {key: value for key, value in tensors.items() if key in wanted or not is_stray(key)}
     check_fit(module, {key: Held.of(value) for key, value in tensors.items()}, name)
-    cast = {key: value.to(device, dtype) for key, value in tensors.items()}
+    cast = {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        for key, value in tensors.items()
+    }
     module.load_state_dict(cast, strict=True, assign=True)
     return module.eval()
 

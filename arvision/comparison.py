@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from .api import load, sample
-from .errors import InputError, optional
+from .batches import image_memory
+from .errors import InputError, check_count, optional
 from .files import replacing, write_text
 from .inputs import expand_prompts
+from .memory import check_memory
 from .pipeline import ARPipeline
 from .samplers import BaseSampler, get_sampler
 from .sheet import labelled_rows
@@ -212,14 +214,16 @@ def compare(
     """
     if not samplers:
         raise InputError("no samplers: expected at least one, such as 'ar'")
-    if batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    check_count("batch_size", batch_size)
     parts = [spec.strip().partition("@") for spec in samplers]
     made = [get_sampler(spec) for spec, _, _ in parts]
     pipes = [load(name, device=str(pipe.model.device)) if name else pipe for _, _, name in parts]
     for one, own in zip(made, pipes, strict=True):
         own.check_sampler(one)
     conditions = expand_prompts(prompt, num_images)
+    memory = image_memory(pipe.model, pipe.tokenizer, False, "pil")
+    num = len(conditions) * len(samplers)
+    check_memory(f"{num:,} images of {len(samplers)} samplers", num * memory.kept, "num_images")
     rows = [Row(spec.strip(), one.is_exact) for spec, one in zip(samplers, made, strict=True)]
 
     def run(one: BaseSampler, own: ARPipeline, first: int) -> Any:

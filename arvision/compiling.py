@@ -1,23 +1,62 @@
-"""What `ARPipeline.compile` does for each kind of model."""
+"""What may be done to a pipeline's networks before it draws: compile them, quantise them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import Self
+
 from .decoding.fixed_step import Steps
+from .quantization import quantize_weights
 
 
-def compile_networks(pipe: Any, mode: str, reads_every: int) -> Steps | None:
-    """See `ARPipeline.compile`.
+class Prepares:
+    """The part of `ARPipeline` that prepares its networks."""
 
-    Returns:
-        How passes of a token model run; None for other kinds, whose network is compiled in place.
-    """
-    steps = Steps(mode, reads_every)
-    if pipe.kind == "token":
-        return steps
-    if mode == "auto" and pipe.device.type == "cuda":
-        mode = "reduce-overhead"
-    if mode not in ("auto", "eager"):
-        pipe.transformer.compile(mode=mode, dynamic=False)
-    return None
+    kind: str
+    device: Any
+    transformer: Any
+    _steps: Steps | None = None
+    _quantized: str | None = None
+
+    def quantize(self, how: str) -> Self:
+        """Store the transformer's weights in fewer bits, in place; returns the pipeline itself.
+
+        What is exact stays so with respect to the quantised model: `stats.quantized` names it.
+
+        Args:
+            how: "int8", "int4" or "fp8", see `arvision.quantization`.
+
+        Raises:
+            InputError: an unknown way, or weights that are quantised already.
+            MissingDependencyError: torchao is not installed.
+        """
+        quantize_weights(self.transformer, how)
+        self._quantized = how
+        return self
+
+    def compile(self, mode: str = "auto", reads_every: int = 1) -> Self:
+        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
+
+        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
+        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
+        their network is compiled in place, a graph for each shape.
+
+        Args:
+            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
+                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
+                are modes of `torch.compile`.
+            reads_every: passes between two looks at how many images of a token model go on.
+
+        Raises:
+            InputError: an unknown mode, or no positive number of passes.
+        """
+        steps = Steps(mode, reads_every)
+        if self.kind == "token":
+            self._steps = steps
+            return self
+        if mode == "auto" and self.device.type == "cuda":
+            mode = "reduce-overhead"
+        if mode not in ("auto", "eager"):
+            self.transformer.compile(mode=mode, dynamic=False)
+        return self

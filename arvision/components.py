@@ -12,13 +12,14 @@ from typing import Any, TypedDict
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint import check_counts
 from .errors import ArvisionError, CheckpointError, InputError, unknown_name
-from .folders import embedded_models
+from .folders import ASSETS, embedded_models
 from .models import FAMILIES
 from .models.network import Network
 from .samplers import SAMPLERS
 from .schema import Layers, check_fields, read_json, short
-from .stored import check_counts, check_network, check_plain, read_headers, read_object
+from .stored import check_network, check_plain, read_headers, read_object
 
 _LOADING = threading.RLock()
 """Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
@@ -72,6 +73,31 @@ def read_card(folder: Path) -> Card:
                 f"{path}: {part} shared with {short(owner)}, expected an embedded model: {known}"
             )
     return content
+
+
+def checked_parts(folder: Path, pipeline: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller gives to load a pipeline with, and the parts that diffusers shall not read.
+
+    Args:
+        folder: of a saved pipeline.
+        pipeline: its class.
+        given: arguments of its `from_pretrained`.
+
+    Raises:
+        CheckpointError: a folder that `check_pipeline` refuses.
+    """
+    shared = {
+        part: pipeline.from_pretrained(ASSETS / owner, **given).components[part]
+        for part, owner in read_card(folder).get("shared", {}).items()
+        if part not in given and not (folder / part).exists()
+    }
+    found, variant = shared | dict(given), given.get("variant")
+    parts = check_pipeline(folder, pipeline, found, variant)
+    if "text_encoder" in parts:
+        dtype = given.get("dtype", given.get("torch_dtype"))
+        encoder = folder / "text_encoder"
+        found["text_encoder"] = load_text_encoder(parts["text_encoder"], encoder, dtype, variant)
+    return found
 
 
 def check_pipeline(

@@ -12,9 +12,35 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+MOST_SHOWN = 600
+"""Characters of a message; of a longer one the middle is left out."""
+
+
+def one_line(text: object, most: int | None = MOST_SHOWN) -> str:
+    """A text as it may stand on a terminal: one line without control characters, of bounded length.
+
+    Names and prompts come from anywhere; what would move the cursor or colour the screen is written
+    as Python escapes it.
+
+    Args:
+        text: to show.
+        most: characters; None for any number.
+    """
+    line = str(text)
+    if most is not None and len(line) > most:
+        first, last = most // 3, most // 2
+        left_out = len(line) - first - last
+        line = f"{line[:first]}... [{left_out:,} characters] ...{line[-last:]}"
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line
+
 
 class ArvisionError(Exception):
-    """Base of the package's errors."""
+    """Base of the package's errors; their messages are what `one_line` leaves."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class InputError(ArvisionError, ValueError):
@@ -65,6 +91,9 @@ def as_integer(value: Any) -> int | None:
     """The integer that `value` is, of Python, NumPy or torch, or a whole float; None if it is none.
 
     A tensor or an array counts with one element; booleans and texts do not.
+
+    Raises:
+        InputError: an integer so long that Python does not even write it.
     """
     if hasattr(value, "dtype"):
         value = plain_numbers(value.reshape(-1)) if hasattr(value, "reshape") else value
@@ -74,21 +103,40 @@ def as_integer(value: Any) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     try:
-        return operator.index(value)
+        found = operator.index(value)
     except TypeError:
         return None
+    if found.bit_length() > 1024:
+        raise InputError(f"an integer of {found.bit_length():,} bits: expected at most 1,024")
+    return found
 
 
-def check_count(name: str, value: object) -> int:
+def check_count(name: str, value: object, most: int | None = None) -> int:
     """An integer of at least 1, see `as_integer`.
+
+    Args:
+        name: of the argument, for messages.
+        value: what the caller gave.
+        most: the largest that makes sense; None for any.
 
     Raises:
         InputError: `value` is none.
     """
     found = as_integer(value)
     if found is None or found < 1:
-        raise InputError(f"{name} {value!r}: expected an integer >= 1")
+        raise InputError(f"{name} {shown(value)}: expected an integer >= 1")
+    if most is not None and found > most:
+        raise InputError(f"{name} {shown(value)}: expected an integer from 1 to {most:,}")
     return found
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for a message; its beginning, where that is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of more than 4,300 digits
+        return f"<a very long {type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:80]}... [{len(text):,} characters]"
 
 
 def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
@@ -100,10 +148,10 @@ def unknown_name(kind: str, given: object, known: Iterable[str]) -> InputError:
         known: the names that exist.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(given), names, n=1)
+    near = difflib.get_close_matches(str(given)[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(
-        f"unknown {kind} {given!r}: {hint}expected one of {', '.join(names) or 'none'}"
+        f"unknown {kind} {shown(given)}: {hint}expected one of {', '.join(names) or 'none'}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from .api import load, sample
 from .decoding.teacher_forcing import teacher_forced
-from .errors import InputError, as_integer
+from .errors import InputError, as_integer, check_count, shown
 from .eval.distributed import local_device, processes
 from .eval.evaluate import choose_metrics
 from .eval.features import Extractor, get_extractor
@@ -21,7 +22,7 @@ from .eval.generate import GenerateConfig, Made, generate
 from .eval.protocols import get_pixels, get_protocol
 from .eval.reference import prepare_reference
 from .eval.report import write_report
-from .eval.shards import ShardFolder, config_hash
+from .eval.shards import MOST_SAMPLES, ShardFolder, config_hash
 from .eval.sources import TensorSource
 from .eval.writers import read_prompts
 from .files import user_path
@@ -230,7 +231,13 @@ def read_captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | No
     """Captions, each repeated, and the hash of all of them."""
     if prompts is None:
         return None, None
-    texts = [r["prompt"] for r in read_prompts(prompts) for _ in range(per_prompt)]
+    records = read_prompts(prompts)
+    if check_count("per_prompt", per_prompt) * len(records) > MOST_SAMPLES:
+        raise InputError(
+            f"{len(records):,} prompts with {shown(per_prompt)} images each: expected at most "
+            f"{MOST_SAMPLES:,} images in one run"
+        )
+    texts = [record["prompt"] for record in records for _ in range(per_prompt)]
     return texts, config_hash({"prompts": texts})
 
 
@@ -266,9 +273,9 @@ def open_reference(where: Any) -> Any:
     if name in ("fashion-test", "fashion-train"):
         images, labels = load_fashion(name.removeprefix("fashion-"))
         return TensorSource(images.unsqueeze(1), labels.tolist(), name)
-    if not user_path(where).exists():
+    if not os.path.exists(user_path(where)):
         raise InputError(
-            f"reference {where} does not exist: expected an .npz file, a folder of images, "
+            f"reference {name[:300]} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"
         )
     return where

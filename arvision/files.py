@@ -180,8 +180,9 @@ def locked(path: str | Path) -> Iterator[None]:
     with _refused(goal):
         goal.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = _open_regular(goal, os.O_RDONLY | os.O_CREAT)
+        handle = os.open(goal, os.O_RDONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
         try:
+            _check_regular(goal, os.fstat(handle).st_mode)
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             # Whoever held it before may have put another file in its place.
@@ -213,14 +214,6 @@ def read_regular(path: str | Path, most: int) -> str:
         return ""
     with file:
         return file.read(most).decode(errors="replace")
-
-
-def _open_regular(path: Path, flags: int) -> int:
-    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o644)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise InputError(f"{path} is no file: expected a file name")
 
 
 def _followed(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, InputError, unknown_name
 from .files import user_path
+from .needed import INDEXES
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +28,17 @@ def find_model(name_or_path: str | Path) -> str | Path:
         CheckpointError: a folder that holds no pipeline.
     """
     name = str(name_or_path)
+    longest = max(len(part.encode(errors="replace")) for part in name.split("/"))
+    if "\0" in name or longest > 255 or len(name) > 4000:
+        raise unknown_name("model", name, embedded_models())  # no system has such a folder
     if name in embedded_models():
         return ASSETS / name
     path = user_path(name)
     if path.is_dir():
-        if not (path / "model_index.json").exists():
+        if not any((path / name).exists() for name in INDEXES):
             raise CheckpointError(
-                f"{path}: expected a pipeline folder, model_index.json is missing"
+                f"{path}: expected a pipeline folder, model_index.json is missing (and config.json, "
+                "by which a network of transformers goes)"
             )
         return path
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

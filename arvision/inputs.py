@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .contracts import Conditions
 from .decoding.noise import parse_seeds
-from .errors import InputError, as_integer, check_count, plain_numbers
+from .errors import InputError, as_integer, check_count, plain_numbers, shown
+from .models.conditions import ImagePrompt
+
+MOST_IMAGES = 1_000_000
+"""Images of one call, all of whose pictures it returns; `arvision.evaluate` writes more to the disk."""
 
 
 def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = False) -> Any:
@@ -37,8 +43,8 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
     plain = [plain_numbers(entry) for entry in listed]
     for entry in plain:
         is_number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
-        if not is_number or not 0 <= entry < float("inf"):
-            raise InputError(f"{name} {entry!r}: expected a number >= 0")
+        if not is_number or not 0 <= entry <= sys.float_info.max:
+            raise InputError(f"{name} {shown(entry)}: expected a number >= 0")
     return plain if isinstance(found, (list, tuple)) else plain[0]
 
 
@@ -50,8 +56,16 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    num_images_per_prompt = check_count("num_images", num_images_per_prompt)
+    num_images_per_prompt = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
     prompt = _condition(prompt)
+    if (
+        isinstance(prompt, (list, tuple, range))
+        and len(prompt) * num_images_per_prompt > MOST_IMAGES
+    ):
+        raise InputError(
+            f"{len(prompt):,} prompts with {num_images_per_prompt:,} images each: expected at most "
+            f"{MOST_IMAGES:,} images in one call"
+        )
     prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
     prompts = [_condition(entry) for entry in prompts]
     if not prompts:
@@ -60,6 +74,57 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
         if isinstance(entry, str) and not entry.strip():
             raise InputError("empty prompt: expected a class id, a class name or a caption")
     return [entry for entry in prompts for _ in range(num_images_per_prompt)]
+
+
+def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[ImagePrompt]:
+    """Prompts, negative ones and source images as a call writes them, one object for each prompt.
+
+    Raises:
+        InputError: no prompt, an empty one, other numbers of negatives or images than of prompts,
+            or what is given twice.
+    """
+    prompt = torch.from_numpy(prompt) if isinstance(prompt, np.ndarray) else prompt
+    is_ids = isinstance(prompt, Tensor) and prompt.dim() == 1
+    is_ids |= isinstance(prompt, (list, tuple)) and any(isinstance(one, int) for one in prompt)
+    is_one = is_ids or isinstance(prompt, (str, ImagePrompt)) or prompt is None
+    prompts = [prompt] if is_one else list(prompt)
+    if not prompts:
+        raise InputError("no prompt: expected at least one")
+    negatives = [negative] * len(prompts)
+    if negative is not None and not isinstance(negative, (str, Tensor)):
+        negatives = list(negative)
+    images = [()] * len(prompts)
+    if image is not None:
+        listed = list(image) if isinstance(image, (list, tuple)) else [image]
+        images = [listed] if len(prompts) == 1 and not _is_nested(listed) else listed
+        images = [one if isinstance(one, (list, tuple)) else [one] for one in images]
+    for noun, given in (("negative prompts", negatives), ("source images", images)):
+        if len(given) != len(prompts):
+            raise InputError(f"{len(given)} {noun} for {len(prompts)} prompts: expected one each")
+    return [
+        _joined(one, own or None, pictures)
+        for one, own, pictures in zip(prompts, negatives, images, strict=True)
+    ]
+
+
+def _is_nested(images: list[Any]) -> bool:
+    return any(isinstance(one, (list, tuple)) for one in images)
+
+
+def _joined(prompt: Any, negative: Any, images: Sequence[Any]) -> ImagePrompt:
+    """One prompt with what a call says beside it."""
+    if isinstance(prompt, str) and not prompt.strip():
+        raise InputError("empty prompt: expected a text")
+    if not isinstance(prompt, ImagePrompt):
+        return ImagePrompt(prompt, negative, images)
+    for noun, own, given in (
+        ("a negative prompt", prompt.negative is not None, negative is not None),
+        ("source images", bool(prompt.images), bool(images)),
+    ):
+        if own and given:
+            raise InputError(f"{noun} stands in the prompt and in the call: expected one of them")
+    own_negative = negative if prompt.negative is None else prompt.negative
+    return ImagePrompt(prompt.prompt, own_negative, prompt.images or images)
 
 
 def _condition(prompt: Any) -> Any:
@@ -89,6 +154,8 @@ def resolve_seeds(
         seed = _seed_from(generator)
     is_array = not isinstance(seed, (list, tuple))
     seed = plain_numbers(seed)
+    if isinstance(seed, range) and len(seed) != num:
+        raise InputError(f"{len(seed):,} seeds for {num:,} images: expected one each")
     if not isinstance(seed, (list, tuple, range)):
         if as_integer(seed) is None:
             raise InputError(f"seed {seed!r}: expected an integer, or one for each image")

@@ -120,7 +120,7 @@ def weight_files(
                             f"{name}: file {part}{file} is missing, which {part}{shards} names"
                         )
                 return [shards, *held], wanted is not None
-    if "config.json" in inside:
+    if "config.json" in inside and not any(_variant_of(f) for f in inside):
         pickles = sorted(f for f in inside if f.endswith(PICKLES))
         other = f"; it has {pickles[0]}, which may hold code and is not read" if pickles else ""
         raise CheckpointError(

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import InputError
-from .folders import find_model
+from .components import quietly
+from .errors import ArvisionError, CheckpointError, InputError, unknown_name
+from .folders import find_model, parse_device, parse_dtype
+from .glm_pipeline import GlmPipeline
+from .headers import read_header
 from .hub import Source, fetch
-from .pipeline import ARPipeline, open_pipeline
+from .image_pipeline import FAMILIES, ImageModelPipeline
+from .models import ChameleonDecoder
+from .needed import WEIGHTS, index_of, needed_files, read_json
+from .pipeline import ARPipeline
+from .samplers import SAMPLERS
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+DECODER_FILE = "vqgan.ckpt"
+"""The authors' file with the decoder of Chameleon's pixels; read as tensors only."""
 
 
 def open_model(
@@ -19,6 +33,11 @@ def open_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     variant: str | None = None,
+    *,
+    device_map: Any = None,
+    quantization_config: Any = None,
+    decoder: str | Path | None = None,
+    options: dict[str, Any] | None = None,
     **reached: Any,
 ) -> ARPipeline:
     """Load a pipeline; see `arvision.load`.
@@ -28,9 +47,41 @@ def open_model(
         device: likewise.
         dtype: likewise.
         variant: likewise.
+        device_map: likewise.
+        quantization_config: likewise.
+        decoder: likewise.
+        options: of an image model's family, likewise.
         **reached: how a repository is reached, see `arvision.hub.Source`.
     """
-    return open_pipeline(find_folder(name_or_path, variant, **reached), device, dtype, variant)
+    if device_map is not None and device is not None:
+        raise InputError(f"device {device!r} and device_map {device_map!r}: expected one of them")
+    place = parse_device(device)
+    kind = parse_dtype(dtype, place)
+    folder = find_folder(name_or_path, variant, **reached)
+    index = index_of(str(folder), {path.name: path for path in folder.iterdir()})
+    content = read_json(folder / index, str(folder / index))
+    name = content.get("_class_name")
+    build = BUILDERS.get(str(name)) if index == "model_index.json" else _bare
+    extra = {"decoder": decoder, "options": options or None}
+    if build is None:
+        for key, value in {**extra, "quantization_config": quantization_config}.items():
+            if value is not None:
+                raise InputError(f"{key}: {folder} holds a pipeline that takes none")
+        if device_map is not None:
+            raise InputError(f"device_map: {folder} holds a pipeline that lies on one device")
+        return ARPipeline.from_pretrained(folder, dtype=kind, variant=variant).to(place)
+    how = {
+        "dtype": kind,
+        "variant": variant,
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+    }
+    _check_files(folder, variant)
+    layout = "lumina" if "lumina" in str(name_or_path).lower() else None
+    with _loading(folder):
+        pipe = build(folder, content, how, layout, **extra)
+    is_placed = device_map is not None or quantization_config is not None
+    return pipe if is_placed else pipe.to(place)
 
 
 def find_folder(name_or_path: str | Path, variant: str | None = None, **reached: Any) -> Path:
@@ -51,3 +102,195 @@ def find_folder(name_or_path: str | Path, variant: str | None = None, **reached:
 
 open_cached = lru_cache(maxsize=4)(open_model)
 """`open_model` that keeps the last few; call it with strings and a dtype."""
+
+
+@contextlib.contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Around a load by other libraries: without bars, their errors as one line of ours."""
+    try:
+        with quietly():
+            yield
+    except ArvisionError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be loaded ({reason})") from error
+
+
+@contextlib.contextmanager
+def _without_warnings(library: str) -> Iterator[None]:
+    """Let a library's log tell errors only."""
+    log = logging.getLogger(library)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _check_files(folder: Path, variant: str | None) -> None:
+    """Refuse a folder of transformers' or diffusers' that is not complete, before they see it.
+
+    Raises:
+        InputError: no weights of that variant.
+        CheckpointError: a file is missing, cut off or no safetensors; names it.
+    """
+    files = {p.relative_to(folder).as_posix(): None for p in folder.rglob("*") if p.is_file()}
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json(folder / name, str(folder / name))
+
+    for name in needed_files(str(folder), files, read, variant):
+        if name.endswith(WEIGHTS):
+            read_header(folder / name)
+
+
+def _network(folder: Path, how: dict[str, Any]) -> Any:
+    """A network of transformers whose weights are all there.
+
+    Raises:
+        InputError: a class that no family drives.
+        CheckpointError: weights that are missing or of other shapes.
+    """
+    import transformers
+
+    content = read_json(folder / "config.json", str(folder / "config.json"))
+    written = [str(name) for name in content.get("architectures") or []]
+    names = [name for name in FAMILIES if name in written]
+    if not names and any(name.startswith("ChameleonXLLMX") for name in written):
+        names = ["ChameleonForConditionalGeneration"]  # Lumina-mGPT's name for the same layout
+        content["model_type"] = "chameleon"
+    if not names:
+        raise unknown_name("class of an image network", ", ".join(written) or None, FAMILIES)
+    cls = getattr(transformers, names[0], None)
+    if cls is None:
+        raise CheckpointError(
+            f"{folder}: {names[0]} is not in transformers {transformers.__version__}, expected a "
+            "later release"
+        )
+    network, report = cls.from_pretrained(
+        folder,
+        config=cls.config_class.from_dict(content),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **{name: value for name, value in how.items() if value is not None},
+    )
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(map(str, report[what]))
+        if keys:
+            what = what.replace("_keys", "")
+            raise CheckpointError(f"{folder}: key {keys[0]!r} is {what} ({len(keys)} in all)")
+    return network.eval()
+
+
+def _processor(folder: Path) -> Any:
+    """The processor in a folder, None where there is none."""
+    from transformers import AutoProcessor
+
+    if not any((folder / name).exists() for name in PROCESSOR_FILES):
+        return None
+    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _decoder(folder: Path, given: str | Path | None) -> Any:
+    """The decoder of a Chameleon's pixels: the given one, or that beside the network."""
+    found = folder / DECODER_FILE if given is None else Path(given)
+    if found.is_dir():
+        return ChameleonDecoder.from_pretrained(found)
+    if given is None and not found.exists():
+        return None
+    return ChameleonDecoder.from_official(found)
+
+
+def _bare(
+    folder: Path,
+    content: dict[str, Any],
+    how: dict[str, Any],
+    layout: str | None,
+    decoder: Any,
+    options: Any,
+) -> ARPipeline:
+    """A network in the layout of transformers."""
+    network = _network(folder, how)
+    options = dict(options or {})
+    parts = {}
+    if type(network).__name__.startswith("Chameleon"):
+        parts["decoder"] = _decoder(folder, decoder)
+        is_lumina = any("XLLMX" in str(name) for name in content.get("architectures") or [])
+        options.setdefault("layout", "lumina" if is_lumina else layout or "chameleon")
+    elif decoder is not None:
+        raise InputError(f"decoder {decoder}: {type(network).__name__} has one of its own")
+    return ImageModelPipeline(network, _processor(folder), options=options or None, **parts)
+
+
+def _saved(
+    folder: Path,
+    content: dict[str, Any],
+    how: dict[str, Any],
+    layout: str | None,
+    decoder: Any,
+    options: Any,
+) -> ARPipeline:
+    """A folder that `ImageModelPipeline.save_pretrained` wrote."""
+    settings = {key: value for key, value in content.items() if not key.startswith("_")}
+    parts: dict[str, Any] = {"transformer": _network(folder / "transformer", how)}
+    for name in ("processor", "decoder", "sampler", "transformer"):
+        settings.pop(name, None)
+    if (folder / "processor").is_dir():
+        parts["processor"] = _processor(folder / "processor")
+    if decoder is not None or (folder / "decoder").is_dir():
+        parts["decoder"] = _decoder(folder, folder / "decoder" if decoder is None else decoder)
+    if (folder / "sampler").is_dir():
+        parts["sampler"] = _sampler(folder, str(content["sampler"][1]))
+    settings["options"] = {**(settings.get("options") or {}), **(options or {})} or None
+    try:
+        return ImageModelPipeline(**parts, **settings)
+    except TypeError as error:
+        raise CheckpointError(f"{folder}: model_index.json does not fit ({error})") from error
+
+
+def _sampler(folder: Path, name: str) -> Any:
+    for entry in SAMPLERS:
+        if entry.value.__name__ == name:
+            return entry.value.from_pretrained(folder / "sampler")
+    raise unknown_name("class of a sampler", name, [e.value.__name__ for e in SAMPLERS])
+
+
+def _glm(
+    folder: Path,
+    content: dict[str, Any],
+    how: dict[str, Any],
+    layout: str | None,
+    decoder: Any,
+    options: Any,
+) -> ARPipeline:
+    """diffusers' folder of GLM-Image."""
+    from diffusers.pipelines.glm_image import GlmImagePipeline
+
+    if decoder is not None or options is not None:
+        raise InputError("decoder and options: GLM-Image's folder holds all its parts")
+    whole = dict(how)
+    for_network = dict(how)
+    if how["quantization_config"] is not None:
+        # What the caller names is the network that draws the codes.
+        whole["quantization_config"] = None
+    network = _network(folder / "vision_language_encoder", for_network)
+    with _without_warnings("diffusers"):  # of a part that is given and not read from the folder
+        pipe: Any = GlmImagePipeline.from_pretrained(
+            folder,
+            vision_language_encoder=network,
+            use_safetensors=True,
+            local_files_only=True,
+            **{name: value for name, value in whole.items() if value is not None},
+        )
+    return GlmPipeline(**pipe.components)
+
+
+BUILDERS: dict[str, Callable[..., ARPipeline]] = {
+    "GlmImagePipeline": _glm,
+    "ImageModelPipeline": _saved,
+}
+"""How a folder becomes a pipeline, by the class that its index names."""

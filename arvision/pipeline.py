@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,19 +17,22 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
-from .compiling import compile_networks
-from .components import check_pipeline, load_text_encoder, quietly, read_card, told
-from .contracts import Schedule, Stats
+from .compiling import Prepares
+from .components import checked_parts, quietly, told
+from .contracts import Conditions, Samples, Schedule, Stats, StepCallback
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
-from .folders import ASSETS, find_model, parse_device, parse_dtype
+from .going import Interruptible
 from .inputs import check_numbers, expand_prompts, resolve_seeds
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
+from .models.pixels import written
 from .networks import bare, hooks_of, place_of
 from .portable import Portable
+from .quantization import is_quantized
 from .samplers import SAMPLERS, BaseSampler, get_sampler
 from .schema import Side
 from .threads import THREADS
@@ -57,15 +59,7 @@ class SampleOutput(BaseOutput):
     stats: Stats
 
 
-@dataclass(eq=False)
-class _Call:
-    """One draw that is going on: whose thread, and whether it was told to stop."""
-
-    thread: int
-    is_interrupted: bool = False
-
-
-class ARPipeline(Portable, DiffusionPipeline):
+class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -123,8 +117,7 @@ class ARPipeline(Portable, DiffusionPipeline):
             text_encoder=text_encoder,
             text_tokenizer=text_tokenizer,
         )
-        self._calls: list[_Call] = []
-        self._steps: Any = None
+        self._calls = []
 
     @classmethod
     def from_model(cls, model: Any, **config: Any) -> ARPipeline:
@@ -169,20 +162,7 @@ class ARPipeline(Portable, DiffusionPipeline):
                 str(pretrained_model_name_or_path), kwargs.get("variant"), **reached
             )
         with told(folder), quietly():
-            shared = {
-                part: cls.from_pretrained(ASSETS / owner, **kwargs).components[part]
-                for part, owner in read_card(folder).get("shared", {}).items()
-                if part not in kwargs and not (folder / part).exists()
-            }
-            given = shared | kwargs
-            parts = check_pipeline(folder, cls, given, kwargs.get("variant"))
-            if "text_encoder" in parts:
-                given["text_encoder"] = load_text_encoder(
-                    parts["text_encoder"],
-                    folder / "text_encoder",
-                    kwargs.get("dtype", kwargs.get("torch_dtype")),
-                    kwargs.get("variant"),
-                )
+            given = checked_parts(folder, cls, kwargs)
             return super().from_pretrained(str(folder), **{"use_safetensors": True} | given)
 
     @classmethod
@@ -199,6 +179,10 @@ class ARPipeline(Portable, DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a folder as every diffusers pipeline does, with a model card where there is none."""
+        if is_quantized(self.transformer):
+            raise InputError(
+                "quantised weights are not saved: save the pipeline before, and quantise what is loaded"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (Path(save_directory) / "README.md").exists():
             family = type(bare(self.transformer)).__name__.removesuffix("Transformer")
@@ -230,7 +214,7 @@ class ARPipeline(Portable, DiffusionPipeline):
         What it does not name itself is what the model recommends: its `draft`, its `teacher`.
         """
         recommended = {
-            "draft": self.config["draft"],
+            "draft": self.config.get("draft"),
             "teacher": getattr(model, "teacher_name", None),
         }
         names = {need: sampler.config[need] or recommended[need] for need in sampler.missing(model)}
@@ -243,63 +227,10 @@ class ARPipeline(Portable, DiffusionPipeline):
 
         return open_cached(name, str(place_of(self.transformer)), self.dtype)
 
-    def compile(self, mode: str = "auto", reads_every: int = 1) -> ARPipeline:
-        """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
-
-        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
-        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
-        their network is compiled in place, a graph for each shape.
-
-        Args:
-            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
-                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
-                are modes of `torch.compile`.
-            reads_every: passes between two looks at how many images of a token model go on.
-
-        Raises:
-            InputError: an unknown mode, or no positive number of passes.
-        """
-        self._steps = compile_networks(self, mode, reads_every)
-        return self
-
     @property
     def kind(self) -> str:
         """Kind of model: "token", "scale", "continuous" or "student"."""
         return FAMILIES.entry(type(bare(self.transformer)).__name__).facts["kind"]
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop the run after the current pass.
-
-        It stops the draw of the thread that sets it; set outside of any draw, as a server does that
-        shuts down, it stops all that are going on.
-        """
-        return self._interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return any(call.is_interrupted for call in self._reached())
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        for call in self._reached():
-            call.is_interrupted = bool(value)
-
-    def _reached(self) -> list[_Call]:
-        """The newest draw of this thread, or else all."""
-        going = list(self._calls)
-        own = [call for call in going if call.thread == threading.get_ident()]
-        return own[-1:] or going
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[_Call]:
-        """A draw that is going on."""
-        call = _Call(threading.get_ident())
-        self._calls.append(call)
-        try:
-            yield call
-        finally:
-            self._calls.remove(call)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast, as every diffusers pipeline.
@@ -386,33 +317,65 @@ class ARPipeline(Portable, DiffusionPipeline):
         Raises:
             InputError: any argument out of range, before the model is called.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(
-                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
-            )
+        return self._draw(
+            self.model,
+            expand_prompts(prompt, num_images_per_prompt),
+            guidance_scale=guidance_scale,
+            law={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            generator=generator,
+            seed=seed,
+            sampler=sampler,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            progress=progress,
+        )
+
+    def _draw(
+        self,
+        model: Any,
+        conditions: Conditions,
+        *,
+        guidance_scale: Schedule | None = None,
+        law: dict[str, Any],
+        generator: Any = None,
+        seed: Any = None,
+        sampler: BaseSampler | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        progress: bool | None = None,
+        render: Callable[..., Any] | None = None,
+    ) -> SampleOutput:
+        """Draw one image per condition with a model; the other arguments are those of a call.
+
+        Args:
+            model: satisfies the contract of this pipeline's kind.
+            conditions: one per image.
+            law: temperature, top_k and top_p; None for the sampler's own value.
+            render: tokens and identities to what `output_type` names; None for the model's `decode`.
+        """
+        self._check_output(model, output_type)
         wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
-        conditions = expand_prompts(prompt, num_images_per_prompt)
         seeds = resolve_seeds(seed, generator, len(conditions))
         chosen: BaseSampler = self.sampler if sampler is None else sampler
         self.check_sampler(chosen)
-        changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         changes = {
             name: check_numbers(name, value, is_whole=name == "top_k", is_one=name == "top_p")
-            for name, value in changes.items()
+            for name, value in law.items()
             if value is not None
         }
         if changes:
             chosen = chosen.with_options(**changes)
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         scale = check_numbers("guidance_scale", scale)
-        model = self.model
-        if output_type != "latent" and self.tokenizer is None:
-            raise InputError(
-                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
-                'expected "latent"'
-            )
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
+        is_guided = scale not in (0, 1)
+        memory = image_memory(model, self.tokenizer, is_guided, output_type)
+        parts = split(len(conditions), memory, self.device)
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -424,21 +387,43 @@ class ARPipeline(Portable, DiffusionPipeline):
                 return call.is_interrupted
 
             more = {} if self._steps is None else {"steps": self._steps}
-            samples = chosen(
-                model, conditions, seeds=seeds, guidance_scale=scale, on_step=on_step, **more
-            )
-            decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-            wanted = samples.tokens if output_type == "latent" else decoded
-            images = self._images(model, wanted, output_type)
+
+            def draw(part: slice, tell: StepCallback) -> Samples:
+                identities = {"seeds": seeds[part], "guidance_scale": scale}
+                return chosen(model, conditions[part], **identities, on_step=tell, **more)
+
+            def finish(part: slice, samples: Samples) -> Any:
+                if output_type == "latent":
+                    return samples.tokens
+                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
+                if render is not None:
+                    return render(decoded, seeds[part])
+                return written(model.decode(decoded), output_type)
+
+            samples, images = draw_parts(parts, draw, finish, on_step)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
         )
+        if self._quantized is not None:
+            samples.stats["quantized"] = self._quantized
         if not self._calls:  # another draw needs its networks where they are
             self.maybe_free_model_hooks()
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    def _check_output(self, model: Any, output_type: str) -> None:
+        """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(
+                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if output_type != "latent" and self.tokenizer is None:
+            raise InputError(
+                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
+                'expected "latent"'
+            )
 
     def _callback_inputs(self, names: Sequence[str] | None) -> Sequence[str]:
         """What a callback is given.
@@ -465,34 +450,6 @@ class ARPipeline(Portable, DiffusionPipeline):
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
 
-    @staticmethod
-    def _images(model: Any, tokens: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return tokens
-        pixels = model.decode(tokens) / 2 + 0.5
-        if not bool(pixels.isfinite().all()):
-            raise InputError(
-                "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
-                'and its dtype (output_type="latent" gives the tokens)'
-            )
-        if output_type == "pt":
-            return pixels
-        array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
-        return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
-
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.
 cast(Any, diffusers).ARPipeline = ARPipeline
-
-
-def open_pipeline(
-    name_or_path: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    variant: str | None = None,
-) -> ARPipeline:
-    """Load a pipeline; see `arvision.load`."""
-    place = parse_device(device)
-    kind = parse_dtype(dtype, place)
-    source = find_model(name_or_path)
-    return ARPipeline.from_pretrained(source, dtype=kind, variant=variant).to(place)

@@ -226,6 +226,9 @@ def check_value(value: Any, hint: Any, name: str) -> None:
     Raises:
         InputError: see above; names the innermost value at fault.
     """
+    if hasattr(hint, "__required_keys__"):
+        check_fields(value, hint, name)
+        return
     if not _fits(value, hint, lambda inner, at: check_value(value[at], inner, f"{name}[{at!r}]")):
         raise InputError(f"{name} {short(value)}: expected {_words(hint)}")
 
@@ -258,9 +261,6 @@ def _fits(value: Any, hint: Any, descend: Callable[[Any, Any], None]) -> bool:
         return is_number and _is_finite(value)
     if hint is str:
         return isinstance(value, str)
-    if hasattr(hint, "__required_keys__"):
-        check_fields(value, hint, "it")
-        return True
     if origin is None:
         origin = hint
     if isinstance(origin, type) and issubclass(origin, Mapping):

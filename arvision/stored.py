@@ -11,16 +11,16 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import Held, check_fit, check_is_weights
-from .errors import ArvisionError, CheckpointError, InputError
+from .checkpoint import Held, Module, check_counts, check_fit, check_is_weights
+from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .headers import read_header
 from .needed import SHARDS, weight_files
-from .schema import Modules, check_fields, hints_of, read_json, short
+from .schema import check_fields, check_value, hints_of, read_json, short
 
 CODE = ("auto_map", "custom_pipeline", "custom_components", "trust_remote_code")
 """Names by which a configuration asks for code of its folder."""
@@ -51,6 +51,37 @@ def read_object(path: Path) -> dict[str, Any]:
                 f"{path}: {name!r} asks for code of the folder, which is never run"
             )
     return content
+
+
+def read_sizes(
+    path: Path, kinds: Mapping[str, type[Module]], what: str
+) -> tuple[type[Module], dict[str, Any]]:
+    """The class that a small file names by its "kind", and the constructor's arguments beside it.
+
+    Args:
+        path: of the file.
+        kinds: names to classes.
+        what: the file stands for, as messages call it.
+
+    Raises:
+        CheckpointError: no such file, an unknown kind, or an argument that is missing or something
+            else than the class says.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no {what} of `arvision train-draft`")
+    content = read_object(path)
+    try:
+        check_value(content.get("kind"), str, f"{path}: kind")
+        if content["kind"] not in kinds:
+            raise unknown_name(f"kind in {path}", content["kind"], kinds)
+        cls = kinds[content["kind"]]
+        check_fields(content, cls, str(path))
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    sizes = {name: content[name] for name in hints_of(cls) if name in content}
+    if missing := sorted(set(hints_of(cls)) - set(sizes)):
+        raise CheckpointError(f"{path}: {missing[0]!r} is missing")
+    return cls, sizes
 
 
 def check_plain(folder: Path) -> None:
@@ -105,27 +136,6 @@ def check_network(cls: type[nn.Module], folder: Path, variant: str | None = None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: no network has these sizes ({reason})") from error
     check_fit(network, found, name)
-
-
-def check_counts(config: Mapping[str, Any], cls: Any, name: str, num_tensors: int) -> None:
-    """Refuse a number of modules that so many tensors cannot fill; building them takes minutes.
-
-    Raises:
-        CheckpointError: see above.
-    """
-    for field, hint in hints_of(cls).items():
-        is_count = Modules in _marks(hint)
-        value = config.get(field)
-        if is_count and isinstance(value, int) and value > num_tensors:
-            raise CheckpointError(
-                f"{name}: {field} {short(value)}, but the weights are {num_tensors} tensors"
-            )
-
-
-def _marks(hint: Any) -> tuple[Any, ...]:
-    """What an annotation says besides the type, also of one of several types."""
-    own = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return own + tuple(mark for each in get_args(hint) for mark in _marks(each))
 
 
 def read_headers(folder: Path, variant: str | None = None) -> tuple[dict[str, Held], str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .common import RESULTS, load
 from .text_systems import TABLE
+from .trees import law_table, trees_table
 
 SAMPLERS_PAGE = RESULTS.parent.parent / "docs" / "samplers.md"
 README = RESULTS.parent.parent / "README.md"
@@ -249,6 +250,10 @@ def main() -> None:
         ("text", "text", text_table),
         ("text", "text_systems", systems_table),
     )
+    trees = load("trees")
+    path = SAMPLERS_PAGE.with_name("trees.md")
+    page = fill(path.read_text(), "trees", f"{trees_table(trees)} {machine(trees, 'passes')}")
+    path.write_text(fill(page, "trees_law", law_table(trees)))
     for name, marker, table in pages:
         path = SAMPLERS_PAGE.with_name(f"{name}.md")
         if load(marker):

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_models import random_prompts, tiny_llama
+from tiny_pipelines import MAKERS, tiny
 
 import arvision
 from arvision.networks import bare, is_compiled
-from text_models import random_prompts, tiny_llama
-from tiny_pipelines import MAKERS, tiny
 
 
 class Counting:
@@ -109,7 +109,6 @@ def test_compiled_text_models(way):
 
 
 def test_compiled_drafts_and_heads():
-    from arvision.text.drafters.draft_tree import DraftTree
     from arvision.text.drafters.head_drafter import HeadDrafter
     from arvision.text.drafters.heads import MedusaHeads
 
@@ -117,7 +116,8 @@ def test_compiled_drafts_and_heads():
     wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12).tokens
     backend, target = Counting(), Counting()
     draft = backend.take(tiny_llama(seed=1), "wrapped")
-    found = arvision.generate(tiny_llama(), prompts, max_new_tokens=12, drafter=DraftTree(draft))
+    options: dict[str, Any] = {"drafter": "draft_model", "drafter_options": {"draft": draft}}
+    found = arvision.generate(tiny_llama(), prompts, max_new_tokens=12, **options)
     assert found.tokens == wanted
     assert backend.runs
     heads = HeadDrafter(MedusaHeads(32, 2).double())

@@ -18,6 +18,7 @@ EXTRAS = {
     "scipy": "eval",
     "timm": "eval",
     "torch_fidelity": "eval",
+    "torchao": "quantize",
     "torchmetrics": "eval",
     "torchvision": "eval",  # of timm and torch-fidelity
 }
@@ -52,6 +53,7 @@ refused("clip", lambda: arvision.eval.clip_score)
 refused("equivalence", lambda: __import__("arvision.eval.equivalence"))
 refused("compare", lambda: run("compare", "--model", "llamagen-fashion", "--prompt", "bag"))
 open("model.gguf", "w").close()
+refused("torchao", lambda: pipe.quantize("int8"))
 refused("gguf", lambda: arvision.generate("model.gguf", "Hello"))
 print([m for m in sys.modules if m in OPTIONAL])
 """
@@ -95,6 +97,7 @@ def said(tmp_path_factory) -> dict[str, str]:
         ("equivalence", "scipy", "eval"),
         ("compare", "matplotlib", "plot"),
         ("gguf", "gguf", "text"),
+        ("torchao", "torchao", "quantize"),
     ],
 )
 def test_a_missing_package_is_named_with_its_install_line(said, what, package, extra):
@@ -117,3 +120,17 @@ def test_extras_are_those_of_the_project():
     for path in (ROOT / "arvision").rglob("*.py"):
         named |= set(re.findall(r"""optional\(\s*"(\w+)\"""", path.read_text()))
     assert named == set(EXTRAS.values())
+
+
+def test_notices_name_every_embedded_model_and_travel():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
+    embedded = [path.name for path in (ROOT / "arvision" / "assets").iterdir() if path.is_dir()]
+    assert [name for name in embedded if f"`{name}`" not in notices] == []
+    licence = (ROOT / "tests" / "data" / "fashion-mnist" / "LICENSE").read_text()
+    assert licence.strip() in notices
+    assert "THIRD_PARTY_NOTICES.md" in settings["project"]["license-files"]
+    listed = settings["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    assert {"tests", "docs", "SECURITY.md", "THIRD_PARTY_NOTICES.md"} <= set(listed)

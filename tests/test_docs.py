@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_OFFICIAL_FILES = ("from_official(",)
+NEEDS_OFFICIAL_FILES = ("from_official(", "zai-org/GLM-Image")
+"""What blocks hold that need the authors' files; `test_image_pipeline.py` runs those of the README
+that name repositories, on tiny models."""
 
 
 def blocks(path: Path, language: str) -> list[str]:

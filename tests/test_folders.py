@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import arvision
 from arvision import ARPipeline, CheckpointError, InputError
+from arvision.checkpoint import read_state_dict
+from arvision.eval.classifier import load_classifier
+from arvision.eval.coco import choose_captions
+from arvision.eval.shards import ShardFolder
+from arvision.eval.writers import read_prompts
 from arvision.folders import ASSETS
 from arvision.models import LlamaGenTransformer
 from arvision.samplers import SAMPLERS, SJDSampler, get_sampler
 from arvision.testing import tiny_llamagen
+from arvision.text.drafters.heads import load_heads, make_heads, save_heads
+from arvision.text.drafters.papers.pseudo import load_pseudo, make_pseudo, save_pseudo
 
 
 @pytest.fixture(scope="module")
@@ -496,3 +505,193 @@ def test_parts_are_shared_with_embedded_models_only(folder, shared):
     shutil.rmtree(folder / "tokenizer")
     (folder / "card.json").write_text(json.dumps({"shared": shared}))
     refused(folder, "card.json")
+
+
+# Other files that a class reads its sizes from.
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("kind", "medusas", "did you mean 'medusa'"),
+        ("kind", 3, "kind 3"),
+        ("num_heads", 10**8, "num_heads 100000000"),
+        ("num_heads", 10**6, "num_heads 1000000"),
+        ("num_heads", 1, "is unexpected"),
+        ("num_heads", 4, "is missing"),
+        ("num_heads", "3", "num_heads '3'"),
+        ("hidden_size", None, "hidden_size None"),
+        ("hidden_size", 16, "has shape"),
+    ],
+)
+def test_heads_of_text_models(tmp_path, option, value, words):
+    save_heads(make_heads("medusa", 8, 3), torch.arange(5), tmp_path)
+    assert load_heads(tmp_path)[0].num_heads == 3
+    edit(tmp_path / "heads.json", **{option: value})
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        load_heads(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("num_guesses", 10**6, "num_guesses 1000000"),
+        ("num_guesses", 2.5, "num_guesses 2.5"),
+        ("num_guesses", 3, "is missing"),
+        ("layer", -1, "layer -1"),
+        ("kind", [], "kind []"),
+    ],
+)
+def test_pseudo_tokens_of_text_models(tmp_path, option, value, words):
+    save_pseudo(make_pseudo("hidden_transfer", 8, 2, 1), tmp_path)
+    assert load_pseudo(tmp_path).num_guesses == 2
+    edit(tmp_path / "pseudo.json", **{option: value})
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        load_pseudo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"width": 16, "feature_dim": 128}, "has shape"),
+        ({"width": "x"}, "'x'"),
+        ({"widths": 16}, "unknown name 'widths'"),
+        ([], "architecture []"),
+        ({"width": 10**9}, "width 1000000000"),
+    ],
+)
+def test_classifiers(tmp_path, sizes, words):
+    shutil.copytree(ASSETS / "fashion-classifier", tmp_path, dirs_exist_ok=True)
+    load_classifier(tmp_path)
+    edit(tmp_path / "config.json", architecture=sizes)
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        load_classifier(tmp_path)
+
+
+def test_shards_of_the_authors_lie_beside_their_index(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
+    (tmp_path / "in").mkdir()
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    for content in (
+        '{"weight_map": {"a": "../one.safetensors"}}',
+        '{"weight_map": ["a"]}',
+        "[]",
+        "NaN",
+    ):
+        index.write_text(content)
+        with pytest.raises(CheckpointError, match="index"):
+            read_state_dict(tmp_path / "in", ())
+
+
+# Prompts and runs.
+
+
+PROMPTS = {
+    "list.json": "[1, 2]",
+    "null.json": "null",
+    "records.json": '[{"prompt": 3}]',
+    "none.json": '[{"text": "a dog"}]',
+    "blank.json": '[{"prompt": " "}]',
+    "styles.json": '{"anime": "a dog"}',
+    "style.json": '{"anime": [3]}',
+    "nan.json": '[{"prompt": "a", "seed": NaN}]',
+    "deep.json": "[" * 100_000,
+    "lines.jsonl": '{"prompt": "a"}\n[]\n',
+    "torn.jsonl": '{"prompt": "a"}\n{"prompt"\n',
+    "twice.jsonl": '{"prompt": "a", "prompt": "b"}',
+    "empty.txt": "\n",
+}
+
+
+@pytest.mark.parametrize("name", [*PROMPTS, "utf-16.txt", "latin.txt", "large.txt", "pipe.txt"])
+def test_prompt_files_are_checked(tmp_path, name):
+    path = tmp_path / name
+    if name == "utf-16.txt":
+        path.write_text("a dog", encoding="utf-16")
+    elif name == "latin.txt":
+        path.write_bytes("ein Hündchen".encode("latin-1"))
+    elif name == "large.txt":
+        with path.open("wb") as out:
+            out.truncate(1 << 30)
+    elif name == "pipe.txt":
+        os.mkfifo(path)
+    else:
+        path.write_text(PROMPTS[name])
+    with pytest.raises(InputError) as found:
+        read_prompts(path)
+    assert str(path) in str(found.value)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 300
+
+
+def test_prompt_files_as_people_write_them(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa dog\r\n\r\na cat \u2028 asleep\n".encode())
+    assert [r["prompt"] for r in read_prompts(path)] == ["a dog", "a cat \u2028 asleep"]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_bytes('\ufeff{"prompt": "a\u2028b", "n": 1}\n'.encode())
+    assert read_prompts(lines) == [{"prompt": "a\u2028b", "n": 1}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    shards = ShardFolder(tmp_path / "run")
+    shards.open({"num": 2, "model": "m"})
+    shards.write(0, np.zeros((2, 4, 4, 3), np.uint8), None, 0, {"seconds": 1.0})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", [*WRONG, "pipe", "large"])
+def test_settings_of_a_run_are_checked(run, kind):
+    path = run / "run.json"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        with path.open("wb") as out:
+            out.truncate(1 << 30)
+    else:
+        path.write_text(WRONG[kind].replace("_class_name", "config"))
+    with pytest.raises(InputError, match=r"run\.json"):
+        ShardFolder(run).check_complete()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"block": []}, {"block": "0"}, {"block": -1}, {"block": 1.5}, {"sha256": None}),
+        *({"config": 3}, {"facts": []}, {"more": 1}, {"tokens_sha256": 4}, {"block": None}),
+    ],
+)
+def test_entries_of_a_manifest_are_checked(run, change):
+    path = run / "manifest-0000.jsonl"
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | change) + "\n")
+    with pytest.raises(InputError, match=r"manifest-0000\.jsonl, line 1.*arvision eval repair"):
+        ShardFolder(run).check_complete()
+    ShardFolder(run).repair()
+    assert ShardFolder(run).entries() == {}
+
+
+def test_manifests_are_regular_files(run):
+    os.mkfifo(run / "manifest-0001.jsonl")
+    with pytest.raises(InputError, match="manifest-0001"):
+        ShardFolder(run).check_complete()
+
+
+def test_captions_of_coco_are_checked(tmp_path):
+    path = tmp_path / "captions.json"
+    image, caption = {"id": 1, "file_name": "a"}, {"id": 1, "image_id": 1, "caption": "a"}
+    for content in (
+        *(
+            {},
+            [],
+            {"images": [image]},
+            {"images": [image], "annotations": [caption | {"caption": 3}]},
+        ),
+        {"images": [image], "annotations": [caption | {"image_id": []}]},
+        {"images": {"id": 1}, "annotations": []},
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="expected COCO captions"):
+            choose_captions(path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contracts import Stats
 from ..errors import InputError
-from ..models.transformers_image.glm_image import grids_of
+from ..models.transformers_image.glm_image import doubled, grids_of
 from .images import Plan, glm_entry, with_seeds
 
 Priors = tuple[Tensor, list[Tensor] | None, list[Tensor] | None]
@@ -99,8 +99,3 @@ def _pictures(image: Sequence[Sequence[Any]] | None, place: int) -> list[dict[st
     if image is None:
         return []
     return [{"type": "image", "image": one} for one in image[place]]
-
-
-def doubled(codes: Tensor) -> Tensor:
-    """Codes [B, h, w] with each side doubled, [B, 4 h w]."""
-    return codes.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)

@@ -13,8 +13,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
-from ..errors import ArvisionError, DiskError
-from . import compare, distill, doctor, generate, models, sample, train, train_draft
+from ..errors import ArvisionError, DiskError, one_line
+from . import bench, compare, convert, distill, doctor, generate, models, sample, train, train_draft
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -28,7 +28,9 @@ app = typer.Typer(
 sample.add_to(app)
 generate.add_to(app)
 compare.add_to(app)
+bench.add_to(app)
 models.add_to(app)
+convert.add_to(app)
 train.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
@@ -70,6 +72,10 @@ def main() -> None:
         _end("interrupted, nothing half written", 130)
     except ArvisionError as error:
         _end(str(error), 1 if isinstance(error, DiskError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end("out of memory: lower the number of images, the batch size or the window", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
@@ -77,10 +83,18 @@ def main() -> None:
         _end(f"{error.filename or 'the output'} cannot be written: {error.strerror}", 1)
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python's, the CPU's or an accelerator's memory is at its end."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text
+    )
+
+
 def _end(message: str, status: int) -> NoReturn:
     """One line on stderr, and the exit status."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"arvision: {message}", file=sys.stderr)  # noqa: T201
+        print(f"arvision: {one_line(message)}", file=sys.stderr)  # noqa: T201
     raise SystemExit(status) from None
 
 
@@ -91,4 +105,4 @@ def _drop_output() -> None:
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"arvision: warning: {message}", file=sys.stderr)  # noqa: T201
+    print(f"arvision: warning: {one_line(message)}", file=sys.stderr)  # noqa: T201

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision compare --model llamagen-fashion-t2i --prompt "a dark ankle boot" --samplers ar,sjd:coupling=gumbel,sjd:coupling=maximal
@@ -98,9 +100,9 @@ def compare(
             top_p=top_p,
         )
     written = result.write(out)
-    typer.echo(result.json() if as_json else result.text())
+    tell(result.json() if as_json else result.text())
     for path in written:
-        typer.echo(f"wrote {path}", err=True)
+        tell(f"wrote {path}", err=True)
 
 
 def demo(
@@ -135,4 +137,4 @@ def demo(
         sheet = out / f"{name}.png"
         with replacing(sheet) as path:
             result.sheet().save(path)
-        typer.echo(f"\n{name} -> {sheet}\n{result.text()}")
+        tell(f"\n{name} -> {sheet}\n{result.text()}")

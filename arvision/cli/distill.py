@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision distill --teacher llamagen-fashion --out runs/llamagen-fashion-dd
@@ -60,6 +62,7 @@ def distill(
     """Distil a model into a student that draws an image in one or two passes."""
     import torch
 
+    from ..errors import check_count
     from ..files import check_out
     from ..samplers.base import parse_value
     from ..training.distill import DistillSettings
@@ -67,7 +70,7 @@ def distill(
 
     check_out(out, is_folder=True)
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(check_count("threads", threads, 1024))
     fit: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
@@ -99,4 +102,4 @@ def distill(
     ]
     likelihood = figures.get("log_likelihood", {})
     agreed += [f"log-likelihood {name} {value:.2f}" for name, value in likelihood.items()]
-    typer.echo(json.dumps(figures) if as_json else f"{student}: {', '.join(agreed)}")
+    tell(json.dumps(figures) if as_json else f"{student}: {', '.join(agreed)}")

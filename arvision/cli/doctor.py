@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = "Examples: arvision doctor; arvision doctor --device cuda --json"
 PACKAGES = ("arvision", "torch", "triton", "transformers", "diffusers")
 
@@ -27,16 +29,16 @@ def doctor(
     """Tell versions, devices, and which implementation of each operation runs, and why."""
     found = examine(device)
     if as_json:
-        typer.echo(json.dumps(found))
+        tell(json.dumps(found))
         return
     for name, version in found["versions"].items():
-        typer.echo(f"{name:16} {version or 'not installed'}")
+        tell(f"{name:16} {version or 'not installed'}")
     for entry in found["devices"]:
-        typer.echo(f"{entry['device']:16} {entry['name']}")
-    typer.echo(f"\noperations on {found['device']}:")
+        tell(f"{entry['device']:16} {entry['name']}")
+    tell(f"\noperations on {found['device']}:")
     for name, entry in found["operations"].items():
-        typer.echo(f"{name:16} {entry['implementation']:10} {entry['reason']}")
-        typer.echo(f"{'':27} {entry['summary']}")
+        tell(f"{name:16} {entry['implementation']:10} {entry['reason']}")
+        tell(f"{'':27} {entry['summary']}")
 
 
 def examine(device: str | None = None) -> dict[str, Any]:

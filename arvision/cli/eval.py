@@ -11,6 +11,7 @@ import typer
 from ..files import check_out
 from . import eval_demo
 from .fashion import FashionFolder
+from .output import tell
 
 app = typer.Typer(
     help="Evaluation: generate samples, score them, test equivalence, write reports.",
@@ -57,11 +58,11 @@ def _extractor(name: str, weights: str | None, download: bool, size: int | None)
 def _print_scores(scores: dict[str, Any], as_json: bool, **facts: Any) -> None:
     if as_json:
         found = {name: score.to_dict() for name, score in scores.items()}
-        typer.echo(json.dumps({"scores": found, **facts}))
+        tell(json.dumps({"scores": found, **facts}))
         return
     width = max((len(name) for name in scores), default=0)
     for name, score in scores.items():
-        typer.echo(f"{name:<{width}}  {score}")
+        tell(f"{name:<{width}}  {score}")
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def generate(
                 if not path.exists():  # else it is from an earlier start of the same run
                     writers[write](ShardSource(out), path)
                 facts["written"] = str(path)
-            typer.echo(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
+            tell(json.dumps(facts) if as_json else f"{facts['images']} images -> {out}")
 
 
 FID_EPILOG = """Examples:
@@ -277,7 +278,7 @@ def report(
             progress=not quiet,
         )
         if rank == 0:
-            typer.echo(json.dumps(found) if as_json else to_markdown(found))
+            tell(json.dumps(found) if as_json else to_markdown(found))
 
 
 EQUIVALENCE_EPILOG = """Example:
@@ -319,14 +320,12 @@ def equivalence(
         progress=not quiet,
     )
     if as_json:
-        typer.echo(json.dumps({"verdict": sentence, "tests": [r.to_dict() for r in results]}))
+        tell(json.dumps({"verdict": sentence, "tests": [r.to_dict() for r in results]}))
         return
     for result in results:
         p_value = "" if result.p_value is None else f" p={result.p_value:.3g}"
-        typer.echo(
-            f"{'ok  ' if result.passed else 'FAIL'} {result.name}:{p_value} {result.meaning}"
-        )
-    typer.echo(sentence)
+        tell(f"{'ok  ' if result.passed else 'FAIL'} {result.name}:{p_value} {result.meaning}")
+    tell(sentence)
 
 
 COCO_EPILOG = """Example:
@@ -350,7 +349,7 @@ def coco(
     records = choose_captions(annotations, num, seed)
     write_captions(records, out)
     facts = {"captions": len(records), "out": str(out)}
-    typer.echo(json.dumps(facts) if as_json else f"{len(records)} captions -> {out}")
+    tell(json.dumps(facts) if as_json else f"{len(records)} captions -> {out}")
 
 
 EXPORT_EPILOG = """Examples:
@@ -399,7 +398,7 @@ def export(
     else:
         written = export_layout(layout, source, read_prompts(prompts), out, per_prompt)
     facts = {"images": len(source), "out": str(written)}
-    typer.echo(json.dumps(facts) if as_json else f"{len(source)} images -> {written}")
+    tell(json.dumps(facts) if as_json else f"{len(source)} images -> {written}")
 
 
 @app.command()
@@ -412,7 +411,7 @@ def repair(
 
     blocks = ShardFolder(samples).repair()
     found = ", ".join(map(str, blocks)) or "none"
-    typer.echo(json.dumps({"forgotten": blocks}) if as_json else f"blocks forgotten: {found}")
+    tell(json.dumps({"forgotten": blocks}) if as_json else f"blocks forgotten: {found}")
 
 
 @app.command()
@@ -422,10 +421,10 @@ def extractors(as_json: Json = False) -> None:
 
     found = {e.name: (e.value.__doc__ or "").strip().splitlines()[0] for e in EXTRACTORS}
     if as_json:
-        typer.echo(json.dumps(found))
+        tell(json.dumps(found))
         return
     for name, line in sorted(found.items()):
-        typer.echo(f"{name:<20} {line}")
+        tell(f"{name:<20} {line}")
 
 
 app.command(epilog=eval_demo.EPILOG)(eval_demo.demo)

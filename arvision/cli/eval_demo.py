@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .fashion import FashionFolder
+from .output import tell
 
 EPILOG = """Example:
 
@@ -89,7 +90,7 @@ def demo(
     import torch
 
     from ..catalog import list_samplers
-    from ..errors import optional, unknown_name
+    from ..errors import check_count, optional, unknown_name
     from ..eval import get_extractor
     from ..eval.demo import Judge, Row, compare, to_table, write_demo
     from ..eval.sources import ShardSource, TensorSource
@@ -97,6 +98,10 @@ def demo(
     from ..training.data import fashion_folder, load_fashion
 
     check_out(out, is_folder=True)
+    for name, value in (("num", num), ("num-real", num_real), ("timed", timed)):
+        check_count(name, value, 1_000_000)
+    if workers is not None:
+        check_count("workers", workers, 1024)
     fashion_folder()
     with optional("plot", "the plot of arvision eval demo"):
         import matplotlib  # noqa: F401
@@ -141,9 +146,9 @@ def demo(
     }
     report = write_demo(rows, judge, out, facts)
     distances = [name for name in rows[0].scores if name.startswith("frechet_")]
-    typer.echo(json.dumps(report) if as_json else to_table(rows, distances))
+    tell(json.dumps(report) if as_json else to_table(rows, distances))
     if not as_json:
-        typer.echo(f"{facts['seconds']:.0f} s -> {out / 'report.md'}, {out / 'quality-speed.png'}")
+        tell(f"{facts['seconds']:.0f} s -> {out / 'report.md'}, {out / 'quality-speed.png'}")
 
 
 def _is_tested(entry: Entry) -> bool:

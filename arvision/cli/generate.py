@@ -32,6 +32,13 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda found: known[found[1]], text)
 
 
+def _tame(text: str) -> str:
+    """What a model wrote, for a terminal: it may break lines, but not move the cursor or the like."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def dtype_of(name: str | None) -> Any:
     """The torch dtype of that name, None for None."""
     import torch
@@ -84,7 +91,7 @@ def generate(
     streams = len(prompt) == 1 and not as_json
 
     def show(_: int, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(_tame(text))
         sys.stdout.flush()
 
     out = run(
@@ -113,7 +120,7 @@ def generate(
     if streams:
         typer.echo()
     for text in [] if streams else out.texts or []:
-        typer.echo(text)
+        typer.echo(_tame(text))
     if stats:
         typer.echo(
             f"{out.stats.tokens} tokens, {out.stats.forward_passes} passes, "

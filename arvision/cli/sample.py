@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision sample --model llamagen-fashion --prompt sneaker --out sneaker.png
@@ -17,6 +19,8 @@ arvision sample --model llamagen-fashion-t2i --prompt "a dark ankle boot" --num-
 arvision sample --model llamagen-fashion-dd --prompt boot --steps 1 --out boot.png
 
 arvision sample --model ./infinity-2b --prompt "a red fox" --negative "blurry" --guidance-scale 3
+
+arvision sample --model zai-org/GLM-Image --prompt "make it night" --image day.png --out night.png
 
 arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
@@ -32,7 +36,7 @@ def parse_seed(text: str) -> Any:
     from ..errors import InputError
 
     parts = text.split(":")
-    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and len(part) <= 20 for part in parts):
         raise InputError(f"seed {text!r}: expected a number, or seed:image such as 0:3")
     numbers = tuple(int(part) for part in parts)
     return numbers[0] if len(numbers) == 1 else [numbers]
@@ -65,6 +69,19 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def load_picture(path: Path) -> Any:
+    """A picture from a file, as RGB."""
+    from PIL import Image, UnidentifiedImageError
+
+    from ..errors import InputError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"image {path}: expected a picture ({error})") from error
+
+
 def sample(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
     prompt: Annotated[list[str], typer.Option(help="Class id, class name or caption; repeatable.")],
@@ -85,6 +102,11 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="Mass kept, 1 for all.")] = None,
     window: Annotated[str | None, typer.Option(help="Tokens per pass, or auto (sjd).")] = None,
     coupling: Annotated[str | None, typer.Option(help="gumbel, maximal, independent.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, where a model draws sizes.")] = None,
+    width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture to edit; repeatable (GLM-Image).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Passes of a student (dd).")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Sampler option name=value.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -121,6 +143,9 @@ def sample(
         device=device,
         dtype=dtype,
         progress=not quiet,
+        height=height,
+        width=width,
+        image=[load_picture(path) for path in image or []] or None,
         **options,
     )
     if out is not None:
@@ -133,10 +158,10 @@ def sample(
         if name not in ("commit_pass", "seeds") or as_json
     }
     if as_json:
-        typer.echo(json.dumps(stats | {"out": None if out is None else str(out)}))
+        tell(json.dumps(stats | {"out": None if out is None else str(out)}))
         return
     images = len(result.images)
-    typer.echo(
+    tell(
         f"{images} image{'s' if images > 1 else ''}, {stats['tokens']} tokens each: "
         f"{stats['forward_passes']} passes, {stats['tokens_per_pass']:.2f} tokens per pass, "
         f"{stats['seconds']:.2f} s" + (f" -> {out}" if out is not None else "")

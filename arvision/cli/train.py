@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .fashion import FashionFolder
+from .output import tell
 
 EPILOG = """Examples:
 
@@ -51,12 +52,13 @@ def train(
     """Train (or resume) an embedded model from its recipe."""
     import torch
 
+    from ..errors import check_count
     from ..files import check_out
     from ..training.publish import run_recipe
 
     check_out(out, is_folder=True)
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(check_count("threads", threads, 1024))
     figures = run_recipe(
         recipe,
         out,
@@ -65,4 +67,4 @@ def train(
         card_samples=card_samples,
         progress=not quiet,
     )
-    typer.echo(json.dumps(figures) if as_json else f"{recipe} -> {out / recipe}")
+    tell(json.dumps(figures) if as_json else f"{recipe} -> {out / recipe}")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .output import tell
+
 EPILOG = """Examples:
 
 arvision train-draft --model ./SmolLM2-135M-Instruct --prompts prompts.txt --kind hydra --out runs/hydra
@@ -70,4 +72,4 @@ def train_draft(
         device=device,
         progress=not quiet,
     )
-    typer.echo(json.dumps(figures) if as_json else f"{kind} -> {out}: {figures}")
+    tell(json.dumps(figures) if as_json else f"{kind} -> {out}: {figures}")

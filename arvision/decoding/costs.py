@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, as_integer, plain_numbers
-from ..files import locked, read_regular, write_text
+from ..files import locked, read_regular, user_path, write_text
 
 KIND = "arvision pass costs"
 FORMAT = 2
@@ -61,7 +61,7 @@ class CostFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path).expanduser()
+        self._path = user_path(path)
 
     def read(self, key: str, windows: Sequence[int]) -> Table:
         """The valid tables of `key`; what is damaged is left out, with a warning.

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class Steps:
             self._keep(key, None)
             return _prepared(step, lambda: capture(step, WARM_UP if is_new else 0))
         if is_new:
-            compiled = torch.compile(
+            compiled = cast(Any, torch).compile(
                 FixedStep.__call__,
                 mode=self.mode,
                 fullgraph=True,

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..contracts import Conditions
 from ..errors import InputError, unknown_name
+from .first_laws import FirstLaws, LawMemory
 from .noise import Noise, draw
 from .tree import TokenTree
 from .verify import Round, Verdict
@@ -18,25 +20,46 @@ INITS = {
     "repeat_left": "the token to the left (the one before)",
     "repeat_above": "the token above",
     "neighbour_mix": "half the last law, a quarter each the tokens to the left and above",
+    "above": "a draw from the newest law of the position above",
+    "memory": "the same, averaged with the laws of the position in the images drawn before",
 }
-NEEDS_GRID = ("repeat_above", "neighbour_mix")
-SPATIAL = ("repeat_left", *NEEDS_GRID)
+SPATIAL = ("repeat_left", "repeat_above", "neighbour_mix")
+NEEDS_GRID = ("repeat_above", "neighbour_mix", "above", "memory")
+FROM_LAWS = ("prior", "above", "memory")
+"""Those that say a law and no more, as trees need it."""
 
 
-def check_init(init: str, grid: tuple[int, int] | None) -> None:
-    """Refuse an unknown way to start new positions, or one that needs an image grid.
+def check_init(init: str, grid: tuple[int, int] | None, *, remembers: bool = False) -> None:
+    """Refuse an unknown way to start new positions, or one that needs what is not there.
+
+    Args:
+        init: a name in `INITS`.
+        grid: of the images.
+        remembers: whether the sampler keeps a memory of earlier images.
 
     Raises:
         InputError: see above.
     """
     if init not in INITS:
         raise unknown_name("init", init, INITS)
+    if init == "memory" and not remembers:
+        free = [name for name in INITS if name != "memory"]
+        raise InputError(
+            f'init "memory" is for sampler "sjd" under coupling "gumbel": expected one of '
+            f"{', '.join(free)}"
+        )
     if init in NEEDS_GRID and grid is None:
         free = [name for name in INITS if name not in NEEDS_GRID]
         raise InputError(
             f"init {init!r} looks at the image grid, and this model has none: expected one of "
             f"{', '.join(free)}"
         )
+
+
+def first_laws(init: str, grid: tuple[int, int] | None, memory: LawMemory | None) -> FirstLaws:
+    """The first laws of an init in `FROM_LAWS`; `memory` for the one that has it."""
+    columns = grid[1] if grid is not None and init != "prior" else None
+    return FirstLaws(columns, memory if init == "memory" else None)
 
 
 class JacobiDrafter:
@@ -51,6 +74,7 @@ class JacobiDrafter:
         share_noise: draw first drafts with the position's own Gumbel noise. Only right under
             Gumbel coupling, where it makes the first draft agree with the final token more often.
         keeps_laws: whether the rule looks at the drafts' laws; without them no law is stored.
+        memory: of earlier images, for init "memory".
     """
 
     def __init__(
@@ -60,14 +84,19 @@ class JacobiDrafter:
         *,
         share_noise: bool = False,
         keeps_laws: bool = True,
+        memory: LawMemory | None = None,
     ) -> None:
-        check_init(init, grid)
+        check_init(init, grid, remembers=memory is not None)
+        looks_up = init in FROM_LAWS and init != "prior"
+        self._first_laws = first_laws(init, grid, memory) if looks_up else None
         self._init = init
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
-    has_fixed_shapes = True
-    """Drafts follow from the last verdict alone, by a function of fixed shapes."""
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether drafts follow from the last verdict alone, by a function of fixed shapes."""
+        return self._first_laws is None
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
@@ -77,6 +106,11 @@ class JacobiDrafter:
         self._prior: Tensor | None = None
         self._num_held = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
         self._least_held = 0
+
+    def attach(self, state: object, conditions: Conditions) -> None:
+        """See `arvision.decoding.loop.Attached`."""
+        if self._first_laws is not None:
+            self._first_laws.start(len(self._noise), self._vocab_size, conditions)
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
@@ -97,7 +131,10 @@ class JacobiDrafter:
         stride = 1 if self._init in SPATIAL else max(1, num)
         for place in range(first, num, stride):
             places = torch.arange(place, min(place + stride, num), device=device)
-            law = self._first_law(tokens, drafts, lengths, place)[:, None]
+            if self._first_laws is None:
+                law = self._first_law(tokens, drafts, lengths, place)[:, None]
+            else:
+                law = self._first_laws.at(lengths[:, None] + places)
             token = self._first_drafts(law, lengths, places, round_number)
             is_new = places >= held[:, None]
             drafts[:, places] = torch.where(is_new, token, drafts[:, places])
@@ -108,7 +145,7 @@ class JacobiDrafter:
     def _first_drafts(
         self, law: Tensor, lengths: Tensor, places: Tensor, round_number: int
     ) -> Tensor:
-        """First drafts [B, k] of positions `lengths + places`, drawn from a law [B, 1, V]."""
+        """First drafts [B, k] of positions `lengths + places`, drawn from laws [B, 1 or k, V]."""
         positions = lengths[:, None] + places
         if self._share_noise:
             noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
@@ -147,6 +184,9 @@ class JacobiDrafter:
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Keep what the pass put behind its final tokens."""
         num = verdict.tokens.shape[1]
+        if self._first_laws is not None:
+            offsets = torch.arange(num, device=verdict.counts.device).expand(len(chain.drafts), num)
+            self._first_laws.observe(chain, verdict, offsets, num)
         places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
@@ -161,6 +201,8 @@ class JacobiDrafter:
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._noise = self._noise.select(rows)
+        if self._first_laws is not None:
+            self._first_laws.select(rows)
         self._num_held = self._num_held[rows]
         if self._drafts is not None:
             self._drafts = self._drafts[rows]

@@ -24,7 +24,7 @@ from ..contracts import (
 from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology_of
+from .tree import TokenTree, Topology, is_chain, topology_of, with_root
 from .verify import Round, Rule, Verdict
 
 
@@ -67,6 +67,13 @@ class Attached(Protocol):
 
 
 @runtime_checkable
+class Branches(Protocol):
+    """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
+
+    branches: bool
+
+
+@runtime_checkable
 class FixedDrafter(Protocol):
     """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
 
@@ -90,6 +97,10 @@ class NoDrafter:
 
     def select(self, rows: Tensor) -> None:
         """Nothing to drop."""
+
+
+LARGEST_TREE = 64
+"""Candidates of a tree that branches: the room that models keep behind the last token."""
 
 
 class WindowPolicy(Protocol):
@@ -164,7 +175,10 @@ def decode_tokens(
     drafter.start(run.noise, model.vocab_size, run.num_tokens)
     if isinstance(drafter, Attached):
         drafter.attach(state, conditions)
-    prefill = _prefill_chain(logits, shape, run.noise, _hidden(state))
+    # Asked once: a protocol's answer takes as long as a small operator.
+    tells_hidden = isinstance(state, TellsHidden)
+    hidden = cast(TellsHidden, state).hidden if tells_hidden else None
+    prefill = _prefill_chain(logits, shape, run.noise, hidden)
     run.watch_laws(prefill.target_logp)
     first = rows.settle(rule(prefill))
     drafter.observe(prefill, first)
@@ -184,8 +198,7 @@ def decode_tokens(
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
         room = rows.room
-        # With a draft even for the last token, an image does not depend on how long others take.
-        most = max(room) + 1 if can_overrun else min(*room, rows.frozen_room)
+        most = _most(room, rows, can_overrun, drafter)
         num = max(1, policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
@@ -203,7 +216,7 @@ def decode_tokens(
         run.watch_laws(laws)
         candidates += laws.shape[0] * num
         windows.append(num)
-        hidden = _hidden(state)
+        hidden = cast(TellsHidden, state).hidden if tells_hidden else None
         batch = Round(
             tree.tokens,
             tree.logq,
@@ -266,8 +279,14 @@ def _fixed_rounds(
     return candidates, windows
 
 
-def _hidden(state: TokenState) -> Tensor | None:
-    return state.hidden if isinstance(state, TellsHidden) else None
+def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
+    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
+    if not can_overrun:
+        return min(*room, rows.frozen_room)
+    if isinstance(drafter, Branches) and drafter.branches:
+        return LARGEST_TREE
+    # With a draft even for the last token, an image does not depend on how long others take.
+    return max(room) + 1
 
 
 def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
@@ -277,10 +296,9 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     above = tree.parents
     if above is None or (above.dim() == 1 and is_chain(above.tolist())):
         return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device))
-    root = shape.laws.new_zeros(*shape.laws.shape[:-1], 1)
-    parents = torch.cat([root - 1, shape.laws], dim=-1)
-    return parents, torch.cat([root, shape.depths + 1], dim=-1), shape
+    shape = topology_of(above.to(device), tree.num_levels)
+    root = torch.zeros_like(shape.depths[..., :1])
+    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def _prefill_chain(
@@ -297,6 +315,7 @@ class _Rows:
 
     def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
         self.run, self._state, self._stop = run, state, stop
+        self._advances = isinstance(state, Advances)
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
@@ -379,8 +398,8 @@ class _Rows:
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = counts.new_tensor(given)
         is_whole = isinstance(self.in_state, slice)
-        if verdict.path is None and is_whole and isinstance(self._state, Advances):
-            self._state.advance(counts, given)
+        if verdict.path is None and is_whole and self._advances:
+            cast(Advances, self._state).advance(counts, given)
             return
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)

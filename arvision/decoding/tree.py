@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -128,12 +129,15 @@ class TokenTree:
             for all rows; or [B, T] where the tokens are, a tree for every row. None for a chain,
             which is -1, 0, 1, ...
         edit: what the pass should change inside the network, for states that are `Editable`.
+        num_levels: levels of the deepest tree, where rows have their own and the drafter knows; None
+            to take T for it.
     """
 
     tokens: Tensor
     logq: Tensor | None = None
     parents: Tensor | None = None
     edit: Edit | None = None
+    num_levels: int | None = None
 
     def __post_init__(self) -> None:
         if self.parents is not None:
@@ -151,7 +155,8 @@ class Topology:
         ancestors: [T, T] bool, each candidate's ancestors and itself.
         laws: [T] int64, which law judges a candidate: 0 for the one after the last known token,
             t + 1 for the one after candidate t.
-        num_levels: the largest depth plus one, or more: where rows have trees of their own, T.
+        num_levels: the largest depth of a candidate plus one, or more: where rows have trees of
+            their own, as many as their drafter tells of, else T. Padding may stand deeper.
     """
 
     depths: Tensor
@@ -199,11 +204,11 @@ def topology(parents: tuple[int, ...], device: torch.device) -> Topology:
     )
 
 
-def topology_of(parents: Tensor) -> Topology:
+def topology_of(parents: Tensor, num_levels: int | None = None) -> Topology:
     """The `Topology` of parents [T], or of one tree for every row, [B, T].
 
     That of one tree is made once. Those of rows are made where the parents lie, and nothing is read
-    from there.
+    from there: `num_levels` is their number of levels, where it is known.
     """
     if parents.dim() == 1:
         return topology(tuple(parents.tolist()), parents.device)
@@ -213,7 +218,7 @@ def topology_of(parents: Tensor) -> Topology:
     for _ in range(max(0, num - 1).bit_length()):
         reach = (reach @ reach).clamp(max=1)  # paths of twice as many steps
     ancestors = reach > 0
-    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num)
+    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num_levels or num)
 
 
 def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
@@ -252,53 +257,67 @@ def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
     return torch.tensor(parents, dtype=torch.int64)
 
 
-def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> TokenTree:
-    """One tree for a batch out of one tree per row.
+CHAIN = {2: 1, 4: 3, 8: 6, 16: 11, 32: 18, 64: 26}
+"""Candidates of the main chain by candidates of a pass, root included."""
 
-    A place of the common tree is a path of child numbers (first child, second child, ...); a row
-    that has no candidate there is padded with -1. Rows whose trees all are chains give a chain.
+
+def chain_length(num: int) -> int:
+    """Candidates of the main chain of a tree of `num`, root included in `num` only."""
+    if num in CHAIN:
+        return CHAIN[num]
+    below = max((size for size in CHAIN if size < num), default=2)
+    above = min((size for size in CHAIN if size > num), default=64)
+    if below >= above:
+        return max(0, min(num - 1, CHAIN[below]))
+    share = math.log(num / below) / math.log(above / below)
+    return min(num - 1, round(CHAIN[below] + share * (CHAIN[above] - CHAIN[below])))
+
+
+def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> TokenTree:
+    """The trees of a batch: each row keeps its own, padded to the largest.
+
+    So a pass holds as many candidates as the largest tree, however many rows there are, and a row's
+    candidates stand in the same order in every batch.
 
     Args:
         rows: tokens and parents of each row's tree.
         device: of the result.
     """
-    if len(rows) == 1:
-        tokens, parents = rows[0]
-        common, places = parents, [list(range(len(parents)))]
-    else:
-        common, places = common_places([parents for _, parents in rows])
-    drafts = np.full((len(rows), len(common)), -1, dtype=np.int64)
-    for row, (tokens, _) in enumerate(rows):
-        drafts[row, places[row]] = tokens
+    num = max(len(tokens) for tokens, _ in rows)
+    drafts = np.full((len(rows), num), -1, dtype=np.int64)
+    # Padding is a chain behind a row's last candidate, so that a row of a chain stays one.
+    parents = np.tile(np.arange(-1, num - 1), (len(rows), 1))
+    for row, (tokens, above) in enumerate(rows):
+        drafts[row, : len(tokens)] = tokens
+        parents[row, : len(above)] = above
     return TokenTree(
         torch.from_numpy(drafts).to(device),
-        parents=None if is_chain(common) else torch.tensor(common, dtype=torch.int64),
+        parents=_shared(parents, device),
+        num_levels=max(map(_num_levels, (above for _, above in rows))),
     )
 
 
-def common_places(all_parents: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Parents of the smallest tree that holds all of these, and where each row's nodes are."""
-    common: list[int] = []
-    index: dict[tuple[int, int], int] = {}
-    places = []
-    for parents in all_parents:
-        mine: list[int] = []
-        num_children: dict[int, int] = {}
-        for parent in parents:
-            above = -1 if parent < 0 else mine[parent]
-            number = num_children.get(parent, 0)
-            num_children[parent] = number + 1
-            place = index.get((above, number))
-            if place is None:
-                place = index[above, number] = len(common)
-                common.append(above)
-            mine.append(place)
-        places.append(mine)
-    return common, places
+def _num_levels(parents: Sequence[int]) -> int:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 1)
+    return max(depths, default=0)
+
+
+def _shared(parents: np.ndarray, device: torch.device) -> Tensor | None:
+    """Parents [B, T] as `TokenTree` has them: None for chains, [T] where all rows have the same."""
+    if bool((parents == parents[:1]).all()):
+        return None if is_chain(parents[0].tolist()) else torch.from_numpy(parents[0].copy())
+    return torch.from_numpy(parents).to(device)
+
+
+def with_root(parents: Tensor) -> Tensor:
+    """Parents of the last known token and of the candidates behind it, [1 + T] or [B, 1 + T]."""
+    return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
 
 
 def without_padding(tree: TokenTree) -> TokenTree:
-    """The tree without the candidates that no row has."""
+    """A tree that all rows share, without the candidates that no row has."""
     used = (tree.tokens >= 0).any(0)
     if bool(used.all()):
         return tree

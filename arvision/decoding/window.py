@@ -96,6 +96,26 @@ class CostTable:
         return (1 - PRIOR_ACCEPTANCE**window) / (1 - PRIOR_ACCEPTANCE)
 
 
+def tables_by_tree(entries: Any) -> dict[str | None, CostTable]:
+    """A table for chains (None) and for each kind of tree that the entries name.
+
+    Args:
+        entries: as `CostTable` takes them; a row may end with the name of a tree.
+
+    Raises:
+        InputError: see `CostTable`.
+    """
+    rows: dict[str | None, list[Any]] = {}
+    if isinstance(entries, Sequence) and not isinstance(entries, str):
+        for entry in entries:
+            last = entry[-1] if isinstance(entry, Sequence) and len(entry) else None
+            is_named = isinstance(last, str) and last.isidentifier() and entry != last
+            rows.setdefault(last if is_named else None, []).append(
+                entry[:-1] if is_named else entry
+            )
+    return {tree: CostTable(own) for tree, own in (rows or {None: entries}).items()}
+
+
 def _interpolate(points: dict[int, float], at: int) -> float:
     """Piecewise linear through `points`, constant beyond them."""
     if at in points:
@@ -128,6 +148,10 @@ class GoodputWindow:
         """The best window, at most `most`; the shorter one of equals."""
         windows = sorted({min(window, most) for window in self._table.windows})
         return max(windows, key=lambda window: (self.goodput(num_rows, window), -window))
+
+    def best(self, num_rows: int, most: int) -> float:
+        """Expected final tokens per second with the best window of at most `most`."""
+        return self.goodput(num_rows, self.next(num_rows, most))
 
     def goodput(self, num_rows: int, window: int) -> float:
         """Expected final tokens per second of a pass."""
@@ -256,7 +280,7 @@ def check_window(window: object, cost_table: Any = None) -> None:
     if cost_table is not None:
         if window != "auto":
             raise InputError(f'cost_table with window {window!r}: expected window "auto"')
-        CostTable(cost_table)
+        tables_by_tree(cost_table)
 
 
 @cache

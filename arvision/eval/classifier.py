@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoint import load_strictly, read_state_dict
 from ..errors import CheckpointError, InputError
 from ..files import user_path
+from ..schema import Size, check_fields, read_json
 from .pixels import check_images
 from .score import Score
 
@@ -36,7 +37,7 @@ class FashionClassifier(nn.Module):
         num_classes: of the last layer.
     """
 
-    def __init__(self, width: int = 32, feature_dim: int = 128, num_classes: int = 10) -> None:
+    def __init__(self, width: Size = 32, feature_dim: Size = 128, num_classes: Size = 10) -> None:
         super().__init__()
         self.config = {"width": width, "feature_dim": feature_dim, "num_classes": num_classes}
         self.convolutions = nn.Sequential(
@@ -90,15 +91,23 @@ def load_classifier(folder: str | Path | None = None) -> FashionClassifier:
     """
     place = ASSET if folder is None else user_path(folder)
     try:
-        config = json.loads((place / "config.json").read_text())
-        weights = load_file(str(place / "model.safetensors"))
-        model = FashionClassifier(**config["architecture"])
-        floats = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        model.load_state_dict(floats)
-    except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        config: Any = read_json(place / "config.json", 1 << 20)
+        config = check_fields(config, ClassifierFile, str(place / "config.json"))
+        sizes = check_fields(
+            config["architecture"], FashionClassifier, str(place / "config.json"), only=True
+        )
+        weights = read_state_dict(place / "model.safetensors", ())
+        model = load_strictly(FashionClassifier, sizes, weights, str(place / "model.safetensors"))
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"no usable Fashion-MNIST classifier in {place}: {reason}") from error
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+class ClassifierFile(TypedDict):
+    """What the classifier's `config.json` holds."""
+
+    architecture: dict[str, int]
 
 
 @lru_cache(maxsize=1)

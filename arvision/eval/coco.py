@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import user_path, write_text
+from ..files import write_text
+from ..schema import check_fields, read_json
+
+MOST_BYTES = 1 << 28
+"""Of the file of annotations; the published one has 33 million."""
+
+
+class CocoImage(TypedDict):
+    """A picture of the file of annotations."""
+
+    id: int
+    file_name: str
+
+
+class CocoCaption(TypedDict):
+    """A caption of a picture."""
+
+    id: int
+    image_id: int
+    caption: str
+
+
+class CocoFile(TypedDict):
+    """The file of annotations, of which more is not read."""
+
+    images: list[CocoImage]
+    annotations: list[CocoCaption]
 
 
 def choose_captions(
@@ -32,15 +58,15 @@ def choose_captions(
         InputError: another file, or fewer images than `num`.
     """
     try:
-        found = json.loads(user_path(annotations).read_text())
+        found: Any = check_fields(read_json(annotations, MOST_BYTES), CocoFile, str(annotations))
         names = {image["id"]: image["file_name"] for image in found["images"]}
         captions: dict[int, tuple[int, str]] = {}
         for entry in found["annotations"]:
             known = captions.get(entry["image_id"])
             if known is None or entry["id"] < known[0]:
                 captions[entry["image_id"]] = (entry["id"], entry["caption"].strip())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{annotations}: expected COCO captions ({error!r})") from error
+    except (OSError, InputError) as error:
+        raise InputError(f"{annotations}: expected COCO captions ({error})") from error
     ids = sorted(captions)
     if not 2 <= num <= len(ids):
         raise InputError(

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, one_line, shown
 from ..files import working_in
 from .distributed import barrier, rank_and_size
 from .pixels import check_images
 from .protocols import interleaved_labels
-from .shards import ShardFolder
+from .shards import MOST_SAMPLES, ShardFolder
 
 
 @dataclass
@@ -74,6 +74,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.num < 2:
             raise InputError(f"num is {self.num}: expected at least 2 images")
+        if self.num > MOST_SAMPLES:
+            raise InputError(f"num is {shown(self.num)}: expected at most {MOST_SAMPLES:,} images")
         if (self.num_classes is None) == (self.prompts_sha256 is None):
             raise InputError("expected either num_classes or prompts")
 
@@ -145,7 +147,7 @@ def _make_blocks(
     total = sum(stop - start for start, stop in map(shards.range_of, mine))
     with tqdm(
         total=total,
-        desc=f"{config.model} {config.sampler}",
+        desc=one_line(f"{config.model} {config.sampler}", 80),
         unit="image",
         file=sys.stderr,
         disable=not progress or rank != 0,

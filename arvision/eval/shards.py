@@ -18,14 +18,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from ..errors import InputError, StateError
+from ..errors import InputError, StateError, as_integer, shown
 from ..files import (
     append_line,
-    regular_file,
+    read_regular,
     sha256_of,
     sweep,
     user_path,
@@ -34,9 +34,12 @@ from ..files import (
     write_json,
     write_text,
 )
+from ..schema import Count, check_fields, parse_json, read_json
 from .arrays import open_npy
 
 BLOCK_SIZE = 500
+MOST_SAMPLES = 10_000_000
+"""Images of one run."""
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -64,11 +67,42 @@ class BlockEntry:
         facts: seconds, passes and what else the maker measured.
     """
 
-    block: int
+    block: Count
     sha256: str
     tokens_sha256: str | None
     config: str
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+MOST_LINES = 1 << 28
+"""Bytes of a manifest."""
+
+
+def _lines(manifest: Path) -> list[str]:
+    return read_regular(manifest, MOST_LINES).splitlines()
+
+
+class RunFile(TypedDict):
+    """What `run.json` holds."""
+
+    config: dict[str, Any]
+
+
+def _read_entry(line: str, name: str) -> BlockEntry | None:
+    """An entry of a manifest; None for a line that a crash tore.
+
+    Raises:
+        InputError: a whole line that is no entry.
+    """
+    try:
+        content = parse_json(line, name)
+    except InputError:
+        return None
+    check_fields(content, BlockEntry, name, only=True)
+    try:
+        return BlockEntry(**content)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 class ShardFolder:
@@ -93,17 +127,23 @@ class ShardFolder:
         if self._config is None:
             path = self.folder / "run.json"
             try:
-                with regular_file(path) as file:
-                    self._config = json.loads(file.read())["config"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                content: Any = check_fields(read_json(path), RunFile, str(path))
+            except OSError as error:
                 raise InputError(f"{path}: expected the settings of a run ({error})") from error
+            self._config = content["config"]
         assert self._config is not None
         return self._config
 
     @property
     def num(self) -> int:
         """Images of the whole run."""
-        return int(self.config["num"])
+        found = as_integer(self.config.get("num"))
+        if found is None or not 1 <= found <= MOST_SAMPLES:
+            raise InputError(
+                f"{self.folder / 'run.json'}: num is {shown(self.config.get('num'))}, expected 1 to "
+                f"{MOST_SAMPLES:,} images"
+            )
+        return found
 
     @property
     def num_blocks(self) -> int:
@@ -159,11 +199,13 @@ class ShardFolder:
         """
         wanted, found = config_hash(self.config), {}
         for path in sorted(self.folder.glob("manifest-*.jsonl")):
-            for line in path.read_text(errors="replace").splitlines():
+            for number, line in enumerate(_lines(path), 1):
                 try:
-                    entry = BlockEntry(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue  # torn by a crash: the block is made again
+                    entry = _read_entry(line, f"{path}, line {number}")
+                except InputError as error:
+                    raise InputError(f"{error}: {self._advice()}") from error
+                if entry is None:
+                    continue  # the block is made again
                 if entry.config != wanted:
                     raise InputError(f"{path}: block {entry.block} was made with other settings")
                 known = found.setdefault(entry.block, entry)
@@ -212,7 +254,7 @@ class ShardFolder:
         num_blocks, forgotten = self.num_blocks, set()
         with working_in(self.folder):
             for path in sorted(self.folder.glob("manifest-*.jsonl")):
-                lines = path.read_text(errors="replace").splitlines()
+                lines = _lines(path)
                 kept = [line for line in lines if self._is_sound(line, num_blocks, forgotten)]
                 if len(kept) < len(lines):
                     write_text(path, "".join(line + "\n" for line in kept), durable=True)
@@ -221,9 +263,11 @@ class ShardFolder:
     def _is_sound(self, line: str, num_blocks: int, forgotten: set[int]) -> bool:
         """Whether a manifest's line names files that are there and whole; else notes its block."""
         try:
-            entry = BlockEntry(**json.loads(line))
-        except (ValueError, TypeError):
-            return False  # torn by a crash
+            entry = _read_entry(line, "")
+        except InputError:
+            return False
+        if entry is None:
+            return False
         try:
             self._check_files(entry)
         except InputError:

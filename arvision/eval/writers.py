@@ -9,13 +9,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from ..errors import InputError, StateError
 from ..files import making_folder, replacing, user_path
+from ..schema import check_fields, check_value, parse_json, read_text
 from .sources import Source, iterate
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -122,22 +123,34 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     path = user_path(path)
     try:
-        text = path.read_text()
-        if path.suffix == ".jsonl":
-            found: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        elif path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            found = [line.strip() for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        text = read_text(path)
+    except OSError as error:
         raise InputError(f"{path}: expected prompts ({error})") from error
+    # Only line feeds end lines: other separators may stand within a caption.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    if path.suffix == ".jsonl":
+        found: Any = [parse_json(line, f"{path}, line {n}") for n, line in lines if line]
+    elif path.suffix == ".json":
+        found = parse_json(text, str(path))
+    else:
+        found = [line for _, line in lines if line]
+    check_value(found, list[Any] | dict[str, list[str]], f"{path}: prompts")
     if isinstance(found, dict):
         found = [{"prompt": p, "style": s} for s, prompts in found.items() for p in prompts]
     records = [{"prompt": item} if isinstance(item, str) else item for item in found]
-    bad = [r for r in records if not isinstance(r, dict) or not str(r.get("prompt", "")).strip()]
-    if bad or not records:
-        raise InputError(f"{path}: expected a prompt in every record, {len(records)} records")
+    for number, record in enumerate(records, 1):
+        name = f"{path}, record {number}"
+        if not check_fields(record, PromptRecord, name)["prompt"].strip():
+            raise InputError(f"{name}: an empty prompt")
+    if not records:
+        raise InputError(f"{path}: expected prompts, found none")
     return records
+
+
+class PromptRecord(TypedDict):
+    """A record of a prompt file; benchmarks add names of their own."""
+
+    prompt: str
 
 
 LAYOUTS = ("geneval", "hpsv2", "dpg-bench")

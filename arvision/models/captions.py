@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Conditions
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..networks import place_of
+
+MOST_CHARACTERS = 100_000
+"""Of a caption; text encoders read some hundred tokens, and cutting a longer text takes seconds."""
 
 
 class CaptionEncoder:
@@ -41,6 +44,11 @@ class CaptionEncoder:
         Raises:
             InputError: an empty caption, or one of which the text encoder knows no word.
         """
+        for caption in captions:
+            if len(caption) > MOST_CHARACTERS:
+                raise InputError(
+                    f"a caption of {len(caption):,} characters: expected at most {MOST_CHARACTERS:,}"
+                )
         cleaned = [self._clean(caption) for caption in captions]
         for caption, text in zip(captions, cleaned, strict=True):
             if not text:
@@ -80,7 +88,8 @@ class CaptionEncoder:
                     f"such as {', '.join(known[:60])}"
                 )
             warnings.warn(
-                f"the text encoder does not know {', '.join(strange)} in {caption!r}", stacklevel=3
+                one_line(f"the text encoder does not know {', '.join(strange)} in {caption!r}"),
+                stacklevel=3,
             )
 
 

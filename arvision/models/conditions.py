@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError, as_integer, unknown_name
+from .pixels import check_depth
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,19 @@ class Prompt:
             drawing starts; what a model takes, it says.
         negative: what guidance leads away from, of the same kind; None for the model's own.
         images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
-            for models that edit.
+            for models that edit; PIL images of 8 bits a channel.
+
+    Raises:
+        InputError: a PIL image of 16 or 32 bits, which would be read as white.
     """
 
     prompt: Any
     negative: Any = None
     images: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        for image in self.images if isinstance(self.images, (list, tuple)) else ():
+            check_depth(image)
 
 
 ImagePrompt = Prompt

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
@@ -69,8 +70,7 @@ def read_pixels(
 def _read(image: Any) -> Tensor:
     """One picture or batch as float pixels [B, 3, H, W]."""
     if hasattr(image, "convert"):
-        if image.mode[0] in "IF":
-            raise InputError(f"image of mode {image.mode!r}: expected 8 bits a channel")
+        check_depth(image)
         image = np.array(image.convert("RGB"))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(
@@ -95,6 +95,17 @@ def _read(image: Any) -> Tensor:
     return pixels
 
 
+def check_depth(image: Any) -> None:
+    """Refuse PIL pictures of 16 and 32 bits or floats, whose levels PIL cuts off at 255.
+
+    Raises:
+        InputError: see above.
+    """
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and mode[:1] in ("I", "F"):
+        raise InputError(f"image of mode {mode!r}: expected 8 bits a channel")
+
+
 def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
     """[3, H, W] or [H, W, 3], with or without a batch, as [B, 3, H, W]."""
     shape: Sequence[int] = tuple(pixels.shape)
@@ -104,3 +115,25 @@ def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
         is_last = pixels.shape[3] == 3 and (prefers_last or pixels.shape[1] != 3)
         return pixels.permute(0, 3, 1, 2) if is_last else pixels
     raise InputError(f"pixels {shape}: expected [B, 3, H, W] or [B, H, W, 3], or one of those")
+
+
+def written(pixels: Tensor, output_type: str) -> Any:
+    """Decoded pixels as users have pictures.
+
+    Args:
+        pixels: [B, 3, H, W] in [-1, 1].
+        output_type: "pt" for a tensor, "np" for an array [B, H, W, 3], both in [0, 1], or "pil".
+
+    Raises:
+        InputError: NaN or infinity among them.
+    """
+    pixels = pixels / 2 + 0.5
+    if not bool(pixels.isfinite().all()):
+        raise InputError(
+            "the tokenizer decoded NaN or infinity: expected finite pixels; look at its weights "
+            'and its dtype (output_type="latent" gives the tokens)'
+        )
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().float().numpy()
+    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)

@@ -32,8 +32,10 @@ from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
+from ..files import user_path
 from ..portable import Portable, travels
 from ..registry import Registry
+from ..stored import check_plain
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
 
@@ -148,6 +150,9 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         **kwargs: Any,
     ) -> Any:
         """A saved sampler, without the options that this release does not know (with a warning)."""
+        place = user_path(pretrained_model_name_or_path or "") / (subfolder or "")
+        if place.is_dir():
+            check_plain(place)
         loaded: Any = cls.load_config(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -282,7 +287,7 @@ def parse_value(text: str) -> Any:
     """A number, boolean or None where the text is one, else the text."""
     try:
         return json.loads({"none": "null"}.get(text.lower(), text.lower()))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number too long for Python
         return text
 
 

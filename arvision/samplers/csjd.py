@@ -10,6 +10,7 @@ from ..contracts import Conditions, Samples
 from ..decoding.latents.jacobi import iterate_latents
 from ..decoding.latents.loop import LatentPlan
 from ..decoding.latents.speculation import Speculation, speculate_latents
+from ..decoding.latents.verify import MOST_TRIES
 from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
 from .base import BaseSampler, register
@@ -64,7 +65,7 @@ class CSJDSampler(BaseSampler):
         temperature: float = 1.0,
     ) -> None:
         check_count("window", window)
-        check_count("max_tries", max_tries)
+        check_count("max_tries", max_tries, MOST_TRIES)
         if criterion not in CRITERIA:
             raise unknown_name("criterion", criterion, CRITERIA)
         if not 0 <= tolerance < float("inf"):

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from ..contracts import Conditions, ContinuousModel, Samples
 from ..decoding.latents.loop import LatentPlan
 from ..decoding.latents.speculation import CONTEXTS, DRAFTINGS, Speculation, speculate_latents
-from ..decoding.latents.verify import CRITERIA
+from ..decoding.latents.verify import CRITERIA, MOST_TRIES
 from ..decoding.logits import check_guidance_scale
 from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
@@ -89,7 +89,7 @@ class CSpDSampler(BaseSampler):
         draft_guidance_scale: float | None = None,
     ) -> None:
         check_count("max_draft", max_draft)
-        check_count("max_tries", max_tries)
+        check_count("max_tries", max_tries, MOST_TRIES)
         for name, value, known in (
             ("criterion", criterion, CRITERIA),
             ("context", context, CONTEXTS),

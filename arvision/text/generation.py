@@ -19,6 +19,7 @@ from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, check_count
 from ..files import user_path
+from ..memory import check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
@@ -316,7 +317,7 @@ def check_drafter(drafter: Any, model: HFCausalLM) -> None:
 
 
 def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room for `max_new_tokens`.
+    """Refuse prompts that leave no room for `max_new_tokens`, in the model or in the memory.
 
     Raises:
         InputError: see above.
@@ -328,6 +329,14 @@ def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) ->
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens}: the model has "
             f"{most} positions"
         )
+    sizes, weight = model.sizes, model.network.get_input_embeddings().weight
+    per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * weight.element_size()
+    check_memory(
+        f"{len(ids):,} prompts of up to {longest + max_new_tokens:,} tokens",
+        len(ids) * (longest + max_new_tokens) * per_token,
+        "max_new_tokens, or give fewer prompts at once",
+        weight.device,
+    )
 
 
 def end_ids(network: Any) -> list[int]:

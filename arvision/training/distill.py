@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..api import load
 from ..decoding.student import check_teacher
-from ..errors import InputError, unknown_name
+from ..errors import InputError, check_count, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
 from ..files import user_path, working_in
 from ..models import FAMILIES
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
 from .distill_objective import DistillObjective, PictureLoss, agreement
-from .loop import FitConfig, Objective, fit
+from .loop import MOST_BATCH, FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
 from .score_distill import ScoreObjective, ScoreSettings, TeacherScores, log_likelihood
 from .students import draw_sheet, publish_student
@@ -30,6 +30,10 @@ METHODS = ("dd1", "dd2")
 SHEET_IMAGES = 10
 HELD_OUT_SEED = 2
 """Of the noise on which score distillation is judged."""
+
+
+MOST_PAIRS = 10_000_000
+"""Pairs of a distillation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ class DistillSettings:
         for name in ("num_pairs", "num_held_out", "shard_size", "sheet_every", "num_card"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least 1")
+            check_count(name, getattr(self, name), MOST_PAIRS)
+        check_count("shard_size", self.shard_size, MOST_BATCH)
         steps = self.timesteps
         if steps is not None and not (
             isinstance(steps, Sequence) and all(type(t) is int for t in steps)

@@ -22,9 +22,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, check_count
 from ..files import working_in, write_text
 from .saved import load_state, save_state
+
+MOST_STEPS = 1_000_000_000
+MOST_BATCH = 65_536
+"""Bounds of the loop's numbers, beyond which nothing is learned but time and memory go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +65,8 @@ class FitConfig:
     average_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise InputError(
-                f"steps {self.steps} and batch_size {self.batch_size}: expected at least 1 each"
-            )
+        check_count("steps", self.steps, MOST_STEPS)
+        check_count("batch_size", self.batch_size, MOST_BATCH)
         if self.average_decay is not None and not 0 < self.average_decay < 1:
             raise InputError(f"average_decay {self.average_decay}: expected a number in (0, 1)")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..api import load, sample
 from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
 from ..decoding.draft_model import MEASURED
-from ..errors import unknown_name
+from ..errors import check_count, unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
 from ..files import making_folder
@@ -25,6 +25,9 @@ from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
 from .mar_draft import MAR_DRAFT_RECIPES
 from .recipes import RECIPES
 from .stages import Recipe, stage_seconds
+
+MOST_CARD = 1_000_000
+"""Samples that a card is measured on, at most."""
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -84,6 +87,10 @@ def run_recipe(
         raise unknown_name("recipe", name, known)
     if name not in DRAFT_RECIPES:  # those learn from their target's own samples
         fashion_folder()
+    check_count("card_samples", card_samples, MOST_CARD)
+    for option, value in (("steps", steps), ("num_images", num_images)):
+        if value is not None:
+            check_count(option, value)
     is_short = steps is not None or num_images is not None
     limits = (steps or 10**9, num_images or 10**9)
     if name == "fashion-classifier":

@@ -105,7 +105,7 @@ def test_numbers_that_were_changed_in_a_real_file_are_measured_anew(model, tmp_p
     window._MEASURED.clear()
     with pytest.warns(UserWarning, match="costs.json"):
         table = draw(model, file)
-    assert all(number > 0 for row in table for number in row)
+    assert all(number > 0 for row in table for number in row[:4])
     assert "NaN" not in file.read_text()
 
 

@@ -78,8 +78,10 @@ def test_the_embedded_model_draws_the_same_pictures(fashion):
     assert out[1].stats.tokens_per_pass > 2.0
 
 
-@pytest.mark.parametrize("init", sorted(INITS))
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize(
+    ("coupling", "init"),
+    [(c, i) for c in COUPLINGS for i in sorted(INITS) if c == "gumbel" or i != "memory"],
+)
 @pytest.mark.parametrize("window", [2, 4])
 def test_joint_law(coupling, init, window):
     sampler = get_sampler("sjd", coupling=coupling, window=window, init=init)

@@ -79,7 +79,7 @@ def test_a_union_keeps_both_trees_and_merges_their_common_paths():
     def paths(row):
         tokens, parents = tree.tokens[row].tolist(), tree.parents
         assert parents is not None
-        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
+        shape = topology(tuple(parents[row].tolist()), torch.device("cpu"))
         return {
             tuple(tokens[a] for a in shape.ancestors[node].nonzero()[:, 0].tolist())
             for node in range(len(tokens))
@@ -88,14 +88,20 @@ def test_a_union_keeps_both_trees_and_merges_their_common_paths():
 
     assert paths(0) == {(1,), (1, 2), (1, 3), (5,)}
     assert paths(1) == {(4,), (4, 6)}
-    assert union(first, second, 3).tokens.shape[1] <= 4
+    assert union(first, second, 3).tokens.shape[1] == 3
 
 
-def test_rows_are_joined_in_one_topology_and_padding_leaves():
-    tree = join_rows([([1, 2], [-1, -1]), ([3, 4], [-1, 0])], torch.device("cpu"))
+def test_rows_keep_their_own_trees_and_padding_leaves():
+    cpu = torch.device("cpu")
+    tree = join_rows([([1, 2, 5], [-1, -1, 0]), ([3, 4], [-1, 0])], cpu)
     assert tree.parents is not None
-    assert tree.parents.tolist() == [-1, -1, 0]
-    assert tree.tokens.tolist() == [[1, 2, -1], [3, -1, 4]]
+    assert tree.parents.tolist() == [[-1, -1, 0], [-1, 0, 1]]
+    assert tree.tokens.tolist() == [[1, 2, 5], [3, 4, -1]]
+    chains = join_rows([([1, 2], [-1, 0]), ([], []), ([3], [-1])], cpu)
+    assert (chains.parents, chains.tokens.tolist()) == (None, [[1, 2], [-1, -1], [3, -1]])
+    alike = join_rows([([1, 2], [-1, -1]), ([3, 4], [-1, -1])], cpu)
+    assert alike.parents is not None
+    assert alike.parents.tolist() == [-1, -1]
     left = without_padding(TokenTree(torch.tensor([[1, -1, 2]]), parents=torch.tensor([-1, -1, 0])))
     assert left.tokens.tolist() == [[1, 2]]
     assert left.parents is not None

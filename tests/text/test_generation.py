@@ -348,3 +348,36 @@ def plain_run(model, conditions, *, seeds, guidance_scale, on_step):
     """As many passes as `time_passes` wants."""
     for number in range(1, 6):
         on_step(number, {"accepted": [1] * len(conditions)})
+
+
+@pytest.mark.parametrize(
+    ("drafter", "options"),
+    [
+        ("trigram", {"num_draft": 32, "width": 8}),
+        ("prompt_lookup", {"num_draft": 32, "max_branches": 8}),
+        ("superposed", {}),
+        ("draft_model", {"expansion": "dyspec", "num_draft": 12}),
+        ("draft_model", {"expansion": "beam", "branching": (4, 3, 2)}),
+    ],
+)
+def test_a_pass_is_as_wide_as_one_rows_tree_at_any_batch(network, drafter, options):
+    """64 rows, each with a tree of its own: their union does not even fit."""
+    if drafter == "draft_model":
+        options = {**options, "draft": tiny_llama(seed=1, num_hidden_layers=1)}
+    prompts = random_prompts([5 + row % 7 for row in range(64)], seed=3)
+    run: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 2}
+    plain = arvision.generate(network, prompts, **run)
+    out = arvision.generate(network, prompts, drafter=drafter, drafter_options=options, **run)
+    most = options.get("num_draft") or DRAFTERS[drafter](**options).num_draft
+    assert max(out.stats["windows"]) <= 1 + most
+    if drafter != "draft_model" or options["expansion"] == "dyspec":
+        assert out.tokens == plain.tokens
+    else:  # drawn drafts: another law's tokens, but each row's own
+        alone = arvision.generate(
+            network,
+            prompts[7:8],
+            drafter=drafter,
+            drafter_options=options,
+            **{**run, "seed": [(2, 7)]},
+        )
+        assert out.tokens[7] == alone.tokens[0]

@@ -25,6 +25,9 @@ from .chain import (
 )
 
 CRITERIA = ("published", "trajectory")
+MOST_TRIES = 10_000
+"""Proposals for a rejected latent at most."""
+
 MOST_AT_ONCE = 64
 """Residual proposals of a slot that are drawn in one chain."""
 

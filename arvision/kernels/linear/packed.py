@@ -65,6 +65,7 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.numel() >= MIN_ROWS * weight.shape[1]
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in (nn.Parameter, Tensor)  # quantised weights bring products of their own
         and weight.is_cpu
         and weight.numel() <= MAX_WEIGHT
         and not weight.is_inference()

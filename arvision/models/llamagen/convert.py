@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
 from ...errors import CheckpointError
 
@@ -101,7 +103,13 @@ def transformer_sizes(
 def _heads(
     tensors: StateDict, name: str, given: dict[str, Any], layers: int, width: int
 ) -> dict[str, int]:
-    heads = given.get("num_heads") or OFFICIAL_HEADS.get((layers, width))
+    table = tensors.get("freqs_cis")
+    recorded = None
+    if table is not None and table.dim() == 3 and width % (2 * table.shape[1]) == 0:
+        recorded = width // (2 * table.shape[1])
+    heads = given.get("num_heads") or recorded or OFFICIAL_HEADS.get((layers, width))
+    if recorded is not None and heads != recorded:
+        raise CheckpointError(f"{name}: key 'freqs_cis' says num_heads {recorded}, not {heads}")
     if heads is None:
         raise CheckpointError(
             f"{name}: {layers} layers of width {width} are no official size, so num_heads cannot be "
@@ -123,11 +131,18 @@ def _heads(
 def _grid(
     tensors: StateDict, name: str, given: dict[str, Any], num_conditions: int, source: object
 ) -> tuple[int, int]:
-    if (grid := given.get("grid", given.get("grid_size"))) is not None:
-        return (grid, grid) if isinstance(grid, int) else (int(grid[0]), int(grid[1]))
     num_tokens = given.get("num_tokens")
-    if num_tokens is None and "freqs_cis" in tensors:
-        num_tokens = len(tensors["freqs_cis"]) - num_conditions
+    grid = given.get("grid", given.get("grid_size"))
+    if grid is not None:
+        grid = (grid, grid) if isinstance(grid, int) else (int(grid[0]), int(grid[1]))
+    if "freqs_cis" in tensors:
+        num_tokens, grid = _recorded_grid(
+            tensors["freqs_cis"], name, num_conditions, grid, num_tokens
+        )
+    if grid is not None:
+        if num_tokens is not None and grid[0] * grid[1] != num_tokens:
+            raise CheckpointError(f"{name}: grid {grid} has not the {num_tokens} tokens given")
+        return grid
     file_name = Path(source).name if isinstance(source, (str, Path)) else ""
     if num_tokens is None and (pixels := re.search(r"_(256|384|512)(?=\D|$)", file_name)):
         num_tokens = (int(pixels[1]) // 16) ** 2
@@ -138,6 +153,39 @@ def _grid(
             "pass grid=(rows, columns)"
         )
     return side, side
+
+
+def _recorded_grid(
+    table: Tensor,
+    name: str,
+    num_conditions: int,
+    grid: tuple[int, int] | None,
+    num_tokens: int | None,
+) -> tuple[int, tuple[int, int] | None]:
+    """Image tokens that a rotary table was made for, and their grid where it tells one.
+
+    The first pair of numbers of a token turns by its row, in steps of one radian: the tokens before
+    the first turn are a row of the grid.
+
+    Raises:
+        CheckpointError: the caller says something else.
+    """
+    num = len(table) - num_conditions
+    columns = 0
+    if table.dim() == 3 and table.shape[2] == 2 and num > 0:
+        cosine, sine = table[num_conditions:, 0].float().unbind(-1)
+        is_first = (cosine > 0.9) & (sine.abs() < 0.1)
+        columns = int(is_first.long().cumprod(0).sum())
+    found = (num // columns, columns) if columns and num % columns == 0 else None
+    for what, given, read in (("num_tokens", num_tokens, num), ("grid", grid, found)):
+        if given is not None and read is not None and given != read:
+            raise CheckpointError(f"{name}: key 'freqs_cis' says {what} {read}, not {given}")
+    if grid is not None and grid[0] * grid[1] != num:
+        raise CheckpointError(
+            f"{name}: key 'freqs_cis' has {len(table)} rows, {num} behind the condition: grid {grid} "
+            f"has {grid[0] * grid[1]} tokens"
+        )
+    return num, grid or found
 
 
 def tokenizer_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> dict[str, Any]:

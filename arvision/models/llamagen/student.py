@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ...checkpoint import load_strictly, read_state_dict, shape_of
+from ...checkpoint import load_strictly, read_state_dict, shape_of, split_placement
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
@@ -153,7 +153,7 @@ class LlamaGenStudentTransformer(Network):
         Args:
             source: path or state dict.
             **sizes: what cannot be read off: `num_heads`, `grid`, `timesteps` and `split` where the
-                sizes are not those of the published students.
+                sizes are not those of the published students; `dtype` and `device`.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
@@ -162,19 +162,22 @@ class LlamaGenStudentTransformer(Network):
         tensors = {
             key: value
             for key, value in read_state_dict(source, STUDENT_WRAPPERS).items()
-            if key not in (*STRAY_KEYS, "codebook") and not key.endswith("causal_mask")
+            if key != "codebook" and not key.endswith("causal_mask")
         }
+        sizes, place = split_placement(sizes)
         width, code_dim = shape_of(tensors, "tok_embeddings.weight", 2, name)
         vocab = shape_of(tensors, "output.weight", 2, name)[0]
         own = {key: sizes.pop(key) for key in ("timesteps", "split") if key in sizes}
         # The rest of the layout is the teacher's, whose table of embeddings has other sides.
         like_teacher = tensors | {"tok_embeddings.weight": torch.empty(vocab, width, device="meta")}
-        sizes.setdefault("grid", (16, 16))
+        if "freqs_cis" not in tensors:
+            sizes.setdefault("grid", (16, 16))
         found = transformer_sizes(like_teacher, name, sizes, source)
         found.pop("num_kv_heads")
         plan = OFFICIAL_PLANS.get((found["num_layers"], width), ((0,), None))
         found |= {"code_dim": code_dim, "timesteps": plan[0], "split": plan[1]} | own
-        return load_strictly(cls, found, tensors, name)
+        weights = {key: value for key, value in tensors.items() if key not in STRAY_KEYS}
+        return load_strictly(cls, found, weights, name, **place)
 
     @property
     def num_tokens(self) -> int:
@@ -270,7 +273,8 @@ class LlamaGenStudent(Student):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         network = LlamaGenStudentTransformer.from_official(transformer, **sizes)
-        return cls(network, LlamaGenTokenizer.from_official(tokenizer))
+        _, place = split_placement(sizes)
+        return cls(network, LlamaGenTokenizer.from_official(tokenizer, **place))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The KL autoencoder of MAR (KL-16 and smaller ones)."""
+"""The KL autoencoders of MAR: KL-16, KL-8 with squares of latents as tokens, and smaller ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...networks import entry, hot_entry
-from ...schema import Layers, Levels, Positive, Size
+from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
 from ..pixels import read_pixels
@@ -24,14 +25,17 @@ OFFICIAL_SCALE = 0.2325
 class MARAutoencoder(Network):
     """Pixels to latents of unit scale and back.
 
-    Parameter names are those of the published `kl16.ckpt`.
+    Parameter names are those of the published `kl16.ckpt`. A token is a latent, or a square of
+    `patch_size` x `patch_size` latents: channel by channel, each row by row.
 
     Args:
         ch: width of the finest level.
         ch_mult: factor of each level, finest first; each level but the last halves the side.
         num_res_blocks: blocks of an encoder level; a decoder level has one more.
-        latent_dim: D, channels of the latents.
+        latent_dim: channels of the latents.
         scaling_factor: multiplies the latents; one over their standard deviation.
+        patch_size: side of the square of latents that makes a token of D = latent_dim patch_size^2.
+        level_attention: whether the deepest level of the encoder has attention, as KL-16's.
     """
 
     @register_to_config
@@ -42,17 +46,26 @@ class MARAutoencoder(Network):
         num_res_blocks: Layers = 2,
         latent_dim: Size = 16,
         scaling_factor: Positive = OFFICIAL_SCALE,
+        patch_size: Side = 1,
+        level_attention: bool = True,
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)
-        self.encoder = Encoder(*sizes, 2 * latent_dim, AttentionBlock, AttentionBlock)
+        deepest = AttentionBlock if level_attention else None
+        self.encoder = Encoder(*sizes, 2 * latent_dim, AttentionBlock, deepest)
         self.decoder = Decoder(*sizes, latent_dim, AttentionBlock, None)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> MARAutoencoder:
-        """Load the authors' checkpoint, such as `kl16.ckpt`.
+        """Load the authors' checkpoint, such as `kl16.ckpt`, or KL-8 of latent diffusion.
+
+        Args:
+            source: path or state dict.
+            **sizes: `patch_size` (1 unless given) and `scaling_factor` (that of KL-16, or for
+                latents of 4 channels of KL-8); others are checked against the tensors. `dtype` and
+                `device`.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
@@ -64,8 +77,13 @@ class MARAutoencoder(Network):
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent and side."""
-        return 2 ** (len(self.config["ch_mult"]) - 1)
+        """Pixels per token and side."""
+        return self.config["patch_size"] * 2 ** (len(self.config["ch_mult"]) - 1)
+
+    @property
+    def token_dim(self) -> int:
+        """D, numbers of a token."""
+        return self.config["latent_dim"] * self.config["patch_size"] ** 2
 
     @entry
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,12 +117,14 @@ class MARAutoencoder(Network):
     @hot_entry
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """`encode` of pixels in the network's type, where it runs."""
-        return self._moments(pixels)[0].flatten(2).mT * self.config["scaling_factor"]
+        side, means = self.config["patch_size"], self._moments(pixels)[0]
+        squares = F.pixel_unshuffle(means, side)
+        return squares.flatten(2).mT * self.config["scaling_factor"]
 
     @hot_entry
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Scaled latents [B, N, D] to pixels; `grid` is square unless given."""
         side = round(latents.shape[1] ** 0.5)
         rows, columns = grid or (side, side)
-        feature_map = latents.mT.unflatten(2, (rows, columns)) / self.config["scaling_factor"]
-        return self._pixels(feature_map)
+        squares = latents.mT.unflatten(2, (rows, columns)) / self.config["scaling_factor"]
+        return self._pixels(F.pixel_shuffle(squares, self.config["patch_size"]))

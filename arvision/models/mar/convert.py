@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...checkpoint import StateDict, check_sizes, count_numbered, known_sizes, shape_of
-from ...errors import CheckpointError
+from ...errors import CheckpointError, InputError
 
 TRANSFORMER_WRAPPERS = ("model_ema", "model", "state_dict")
 AUTOENCODER_WRAPPERS = ("model", "state_dict")
@@ -17,6 +17,10 @@ OFFICIAL_HEADS = {
     (20, 1280): 16,
 }
 """Heads of MAR base, large and huge; they cannot be read off the tensors."""
+
+KL8_CHANNELS, KL8_SCALE = 4, 0.18215
+"""Channels of KL-8's latents, and one over their standard deviation (Rombach et al.,
+"High-Resolution Image Synthesis with Latent Diffusion Models", 2022)."""
 
 ALIASES = {
     "encoder_embed_dim": "hidden_size",
@@ -93,7 +97,7 @@ def autoencoder_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
     Raises:
         CheckpointError: a layout that is not this autoencoder's, or sizes that disagree.
     """
-    known = ("ch", "ch_mult", "num_res_blocks", "latent_dim", "scaling_factor")
+    known = ("ch", "ch_mult", "num_res_blocks", "latent_dim", "scaling_factor", "patch_size")
     given = known_sizes(sizes, known, "MAR autoencoder", ALIASES)
     ch = shape_of(tensors, "encoder.conv_in.weight", 4, name)[0]
     levels = count_numbered(tensors, "encoder.down")
@@ -106,6 +110,27 @@ def autoencoder_sizes(tensors: StateDict, name: str, sizes: dict[str, Any]) -> d
         "ch_mult": tuple(width // ch for width in widths),
         "num_res_blocks": count_numbered(tensors, "encoder.down.0.block"),
         "latent_dim": shape_of(tensors, "post_quant_conv.weight", 4, name)[0],
+        "level_attention": f"encoder.down.{levels - 1}.attn.0.norm.weight" in tensors,
     }
     check_sizes(found, given, name)
-    return found | {k: given[k] for k in ("scaling_factor",) if k in given}
+    scale = {"scaling_factor": KL8_SCALE} if found["latent_dim"] == KL8_CHANNELS else {}
+    return found | scale | {k: given[k] for k in ("scaling_factor", "patch_size") if k in given}
+
+
+def token_side(latent_dim: int, channels: int) -> int:
+    """Side of the square of latents that makes a token.
+
+    Args:
+        latent_dim: numbers of a token.
+        channels: of a latent.
+
+    Raises:
+        InputError: no square has that many.
+    """
+    side = round((latent_dim / channels) ** 0.5)
+    if channels * side * side != latent_dim:
+        raise InputError(
+            f"the autoencoder has latents of width {channels}: expected {latent_dim}, the "
+            "transformer's, or that over a square, whose side is patch_size"
+        )
+    return side

@@ -35,7 +35,8 @@ ATTENTION = (
 def to_diffusers(autoencoder: MARAutoencoder) -> AutoencoderKL:
     """The same autoencoder with the same weights and scaling factor as an `AutoencoderKL`.
 
-    The last block of the encoder is the kind with attention.
+    The last block of the encoder is the kind with attention where ours has it. Tokens of several
+    latents (`patch_size`) are no business of an `AutoencoderKL`.
 
     Raises:
         InputError: a single level, which has no block without attention to stand before it.
@@ -45,8 +46,9 @@ def to_diffusers(autoencoder: MARAutoencoder) -> AutoencoderKL:
     num = len(widths)
     if num < 2:
         raise InputError("an autoencoder of one level: AutoencoderKL needs at least two")
+    deepest = "AttnDownEncoderBlock2D" if config["level_attention"] else "DownEncoderBlock2D"
     sizes: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * (num - 1) + ("AttnDownEncoderBlock2D",),
+        "down_block_types": ("DownEncoderBlock2D",) * (num - 1) + (deepest,),
         "up_block_types": ("UpDecoderBlock2D",) * num,
         "block_out_channels": tuple(widths),
         "layers_per_block": config["num_res_blocks"],

@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import resolve_class
 from .autoencoder import MARAutoencoder
+from .convert import token_side
 from .law import MARHead
 from .state import MARState
 from .transformer import MARTransformer
@@ -52,9 +53,11 @@ class MAR:
         schedule = Schedule(config["num_sampling_steps"], noisiest=config["noisiest"])
         run = partial(enter, transformer, "run_head")
         self.head = MARHead(transformer.diffloss.net, schedule, run)
-        if tokenizer is not None and tokenizer.config["latent_dim"] != self.latent_dim:
+        if tokenizer is not None and tokenizer.token_dim != self.latent_dim:
+            own, side = tokenizer.config["latent_dim"], tokenizer.config["patch_size"]
+            squares = "" if side == 1 else f" in squares of {side} x {side}"
             raise InputError(
-                f"the autoencoder has latents of width {tokenizer.config['latent_dim']}: expected "
+                f"the autoencoder has latents of width {own}{squares}: expected tokens of "
                 f"{self.latent_dim}, the transformer's"
             )
 
@@ -69,17 +72,26 @@ class MAR:
 
         Args:
             model: path (or state dict) such as `mar_base/checkpoint-last.pth`; `model_ema` is used.
-            vae: path (or state dict) such as `kl16.ckpt`.
+            vae: path (or state dict) such as `kl16.ckpt`, or KL-8, whose latents are tokens in
+                squares (`patch_size`, which follows from the widths of both files).
             **sizes: what tensors and the table of official sizes do not tell: `num_heads`, `grid`,
-                `num_sampling_steps`. `dtype` (float32 unless given) and `device` are those of both
-                networks.
+                `num_sampling_steps`; of the autoencoder `patch_size` and `scaling_factor`. `dtype`
+                (float32 unless given) and `device` are those of both networks.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
+            InputError: files that do not fit each other.
         """
-        network = MARTransformer.from_official(model, **sizes)
-        _, place = split_placement(sizes)
-        return cls(network, None if vae is None else MARAutoencoder.from_official(vae, **place))
+        sizes, place = split_placement(sizes)
+        own = {name: sizes.pop(name) for name in ("patch_size", "scaling_factor") if name in sizes}
+        network = MARTransformer.from_official(model, **sizes, **place)
+        if vae is None:
+            return cls(network)
+        autoencoder = MARAutoencoder.from_official(vae, **own, **place)
+        if "patch_size" not in own:
+            widths = network.config["latent_dim"], autoencoder.config["latent_dim"]
+            autoencoder.register_to_config(patch_size=token_side(*widths))
+        return cls(network, autoencoder)
 
     @property
     def device(self) -> torch.device:

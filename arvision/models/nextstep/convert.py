@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ...checkpoint import (
 )
 from ...errors import CheckpointError
 from ...files import user_path
+from ...schema import read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 POSITION_TABLE = "gen_pos_embed"
@@ -92,7 +92,7 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing or something else.
     """
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:

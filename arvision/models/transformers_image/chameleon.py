@@ -13,7 +13,7 @@ from ...errors import InputError, check_count, unknown_name
 from ..conditions import ImagePrompt
 from .chameleon_pixels import ChameleonDecoder
 from .layout import Layout
-from .model import TransformersImageModel, single_grid
+from .model import TransformersImageModel, single_grid, told
 from .network import SpecialIds, base_of, check_class
 from .state import Row
 
@@ -104,6 +104,8 @@ class Chameleon(TransformersImageModel):
         chosen = [check_size(height, width, layout)] if grids is None else grids
         grid = single_grid(chosen, self.family)
         self.layout_name, self._given = layout, ids
+        self.options = {"layout": layout, "height": height, "width": width}
+        self.options |= told(grids=grids, ids=ids)
         vocabulary = base.config.vocabulary_map or {}
         known: dict[str, int | None] = {name: vocabulary.get(NAMES[name]) for name in NAMES}
         tokenizer = getattr(processor, "tokenizer", None)
@@ -129,6 +131,7 @@ class Chameleon(TransformersImageModel):
         )
         if not (decoder is None or isinstance(decoder, nn.Module)):
             decoder = ChameleonDecoder.from_official(decoder)
+            decoder.to(self.device)
         self.decoder = decoder
 
     def resized(self, height: int, width: int) -> Chameleon:
@@ -142,6 +145,8 @@ class Chameleon(TransformersImageModel):
             width,
             ids=self._given,
         )
+
+    of_size = resized
 
     def to(self, *args: Any, **kwargs: Any) -> Chameleon:
         """Move or cast network and decoder; returns the model itself."""
@@ -263,8 +268,8 @@ class Chameleon(TransformersImageModel):
         """Codes [V, D] as they are."""
         return self.base.model.vqmodel.quantize.embedding.weight.detach()
 
-    def pixels(self, tokens: Tensor) -> Tensor:
-        """Through the decoder.
+    def check_pixels(self) -> None:
+        """There must be a decoder.
 
         Raises:
             InputError: there is none.
@@ -274,6 +279,9 @@ class Chameleon(TransformersImageModel):
                 "this model has no decoder: it gives tokens but not images, expected decoder= the "
                 "path of a vqgan.ckpt"
             )
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """Through the decoder."""
         rows, columns = self.grid or (0, 0)
         vq = self.base.model.vqmodel
         latents = vq.quantize.embedding(tokens).unflatten(1, (rows, columns))

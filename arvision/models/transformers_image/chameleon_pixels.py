@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
-from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of
+from ...checkpoint import count_numbered, load_strictly, read_state_dict, shape_of, split_placement
+from ...schema import Layers, Levels, Size
 from ..conv_blocks import AttentionBlock, Decoder
+from ..network import Network
 
 
-class ChameleonDecoder(nn.Module):
+class ChameleonDecoder(Network):
     """Latents [B, D, h, w] to pixels [B, 3, 16 h, 16 w], about [-1, 1].
 
     Args:
@@ -24,19 +28,33 @@ class ChameleonDecoder(nn.Module):
     Paper: Gafni et al., "Make-A-Scene", 2022; the file is `vqgan.ckpt` of Chameleon.
     """
 
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
-        num_blocks: int = 2,
-        latent_dim: int = 256,
+        ch: Size = 128,
+        ch_mult: Levels = (1, 1, 2, 2, 4),
+        num_blocks: Layers = 2,
+        latent_dim: Size = 256,
     ) -> None:
         super().__init__()
-        self.decoder = Decoder(ch, ch_mult, num_blocks, latent_dim, AttentionBlock, None)
+        self.decoder = Decoder(ch, tuple(ch_mult), num_blocks, latent_dim, AttentionBlock, None)
 
     @classmethod
-    def from_official(cls, source: str | Path | Mapping[str, Any]) -> ChameleonDecoder:
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Any],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ChameleonDecoder:
         """Load `vqgan.ckpt` (or its dict); what belongs to the encoder or the training is left out.
+
+        Args:
+            source: path or dict.
+            dtype: float32 unless given.
+            device: the CPU unless given.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
@@ -57,7 +75,8 @@ class ChameleonDecoder(nn.Module):
             "num_blocks": count_numbered(tensors, "decoder.up.0.block") - 1,
             "latent_dim": deepest[1],
         }
-        return load_strictly(cls, sizes, tensors, name)
+        _, place = split_placement({"dtype": dtype, "device": device})
+        return load_strictly(cls, sizes, tensors, name, **place)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode."""

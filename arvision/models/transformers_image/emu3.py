@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, check_count
 from .layout import Layout
-from .model import TransformersImageModel, single_grid
+from .model import TransformersImageModel, single_grid, told
 from .network import SpecialIds, base_of, check_class
 from .state import Row
 
@@ -68,6 +68,7 @@ class Emu3Sequence(TransformersImageModel):
     """
 
     family, network_class = "Emu3", "Emu3ForConditionalGeneration"
+    cell = CELL
 
     def __init__(
         self, network: Any, processor: Any, layout: Layout, grid: tuple[int, int] | None
@@ -116,7 +117,7 @@ class Emu3(Emu3Sequence):
     of the prompt, as in the class's own generate.
 
     Args:
-        network: such as `BAAI/Emu3-Gen-hf`.
+        network: such as `Emu3-community/Emu3-Gen-hf`.
         processor: an `Emu3Processor`.
         ratio: of the sides, "W:H".
         image_area: pixels.
@@ -158,11 +159,23 @@ class Emu3(Emu3Sequence):
         tail = [self.ids.find(name) for name in ("frame_end", "image_end", "eos")]
         layout = Layout.raster(*grid, line_end, [end for end in tail if end is not None])
         self._ratio, self._area, self._given = ratio, image_area, ids
+        self.options = {"ratio": ratio, "image_area": image_area, **told(grids=grids, ids=ids)}
         super().__init__(network, processor, layout, grid)
 
     def resized(self, ratio: str = "1:1", image_area: int = 518400) -> Emu3:
         """The same network for another size."""
         return Emu3(self.network, self.processor, ratio, image_area, ids=self._given)
+
+    def of_size(self, height: int, width: int) -> Emu3:
+        """The same network for another size in pixels, multiples of 8.
+
+        Raises:
+            InputError: another size.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side % CELL:
+                raise InputError(f"{name} {side}: expected a multiple of {CELL}")
+        return self.resized(f"{width}:{height}", height * width)
 
     def encode(self, text: str, images: Sequence[Any]) -> Tensor:
         """The text, the size and the image start."""

@@ -51,6 +51,11 @@ def grid_positions(rows: int, columns: int, first: int, device: Any = None) -> T
     return first + torch.stack([torch.zeros_like(order), order // columns, order % columns])
 
 
+def doubled(codes: Tensor) -> Tensor:
+    """Codes [B, h, w] with each side doubled, [B, 4 h w], as the diffusion decoder takes them."""
+    return codes.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+
+
 class GlmImage(TransformersImageModel):
     """A `GlmImageForConditionalGeneration` of transformers as a token model.
 
@@ -72,7 +77,7 @@ class GlmImage(TransformersImageModel):
     """
 
     family, network_class = "GLM-Image", "GlmImageForConditionalGeneration"
-    has_guidance, takes_images = False, True
+    has_guidance, takes_images, cell = False, True, CELL
 
     def __init__(
         self,
@@ -89,6 +94,9 @@ class GlmImage(TransformersImageModel):
         chosen = grids_of(height, width, editing) if grids is None else list(grids)
         check_grids(chosen)
         self.grids: list[Grid] = [(rows, columns) for rows, columns in chosen]
+        self.options = {"height": height, "width": width, "editing": editing}
+        if grids is not None:
+            self.options["grids"] = [list(grid) for grid in self.grids]
         pieces, first = [], 0
         for rows, columns in self.grids:
             pieces.append(grid_positions(rows, columns, first))
@@ -105,6 +113,25 @@ class GlmImage(TransformersImageModel):
     def resized(self, height: int, width: int, editing: bool = False) -> GlmImage:
         """The same network for another size, or for editing."""
         return GlmImage(self.network, self.processor, height, width, editing=editing)
+
+    def at_size(
+        self, height: int | None, width: int | None, num_sources: int = 0
+    ) -> TransformersImageModel:
+        """The model for pictures of that size, which edits where there are source images.
+
+        Raises:
+            InputError: a size that it does not draw.
+        """
+        wanted, editing = self.size_or(height, width), num_sources > 0
+        if wanted == self.picture_size and editing == (self.grid is not None):
+            return self
+        return self.resized(*wanted, editing=editing)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the picture, in pixels."""
+        rows, columns = self.grids[-1]
+        return rows * CELL, columns * CELL
 
     def encode(self, text: str, images: Sequence[Any]) -> Tensor:
         """The text and the size, source images as placeholders.
@@ -242,7 +269,7 @@ class GlmImage(TransformersImageModel):
         rows, columns = self.grids[-1]
         return tokens[:, tokens.shape[1] - rows * columns :]
 
-    def pixels(self, tokens: Tensor) -> Tensor:
+    def check_pixels(self) -> None:
         """There is no decoder in the network.
 
         Raises:

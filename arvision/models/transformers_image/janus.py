@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import Layout
-from .model import TransformersImageModel, single_grid
+from .model import TransformersImageModel, single_grid, told
 from .network import SpecialIds, base_of, check_class
 from .state import Row
 
@@ -62,10 +62,16 @@ class Janus(TransformersImageModel):
             name: next((value for value in values if value is not None), None)
             for name, values in found.items()
         }
+        self.options = told(grids=grids, ids=ids)
         self.ids = SpecialIds(self.family, known, ids)
         codes = range(base.model.generation_embeddings.num_embeddings)
         layout = Layout.raster(*grid)
         super().__init__(network, processor, codes=codes, layout=layout, grid=grid)
+
+    @property
+    def cell(self) -> int:
+        """Pixels per token and side, what the decoder's levels make of one."""
+        return 2 ** (len(self.base.config.vq_config.channel_multiplier) - 1)
 
     def encode(self, text: str, images: Sequence[Any]) -> Tensor:
         """The text as the one turn of a user."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_cache import CacheView
-from ...errors import InputError
+from ...errors import InputError, check_count
 from ...networks import compiled_like
 from ..conditions import ImagePrompt
 from .layout import Layout
@@ -50,6 +50,12 @@ class TransformersImageModel:
 
     takes_images: ClassVar[bool] = False
     """Whether prompts may hold source images."""
+
+    cell: ClassVar[int] = 16
+    """Pixels of a picture per token and side."""
+
+    options: Mapping[str, Any] = {}
+    """Arguments, besides the parts, that make the same model again, as JSON takes them."""
 
     def __init__(
         self,
@@ -96,6 +102,14 @@ class TransformersImageModel:
         ids = self.columns.ids_of(codes)
         return {"input_ids": ids if forced is None else torch.where(forced < 0, ids, forced)}
 
+    def of_size(self, height: int, width: int) -> TransformersImageModel:
+        """The same network for another size, in pixels."""
+        own = "x".join(map(str, self.picture_size))
+        raise InputError(f"{height}x{width}: {self.family} draws {own} pixels only")
+
+    def check_pixels(self) -> None:
+        """Refuse to draw where no picture can be made of the tokens."""
+
     @property
     def body(self) -> nn.Module:
         """The part of the network that turns inputs into hidden states."""
@@ -107,6 +121,39 @@ class TransformersImageModel:
         return self.base.lm_head
 
     # What all families have.
+
+    def at_size(
+        self, height: int | None, width: int | None, num_sources: int = 0
+    ) -> TransformersImageModel:
+        """The model for pictures of that size; None for its own side.
+
+        Args:
+            height: pixels.
+            width: pixels.
+            num_sources: source images of a prompt, where a model draws otherwise with some.
+
+        Raises:
+            InputError: a size that it does not draw.
+        """
+        wanted = self.size_or(height, width)
+        return self if wanted == self.picture_size else self.of_size(*wanted)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        rows, columns = self.grid or (0, 0)
+        return rows * self.cell, columns * self.cell
+
+    def size_or(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """A size with the model's own sides where None is given.
+
+        Raises:
+            InputError: a side that is no number of pixels.
+        """
+        own = self.picture_size
+        sides = (("height", height, own[0]), ("width", width, own[1]))
+        found = [mine if side is None else check_count(name, side) for name, side, mine in sides]
+        return found[0], found[1]
 
     @property
     def device(self) -> torch.device:
@@ -271,6 +318,7 @@ class TransformersImageModel:
         """
         if tokens.dim() != 2 or tokens.shape[1] != self.num_tokens:
             raise InputError(f"tokens {tuple(tokens.shape)}: expected [B, {self.num_tokens}]")
+        self.check_pixels()
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
             raise InputError(f"tokens: expected codes 0..{self.vocab_size - 1}")
         return self.pixels(tokens).float().clamp(-1, 1)
@@ -278,6 +326,16 @@ class TransformersImageModel:
     def pixels(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N] to pixels [B, 3, H, W]."""
         raise InputError(f"{self.family} gives tokens but not images")
+
+
+def told(**arguments: Any) -> dict[str, Any]:
+    """Grids and ids that a caller gave, as JSON takes them."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "grids" in given:
+        given["grids"] = [list(grid) for grid in given["grids"]]
+    if "ids" in given:
+        given["ids"] = dict(given["ids"])
+    return given
 
 
 def single_grid(grids: Sequence[tuple[int, int]], family: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of
+from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of, split_placement
 from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
@@ -175,18 +175,20 @@ class VARStudentTransformer(Network):
         Args:
             source: path or state dict.
             **sizes: as of `VARTransformer.from_official` (`patch_nums` without the class row);
-                `timesteps` and `split` where the depth is not that of a published student.
+                `timesteps` and `split` where the depth is not that of a published student; `dtype`
+                and `device`.
 
         Raises:
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         name = "the given state dict" if isinstance(source, Mapping) else str(source)
+        sizes, place = split_placement(sizes)
         tensors = read_state_dict(source, STUDENT_WRAPPERS)
         own = {key: sizes.pop(key) for key in ("timesteps", "split") if key in sizes}
         found = transformer_sizes(_without_class_row(tensors, name), name, sizes)
         timesteps, split = OFFICIAL_PLANS.get(found["num_layers"], ((0,), None))
         found |= {"timesteps": timesteps, "split": split} | own
-        return load_strictly(cls, found, without_records(tensors), name)
+        return load_strictly(cls, found, without_records(tensors), name, **place)
 
     @property
     def num_tokens(self) -> int:
@@ -316,7 +318,9 @@ class VARStudent(Student):
             CheckpointError: a file that cannot be read or does not fit, naming the key.
         """
         network = VARStudentTransformer.from_official(transformer, **sizes)
-        return cls(network, VARTokenizer.from_official(tokenizer, patch_nums=network.scales))
+        _, place = split_placement(sizes)
+        vq = VARTokenizer.from_official(tokenizer, patch_nums=network.scales, **place)
+        return cls(network, vq)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

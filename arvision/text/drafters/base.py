@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...contracts import Conditions
 from ...decoding.noise import Noise
-from ...decoding.tree import TokenTree, join_rows, without_padding
+from ...decoding.tree import TokenTree, join_rows
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
 from ...registry import Registry
@@ -135,23 +135,24 @@ def union(first: TokenTree, second: TokenTree, num: int) -> TokenTree:
     Candidates of `second` that stand on a path of `first` are that path's.
     """
     rows = []
-    sides = [
-        (
-            tree.tokens.tolist(),
-            range(-1, tree.tokens.shape[1] - 1) if tree.parents is None else tree.parents.tolist(),
-        )
-        for tree in (first, second)
-    ]
+    sides = [(tree.tokens.tolist(), _parents_of_rows(tree)) for tree in (first, second)]
     for row in range(len(first.tokens)):
         trie = Trie(num)
         for tokens, parents in sides:
             place: list[int | None] = []
-            for token, parent in zip(tokens[row], parents, strict=True):
+            for token, parent in zip(tokens[row], parents[row], strict=True):
                 above = -1 if parent < 0 else place[parent]
                 node = None if token < 0 or above is None else trie.child(above, token)
                 place.append(node)
         rows.append(trie.tree)
     return join_rows(rows, first.tokens.device)
+
+
+def _parents_of_rows(tree: TokenTree) -> list[list[int]]:
+    parents = tree.parents
+    if parents is None:
+        parents = torch.arange(-1, tree.tokens.shape[1] - 1)
+    return parents.expand(tree.tokens.shape).tolist()
 
 
 class Combined(TextDrafter):
@@ -195,7 +196,7 @@ class Combined(TextDrafter):
         """See `arvision.decoding.loop.Drafter`."""
         few = max(1, round(self.share * num))
         first = self.first.propose(tokens, lengths, min(few, num), round_number)
-        second = without_padding(self.second.propose(tokens, lengths, num, round_number))
+        second = self.second.propose(tokens, lengths, num, round_number)
         return union(first, second, num)
 
     def observe(self, batch: Round, verdict: Verdict) -> None:

@@ -15,10 +15,9 @@ from ...decoding.noise import draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
-    common_places,
     join_rows,
     topology,
-    without_padding,
+    with_root,
 )
 from ...errors import InputError, unknown_name
 from .base import TextDrafter, register
@@ -150,19 +149,18 @@ class DraftTree(TextDrafter):
             parents = best_tree(self.ranks, num, self.max_depth)
         return self._fill(root, law, lengths, parents, round_number)
 
-    def _scores(self, law: Tensor, positions: Tensor) -> Tensor:
-        """What chosen drafts are ranked by, [B, V]: log q, plus the noise where tokens are drawn."""
+    def _numbers(self, law: Tensor, positions: Tensor) -> Tensor:
+        """What ranks chosen drafts at positions [B] besides log q: where tokens are drawn, the noise
+        [B, V] of the level, computed once for all of its nodes."""
         if self.shaping.temperature == 0:
-            return law
+            return torch.zeros_like(law)
         where = positions[:, None].clamp(max=self.num_tokens - 1)
-        return law + self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
+        return self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
 
     def _siblings(
         self, law: Tensor, positions: Tensor, num: int, round_number: int, place: int
     ) -> Tensor:
-        """`num` children [B, num] of one node, whose law is `law` [B, V]."""
-        if self.draws == "chosen":
-            return self._scores(law, positions).topk(num, dim=-1).indices
+        """`num` children [B, num] of one node, drawn from its law [B, V]."""
         uniforms = self.noise.uniform(
             positions[:, None], "draft", round_number * LANES + place, num
         )[:, 0]
@@ -187,18 +185,23 @@ class DraftTree(TextDrafter):
         logq = law.new_zeros(len(root), num, law.shape[-1]) if wants_laws else None
         laws = {-1: law}
         for level in range(shape.num_levels):
+            positions = lengths + level
+            numbers = None if wants_laws else self._numbers(law, positions)
             for place, own in enumerate(shape.children.tolist()):
                 children = [child for child in own if child >= 0]
                 node = place - 1
                 if not children or node not in laws:
                     continue
-                positions = lengths + level
-                found = self._siblings(laws[node], positions, len(children), round_number, place)
+                count, own_law = len(children), laws[node]
+                if numbers is None:
+                    found = self._siblings(own_law, positions, count, round_number, place)
+                else:
+                    found = (own_law + numbers).topk(count, dim=-1).indices
                 drafts[:, children] = found
                 if node >= 0:
                     drafts[:, children] = found.where(drafts[:, node : node + 1] >= 0, -1)
                 if logq is not None:
-                    logq[:, children] = laws[node][:, None]
+                    logq[:, children] = own_law[:, None]
             if level + 1 == shape.num_levels:
                 break
             known = (shape.depths <= level).nonzero()[:, 0]
@@ -211,9 +214,8 @@ class DraftTree(TextDrafter):
         """Laws [B, V] after the `wanted` ones of the nodes `known`, which are all their own kin."""
         renumbered = torch.full((len(parents) + 1,), -1, dtype=torch.int64)
         renumbered[known] = torch.arange(len(known))
-        own = torch.cat([torch.tensor([-1]), renumbered[parents[known]] + 1])
         fed = torch.cat([root, drafts[:, known.to(root.device)].clamp(min=0)], dim=1)
-        found = self._state.extend(fed, own.to(root.device))
+        found = self._state.extend(fed, with_root(renumbered[parents[known]]).to(root.device))
         return {
             int(node): found[:, place + 1]
             for place, node in enumerate(known.tolist())
@@ -228,7 +230,7 @@ class DraftTree(TextDrafter):
         """
         rows: list[_Grown] = [_Grown(num) for _ in range(len(root))]
         width = min(num, 8, law.shape[-1])
-        for grown, scores in zip(rows, self._scores(law, lengths), strict=True):
+        for grown, scores in zip(rows, law + self._numbers(law, lengths), strict=True):
             grown.add(-1, scores.log_softmax(-1), width)
         for level in range(1, self.max_depth):
             for grown in rows:
@@ -236,32 +238,25 @@ class DraftTree(TextDrafter):
             fresh = [grown.fresh(level) for grown in rows]
             if not any(fresh):
                 break
-            joint, places = _joined(rows, root.device)
-            parents = joint.parents
-            if parents is None:
-                parents = torch.arange(-1, joint.tokens.shape[1] - 1)
+            joint = self._joined(rows, root.device)
             fed = torch.cat([root, joint.tokens.clamp(min=0)], dim=1)
-            own = torch.cat([torch.tensor([-1]), parents + 1]).to(root.device)
-            laws = self._state.extend(fed, own)
+            above = None if joint.parents is None else with_root(joint.parents.to(root.device))
+            laws = self._state.extend(fed, above)
+            numbers = self._numbers(law, lengths + level)
             for row, grown in enumerate(rows):
                 for node in fresh[row]:
-                    after = laws[row, places[row][node] + 1][None]
-                    scores = self._scores_of_row(after, lengths, row, level)
+                    scores = laws[row, node + 1] + numbers[row]
                     grown.add(node, scores.log_softmax(-1), width)
         for grown in rows:
             grown.prune()
-        return _joined(rows, root.device)[0]
+        return self._joined(rows, root.device)
 
-    def _scores_of_row(self, law: Tensor, lengths: Tensor, row: int, level: int) -> Tensor:
-        if self.shaping.temperature == 0:
-            return law[0]
-        position = (lengths[row] + level).clamp(max=self.num_tokens - 1).view(1, 1)
-        rows = torch.tensor([row], device=law.device)
-        noise = self.noise if len(self.noise) == 1 else self.noise.select(rows)
-        return law[0] + noise.gumbel(position, law.shape[-1], law.dtype)[0, 0]
+    @staticmethod
+    def _joined(rows: list[_Grown], device: torch.device) -> TokenTree:
+        return join_rows([(grown.tokens, grown.parents) for grown in rows], device)
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
-        """Stochastic beam search; a node's place is its path of child numbers, so rows may differ.
+        """Stochastic beam search; every row grows a tree of its own, level by level, best first.
 
         The perturbed log-probability of a path is Gumbel noise around its own, conditioned to have
         its parent's for a maximum; the best paths of a level are drawn without replacement, and so
@@ -271,17 +266,12 @@ class DraftTree(TextDrafter):
         4.1.
         """
         batch, vocab = law.shape
-        widest = max(self.branching)
-        parents = parents_of((widest,) * len(self.branching))
-        # The place behind the last one takes what is no candidate.
-        nowhere = len(parents)
-        drafts = torch.full((batch, nowhere + 1), -1, dtype=torch.int64, device=root.device)
-        logq = law.new_zeros(batch, nowhere + 1, vocab)
+        rows = torch.arange(batch, device=root.device)[:, None]
+        drafts, parents, logq = root[:, :0], root[:, :0], law[:, None][:, :0]
         laws, total = law[:, None], law.new_zeros(batch, 1)
         value, place = law.new_zeros(batch, 1), torch.full_like(root, -1)
-        first, size = 0, widest
         for level, width in enumerate(self.branching):
-            nodes = laws.shape[1]
+            nodes, first = laws.shape[1], drafts.shape[1]
             positions = (lengths + level)[:, None]
             uniforms = self.noise.uniform(
                 positions, "draft", round_number * LANES + level, num=nodes * vocab
@@ -296,28 +286,18 @@ class DraftTree(TextDrafter):
             given = given.masked_fill(path == float("-inf"), float("-inf"))
             best = given.flatten(1).topk(min(width, nodes * vocab), dim=1)
             above, token = best.indices // vocab, best.indices % vocab
-            alive = best.values > float("-inf")
-            # The number of a child among its siblings, best first.
-            same = (above[:, :, None] == above[:, None]) & alive[:, None]
-            number = same.long().tril(-1).sum(-1)
-            parent_place = place.gather(1, above)
-            before = torch.where(parent_place < 0, 0, parent_place - (first - size // widest))
-            where = torch.where(alive, first + before * widest + number, nowhere)
-            rows = torch.arange(batch, device=root.device)[:, None]
-            drafts[rows, where] = torch.where(alive, token, -1)
-            logq[rows, where] = laws[rows, above]
-            total, value, place = path.flatten(1).gather(1, best.indices), best.values, where
+            # Where fewer paths than places are possible the others are no drafts.
+            token = torch.where(best.values > float("-inf"), token, -1)
+            drafts = torch.cat([drafts, token], dim=1)
+            parents = torch.cat([parents, place.gather(1, above)], dim=1)
+            logq = torch.cat([logq, laws[rows, above]], dim=1)
+            total, value = path.flatten(1).gather(1, best.indices), best.values
+            place = torch.arange(first, drafts.shape[1], device=root.device).expand_as(token)
             if level + 1 < len(self.branching):
-                end = first + size
-                tree = without_padding(TokenTree(drafts[:, :end], None, parents[:end]))
-                assert tree.parents is not None
-                used = (drafts[:, :end] >= 0).any(0).cumsum(0) - 1
-                own = torch.cat([torch.tensor([-1]), tree.parents + 1]).to(root.device)
-                fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
-                found = self._state.extend(fed, own)
-                laws = found[rows, used[where.clamp(max=end - 1)] + 1]
-            first, size = first + size, size * widest
-        return without_padding(TokenTree(drafts[:, :nowhere], logq[:, :nowhere], parents))
+                fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+                laws = self._state.extend(fed, with_root(parents))[:, first + 1 :]
+        levels = len(self.branching)
+        return TokenTree(drafts, logq, parents if self.branches else None, num_levels=levels)
 
 
 class _Grown:
@@ -354,11 +334,3 @@ class _Grown:
         self.values = [self.values[node] for node in kept]
         self.tokens = [self.tokens[node] for node in kept]
         self.depths = [self.depths[node] for node in kept]
-
-
-def _joined(rows: list[_Grown], device: torch.device) -> tuple[TokenTree, list[list[int]]]:
-    """The rows' trees as one, and where each row's nodes are in it."""
-    tree = join_rows([(grown.tokens, grown.parents) for grown in rows], device)
-    if len(rows) == 1:
-        return tree, [list(range(len(rows[0].tokens)))]
-    return tree, common_places([grown.parents for grown in rows])[1]

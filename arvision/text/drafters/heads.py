@@ -8,7 +8,6 @@ to the tokens worth guessing; so a head is small, and what it drafts is in the t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict
 from ...errors import CheckpointError, InputError, unknown_name
 from ...files import user_path, write_bytes, write_json
+from ...schema import Layers, Size
+from ...stored import read_sizes
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class DraftHeads(nn.Module):
     sees_path: ClassVar[bool] = True
     """Whether a guess depends on the tokens between; if not, all of a level are one."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Size) -> None:
         super().__init__()
         if hidden_size < 1 or num_heads < 1:
             raise InputError(f"hidden_size {hidden_size}, num_heads {num_heads}: expected >= 1")
@@ -64,7 +65,7 @@ class MedusaHeads(DraftHeads):
     kind = "medusa"
     sees_path = False
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Layers) -> None:
         super().__init__(hidden_size, num_heads)
         blocks = [nn.Linear(hidden_size, hidden_size) for _ in range(num_heads)]
         self.blocks = nn.ModuleList(blocks)
@@ -86,7 +87,7 @@ class HydraHeads(DraftHeads):
 
     kind = "hydra"
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Layers) -> None:
         super().__init__(hidden_size, num_heads)
         self.blocks = nn.ModuleList(
             [
@@ -117,7 +118,7 @@ class CloverHeads(DraftHeads):
 
     kind = "clover"
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Layers) -> None:
         super().__init__(hidden_size, num_heads)
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -151,7 +152,7 @@ class ChimeraHeads(DraftHeads):
 
     kind = "chimera"
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: Size, num_heads: Size) -> None:
         super().__init__(hidden_size, num_heads)
         self.trigram = nn.Linear(3 * hidden_size, hidden_size)
         self.place = nn.Embedding(num_heads, hidden_size)
@@ -208,12 +209,9 @@ def load_heads(folder: str | Path) -> tuple[DraftHeads, Tensor]:
         CheckpointError: a file that is missing or does not fit.
     """
     folder = user_path(folder)
-    try:
-        config = json.loads((folder / "heads.json").read_text())
-        cls = KINDS[config["kind"]]
-        sizes = {name: config[name] for name in ("hidden_size", "num_heads")}
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no heads of `arvision train-draft` ({error})") from error
+    cls, sizes = read_sizes(folder / "heads.json", KINDS, "heads")
     weights = read_state_dict(folder / "heads.safetensors", ())
-    vocabulary = weights.pop("vocabulary")
+    vocabulary = weights.pop("vocabulary", None)
+    if vocabulary is None or vocabulary.dim() != 1 or vocabulary.is_floating_point():
+        raise CheckpointError(f"{folder}: expected 'vocabulary', the tokens that heads guess")
     return load_strictly(cls, sizes, weights, str(folder)), vocabulary

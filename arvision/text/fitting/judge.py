@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...errors import InputError
 from ...files import write_bytes, write_json
+from ...schema import check_fields, parse_json, read_text
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..rules.lossy import JUDGE_FILE, JudgeHead
 from .data import hidden_states, question_ids
@@ -48,19 +48,20 @@ def read_marked(path: Path) -> list[MarkedAnswer]:
         InputError: no such file, or a line that is something else.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = read_text(path).split("\n")
     except OSError as error:
         raise InputError(f"prompts {path}: {error.strerror}") from error
     answers = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        name = f"{path}, line {number}"
+        content = check_fields(parse_json(line, name), MarkedAnswer, name, only=True)
         try:
-            answers.append(MarkedAnswer(**json.loads(line)))
+            answers.append(MarkedAnswer(**content))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f'{path}, line {number}: expected {{"prompt": ..., "answer": ..., "wrong": ...}}: '
-                f"{error}"
+                f'{name}: expected {{"prompt": ..., "answer": ..., "wrong": ...}}: {error}'
             ) from error
     if not answers:
         raise InputError(f"prompts {path}: expected one marked answer per line")

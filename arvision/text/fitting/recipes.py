@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from ...errors import InputError, unknown_name
 from ...files import write_text
+from ...schema import check_fields, read_json, read_text
 from .. import load_text_model
 from ..drafters.heads import KINDS
 from .data import Answers, answer, question_ids
@@ -22,6 +23,18 @@ from .small_model import SMALL_FIT, train_small_model
 ALL_KINDS = (*KINDS, "ppd", "hidden_transfer", "model", "judge")
 
 
+MOST_ANSWERS = 1 << 32
+"""Bytes of the target's answers, which are a run's own."""
+
+
+class Kept(TypedDict):
+    """What `answers.json` holds."""
+
+    wanted: dict[str, Any]
+    texts: list[list[int]]
+    starts: list[int]
+
+
 def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
     """Ids of the prompts in a text file, in the tokenizer's chat template where it has one.
 
@@ -29,7 +42,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
         InputError: no such file, or nothing in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     except OSError as error:
         raise InputError(f"prompts {path}: {error.strerror}") from error
     if not lines:
@@ -45,7 +58,7 @@ def answers_of(
     file = out / "answers.json"
     wanted = {"prompts": prompts, "num_tokens": num_tokens}
     if file.exists():
-        kept = json.loads(file.read_text())
+        kept: Any = check_fields(read_json(file, MOST_ANSWERS), Kept, str(file))
         if kept["wanted"] == wanted:
             return Answers(kept["texts"], kept["starts"])
     made = answer(network, prompts, num_tokens=num_tokens, progress=progress)

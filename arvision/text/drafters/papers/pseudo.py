@@ -12,7 +12,6 @@ a linear map of the candidate's own (hidden transfer).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +21,10 @@ from torch import Tensor, nn
 from ....checkpoint import load_strictly, read_state_dict
 from ....decoding.tree import TokenTree
 from ....decoding.verify import Round, Verdict
-from ....errors import CheckpointError, InputError, unknown_name
+from ....errors import InputError, unknown_name
 from ....files import user_path, write_bytes, write_json
+from ....schema import Count, Layers, Size
+from ....stored import read_sizes
 from ..base import TextDrafter, register
 
 
@@ -40,7 +41,7 @@ class PromptTokens(nn.Module):
 
     kind: ClassVar[str] = "ppd"
 
-    def __init__(self, hidden_size: int, num_guesses: int, layer: int = 0) -> None:
+    def __init__(self, hidden_size: Size, num_guesses: Size, layer: Count = 0) -> None:
         super().__init__()
         self.hidden_size, self.num_guesses, self.layer = hidden_size, num_guesses, layer
         self.embeddings = nn.Parameter(0.02 * torch.randn(num_guesses, hidden_size))
@@ -74,7 +75,7 @@ class HiddenTransfer(nn.Module):
 
     kind: ClassVar[str] = "hidden_transfer"
 
-    def __init__(self, hidden_size: int, num_guesses: int, layer: int) -> None:
+    def __init__(self, hidden_size: Size, num_guesses: Layers, layer: Count) -> None:
         super().__init__()
         self.hidden_size, self.num_guesses, self.layer = hidden_size, num_guesses, layer
         maps = [nn.Linear(hidden_size, hidden_size) for _ in range(num_guesses)]
@@ -121,14 +122,7 @@ def load_pseudo(folder: str | Path) -> Any:
         CheckpointError: a file that is missing or does not fit.
     """
     folder = user_path(folder)
-    try:
-        config = json.loads((folder / "pseudo.json").read_text())
-        cls = KINDS[config["kind"]]
-        sizes = {name: config[name] for name in ("hidden_size", "num_guesses", "layer")}
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: no pseudo tokens of `arvision train-draft` ({error})"
-        ) from error
+    cls, sizes = read_sizes(folder / "pseudo.json", KINDS, "pseudo tokens")
     weights = read_state_dict(folder / "pseudo.safetensors", ())
     return load_strictly(cls, sizes, weights, str(folder))
 

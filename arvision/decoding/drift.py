@@ -1,0 +1,237 @@
+"""Jacobi decoding with a tree that drifts: old laws in new places, more guesses where they differ.
+
+Under Gumbel coupling the token of a position is argmax(log p + g), g fixed. A pass gives the laws of
+all its candidates; most of these were asked behind tokens that turned out wrong, so that the law of
+a new candidate is one that was asked behind almost the same tokens. The further those differ, the
+less the best token of the old law can be trusted, and the more its next best ones deserve a place.
+
+All of it is done for all rows at once, where the laws lie, and nothing is read from there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contracts import Conditions
+from .first_laws import FirstLaws
+from .noise import Noise
+from .tree import TokenTree, chain_length
+from .verify import Round, Verdict
+
+RANKS = 8
+"""Tokens of a law that may become candidates."""
+
+NEVER = -1e9
+"""Log-probability of a candidate that no place is spent on."""
+
+
+def mismatch_weights(columns: int | None) -> list[float]:
+    """What a token that differs, 1, 2, ... places back, costs a law that is used again.
+
+    Set by the share of best tokens that survive such a difference on a grid of eight columns: one
+    back .61, two .77, three .88, above .64, above to the left .86 and to the right .81, two lines
+    above .90.
+
+    Args:
+        columns: of the image grid; None without one.
+    """
+    near = {1: 1.0, 2: 0.35, 3: 0.1, 4: 0.05}
+    above = {}
+    if columns is not None:
+        shifts = {-1: 0.12, 0: 0.9, 1: 0.2, 2: 0.05, columns: 0.1}
+        above = {columns + shift: weight for shift, weight in shifts.items()}
+    furthest = max([8, *above])
+    return [max(near.get(k, 0.02), above.get(k, 0.02)) for k in range(1, furthest + 1)]
+
+
+class DriftDrafter:
+    """Trees grown best first from the laws of the last two passes; for Gumbel coupling alone.
+
+    A law is looked up by the tokens before it: of all stored laws of a position the one with the
+    least mismatch, the weights of `mismatch_weights` summed over the tokens that differ. With
+    mismatch m its k-th best token, by log p + g, is expected to be the right one with probability
+    softmax((log p + g) / tau)_k, tau = .15 + .8 sqrt(m). A position without a law has its first one
+    (`FirstLaws`), with tau 1.5. The main chain is the best token everywhere; what remains of the
+    candidates goes to the largest products of these probabilities along a path.
+
+    Args:
+        first_laws: of positions that no pass has reached yet.
+        columns: of the image grid.
+        min_share: no candidate off the main chain is less probable than this.
+        weights: of mismatches, see `mismatch_weights`; None for these.
+    """
+
+    branches = True
+
+    def __init__(
+        self,
+        first_laws: FirstLaws,
+        columns: int | None,
+        min_share: float = 0.0,
+        weights: list[float] | None = None,
+    ) -> None:
+        self._first_laws, self._min_share = first_laws, min_share
+        self._weights = mismatch_weights(columns) if weights is None else weights
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Forget everything of an earlier batch."""
+        self._noise, self._num_tokens = noise, num_tokens
+        self._vocab_size, self._ranks = vocab_size, min(RANKS, vocab_size)
+        self._weight = torch.tensor(self._weights, device=noise.device)
+        self._contexts = torch.full((len(noise), 1, len(self._weights)), -1, device=noise.device)
+        self._levels = 0
+        self._passes: list[tuple[Tensor, ...]] = []
+        """Of the last two passes, the newest first: positions [B, E], contexts [B, E, K], and the
+        best tokens of the laws with their scores, [B, E, R]."""
+
+    def attach(self, state: Any, conditions: Conditions) -> None:
+        """See `arvision.decoding.loop.Attached`."""
+        self._first_laws.start(len(self._noise), self._vocab_size, conditions)
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Keep what the pass says of all its candidates."""
+        laws, positions = batch.target_logp, batch.positions
+        numbers = self._noise.gumbel(positions, self._vocab_size, laws.dtype)
+        scores, tokens = (laws + numbers).topk(self._ranks, dim=-1)
+        is_real = torch.nn.functional.pad(batch.drafts >= 0, (1, 0), value=True)
+        stands = torch.where(is_real, positions, -1)
+        self._passes = [(stands, self._contexts, tokens, scores), *self._passes[:1]]
+        offsets = torch.where(is_real, positions - positions[:, :1], -1)
+        self._first_laws.observe(batch, verdict, offsets, self._levels + 1)
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`; rows have trees of their own."""
+        width = len(self._weights)
+        places = lengths[:, None] - 1 - torch.arange(width, device=lengths.device)
+        known = tokens.gather(1, places.clamp(min=0))
+        root = torch.where(places >= 0, known, -1)
+        levels = min(chain_length(num + 1), num)
+        self._levels = levels
+        if levels == 0:
+            self._contexts = root[:, None]
+            return TokenTree(tokens[:, :0])
+        grown = self._grow(root, lengths, levels, num - levels + 1)
+        tree, contexts = self._choose(*grown, num, levels)
+        self._contexts = torch.cat([root[:, None], contexts], dim=1)
+        return tree
+
+    def _stored(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Laws by position, positions [B, D]: whether there is one [B, D, M], contexts
+        [B, D, M, K], tokens and scores [B, D, M, R]; the newest first."""
+        stands, contexts, tokens, scores = (
+            torch.cat(parts, dim=1) for parts in zip(*self._passes, strict=True)
+        )
+        num = stands.shape[1]
+        newest = torch.arange(num, 0, -1, device=stands.device)
+        fits = (stands[:, None] == positions[..., None]) * newest
+        order, entry = fits.topk(min(num, 24), dim=-1)
+        rows = torch.arange(len(stands), device=stands.device)[:, None, None]
+        return order > 0, contexts[rows, entry], tokens[rows, entry], scores[rows, entry]
+
+    def _grow(
+        self, root: Tensor, lengths: Tensor, levels: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best `width` candidates of every level, the one of the main chain in front.
+
+        Only the best of a level can be among the best of all, and so can their children only.
+
+        Returns:
+            Tokens, parents (-1 for the root, else numbers of candidates) and log-probabilities
+            [B, levels * width], and contexts [B, levels * width, K].
+        """
+        rows = torch.arange(len(root), device=root.device)[:, None]
+        positions = lengths[:, None] + torch.arange(levels, device=root.device)
+        is_stored, stored, tokens_of, scores_of = self._stored(positions)
+        first = self._first_laws.at(positions)
+        first = first + self._noise.gumbel(
+            positions.clamp(max=self._num_tokens - 1), self._vocab_size, first.dtype
+        )
+        first_scores, first_tokens = first.topk(self._ranks, dim=-1)
+        is_inside = positions < self._num_tokens
+        age = 1e-4 * torch.arange(is_stored.shape[2], device=root.device)
+        contexts = root[:, None]
+        parents = torch.full((len(root), 1), -1, device=root.device)
+        chances = first_scores.new_zeros(len(root), 1)
+        out = []
+        for level in range(levels):
+            differs = (contexts[:, :, None] != stored[:, level, None]).to(self._weight.dtype)
+            mismatch = differs @ self._weight + age
+            mismatch = mismatch.masked_fill(~is_stored[:, level, None], math.inf)
+            least, entry = mismatch.min(-1)
+            has_law = least.isfinite()[..., None]
+            scores = torch.where(
+                has_law, scores_of[:, level][rows, entry], first_scores[:, level, None]
+            )
+            tokens = torch.where(
+                has_law, tokens_of[:, level][rows, entry], first_tokens[:, level, None]
+            )
+            tau = torch.where(has_law[..., 0], 0.15 + 0.8 * least.clamp(max=9).sqrt(), 1.5)
+            # The later of two equals is the deeper one, so a parent always comes first.
+            chance = (scores / tau.to(scores.dtype)[..., None]).log_softmax(-1) - 1e-4
+            chance = (chance + chances[..., None]).clamp(min=NEVER)
+            chance = chance.masked_fill(~is_inside[:, level, None, None], NEVER)
+            key = chance.flatten(1).clone()
+            key[:, 0] = math.inf
+            best = key.topk(min(width, key.shape[1]), dim=1).indices
+            above = best // self._ranks
+            tokens, chances = tokens.flatten(1).gather(1, best), chance.flatten(1).gather(1, best)
+            contexts = torch.cat([tokens[..., None], contexts[rows, above][..., :-1]], dim=-1)
+            out.append((tokens, parents.gather(1, above), chances, contexts))
+            parents = torch.arange(best.shape[1], device=root.device).expand_as(best)
+            parents = parents + sum(part[0].shape[1] for part in out[:-1])
+        tokens, parents, chances, contexts = (
+            torch.cat(parts, dim=1) for parts in zip(*out, strict=True)
+        )
+        self._firsts = [0]
+        for part in out[:-1]:
+            self._firsts.append(self._firsts[-1] + part[0].shape[1])
+        return tokens, parents, chances, contexts
+
+    def _choose(
+        self,
+        tokens: Tensor,
+        parents: Tensor,
+        chances: Tensor,
+        contexts: Tensor,
+        num: int,
+        levels: int,
+    ) -> tuple[TokenTree, Tensor]:
+        """The main chain and the best of all other candidates, `num` in all, with contexts."""
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        key = chances.clone()
+        key[:, self._firsts] = math.inf
+        num = min(num, key.shape[1])
+        chosen = key.topk(num, dim=1).indices.sort(dim=1).values
+        number = torch.full_like(tokens, -1)
+        number.scatter_(1, chosen, torch.arange(num, device=tokens.device).expand_as(chosen))
+        is_real = chances.gather(1, chosen) > NEVER / 2
+        if self._min_share > 0:
+            is_main = key.gather(1, chosen) == math.inf
+            is_real = is_real & (is_main | (chances.gather(1, chosen) >= math.log(self._min_share)))
+        above = parents.gather(1, chosen)
+        above = torch.where(above < 0, -1, number.gather(1, above.clamp(min=0)))
+        drafts = torch.where(is_real, tokens.gather(1, chosen), -1)
+        above = torch.where(is_real, above, -1)
+        contexts = contexts[rows, chosen]
+        if self._min_share > 0:
+            # What no row has is not fed.
+            order = is_real.long().argsort(dim=1, descending=True, stable=True)
+            most = int(is_real.sum(1).max())
+            # Real candidates move to the front and keep their order, so parents still come first.
+            moved = torch.empty_like(order)
+            moved.scatter_(1, order, torch.arange(num, device=order.device).expand_as(order))
+            above = torch.where(above < 0, -1, moved.gather(1, above.clamp(min=0)))
+            drafts, above = (x.gather(1, order)[:, :most] for x in (drafts, above))
+            contexts = contexts[rows, order[:, :most]]
+        return TokenTree(drafts, parents=above), contexts
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        self._noise = self._noise.select(rows)
+        self._contexts = self._contexts[rows]
+        self._passes = [tuple(part[rows] for part in kept) for kept in self._passes]
+        self._first_laws.select(rows)
