@@ -369,13 +369,14 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         }
         if changes:
             chosen = chosen.with_options(**changes)
+        self._check_effect(chosen, model, law | {"guidance_scale": guidance_scale})
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         scale = check_numbers("guidance_scale", scale)
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         is_guided = scale not in (0, 1)
         memory = image_memory(model, self.tokenizer, is_guided, output_type)
-        parts = split(len(conditions), memory, self.device)
+        parts = split(len(conditions), memory, place_of(self.transformer))
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -401,6 +402,8 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                 return written(model.decode(decoded), output_type)
 
             samples, images = draw_parts(parts, draw, finish, on_step)
+        if output_type == "pil":
+            _mark_incomplete(images, samples.stats)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -412,6 +415,17 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    @staticmethod
+    def _check_effect(sampler: BaseSampler, model: Any, given: dict[str, Any]) -> None:
+        """Refuse arguments of the call that change nothing in this draw (`InputError`)."""
+        for name, neutral in sampler.without_effect(model).items():
+            value = given.get(name)
+            if value is not None and value != neutral:
+                raise InputError(
+                    f"{name} {value!r}: {sampler.name} with {sampler.plan_in_words} does not look at "
+                    f"it, expected {neutral!r} or none"
+                )
 
     def _check_output(self, model: Any, output_type: str) -> None:
         """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""
@@ -449,6 +463,13 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
+
+
+def _mark_incomplete(images: Sequence[Any], stats: Stats) -> None:
+    """Say in the `info` of PIL images how far an interrupted run came with them."""
+    for image, is_complete, length in zip(images, stats["complete"], stats["lengths"], strict=True):
+        if not is_complete:
+            image.info["incomplete"] = f"{length} of {stats['tokens']} tokens drawn"
 
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.
