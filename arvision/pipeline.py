@@ -21,7 +21,7 @@ from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
 from .compiling import Prepares
 from .components import checked_parts, quietly, told
-from .contracts import Conditions, Samples, Schedule, Stats, StepCallback
+from .contracts import Conditions, Samples, Schedule, Stats, StepCallback, device_of
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
 from .going import Interruptible
@@ -355,7 +355,8 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             model: satisfies the contract of this pipeline's kind.
             conditions: one per image.
             law: temperature, top_k and top_p; None for the sampler's own value.
-            render: tokens and identities to what `output_type` names; None for the model's `decode`.
+            render: conditions, tokens and identities to what `output_type` names; None for the
+                model's `decode`.
         """
         self._check_output(model, output_type)
         wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
@@ -375,8 +376,8 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         is_guided = scale not in (0, 1)
-        memory = image_memory(model, self.tokenizer, is_guided, output_type)
-        parts = split(len(conditions), memory, place_of(self.transformer))
+        memory = image_memory(model, getattr(self, "tokenizer", None), is_guided, output_type)
+        parts = split(len(conditions), memory, device_of(model))
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -398,7 +399,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                     return samples.tokens
                 decoded = samples.tokens if samples.embeddings is None else samples.embeddings
                 if render is not None:
-                    return render(decoded, seeds[part])
+                    return render(conditions[part], decoded, seeds[part])
                 return written(model.decode(decoded), output_type)
 
             samples, images = draw_parts(parts, draw, finish, on_step)

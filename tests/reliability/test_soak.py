@@ -157,7 +157,8 @@ def test_two_thousand_draws_in_threads_leave_memory_flat():
     assert done == DRAWS
     assert torch.get_num_threads() == before
     for name, points, most in (("bytes", sizes, MOST_GROWTH), ("objects", objects, MOST_OBJECTS)):
-        slope = float(np.polyfit(*np.array(points, dtype=float).T, 1)[0])
+        places, values = np.array(points, dtype=float).T
+        slope = float(np.polyfit(places, values, 1)[0])
         growth = slope * (DRAWS - WARM)
         print(f"{name}: {growth:,.0f} over {DRAWS - WARM} draws, {points[-1][1]:,} at the end")
         assert growth < most, f"{name} grow by {growth:,.0f} over {DRAWS - WARM} draws"
