@@ -96,9 +96,14 @@ class GlmPipeline(ImageModelPipeline):
         return pipe
 
     @property
+    def network(self) -> Any:
+        """What draws the codes; `transformer` is the diffusion decoder's."""
+        return self.vision_language_encoder
+
+    @property
     def model(self) -> GlmImage:
         """The family object around the current network."""
-        return GlmImage(self.vision_language_encoder, self.processor)
+        return GlmImage(self.network, self.processor)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder as `GlmImagePipeline` does, which both libraries load; without a sampler."""

@@ -194,6 +194,11 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             write_card(save_directory, description, facts, tags=("autoregressive",))
 
     @property
+    def network(self) -> Any:
+        """What draws the tokens."""
+        return self.transformer
+
+    @property
     def model(self) -> Any:
         """The family object that satisfies the model contract, around the current networks."""
         family = FAMILIES[type(bare(self.transformer)).__name__]

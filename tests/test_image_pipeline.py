@@ -397,3 +397,8 @@ def test_quantised_networks(folders, pipes):
     run = {"seed": 7, "progress": False, "output_type": "latent"}
     drawn = pipe("a cat", **run).tokens
     assert torch.equal(arvision.sample(pipe, "a cat", **run).tokens, drawn)
+    # Of GLM-Image it is the network that draws the codes, not the diffusion decoder.
+    whole: Any = arvision.load(folders["glm"], device="cpu", quantize="int8")
+    layer = whole.vision_language_encoder.model.language_model.layers[0]
+    decoder = next(whole.transformer.parameters())
+    assert type(layer.self_attn.q_proj.weight) is not type(decoder) is torch.nn.Parameter

@@ -101,12 +101,12 @@ def text_cases() -> list[tuple[str, Any]]:
 
 def image_network_cases() -> list[tuple[str, Any]]:
     """An image network of transformers, NextStep and Infinity, from the recorded checkpoints."""
-    from image_networks import ids_of, tiny_janus
+    from image_networks import janus_prompts, tiny_janus
     from nextstep_models import load_calm
 
     from arvision.models import Janus
 
-    janus, [ids] = Janus(tiny_janus()), ids_of([6], 0, 100)
+    janus, [ids] = Janus(tiny_janus()), janus_prompts([6])
     nextstep = ARPipeline.from_model(load_calm())
 
     def draw_janus(seed: int) -> Any:
