@@ -24,10 +24,10 @@ from .eval.reference import prepare_reference
 from .eval.report import write_report
 from .eval.shards import MOST_SAMPLES, ShardFolder, config_hash
 from .eval.sources import TensorSource
-from .eval.writers import read_prompts
 from .files import user_path
 from .folders import ASSETS
 from .pipeline import ARPipeline
+from .prompt_files import read_prompts
 from .samplers import get_sampler
 from .samplers.base import join_options, parse_sampler
 from .training.data import load_fashion
@@ -230,6 +230,8 @@ def weights_sha256(pipe: Any) -> str:
 def read_captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | None, str | None]:
     """Captions, each repeated, and the hash of all of them."""
     if prompts is None:
+        if per_prompt != 1:
+            raise InputError(f"per_prompt {shown(per_prompt)} without prompts: expected them too")
         return None, None
     records = read_prompts(prompts)
     if check_count("per_prompt", per_prompt) * len(records) > MOST_SAMPLES:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .contracts import Conditions
 from .decoding.noise import parse_seeds
 from .errors import InputError, as_integer, check_count, plain_numbers, shown
-from .models.conditions import ImagePrompt
+from .models.conditions import ImagePrompt, each_prompt
 
 MOST_IMAGES = 1_000_000
 """Images of one call, all of whose pictures it returns; `arvision.evaluate` writes more to the disk."""
@@ -48,26 +48,35 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
     return plain if isinstance(found, (list, tuple)) else plain[0]
 
 
+def check_images(num_prompts: int, num_images_per_prompt: Any) -> int:
+    """Images of each prompt, as many as a call may draw.
+
+    Raises:
+        InputError: fewer than one, or more than `MOST_IMAGES` in all.
+    """
+    num = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
+    if num_prompts * num > MOST_IMAGES:
+        raise InputError(
+            f"{num_prompts:,} prompts with {num:,} images each: expected at most {MOST_IMAGES:,} images "
+            "in one call"
+        )
+    return num
+
+
 def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     """One condition per image, images of a prompt side by side.
 
-    Arrays of integers or texts are lists of prompts, arrays of floats are features of one.
+    Arrays of integers or texts are lists of prompts, arrays of floats are features of a caption
+    [T, C] or of several [B, T, C].
 
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    num_images_per_prompt = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
     prompt = _condition(prompt)
-    if (
-        isinstance(prompt, (list, tuple, range))
-        and len(prompt) * num_images_per_prompt > MOST_IMAGES
-    ):
-        raise InputError(
-            f"{len(prompt):,} prompts with {num_images_per_prompt:,} images each: expected at most "
-            f"{MOST_IMAGES:,} images in one call"
-        )
-    prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
-    prompts = [_condition(entry) for entry in prompts]
+    is_list = isinstance(prompt, (list, tuple, range))
+    num_images_per_prompt = check_images(len(prompt) if is_list else 1, num_images_per_prompt)
+    prompts = list(prompt) if is_list else [prompt]
+    prompts = [each for entry in prompts for each in each_prompt(_condition(entry))]
     if not prompts:
         raise InputError("no prompt: expected at least one")
     for entry in prompts:
@@ -87,7 +96,7 @@ def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[Ima
     is_ids = isinstance(prompt, Tensor) and prompt.dim() == 1
     is_ids |= isinstance(prompt, (list, tuple)) and any(isinstance(one, int) for one in prompt)
     is_one = is_ids or isinstance(prompt, (str, ImagePrompt)) or prompt is None
-    prompts = [prompt] if is_one else list(prompt)
+    prompts: list[Any] = [prompt] if is_one else list(prompt)  # pyright: ignore[reportArgumentType]
     if not prompts:
         raise InputError("no prompt: expected at least one")
     negatives = [negative] * len(prompts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -103,6 +104,24 @@ def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
         is_last = pixels.shape[3] == 3 and (prefers_last or pixels.shape[1] != 3)
         return pixels.permute(0, 3, 1, 2) if is_last else pixels
     raise InputError(f"pixels {shape}: expected [B, 3, H, W] or [B, H, W, 3], or one of those")
+
+
+def as_source(image: Any) -> Any:
+    """A picture in any of the forms of `read_pixels` as PIL has it; codes [h, w] of integers stay.
+
+    Raises:
+        InputError: something else, several pictures, or a value out of range.
+    """
+    if isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype.kind in "iu":
+        image = torch.from_numpy(image.astype(np.int64))
+    is_codes = isinstance(image, Tensor) and image.dim() == 2 and not image.is_floating_point()
+    if is_codes or hasattr(image, "convert"):
+        return image
+    pixels = _read(image)
+    if len(pixels) != 1:
+        raise InputError(f"a source image of {len(pixels)} pictures: expected one")
+    array = (pixels[0].float().permute(1, 2, 0).cpu() * 127.5 + 127.5).round().to(torch.uint8)
+    return PIL.Image.fromarray(array.numpy())
 
 
 def written(pixels: Tensor, output_type: str) -> Any:
