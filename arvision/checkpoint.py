@@ -182,7 +182,10 @@ def _read_loose(folder: Path) -> StateDict:
     for path in files:
         numbered = SHARD.search(path.name)
         if numbered is not None and int(numbered[1]) != len(files):
-            raise CheckpointError(f"{folder}: {path.name} and in all {len(files)} *.safetensors")
+            raise CheckpointError(
+                f"{folder}: {path.name} and in all {len(files)} *.safetensors: expected one *{INDEX}, "
+                "or all shards"
+            )
     tensors: StateDict = {}
     for path in files:
         held = _read(path)

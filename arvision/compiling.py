@@ -15,12 +15,13 @@ class Prepares:
 
     kind: str
     device: Any
+    network: Any
     transformer: Any
     _steps: Steps | None = None
     _quantized: str | None = None
 
     def quantize(self, how: str) -> Self:
-        """Store the transformer's weights in fewer bits, in place; returns the pipeline itself.
+        """Store the weights of what draws the tokens in fewer bits, in place; returns the pipeline.
 
         What is exact stays so with respect to the quantised model: `stats.quantized` names it.
 
@@ -31,7 +32,7 @@ class Prepares:
             InputError: an unknown way, or weights that are quantised already.
             MissingDependencyError: torchao is not installed.
         """
-        quantize_weights(self.transformer, how)
+        quantize_weights(self.network, how)
         self._quantized = how
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from .eval.reference import prepare_reference
 from .eval.report import write_report
 from .eval.shards import MOST_SAMPLES, ShardFolder, config_hash
 from .eval.sources import TensorSource
-from .eval.writers import read_prompts
 from .files import user_path
 from .folders import ASSETS
 from .pipeline import ARPipeline
+from .prompt_files import read_prompts
 from .samplers import get_sampler
 from .samplers.base import join_options, parse_sampler
 from .training.data import load_fashion
@@ -229,6 +230,8 @@ def weights_sha256(pipe: Any) -> str:
 def read_captions(prompts: Path | None, per_prompt: int) -> tuple[list[str] | None, str | None]:
     """Captions, each repeated, and the hash of all of them."""
     if prompts is None:
+        if per_prompt != 1:
+            raise InputError(f"per_prompt {shown(per_prompt)} without prompts: expected them too")
         return None, None
     records = read_prompts(prompts)
     if check_count("per_prompt", per_prompt) * len(records) > MOST_SAMPLES:
@@ -272,9 +275,9 @@ def open_reference(where: Any) -> Any:
     if name in ("fashion-test", "fashion-train"):
         images, labels = load_fashion(name.removeprefix("fashion-"))
         return TensorSource(images.unsqueeze(1), labels.tolist(), name)
-    if not user_path(where).exists():
+    if not os.path.exists(user_path(where)):
         raise InputError(
-            f"reference {where} does not exist: expected an .npz file, a folder of images, "
+            f"reference {name[:300]} does not exist: expected an .npz file, a folder of images, "
             "fashion-test or fashion-train"
         )
     return where

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ArvisionError, CheckpointError, DiskError, InputError
+from .file_kinds import check_kind
 
 try:
     import fcntl
@@ -53,6 +54,7 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         raise InputError(f"{goal} is a folder: expected a file name")
     if os.path.lexists(goal) and not os.path.isfile(goal):
         raise InputError(f"{goal} is a pipe or a device: expected a file name")
+    check_kind(goal)
     with _place(goal) as temporary:
         yield temporary
         temporary.chmod(0o644)
@@ -115,6 +117,8 @@ def check_out(path: str | Path, *, suffixes: Sequence[str] = (), is_folder: bool
         raise InputError(f"out {path}: expected a name that ends in {', '.join(suffixes)}")
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in goal.parts):
         raise InputError(f"out {str(path)[:60]}...: expected names of at most {LONGEST_NAME} bytes")
+    if not is_folder:
+        check_kind(goal)
     above = goal if is_folder else goal.parent
     while not os.path.lexists(above):
         above = above.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -89,17 +90,20 @@ class GlmPipeline(ImageModelPipeline):
 
     def _decoder(self) -> Any:
         """diffusers' pipeline around the current parts."""
-        from diffusers.pipelines.glm_image import GlmImagePipeline
-
         parts = {name: part for name, part in self.components.items() if name != "sampler"}
-        pipe = GlmImagePipeline(**cast(Any, parts))
+        pipe = cast(Any, diffusers).GlmImagePipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     @property
+    def network(self) -> Any:
+        """What draws the codes; `transformer` is the diffusion decoder's."""
+        return self.vision_language_encoder
+
+    @property
     def model(self) -> GlmImage:
         """The family object around the current network."""
-        return GlmImage(self.vision_language_encoder, self.processor)
+        return GlmImage(self.network, self.processor)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder as `GlmImagePipeline` does, which both libraries load; without a sampler."""
@@ -173,9 +177,9 @@ class GlmPipeline(ImageModelPipeline):
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         codes = [ImagePrompt(one.prompt, one.negative, one.images) for one in conditions]
 
-        def render(tokens: Tensor, seeds: list[tuple[int, int]]) -> Any:
+        def render(part: Conditions, tokens: Tensor, seeds: list[tuple[int, int]]) -> Any:
             return self._render(
-                model, codes, tokens, seeds, output_type, scale, int(num_inference_steps)
+                model, part, tokens, seeds, output_type, scale, int(num_inference_steps)
             )
 
         return self._draw(

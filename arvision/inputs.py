@@ -13,7 +13,7 @@ from torch import Tensor
 from .contracts import Conditions
 from .decoding.noise import parse_seeds
 from .errors import InputError, as_integer, check_count, plain_numbers, shown
-from .models.conditions import ImagePrompt
+from .models.conditions import ImagePrompt, each_prompt
 
 MOST_IMAGES = 1_000_000
 """Images of one call, all of whose pictures it returns; `arvision.evaluate` writes more to the disk."""
@@ -51,7 +51,8 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
 def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     """One condition per image, images of a prompt side by side.
 
-    Arrays of integers or texts are lists of prompts, arrays of floats are features of one.
+    Arrays of integers or texts are lists of prompts, arrays of floats are features of a caption
+    [T, C] or of several [B, T, C].
 
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
@@ -67,7 +68,7 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
             f"{MOST_IMAGES:,} images in one call"
         )
     prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
-    prompts = [_condition(entry) for entry in prompts]
+    prompts = [each for entry in prompts for each in each_prompt(_condition(entry))]
     if not prompts:
         raise InputError("no prompt: expected at least one")
     for entry in prompts:
@@ -87,7 +88,7 @@ def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[Ima
     is_ids = isinstance(prompt, Tensor) and prompt.dim() == 1
     is_ids |= isinstance(prompt, (list, tuple)) and any(isinstance(one, int) for one in prompt)
     is_one = is_ids or isinstance(prompt, (str, ImagePrompt)) or prompt is None
-    prompts = [prompt] if is_one else list(prompt)
+    prompts: list[Any] = [prompt] if is_one else list(prompt)  # pyright: ignore[reportArgumentType]
     if not prompts:
         raise InputError("no prompt: expected at least one")
     negatives = [negative] * len(prompts)

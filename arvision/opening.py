@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -77,9 +78,8 @@ def open_model(
         "quantization_config": quantization_config,
     }
     _check_files(folder, variant)
-    layout = "lumina" if "lumina" in str(name_or_path).lower() else None
     with _loading(folder):
-        pipe = build(folder, content, how, layout, **extra)
+        pipe = build(folder, content, how, str(name_or_path), **extra)
     is_placed = device_map is not None or quantization_config is not None
     return pipe if is_placed else pipe.to(place)
 
@@ -209,7 +209,7 @@ def _bare(
     folder: Path,
     content: dict[str, Any],
     how: dict[str, Any],
-    layout: str | None,
+    name: str,
     decoder: Any,
     options: Any,
 ) -> ARPipeline:
@@ -220,7 +220,11 @@ def _bare(
     if type(network).__name__.startswith("Chameleon"):
         parts["decoder"] = _decoder(folder, decoder)
         is_lumina = any("XLLMX" in str(name) for name in content.get("architectures") or [])
-        options.setdefault("layout", "lumina" if is_lumina else layout or "chameleon")
+        is_lumina |= "lumina" in name.lower()
+        options.setdefault("layout", "lumina" if is_lumina else "chameleon")
+        side = re.search(r"lumina.*-(512|768|1024)(?!\d)", name.lower())
+        if options["layout"] == "lumina" and side and not {"height", "width"} & set(options):
+            options |= {"height": int(side[1]), "width": int(side[1])}
     elif decoder is not None:
         raise InputError(f"decoder {decoder}: {type(network).__name__} has one of its own")
     return ImageModelPipeline(network, _processor(folder), options=options or None, **parts)
@@ -230,15 +234,15 @@ def _saved(
     folder: Path,
     content: dict[str, Any],
     how: dict[str, Any],
-    layout: str | None,
+    name: str,
     decoder: Any,
     options: Any,
 ) -> ARPipeline:
     """A folder that `ImageModelPipeline.save_pretrained` wrote."""
     settings = {key: value for key, value in content.items() if not key.startswith("_")}
     parts: dict[str, Any] = {"transformer": _network(folder / "transformer", how)}
-    for name in ("processor", "decoder", "sampler", "transformer"):
-        settings.pop(name, None)
+    for part in ("processor", "decoder", "sampler", "transformer"):
+        settings.pop(part, None)
     if (folder / "processor").is_dir():
         parts["processor"] = _processor(folder / "processor")
     if decoder is not None or (folder / "decoder").is_dir():
@@ -263,12 +267,12 @@ def _glm(
     folder: Path,
     content: dict[str, Any],
     how: dict[str, Any],
-    layout: str | None,
+    name: str,
     decoder: Any,
     options: Any,
 ) -> ARPipeline:
     """diffusers' folder of GLM-Image."""
-    from diffusers.pipelines.glm_image import GlmImagePipeline
+    import diffusers
 
     if decoder is not None or options is not None:
         raise InputError("decoder and options: GLM-Image's folder holds all its parts")
@@ -279,7 +283,7 @@ def _glm(
         whole["quantization_config"] = None
     network = _network(folder / "vision_language_encoder", for_network)
     with _without_warnings("diffusers"):  # of a part that is given and not read from the folder
-        pipe: Any = GlmImagePipeline.from_pretrained(
+        pipe: Any = cast(Any, diffusers).GlmImagePipeline.from_pretrained(
             folder,
             vision_language_encoder=network,
             use_safetensors=True,

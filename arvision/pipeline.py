@@ -194,6 +194,11 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             write_card(save_directory, description, facts, tags=("autoregressive",))
 
     @property
+    def network(self) -> Any:
+        """What draws the tokens."""
+        return self.transformer
+
+    @property
     def model(self) -> Any:
         """The family object that satisfies the model contract, around the current networks."""
         family = FAMILIES[type(self.transformer).__name__]
@@ -355,7 +360,8 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             model: satisfies the contract of this pipeline's kind.
             conditions: one per image.
             law: temperature, top_k and top_p; None for the sampler's own value.
-            render: tokens and identities to what `output_type` names; None for the model's `decode`.
+            render: conditions, tokens and identities to what `output_type` names; None for the
+                model's `decode`.
         """
         self._check_output(model, output_type)
         wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
@@ -374,7 +380,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         is_guided = scale not in (0, 1)
-        memory = image_memory(model, self.tokenizer, is_guided, output_type)
+        memory = image_memory(model, getattr(self, "tokenizer", None), is_guided, output_type)
         parts = split(len(conditions), memory, self.device)
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
@@ -397,7 +403,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                     return samples.tokens
                 decoded = samples.tokens if samples.embeddings is None else samples.embeddings
                 if render is not None:
-                    return render(decoded, seeds[part])
+                    return render(conditions[part], decoded, seeds[part])
                 return written(model.decode(decoded), output_type)
 
             samples, images = draw_parts(parts, draw, finish, on_step)

@@ -1,16 +1,23 @@
 """How long does a token take: a class's own generate, our `ar`, our `sjd`, at equal settings?
 
-    python -m benchmarks.hf_image [--hidden 768] [--layers 12] [--side 16] [--rounds 3]
+    python -m benchmarks.hf_image [--hidden 768] [--layers 12] [--side 16] [--rounds 3] [--dtype bfloat16]
 
-Image networks of transformers at a middling size with random weights, one image per call. Correctness
-first: greedy tokens of all three are the same (in float64, at a small size, by the tests). Then the
-three take turns in one process. Random weights say nothing about how many tokens `sjd` accepts on a
-trained network; passes are given beside the time.
+Image networks of transformers at a middling size with random weights, one image per call, in the type
+that the weights are published in. Correctness first: greedy tokens of all three are the same (in
+float64, at a small size, by the tests). Then the three take turns in one process, in CPU seconds.
+Random weights say nothing about how many tokens `sjd` accepts on a trained network; passes are given
+beside the time.
+
+Memory is counted, not estimated: the most bytes of tensors that lived at once during a call, beyond
+those before it, and the bytes of our cache. In float32 on a CPU two rows of a product cost about
+twice as much as one (`rows`), so that a batch of two branches gains little there over two calls; in
+bfloat16 they cost the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -219,10 +226,43 @@ def chameleon(options: argparse.Namespace) -> tuple[Any, torch.Tensor, float, Ca
 FAMILIES = {"glm-image": glm, "janus": janus, "emu3": emu3, "chameleon": chameleon}
 
 
+def peak_bytes(task: Callable[[], Any]) -> int:
+    """The most bytes of tensors on the CPU that a call adds at any time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        task()
+    kineto: Any = record.profiler
+    events = kineto.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for _, change in sorted(changes):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def rows(width: int, dtype: torch.dtype) -> dict[str, float]:
+    """Milliseconds of a product with 1, 2 and 16 rows."""
+    weight = torch.randn(3 * width, width).to(dtype)
+    found = {}
+    for num in (1, 2, 16):
+        given = torch.randn(num, width).to(dtype)
+
+        def task(given: torch.Tensor = given) -> None:
+            for _ in range(40):
+                torch.nn.functional.linear(given, weight)
+
+        seconds = alternate({"task": task}, 3, time.process_time)["task"]
+        found[str(num)] = 1000 * min(seconds) / 40
+    return found
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per token of one family."""
     torch.manual_seed(0)
     model, prompt, scale, own = FAMILIES[name](options)
+    model.to(getattr(torch, options.dtype))
     stats: dict[str, Any] = {}
 
     def ours(sampler: str) -> Callable[[], None]:
@@ -234,11 +274,17 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return run
 
     tasks = {"generate": own, "ar": ours("ar"), "sjd": ours("sjd")}
-    seconds = alternate(tasks, options.rounds)
+    seconds = alternate(tasks, options.rounds, time.process_time)
     num = model.num_tokens
     found: dict[str, Any] = {
         task: summary([1000 * one / num for one in own]) for task, own in seconds.items()
     }
+    if options.memory:
+        state, _ = model.start([prompt], scale)
+        found["cache_bytes"] = state.cache.keys.nbytes + state.cache.values.nbytes
+        del state
+        found["peak_bytes"] = {task: peak_bytes(run) for task, run in tasks.items()}
+        print(name, "cache", found["cache_bytes"], "peak", found["peak_bytes"], flush=True)
     found["parameters"] = sum(p.numel() for p in model.network.parameters())
     found["passes"] = {task: stats[task].forward_passes for task in ("ar", "sjd")}
     found["ar_speedup"] = found["generate"]["median"] / found["ar"]["median"]
@@ -258,10 +304,16 @@ def main() -> None:
         ("rounds", 3),
     ):
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--memory", action="store_true", help="count bytes too")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     options = parser.parse_args()
     record = {name: measure(name, options) for name in options.families}
-    save("hf_image", {"options": vars(options), "milliseconds_per_token": record})
+    products = rows(options.hidden, getattr(torch, options.dtype))
+    save(
+        "hf_image",
+        {"options": vars(options), "milliseconds_per_token": record, "rows": products},
+    )
 
 
 if __name__ == "__main__":

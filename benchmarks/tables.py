@@ -237,9 +237,11 @@ def main() -> None:
     record = load("samplers")
     text = README.read_text()
     text = fill(text, "passes", passes_table(record) + "\n\n" + machine(record, "passes"))
-    records = {"float32": record, "bfloat16": load("samplers_bfloat16")}
-    text = fill(text, "time", time_table(records) + "\n\n" + machine(record, "time"))
     README.write_text(text)
+    records = {"float32": record, "bfloat16": load("samplers_bfloat16")}
+    path = SAMPLERS_PAGE.with_name("performance.md")
+    times = time_table(records) + "\n\n" + machine(record, "time")
+    path.write_text(fill(path.read_text(), "time", times))
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
     page = fill(page, "grid", grid_table(record))
     page = fill(page, "window", window_table(load("window")))

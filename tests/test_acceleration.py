@@ -149,6 +149,10 @@ def test_what_cannot_be_kept_is_refused_by_name():
         arvision.accelerate("zai-org/GLM-Image")
     with pytest.raises(InputError, match="drafter"):
         arvision.accelerate(tiny_llama(), "ar")
+    for spread in (tiny_janus(), tiny_emu3()):
+        spread.hf_device_map = {"model": 0, "lm_head": 1}
+        with pytest.raises(InputError, match="spread over 0, 1: expected one device"):
+            arvision.accelerate(spread)
     arvision.accelerate(glm)
     prompt = glm_prompts([4])[0][None]
     grids = torch.tensor([[1, 4, 5], [1, 3, 2]])

@@ -113,6 +113,40 @@ def test_the_number_in_a_strangers_run_is_checked(tmp_path, num):
     refused(r"run\.json: (num is|.*NaN)", ShardFolder(tmp_path).repair)
 
 
+def test_sizes_of_pictures_are_bounded():
+    from arvision.models.transformers_image.chameleon import check_size
+    from arvision.models.transformers_image.emu3 import grid_of
+    from arvision.models.transformers_image.glm_image import grids_of
+    from arvision.models.transformers_image.layout import Layout
+
+    refused("height", grids_of, 32 * HUGE, 1024, False)
+    refused("width", check_size, 512, 32 * HUGE, "lumina")
+    refused("image_area", grid_of, "1:1", HUGE)
+    refused("tokens of an image", Layout.raster, 10**6, 10**6, 5)
+    refused("tokens of an image", Layout, HUGE)
+
+
+def test_sizes_of_texts_are_bounded(monkeypatch):
+    from text_models import random_prompts, tiny_llama
+
+    network, prompts = tiny_llama(), random_prompts([5])
+
+    def generate(**options):
+        return arvision.generate(network, prompts, **{"max_new_tokens": 3} | options)
+
+    refused("256 positions", generate, max_new_tokens=HUGE)
+    refused("num_draft", generate, drafter="prompt_lookup", num_draft=HUGE)
+    for drafter, option in (
+        ("token_recycling", "num_draft"),
+        ("prompt_lookup", "max_ngram"),
+        ("superposed", "num_paths"),
+        ("jacobi", "num_draft"),
+    ):
+        refused(option, generate, drafter=drafter, drafter_options={option: HUGE})
+    little(monkeypatch, 1000)
+    refused("lower max_new_tokens", generate)
+
+
 def little(monkeypatch, num_bytes):
     for module in (memory, batches):
         monkeypatch.setattr(module, "SHARE", 1.0, raising=False)

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ from safetensors.torch import load_file, save_file
 import arvision
 from arvision import ARPipeline, CheckpointError, InputError
 from arvision.checkpoint import read_state_dict
+from arvision.cli import output
+from arvision.cli.output import expanded
 from arvision.eval.classifier import load_classifier
 from arvision.eval.coco import choose_captions
 from arvision.eval.shards import ShardFolder
 from arvision.eval.writers import read_prompts
+from arvision.file_kinds import STARTS
+from arvision.files import check_out, write_bytes
 from arvision.folders import ASSETS
-from arvision.models import LlamaGenTransformer
+from arvision.models import FAMILIES, LlamaGenTransformer
 from arvision.samplers import SAMPLERS, SJDSampler, get_sampler
 from arvision.testing import tiny_llamagen
 from arvision.text.drafters.heads import load_heads, make_heads, save_heads
@@ -239,7 +244,7 @@ TRANSFORMER = [
     ("num_layers", 2.5, "num_layers 2.5"),
     ("num_layers", True, "num_layers True"),
     ("num_layers", [2], "num_layers [2]"),
-    ("num_layers", 10**400, "num_layers an integer of 1329 bits"),
+    ("num_layers", 10**400, "bits"),
     ("hidden_size", 10**9, "hidden_size 1000000000"),
     ("hidden_size", 128, "has shape [4, 32], expected [4, 128]"),
     ("vocab_size", -1, "vocab_size -1"),
@@ -695,3 +700,85 @@ def test_captions_of_coco_are_checked(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(InputError, match="expected COCO captions"):
             choose_captions(path)
+
+
+# What lies where we write.
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.json", "a.jsonl", "a.npz", "a.npy", "a.pt", "A.PNG"])
+def test_files_of_another_kind_are_left_alone(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"My notes of ten years")
+    for write in (lambda: write_bytes(path, b"{}"), lambda: check_out(path)):
+        with pytest.raises(InputError, match="left as it is"):
+            write()
+    assert path.read_bytes() == b"My notes of ten years"
+    path.write_bytes(b"")
+    write_bytes(path, STARTS[path.suffix.lower()][0] + b" ours")
+    write_bytes(path, b"again")
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        write_bytes(tmp_path / "pipe", b"x")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        write_bytes("/dev/null", b"x")
+
+
+def test_every_path_of_the_command_line_knows_the_home(monkeypatch, tmp_path):
+    option = re.compile(
+        r"Annotated\[\s*Path(?: \| None)?,\s*typer\.Option\((.*?)\)\s*,?\s*\]", re.S
+    )
+    sources = [path.read_text() for path in Path(output.__file__).parent.glob("*.py")]
+    found = [each for source in sources for each in option.findall(source)]
+    assert len(found) > 20
+    assert all("callback=" in each for each in found)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded(Path("~/out/a.png")) == tmp_path / "out" / "a.png"
+
+
+def test_a_picture_in_the_home(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ended = cli(
+        "sample", "--model", "llamagen-fashion", "--prompt", "bag", "--quiet", "--out=~/a/b.png"
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "~").exists()
+
+
+# Who may come in.
+
+
+def test_a_registered_plug_in_is_known(tmp_path, monkeypatch):
+    tiny = tiny_llamagen()
+    network = PluginTransformer(**{k: v for k, v in tiny.transformer.config.items() if k[0] != "_"})
+    monkeypatch.setitem(
+        FAMILIES._entries, "PluginTransformer", FAMILIES.entry("LlamaGenTransformer")
+    )
+    ARPipeline(network, tiny.tokenizer).save_pretrained(tmp_path)
+    assert type(arvision.load(tmp_path, device="cpu").transformer) is PluginTransformer
+    edit(tmp_path / "transformer" / "config.json", num_layers=10**6)
+    refused(tmp_path, "num_layers 1000000")
+    monkeypatch.delitem(FAMILIES._entries, "PluginTransformer")
+    refused(tmp_path, "no class that arvision loads")
+
+
+class PluginTransformer(LlamaGenTransformer):
+    """A network of a package outside."""
+
+
+def test_a_list_of_samplers_needs_a_network_that_we_know(folder):
+    for entry in (["a", ["b"]], 3, None, ["arvision.models", "Nothing"], ["a"]):
+        edit(folder / "model_index.json", transformer=entry)
+        with pytest.raises((CheckpointError, InputError)) as found:
+            arvision.list_samplers(folder)
+        assert "\n" not in str(found.value)
+
+
+def test_weights_of_integers_are_no_weights():
+    weights = {k: v.to(torch.int32) for k, v in tiny_llamagen().transformer.state_dict().items()}
+    with pytest.raises(CheckpointError, match="holds int32, expected floating-point numbers"):
+        LlamaGenTransformer.from_official(weights, num_heads=2, grid=(6, 6))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..contracts import Stats
 from ..errors import InputError
-from ..models.transformers_image.network import base_of
+from ..models.transformers_image.network import base_of, device_of
 from ..samplers import SAMPLERS, get_sampler
 from ..text import custom_generate as text_entry
 from ..text.model import check_network
@@ -43,13 +43,15 @@ def accelerate(obj: Any, sampler: str = "sjd", **options: Any) -> Any:
         `obj`. Its `arvision_stats` are the statistics of its last run (None before the first).
 
     Raises:
-        InputError: an object or an option that is not known, or a sampler that draws no tokens.
+        InputError: an object or an option that is not known, a sampler that draws no tokens, or a
+            network that is spread over several devices.
     """
     restore(obj)
     names = {cls.__name__ for cls in type(obj).__mro__}
     if "GlmImagePipeline" in names:
         plan = Plan(*_image_options(sampler, options))
         network = base_of(obj.vision_language_encoder)
+        _ = device_of(network)
         obj.generate_prior_tokens = functools.wraps(type(obj).generate_prior_tokens)(
             functools.partial(generate_prior_tokens, obj, network, plan, _note(obj))
         )
@@ -63,9 +65,11 @@ def accelerate(obj: Any, sampler: str = "sjd", **options: Any) -> Any:
             "arvision.models.Chameleon(network), which does"
         )
     if "JanusForConditionalGeneration" in names:
+        _ = device_of(network)
         plan = Plan(*_image_options(sampler, options))
         call = functools.partial(janus_images, network, plan, _note(network))
     elif names & {"GlmImageForConditionalGeneration", "Emu3ForConditionalGeneration"}:
+        _ = device_of(network)
         plan = Plan(*_image_options(sampler, options))
         entry = glm_entry if "GlmImageForConditionalGeneration" in names else emu3_entry
         call = functools.partial(entry, network, plan, _note(network))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .output import expanded
+
 EPILOG = """Examples:
 
 arvision bench --models llamagen-fashion --samplers ar,sjd,sjd:window=32 --batch 1,16
@@ -30,9 +32,12 @@ def bench(
         str | None, typer.Option("--compile", help="Mode of the pipeline's compile().")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measured draws of each case.")] = 5,
-    out: Annotated[Path, typer.Option(help="Folder for tables and plot.")] = Path("out/bench"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for tables and plot.", callback=expanded)
+    ] = Path("out/bench"),
     compare: Annotated[
-        Path | None, typer.Option(help="A bench.json: tell what changed beyond noise.")
+        Path | None,
+        typer.Option(help="A bench.json: tell what changed beyond noise.", callback=expanded),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -58,9 +58,9 @@ def compare(
     num_images: Annotated[int | None, typer.Option(help="Images of each prompt (4).")] = None,
     seed: Annotated[int, typer.Option(help="Image k has identity (seed, k).")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for sheet, tables and plot.")] = Path(
-        "out/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for sheet, tables and plot.", callback=expanded)
+    ] = Path("out/compare"),
     guidance_scale: Annotated[float | None, typer.Option()] = None,
     temperature: Annotated[float | None, typer.Option()] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
@@ -106,7 +106,9 @@ def compare(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Folder for the sheets.", callback=expanded)] = Path(
+        "out"
+    ),
     samplers: Annotated[str, typer.Option(help="As in compare.")] = "ar,sjd",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:

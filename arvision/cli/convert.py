@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .output import expanded
 from .sample import parse_options
 
 EPILOG = """Examples:
@@ -30,9 +31,13 @@ def convert(
     family: Annotated[
         str, typer.Option("--from", help="llamagen, var, mar, dd, infinity or nextstep.")
     ],
-    transformer: Annotated[Path, typer.Option(help="The authors' file (or folder).")],
-    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="File of the image tokenizer.")] = None,
+    transformer: Annotated[
+        Path, typer.Option(help="The authors' file (or folder).", callback=expanded)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.", callback=expanded)],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="File of the image tokenizer.", callback=expanded)
+    ] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Folder or hub id of the T5 encoder of captions.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -34,7 +34,9 @@ def add_to(app: typer.Typer) -> None:
 
 def distill(
     teacher: Annotated[str, typer.Option(help="Embedded name or folder of the model to distil.")],
-    out: Annotated[Path, typer.Option(help="Folder for pairs, checkpoints and the student.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for pairs, checkpoints and the student.", callback=expanded)
+    ],
     method: Annotated[
         str, typer.Option(help="dd1: from pairs; dd2: from the teacher's scores.")
     ] = "dd1",

@@ -11,7 +11,7 @@ import typer
 from ..files import check_out
 from . import eval_demo
 from .fashion import FashionFolder
-from .output import tell
+from .output import expanded, tell
 
 app = typer.Typer(
     help="Evaluation: generate samples, score them, test equivalence, write reports.",
@@ -74,7 +74,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 @app.command(epilog=GENERATE_EPILOG)
 def generate(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder of the samples; resumed if it is there.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the samples; resumed if it is there.", callback=expanded)
+    ],
     sampler: Annotated[str, typer.Option(help="See `arvision samplers`.")] = "ar",
     protocol: Annotated[
         str, typer.Option(help="adm-in256, coco-30k, fashion, free.")
@@ -86,7 +88,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Image k has the identity (seed, k).")] = 0,
     pixels: Annotated[str, typer.Option(help="plain, llamagen, var, mar, to256.")] = "plain",
     prompts: Annotated[
-        Path | None, typer.Option(help="Captions: text, JSON lines or JSON.")
+        Path | None,
+        typer.Option(help="Captions: text, CSV, TSV, JSON lines or JSON.", callback=expanded),
     ] = None,
     per_prompt: Annotated[int, typer.Option(help="Images of each caption.")] = 1,
     num_classes: Annotated[int | None, typer.Option(help="Instead of the protocol's.")] = None,
@@ -200,7 +203,9 @@ arvision eval clip --samples coco --prompts coco30k.jsonl --weights openai/clip-
 @app.command(epilog=CLIP_EPILOG)
 def clip(
     samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
-    prompts: Annotated[Path, typer.Option(help="Captions in the samples' order.")],
+    prompts: Annotated[
+        Path, typer.Option(help="Captions in the samples' order.", callback=expanded)
+    ],
     weights: Annotated[str, typer.Option(help="CLIP folder, or hub id with --download.")],
     download: Download = False,
     convention: Annotated[str, typer.Option(help="cosine, torchmetrics, hessel.")] = "cosine",
@@ -239,7 +244,9 @@ arvision eval report --samples samples/ar --reference fashion-test --extractor l
 def report(
     samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
     reference: Annotated[str, typer.Option(help="The same, statistics, or fashion-test.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.json and report.md.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.json and report.md.", callback=expanded)
+    ],
     extractor: ExtractorName = "inception-adm",
     weights: Weights = None,
     download: Download = False,
@@ -289,8 +296,8 @@ arvision eval equivalence --a samples/ar --b samples/sjd --model llamagen-fashio
 
 @app.command(epilog=EQUIVALENCE_EPILOG)
 def equivalence(
-    a: Annotated[Path, typer.Option(help="Run of the baseline.")],
-    b: Annotated[Path, typer.Option(help="Run of the accelerated sampler.")],
+    a: Annotated[Path, typer.Option(help="Run of the baseline.", callback=expanded)],
+    b: Annotated[Path, typer.Option(help="Run of the accelerated sampler.", callback=expanded)],
     model: Annotated[str | None, typer.Option(help="Base model for the likelihood test.")] = None,
     reference: Annotated[str | None, typer.Option(help="For the Frechet equivalence.")] = None,
     extractor: ExtractorName = "lite0",
@@ -336,8 +343,8 @@ arvision eval coco --annotations captions_val2014.json --out coco30k.jsonl
 
 @app.command(epilog=COCO_EPILOG)
 def coco(
-    annotations: Annotated[Path, typer.Option(help="captions_val2014.json")],
-    out: Annotated[Path, typer.Option(help="JSON lines of prompts to write.")],
+    annotations: Annotated[Path, typer.Option(help="captions_val2014.json", callback=expanded)],
+    out: Annotated[Path, typer.Option(help="JSON lines of prompts to write.", callback=expanded)],
     num: Annotated[int, typer.Option(help="Captions, one per image.")] = 30_000,
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
     as_json: Json = False,
@@ -345,7 +352,7 @@ def coco(
     """Choose the captions of the COCO-30k protocol: one per image."""
     from ..eval.coco import choose_captions, write_captions
 
-    check_out(out)
+    check_out(out, suffixes=(".jsonl",))
     records = choose_captions(annotations, num, seed)
     write_captions(records, out)
     facts = {"captions": len(records), "out": str(out)}
@@ -366,8 +373,10 @@ Layouts: npz (ADM), png, tar, geneval, hpsv2, dpg-bench.
 def export(
     samples: Annotated[str, typer.Option(help="Samples: npz, npy, zip, tar, folder or run.")],
     layout: Annotated[str, typer.Option(help="npz, png, tar, geneval, hpsv2, dpg-bench.")],
-    out: Annotated[Path, typer.Option(help="New file or folder.")],
-    prompts: Annotated[Path | None, typer.Option(help="For the benchmark layouts.")] = None,
+    out: Annotated[Path, typer.Option(help="New file or folder.", callback=expanded)],
+    prompts: Annotated[
+        Path | None, typer.Option(help="For the benchmark layouts.", callback=expanded)
+    ] = None,
     per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -377,15 +386,20 @@ def export(
     from ..eval.writers import (
         LAYOUTS,
         export_layout,
-        read_prompts,
         write_npz,
         write_pictures,
         write_tar,
     )
+    from ..prompt_files import read_prompts
 
     plain = {"npz": write_npz, "png": write_pictures, "tar": write_tar}
     if layout not in (*plain, *LAYOUTS):
         raise unknown_name("layout", layout, (*plain, *LAYOUTS))
+    if layout in plain and (prompts is not None or per_prompt != 1):
+        unused = "--per-prompt" if prompts is None else "--prompts"
+        raise InputError(
+            f"{unused} with layout {layout}: expected a benchmark's ({', '.join(LAYOUTS)})"
+        )
     if out.is_file():
         raise InputError(f"{out} exists: expected a new file or folder")
     suffixes = [f".{layout}"] if layout in ("npz", "tar") else []
@@ -403,7 +417,9 @@ def export(
 
 @app.command()
 def repair(
-    samples: Annotated[Path, typer.Option(help="Folder of `arvision eval generate`.")],
+    samples: Annotated[
+        Path, typer.Option(help="Folder of `arvision eval generate`.", callback=expanded)
+    ],
     as_json: Json = False,
 ) -> None:
     """Forget the blocks of a run whose files are missing or damaged; generate makes them again."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .fashion import FashionFolder
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Example:
 
@@ -68,9 +68,9 @@ def plan(samplers: list[str]) -> list[Entry]:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder; a broken-off run goes on.")] = Path(
-        "out/eval-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder; a broken-off run goes on.", callback=expanded)
+    ] = Path("out/eval-demo"),
     model: Annotated[str, typer.Option(help="A class-conditional Fashion-MNIST model.")] = (
         "llamagen-fashion"
     ),

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from ..files import user_path
+
 
 def _use(folder: Path | None) -> None:
     """Name the folder for this process and those that it starts."""
     from ..training.data import FOLDER_VARIABLE
 
     if folder is not None:
-        os.environ[FOLDER_VARIABLE] = str(folder)
+        os.environ[FOLDER_VARIABLE] = str(user_path(folder))
 
 
 FashionFolder = Annotated[

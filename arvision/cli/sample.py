@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -69,6 +69,15 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def refuse_unused(given: dict[str, Any], when: str) -> None:
+    """Refuse options that were given (are not None) and change nothing here."""
+    from ..errors import InputError
+
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise InputError(f"{unused[0]} {when}: it would have no effect")
+
+
 def load_picture(path: Path) -> Any:
     """A picture from a file, as RGB."""
     from PIL import Image, UnidentifiedImageError
@@ -90,7 +99,9 @@ def sample(
     ] = None,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     seed: Annotated[str, typer.Option(help="Seed, or seed:image for one image of a run.")] = "0",
-    out: Annotated[Path | None, typer.Option(help="Picture to write (PNG).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Picture to write (PNG).", callback=expanded)
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to lead away from (text).")] = None,
     guidance_scale: Annotated[
         str | None, typer.Option(help="Weight of the prompt, or one for each scale: 1,2,3.")
@@ -116,6 +127,7 @@ def sample(
 ) -> None:
     """Draw pictures from a prompt."""
     from .. import Prompt, api
+    from ..errors import InputError
     from ..files import check_out, replacing
     from ..samplers.base import parse_value
     from ..sheet import PICTURES, contact_sheet, enlarge
@@ -123,12 +135,17 @@ def sample(
     if out is not None:
         check_out(out, suffixes=PICTURES)
     options = parse_options(option or [])
-    if window is not None:
-        options["window"] = parse_value(window)
-    if coupling is not None:
-        options["coupling"] = coupling
-    if steps is not None:
-        options["steps"] = steps
+    own = {
+        "window": None if window is None else parse_value(window),
+        "coupling": coupling,
+        "steps": steps,
+    }
+    for name, value in own.items():
+        if value is not None and name in options:
+            raise InputError(f"--{name} and --option {name}=...: expected one of them")
+    options |= {name: value for name, value in own.items() if value is not None}
+    if parse_schedule("temperature", temperature) == 0:
+        refuse_unused({"--top-k": top_k, "--top-p": top_p}, "at --temperature 0")
     prompts = prompt if negative is None else [Prompt(text, negative) for text in prompt]
     result = api.sample(
         model,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .fashion import FashionFolder
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -40,11 +40,15 @@ def add_to(app: typer.Typer) -> None:
 
 def train(
     recipe: Annotated[str, typer.Option(help="See the examples.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished model.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the finished model.", callback=expanded)
+    ],
     steps: Annotated[int | None, typer.Option(help="At most this many steps per stage.")] = None,
     num_images: Annotated[int | None, typer.Option(help="Only this many training images.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; small models like one.")] = None,
-    card_samples: Annotated[int, typer.Option(help="Samples that the card is measured on.")] = 1000,
+    card_samples: Annotated[
+        int | None, typer.Option(help="Samples that the card is measured on; 1000.")
+    ] = None,
     fashion_mnist: FashionFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measured figures.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,

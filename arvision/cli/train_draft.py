@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import tell
+from .output import expanded, tell
 
 EPILOG = """Examples:
 
@@ -20,7 +20,8 @@ arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draf
 
 arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
 
-PROMPTS holds one prompt per line, wrapped in the model's chat template where it has one. The target
+PROMPTS holds one prompt per line, or is a .csv or .tsv file with a column named prompt, or a .jsonl
+or .json file; each is wrapped in the model's chat template where it has one. The target
 stays frozen and answers them itself; what is fitted learns from these answers. Run a command again
 to resume it. For a judge (`--rule judge`) it holds marked answers, a JSON object per line:
 {"prompt": "2 + 2?", "answer": "It is 5.", "wrong": "5"}, without "wrong" where all is fine.
@@ -34,19 +35,26 @@ def add_to(app: typer.Typer) -> None:
 
 def train_draft(
     model: Annotated[str, typer.Option(help="Target: folder, GGUF file or hub id.")],
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished draft.")],
+    prompts: Annotated[Path, typer.Option(help="File of prompts, see below.", callback=expanded)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the finished draft.", callback=expanded)
+    ],
     kind: Annotated[
         str,
         typer.Option(help="medusa, hydra, clover, chimera, ppd, hidden_transfer, model or judge."),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
-    num_heads: Annotated[int, typer.Option(help="Longest draft of heads or pseudo tokens.")] = 3,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Longest draft of heads or pseudo tokens; 3.")
+    ] = None,
     divergence: Annotated[
-        str, typer.Option(help="forward_kl, reverse_kl, jensen_shannon, total_variation.")
-    ] = "forward_kl",
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 96,
+        str | None,
+        typer.Option(help="forward_kl (the default), reverse_kl, jensen_shannon, total_variation."),
+    ] = None,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; 96.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,

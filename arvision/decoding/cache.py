@@ -246,9 +246,20 @@ class KVCache:
         self._host_lengths = lengths.tolist()
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows [R'] and drop the others."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        """Keep the given rows [R'] and drop the others.
+
+        They move together in place, one layer after another: nothing of the cache's size is made.
+        """
+        kept = rows.tolist()
+        unmoved = next((i for i, row in enumerate(kept) if row != i), len(kept))
+        if len(kept) > self.keys.shape[1]:
+            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        elif unmoved < len(kept):
+            for layer in range(len(self.keys)):
+                for stored in (self.keys[layer], self.values[layer]):
+                    stored[unmoved : len(kept)] = stored[rows[unmoved:]]
+        self.keys, self.values = self.keys[:, : len(kept)], self.values[:, : len(kept)]
         self.lengths = self.lengths[rows]
-        self._host_lengths = self.lengths.tolist()
+        self._host_lengths = [self._host_lengths[row] for row in kept]
         if self._closed is not None:
             self._closed = self._closed[rows]

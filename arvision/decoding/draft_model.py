@@ -153,11 +153,18 @@ class DraftModelDrafter:
         self._draft, self._conditions, self._scale = draft, conditions, guidance_scale
         self._shape, self._coupling, self._calibration = shape, coupling, calibration
         self._least = 1.0 - stop_threshold
-        self.figures = DraftFigures()
+        self._accepted = self._passes = 0
+        self._drafted: Tensor | int = 0
+
+    @property
+    def figures(self) -> DraftFigures:
+        """Counts since the drafter was made."""
+        return DraftFigures(int(self._drafted), self._accepted, self._passes)
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Prefill the draft's state."""
-        self._passes = self.figures.passes
+        self._passes_before = self._passes
+        self._known = [0] * len(self._conditions)
         self._noise, self._num_tokens = noise, num_tokens
         self._state = FollowingState(
             self._draft, self._conditions, self._scale, self._shape, num_tokens
@@ -170,11 +177,12 @@ class DraftModelDrafter:
         """
         room = self._num_tokens - 1 - lengths
         is_going = room > 0
-        if num == 0 or not bool(is_going.any()):
+        most_room = self._num_tokens - 1 - min(self._known)
+        if num == 0 or most_room <= 0:
             return TokenTree(tokens[:, :0], self._no_laws(tokens))
         root = tokens.gather(1, lengths[:, None] - 1)
-        law = self._state.follow(tokens, lengths)
-        num = min(num, self._state.most())
+        law = self._state.follow(tokens, lengths, self._known)
+        num = min(num, self._state.most(), most_room)
         drafts, laws = root[:, :0], []
         acceptance = torch.ones_like(lengths, dtype=law.dtype)
         while True:
@@ -187,7 +195,8 @@ class DraftModelDrafter:
                 features = confidence_features(law, scores, token)
                 acceptance = acceptance * self._calibration(self._coupling, features)
             is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
-            if place + 1 == num or not bool(is_going.any()):
+            # Where no row stops early, all go on to the end of the longest.
+            if place + 1 == num or (self._least > 0 and not bool(is_going.any())):
                 break
             law = self._state.extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
         logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)
@@ -209,11 +218,14 @@ class DraftModelDrafter:
 
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Count what was accepted."""
-        self.figures.passes = self._passes + self._state.passes
-        self.figures.drafted += int((chain.drafts >= 0).sum())
-        self.figures.accepted += int((verdict.counts - 1).sum())
+        counts = verdict.counts.tolist() if verdict.given is None else verdict.given
+        self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
+        self._passes = self._passes_before + self._state.passes
+        self._drafted = self._drafted + (chain.drafts >= 0).sum()
+        self._accepted += sum(counts) - len(counts)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
+        self._known = [self._known[row] for row in rows.tolist()]
         self._noise = self._noise.select(rows)
         self._state.select(rows)

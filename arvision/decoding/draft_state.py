@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, DropsRows, Overruns, TokenModel
+from ..contracts import Advances, Conditions, DropsRows, Overruns, TokenModel
 
 
 class FollowingState:
@@ -39,23 +39,32 @@ class FollowingState:
         self._shape, self._num_tokens = shape, num_tokens
         self._vocab_size = draft.vocab_size
         self.rows = torch.arange(len(conditions), device=self.state.lengths.device)
+        self._done = [0] * len(conditions)
         self.passes = 0
 
-    def follow(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] | None = None) -> Tensor:
         """Commit all known tokens but the last, and give the law [B, V] after that one.
 
         The last known token stays a candidate, so that a state can always be asked again.
+
+        Args:
+            tokens: [B, N].
+            lengths: [B], known tokens of each row.
+            given: the same on the host, where it is known there.
         """
+        given = lengths.tolist() if given is None else given
         while True:
             own = self.state.lengths[self.rows]
             pending = lengths - own
-            num = min(int(pending.max()), self.most())
+            waiting = [known - done for known, done in zip(given, self._done, strict=True)]
+            num = min(max(waiting), self.most())
             index = own[:, None] + torch.arange(num, device=own.device)
             fed = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
             law = self.extend(fed)
-            is_done = bool((pending <= num).all())
-            self._commit((pending - 1).clamp(max=num), num)
-            if is_done:
+            kept = [min(count - 1, num) for count in waiting]
+            self._commit((pending - 1).clamp(max=num), kept, num)
+            self._done = [done + count for done, count in zip(self._done, kept, strict=True)]
+            if max(waiting) <= num:
                 last = (pending - 1)[:, None, None].expand(-1, 1, law.shape[-1])
                 return law.gather(1, last)[:, 0]
 
@@ -77,7 +86,10 @@ class FollowingState:
         )
         return self._shape(logits[self.rows])
 
-    def _commit(self, counts: Tensor, num: int) -> None:
+    def _commit(self, counts: Tensor, given: list[int], num: int) -> None:
+        if len(given) == len(self.state.lengths) and isinstance(self.state, Advances):
+            self.state.advance(counts, given)
+            return
         spread = counts.new_zeros(len(self.state.lengths))
         spread[self.rows] = counts
         order = torch.arange(num, device=counts.device)
@@ -85,6 +97,7 @@ class FollowingState:
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
+        self._done = [self._done[row] for row in rows.tolist()]
         if isinstance(self.state, DropsRows):
             self.state.select(rows)
             self.rows = torch.arange(len(rows), device=rows.device)

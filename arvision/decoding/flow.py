@@ -28,8 +28,12 @@ from .verify import Round, Rule, Verdict, follow
 DEFAULT_EVALUATIONS = 100
 """Evaluations of the velocity from noise to code; with 50 the law is still right, with 20 it is not."""
 
-BLOCK_ELEMENTS = 1 << 18
-"""Weights computed at a time (laws times codes), so that they stay in a core's cache."""
+CACHE_ELEMENTS = 1 << 18
+"""Weights computed at a time (laws times codes) on a CPU, so that they stay in a core's cache."""
+
+MEMORY_ELEMENTS = 1 << 26
+"""Numbers computed with at a time elsewhere, codes included: small products would leave an
+accelerator idle."""
 
 
 class FlowMap:
@@ -142,7 +146,10 @@ class FlowMap:
 
     def _blocks(self, laws: Tensor, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         kept = int((laws > float("-inf")).sum(-1).max()) if len(laws) else 1
-        rows = max(1, BLOCK_ELEMENTS // max(1, kept))
+        most, of_law = CACHE_ELEMENTS, max(1, kept)
+        if laws.device.type != "cpu":
+            most, of_law = MEMORY_ELEMENTS, of_law * (self.width + 4)
+        rows = max(1, most // of_law)
         return list(laws.split(rows)), list(points.split(rows))
 
     def _kept(self, laws: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -175,7 +175,10 @@ def decode_tokens(
     drafter.start(run.noise, model.vocab_size, run.num_tokens)
     if isinstance(drafter, Attached):
         drafter.attach(state, conditions)
-    prefill = _prefill_chain(logits, shape, run.noise, _hidden(state))
+    # Asked once: a protocol's answer takes as long as a small operator.
+    tells_hidden = isinstance(state, TellsHidden)
+    hidden = cast(TellsHidden, state).hidden if tells_hidden else None
+    prefill = _prefill_chain(logits, shape, run.noise, hidden)
     run.watch_laws(prefill.target_logp)
     first = rows.settle(rule(prefill))
     drafter.observe(prefill, first)
@@ -213,7 +216,7 @@ def decode_tokens(
         run.watch_laws(laws)
         candidates += laws.shape[0] * num
         windows.append(num)
-        hidden = _hidden(state)
+        hidden = cast(TellsHidden, state).hidden if tells_hidden else None
         batch = Round(
             tree.tokens,
             tree.logq,
@@ -286,10 +289,6 @@ def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter)
     return max(room) + 1
 
 
-def _hidden(state: TokenState) -> Tensor | None:
-    return state.hidden if isinstance(state, TellsHidden) else None
-
-
 def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
     """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
     far behind the known tokens each law stands [1 + T], and the topology of the drafts; the first
@@ -297,7 +296,7 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
     above = tree.parents
     if above is None or (above.dim() == 1 and is_chain(above.tolist())):
         return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device))
+    shape = topology_of(above.to(device), tree.num_levels)
     root = torch.zeros_like(shape.depths[..., :1])
     return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
@@ -316,6 +315,7 @@ class _Rows:
 
     def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
         self.run, self._state, self._stop = run, state, stop
+        self._advances = isinstance(state, Advances)
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
@@ -398,8 +398,8 @@ class _Rows:
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = counts.new_tensor(given)
         is_whole = isinstance(self.in_state, slice)
-        if verdict.path is None and is_whole and isinstance(self._state, Advances):
-            self._state.advance(counts, given)
+        if verdict.path is None and is_whole and self._advances:
+            cast(Advances, self._state).advance(counts, given)
             return
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)

@@ -35,6 +35,9 @@ PURPOSES = {
 MEMO_ELEMENTS = 1 << 23
 """Gumbel values kept per `Noise`: up to this many, each is computed once."""
 
+MADE_AT_ONCE = 1 << 18
+"""Of these, made in one go."""
+
 
 def parse_seeds(seeds: Seeds) -> list[tuple[int, int]]:
     """Pairs (seed, image) from integers (image 0 of that seed) or pairs.
@@ -161,9 +164,16 @@ class _Memo:
         length = max(64, 1 << (reach - 1).bit_length())
         if len(self._words) * length * num > MEMO_ELEMENTS:
             return None
-        every = torch.arange(length, device=self._words.device).expand(len(self._words), length)
-        self._table = _gumbel(self._words, every, num).to(dtype)
-        return self._table
+        batch, device = len(self._words), self._words.device
+        every = torch.arange(length, device=device).expand(batch, length)
+        table = torch.empty(batch, length, num, dtype=dtype, device=device)
+        # Words and doubles on the way take several times the table's memory.
+        step = max(1, MADE_AT_ONCE // (batch * num))
+        for first in range(0, length, step):
+            part = slice(first, first + step)
+            table[:, part] = _gumbel(self._words, every[:, part], num).to(dtype)
+        self._table = table
+        return table
 
 
 def _uniform(

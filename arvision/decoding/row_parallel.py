@@ -249,15 +249,18 @@ class _Rows:
             Images and positions of the tokens that became final, two [M].
         """
         images, rows = plan.images, plan.rows
-        last = self.tokens.shape[1] - 1
-        predicted = (plan.positions + 1).clamp(max=last)
-        drawn = gumbel_draw(laws, predicted, self.noise)[images[:, None], plan.places]
         offsets = torch.arange(self.window, device=laws.device)
         begin = rows * self.columns + self.counts[images, rows]
+        positions = begin[:, None] + offsets
+        is_fed = offsets < plan.nums[:, None]
+        wide = images[:, None].expand_as(positions)
+        drawn = torch.zeros_like(positions)
+        drawn[is_fed] = self._draw(
+            laws[wide[is_fed], plan.places[is_fed]], wide[is_fed], positions[is_fed]
+        )
         accepted = torch.minimum(num_final(plan.drafts == drawn[:, :-1]), plan.nums)
         is_final = offsets < accepted[:, None]
-        positions = begin[:, None] + offsets
-        where = (images[:, None].expand_as(positions)[is_final], positions[is_final])
+        where = (wide[is_final], positions[is_final])
         self.tokens[where] = drawn[is_final]
         self.counts[images, rows] += accepted
         # The root and the accepted drafts stand in the cache; the last final token does not.
@@ -266,6 +269,11 @@ class _Rows:
             ends = plan.places.gather(1, plan.nums[:, None] - 1)[:, 0]
             self._guess(plan, drawn, positions, laws[images, ends])
         return where
+
+    def _draw(self, laws: Tensor, images: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [M] of images [M] at positions [M] under laws [M, V], by the noise of these alone."""
+        noise = self.noise.select(images)
+        return gumbel_draw(laws[:, None], positions[:, None], noise)[:, 0]
 
     def _guess(self, plan: _Pass, drawn: Tensor, positions: Tensor, prior: Tensor) -> None:
         """Drafts of the next pass: what was drawn here, and draws from the chain's last law.
@@ -287,14 +295,12 @@ class _Rows:
         ahead = (first + self.counts)[..., None] + offsets[: width - 1]
         exists = ahead < (first + self.columns)[:, None]
         ahead = ahead.clamp(max=self.tokens.shape[1] - 1)
-        noise = self.noise.gumbel(ahead.flatten(1), prior.shape[-1], prior.dtype)
-        noise = noise.unflatten(1, (self.num_rows, width - 1))[images, rows]
-        new = (prior[:, None] + noise).argmax(-1)
         ahead, exists = ahead[images, rows], exists[images, rows]
         wide = wide[:, : width - 1]
-        is_new = exists & ~self.has_guess[wide, ahead]
-        self.guesses[wide[is_new], ahead[is_new]] = new[is_new]
-        self.has_guess[wide[is_new], ahead[is_new]] = True
+        chain, place = (exists & ~self.has_guess[wide, ahead]).nonzero(as_tuple=True)
+        where = (images[chain], ahead[chain, place])
+        self.guesses[where] = self._draw(prior[chain], *where)
+        self.has_guess[where] = True
 
 
 def _pack(entries: Tensor, batch: int) -> tuple[Tensor, Tensor]:

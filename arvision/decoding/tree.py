@@ -129,12 +129,15 @@ class TokenTree:
             for all rows; or [B, T] where the tokens are, a tree for every row. None for a chain,
             which is -1, 0, 1, ...
         edit: what the pass should change inside the network, for states that are `Editable`.
+        num_levels: levels of the deepest tree, where rows have their own and the drafter knows; None
+            to take T for it.
     """
 
     tokens: Tensor
     logq: Tensor | None = None
     parents: Tensor | None = None
     edit: Edit | None = None
+    num_levels: int | None = None
 
     def __post_init__(self) -> None:
         if self.parents is not None:
@@ -152,7 +155,8 @@ class Topology:
         ancestors: [T, T] bool, each candidate's ancestors and itself.
         laws: [T] int64, which law judges a candidate: 0 for the one after the last known token,
             t + 1 for the one after candidate t.
-        num_levels: the largest depth plus one, or more: where rows have trees of their own, T.
+        num_levels: the largest depth of a candidate plus one, or more: where rows have trees of
+            their own, as many as their drafter tells of, else T. Padding may stand deeper.
     """
 
     depths: Tensor
@@ -200,11 +204,11 @@ def topology(parents: tuple[int, ...], device: torch.device) -> Topology:
     )
 
 
-def topology_of(parents: Tensor) -> Topology:
+def topology_of(parents: Tensor, num_levels: int | None = None) -> Topology:
     """The `Topology` of parents [T], or of one tree for every row, [B, T].
 
     That of one tree is made once. Those of rows are made where the parents lie, and nothing is read
-    from there.
+    from there: `num_levels` is their number of levels, where it is known.
     """
     if parents.dim() == 1:
         return topology(tuple(parents.tolist()), parents.device)
@@ -214,7 +218,7 @@ def topology_of(parents: Tensor) -> Topology:
     for _ in range(max(0, num - 1).bit_length()):
         reach = (reach @ reach).clamp(max=1)  # paths of twice as many steps
     ancestors = reach > 0
-    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num)
+    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num_levels or num)
 
 
 def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
@@ -286,7 +290,18 @@ def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device)
     for row, (tokens, above) in enumerate(rows):
         drafts[row, : len(tokens)] = tokens
         parents[row, : len(above)] = above
-    return TokenTree(torch.from_numpy(drafts).to(device), parents=_shared(parents, device))
+    return TokenTree(
+        torch.from_numpy(drafts).to(device),
+        parents=_shared(parents, device),
+        num_levels=max(map(_num_levels, (above for _, above in rows))),
+    )
+
+
+def _num_levels(parents: Sequence[int]) -> int:
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 1)
+    return max(depths, default=0)
 
 
 def _shared(parents: np.ndarray, device: torch.device) -> Tensor | None:

@@ -42,7 +42,8 @@ class Round:
         draft_logp: [B, m, V], the laws that the drafts were drawn from; None for a rule that does
             not look at them.
         target_logp: [B, m + 1, V]; `greedy` is content with logits.
-        positions: [B, m + 1] int64, the places (in the image, in the text) that the laws are for.
+        positions: [B, m + 1] int64, the places (in the image, in the text) that the laws are for; in
+            a tree a law's depth behind the first one.
         noise: of the B images.
         number: which round of the run this is, from 0, for randomness that must be fresh in every round.
         topology: of the drafts; None for a chain.
@@ -148,6 +149,26 @@ def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
     return (logp + numbers.view(logp.shape)).argmax(-1)
 
 
+def coupled_draw(batch: Round, logp: Tensor) -> Tensor:
+    """`gumbel_draw` at every place of a round, [B, m + 1].
+
+    Candidates at one depth of a tree stand at one position: its numbers are computed once.
+
+    Args:
+        batch: a chain or a tree.
+        logp: [B, m + 1, V].
+    """
+    shape = batch.topology
+    if shape is None or shape.num_levels == batch.drafts.shape[1]:
+        return gumbel_draw(logp, batch.positions, batch.noise)
+    first, levels = batch.positions[:, :1], torch.arange(shape.num_levels + 1, device=logp.device)
+    numbers = batch.noise.gumbel(first + levels, logp.shape[2], logp.dtype)
+    # Padding may stand deeper than any candidate.
+    level = (batch.positions - first).clamp(max=shape.num_levels)
+    rows = torch.arange(len(logp), device=logp.device)[:, None]
+    return (logp + numbers[rows, level]).argmax(-1)
+
+
 def gumbel_coupling(batch: Round) -> Verdict:
     """argmax(log p + g) at every position, g fixed per image, position and token.
 
@@ -157,7 +178,7 @@ def gumbel_coupling(batch: Round) -> Verdict:
     """
     law = batch.target_logp
     if batch.topology is not None or law.is_cpu:
-        return follow(batch, gumbel_draw(law, batch.positions, batch.noise))
+        return follow(batch, coupled_draw(batch, law))
     gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
     return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
 

@@ -79,7 +79,9 @@ def compare_runs(
     if not same_seed:
         results.append(permutation_mmd(sides[0].features, sides[1].features))
     if reference is not None:
-        goal = load_reference(reference, extractor, need_rows=False, progress=progress)
+        goal = load_reference(
+            reference, extractor, need_rows=False, progress=progress, allow_jpeg=True
+        )
         assert goal is not None, "one process"
         distances = [frechet_jackknife(s.parts, goal.mean, goal.covariance) for s in sides]
         results.append(frechet_equivalence(distances[0], distances[1], margin))

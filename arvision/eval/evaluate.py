@@ -141,8 +141,10 @@ def choose_metrics(
     Raises:
         InputError: an unknown metric; one that was asked for and is not possible; none is possible.
     """
-    names = metrics.split(",") if isinstance(metrics, str) else metrics
-    wanted = default_metrics(extractor) if names is None else tuple(n.strip() for n in names)
+    names: Any = metrics.split(",") if isinstance(metrics, str) else metrics
+    if names is not None and not isinstance(names, (list, tuple, set, dict)):
+        raise InputError(f"metrics {metrics!r}: expected names, some of {', '.join(METRICS)}")
+    wanted = default_metrics(extractor) if names is None else tuple(str(n).strip() for n in names)
     for name in wanted:
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ArvisionError, CheckpointError, InputError, check_count
 from ..files import regular_file, sha256_of
+from ..folders import parse_device
 from ..registry import Registry
 from .pixels import check_images
 
@@ -127,10 +129,26 @@ class WrappedModule(Extractor):
         return {"features": found}
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _copy_of(module: Any, name: str) -> Any:
-    """A copy that can be moved and set to evaluation without its owner noticing."""
+    """A copy that can be moved and set to evaluation without its owner noticing.
+
+    Answers of earlier passes that a module keeps (as `weight_norm` does) lose their graph, which
+    torch does not copy; hooks that are methods of something else, such as a trainer, stay its own.
+    """
+    parts, known = list(module.modules()), {}
+    for part in parts:
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                known[id(value)] = value.detach().clone()
+        for hook in (hook for kind in HOOKS for hook in getattr(part, kind, {}).values()):
+            owner = getattr(hook, "__self__", None)
+            if owner is not None and not any(owner is own for own in parts):
+                known[id(owner)] = owner
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, known)
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         raise InputError(f"{name} {type(module).__name__} cannot be copied ({reason})") from error
@@ -171,26 +189,31 @@ def get_extractor(
         **options: for the builder, such as `weights=` (a local path) or `download=True`.
 
     Raises:
-        InputError: an unknown name or option.
+        InputError: an unknown name, option or device; a module that is no extractor.
         MissingDependencyError: the package that holds the weights is not installed.
     """
+    place = None if device is None else parse_device(device)
     if isinstance(extractor, str):
-        build = EXTRACTORS[extractor]
-        try:
-            made = build(**options)
-        except TypeError as error:
-            if "unexpected keyword" not in str(error):
-                raise
-            raise InputError(f"extractor {extractor}: {error}") from error
+        made = _built(extractor, EXTRACTORS[extractor], options)
     elif isinstance(extractor, Extractor):
-        elsewhere = device is not None and torch.device(device) != extractor.device
+        elsewhere = place is not None and place != extractor.device
         made = _copy_of(extractor, "extractor") if elsewhere else extractor
     elif isinstance(extractor, nn.Module):
-        made = WrappedModule(extractor, **options)
+        made = _built(type(extractor).__name__, partial(WrappedModule, extractor), options)
     else:
         kind = type(extractor).__name__
         raise InputError(f"extractor is a {kind}: expected a name or a torch module")
-    return made.eval() if device is None else made.to(device).eval()
+    return made.eval() if place is None else made.to(place).eval()
+
+
+def _built(name: str, build: Any, options: dict[str, Any]) -> Extractor:
+    """What a builder makes of options that it knows."""
+    try:
+        return build(**options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise InputError(f"extractor {name}: {error}") from error
 
 
 def list_extractors() -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, optional
+from ..errors import InputError, check_count, optional
 from .classifier import class_consistency
 from .features import Extractor, get_extractor
-from .frechet import frechet_distance
+from .frechet import check_gaussian, frechet_distance
 from .moments import Moments, merge_all
 from .pixels import check_images
 from .scores import inception_score, kernel_distance, precision_recall
@@ -95,7 +95,14 @@ class FrechetDistance(_ExtractorMetric):
         known[0] = moments.count
 
     def set_real_statistics(self, mean: Any, covariance: Any, count: int = 2) -> None:
-        """Take the real side from a file's mean [D] and covariance [D, D]."""
+        """Take the real side from a file's mean [D] and covariance [D, D].
+
+        Raises:
+            InputError: another width, no covariance, or a count below 2.
+        """
+        if check_count("count", count) < 2:
+            raise InputError(f"count {count}: expected at least 2")
+        check_gaussian(mean, covariance, "statistics")
         mean, covariance = (torch.as_tensor(x).double() for x in (mean, covariance))
         dim = self.extractor.facts.dim
         if mean.shape != (dim,) or covariance.shape != (dim, dim):

@@ -8,6 +8,7 @@ import re
 import stat
 import tarfile
 import warnings
+import weakref
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,6 +194,7 @@ def natural_key(name: str) -> list[Any]:
 def shown(name: object) -> str:
     """A name of a file on one line, whatever its bytes."""
     text = str(name)
+    text = text if len(text) <= 300 else f"{text[:300]}..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
@@ -279,7 +281,18 @@ def archive_source(
     Raises:
         InputError: see `PictureSource`; a damaged archive, a member that is too large.
     """
-    notes, file = Notes(), regular_file(path)
+    file = regular_file(path)
+    try:
+        return _of_archive(path, file, allow_jpeg, crop, is_tar)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _of_archive(
+    path: Path, file: BinaryIO, allow_jpeg: bool, crop: int | None, is_tar: bool
+) -> PictureSource:
+    notes = Notes()
     try:
         found = list(_tar_members(file, notes) if is_tar else _zip_members(file))
     except (tarfile.TarError, zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
@@ -295,10 +308,12 @@ def archive_source(
             )
         else:
             entries.append(Entry(shown(f"{path}/{name}"), opener))
-    return PictureSource(str(path), entries, notes, allow_jpeg, crop)
+    source = PictureSource(str(path), entries, notes, allow_jpeg, crop)
+    weakref.finalize(source, file.close)
+    return source
 
 
-Member = tuple[str, int, Callable[[], BinaryIO]]
+Member = tuple[str, int, Callable[[], Any]]
 
 
 def _zip_members(file: BinaryIO) -> Iterator[Member]:
@@ -340,9 +355,10 @@ def list_source(
         if isinstance(picture, Image.Image):
             entries.append(Entry(f"{name}[{index}]", lambda p=picture: p))
         elif isinstance(picture, (str, os.PathLike)):
-            if not user_path(picture).exists():
-                raise InputError(f"{picture} does not exist: expected a picture")
-            entries.append(Entry(shown(picture), lambda p=picture: regular_file(p)))
+            path = user_path(Path(picture))
+            if not os.path.exists(path):
+                raise InputError(f"{shown(path)} does not exist: expected a picture")
+            entries.append(Entry(shown(path), lambda p=path: regular_file(p)))
         else:
             raise InputError(
                 f"{name}[{index}] is a {type(picture).__name__}: expected pictures of PIL, paths, "

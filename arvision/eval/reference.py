@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, as_integer
 from ..files import user_path
 from .arrays import NpzFile
 from .extract import extract
@@ -132,7 +133,7 @@ def prepare_reference(
         return _checked(found, extractor)
     path = user_path(where) if isinstance(where, (str, Path)) else None
     digest = None
-    if path is not None and path.is_file():
+    if path is not None and os.path.isfile(path):
         digest = file_sha256(path)
         is_npz = path.suffix == ".npz" or zipfile.is_zipfile(path)
         found = _read_statistics(NpzFile(path), str(path)) if is_npz else None
@@ -160,17 +161,16 @@ def _read_statistics(members: Mapping[str, np.ndarray], name: str) -> Statistics
         spatial = None
         if "mu_s" in members and "sigma_s" in members:
             spatial = _flat(members["mu_s"]), members["sigma_s"]
-        rows = members.get("feats")
+        rows = np.array(members["feats"]) if "feats" in members else None
         mean, covariance = _flat(members["mu"]), members["sigma"]
         return Statistics(name, mean, covariance, spatial, rows, images)
     if all(key in members for key in ("count", "mean", "scatter")):
-        count = members["count"]
-        if count.size != 1 or not 2 <= float(count.reshape(-1)[0]) < float("inf"):
-            raise InputError(f"{name} holds count {count}: expected at least 2")
-        num = int(count.reshape(-1)[0])
+        num = as_integer(members["count"])
+        if num is None or num < 2:
+            raise InputError(f"{name} holds count {members['count']}: expected at least 2")
         return Statistics(name, _flat(members["mean"]), members["scatter"] / (num - 1), count=num)
     if "feats" in members:
-        rows = members["feats"]
+        rows = np.array(members["feats"])
         moments = Moments.of(check_features(rows, f"{name}[feats]"))
         return Statistics(name, moments.mean, moments.covariance(), rows=rows, count=len(rows))
     return None

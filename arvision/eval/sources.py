@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import regular_file, user_path
 from .arrays import NpzFile, open_npy
-from .picture_sources import FolderSource, archive_source, list_source
+from .picture_sources import FolderSource, archive_source, list_source, shown
 from .pictures import is_called_picture
 from .pixels import check_images
 from .shards import BLOCK_SIZE, ShardFolder
@@ -96,7 +96,7 @@ class ArraySource:
         is_whole = labels.dtype.kind in "iub" or (
             labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
         )
-        if not is_whole or (labels.dtype.kind == "f" and not np.isfinite(labels).all()):
+        if not is_whole or (len(labels) and not float(np.abs(labels.astype(float)).max()) < 2**53):
             raise InputError(
                 f"{self.name}: labels of dtype {labels.dtype}, expected class ids, whole numbers"
             )
@@ -158,8 +158,8 @@ def open_source(
     if not isinstance(where, (str, os.PathLike)):
         kind = type(where).__name__
         raise InputError(f"images are a {kind}: expected a path, an array, a tensor or a list")
-    path = user_path(where)
-    if path.is_dir():
+    path = user_path(Path(where))
+    if os.path.isdir(path):
         if (path / "run.json").exists():
             return ShardSource(path)
         return FolderSource(path, allow_jpeg, crop)
@@ -170,15 +170,14 @@ def _open_list(items: Any, name: str, allow_jpeg: bool, crop: int | None) -> Sou
     """Arrays or tensors of one shape, stacked; else pictures and paths."""
     if not items:
         raise InputError(f"{name} is empty: expected at least one picture")
-    for kind, stack, source in (
-        (Tensor, torch.stack, TensorSource),
-        (np.ndarray, np.stack, ArraySource),
-    ):
-        if all(isinstance(item, kind) for item in items):
-            shapes = sorted({tuple(item.shape) for item in items})
-            if len(shapes) > 1:
-                raise InputError(f"{name} holds arrays of shapes {shapes[:3]}: expected one")
-            return source(stack(list(items)), None, name)
+    if all(isinstance(item, (Tensor, np.ndarray)) for item in items):
+        shapes = sorted({tuple(item.shape) for item in items})
+        if len(shapes) > 1:
+            raise InputError(f"{name} holds arrays of shapes {shapes[:3]}: expected one")
+        if all(isinstance(item, np.ndarray) for item in items):
+            return ArraySource(np.stack(items), None, name)
+        if all(isinstance(item, Tensor) for item in items):
+            return TensorSource(torch.stack(list(items)), None, name)
     return list_source(items, name, allow_jpeg, crop)
 
 
@@ -189,7 +188,7 @@ def _open_file(path: Path, allow_jpeg: bool, crop: int | None) -> Source:
     """Images of one file, by its first bytes."""
     wanted = "an .npz, .npy, .zip or .tar file or a folder of images"
     if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: expected {wanted}")
+        raise InputError(f"{shown(path)} does not exist: expected {wanted}")
     try:
         with regular_file(path) as file:
             start = file.read(512)
@@ -202,14 +201,14 @@ def _open_file(path: Path, allow_jpeg: bool, crop: int | None) -> Source:
         if members or path.suffix == ".npz":
             return _open_npz(path, members)
         return archive_source(path, allow_jpeg, crop)
-    if start[257:262] == b"ustar" or path.suffix == ".tar":
-        return archive_source(path, allow_jpeg, crop, is_tar=True)
     for mark, kind in PACKED.items():
         if start.startswith(mark):
             raise InputError(
                 f"{path} is packed with {kind}, which has no places to read at: expected {wanted} "
                 "(unpack it)"
             )
+    if start[257:262] == b"ustar" or path.suffix == ".tar":
+        return archive_source(path, allow_jpeg, crop, is_tar=True)
     if is_called_picture(path):
         raise InputError(f"{path} is one picture: expected {wanted}")
     raise InputError(f"{path} is no file of images: expected {wanted}")

@@ -9,14 +9,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import InputError, StateError
 from ..files import making_folder, replacing, user_path
-from ..schema import check_fields, check_value, parse_json, read_text
+from ..prompt_files import read_prompts as read_prompts
 from .sources import Source, iterate
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -111,46 +111,6 @@ def write_tar(source: Source, path: str | Path) -> Path:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """Prompts as records with "prompt": from a text file (one a line), JSON lines, or JSON.
-
-    JSON may be a list of strings or records, or HPSv2's lists by style, whose records get "style".
-
-    Raises:
-        InputError: unreadable, empty, or a record without a prompt.
-    """
-    path = user_path(path)
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise InputError(f"{path}: expected prompts ({error})") from error
-    # Only line feeds end lines: other separators may stand within a caption.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-    if path.suffix == ".jsonl":
-        found: Any = [parse_json(line, f"{path}, line {n}") for n, line in lines if line]
-    elif path.suffix == ".json":
-        found = parse_json(text, str(path))
-    else:
-        found = [line for _, line in lines if line]
-    check_value(found, list[Any] | dict[str, list[str]], f"{path}: prompts")
-    if isinstance(found, dict):
-        found = [{"prompt": p, "style": s} for s, prompts in found.items() for p in prompts]
-    records = [{"prompt": item} if isinstance(item, str) else item for item in found]
-    for number, record in enumerate(records, 1):
-        name = f"{path}, record {number}"
-        if not check_fields(record, PromptRecord, name)["prompt"].strip():
-            raise InputError(f"{name}: an empty prompt")
-    if not records:
-        raise InputError(f"{path}: expected prompts, found none")
-    return records
-
-
-class PromptRecord(TypedDict):
-    """A record of a prompt file; benchmarks add names of their own."""
-
-    prompt: str
 
 
 LAYOUTS = ("geneval", "hpsv2", "dpg-bench")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..contracts import Conditions
 from ..errors import InputError, one_line
 from ..networks import place_of
+from .conditions import Prompt, are_features, read_features
 
 MOST_CHARACTERS = 100_000
 """Of a caption; text encoders read some hundred tokens, and cutting a longer text takes seconds."""
@@ -114,15 +115,34 @@ def text_features(conditions: Conditions, captions: CaptionEncoder | None) -> li
     for condition in conditions:
         if isinstance(condition, str):
             features.append(next(encoded))
-        elif isinstance(condition, Tensor):
-            if not bool(condition.isfinite().all()):
-                raise InputError(
-                    f"caption features {tuple(condition.shape)}: NaN or infinity among them, "
-                    "expected finite numbers"
-                )
-            features.append(condition)
+        elif are_features(condition) or _holds_features(condition):
+            features.append(_one(condition))
         else:
             raise InputError(
                 f"condition {condition!r}: expected a caption or caption features [T, caption_dim]"
             )
     return features
+
+
+def _holds_features(condition: Any) -> bool:
+    """Whether that is features with a mask, and no more."""
+    is_prompt = isinstance(condition, Prompt) and are_features(condition.prompt)
+    return is_prompt and condition.negative is None and not len(condition.images)
+
+
+def _one(condition: Any) -> Tensor:
+    """Features [T, C] of one caption, as an encoder gives them.
+
+    Raises:
+        InputError: of several, something else, or NaN and infinity.
+    """
+    prompt = condition if isinstance(condition, Prompt) else Prompt(condition)
+    rows = read_features(prompt.prompt, prompt.mask)
+    if len(rows) != 1:
+        raise InputError(f"text features of {len(rows)} captions in the place of one")
+    if not bool(rows[0].isfinite().all()):
+        raise InputError(
+            f"caption features {tuple(rows[0].shape)}: NaN or infinity among them, expected finite "
+            "numbers"
+        )
+    return rows[0]

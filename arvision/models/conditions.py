@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import InputError, as_integer, unknown_name
+from .pixels import check_depth
 
 
 @dataclass(frozen=True)
@@ -16,16 +19,27 @@ class Prompt:
     """A prompt with what belongs to it, for models that take text.
 
     Attributes:
-        prompt: a caption, text features [T, C], or token ids [L] of a whole prompt, behind which the
+        prompt: a caption, text features [T, C] or [1, T, C] (a tensor, an array, or the output of a
+            text encoder), or token ids [L] of a whole prompt, behind which the
             drawing starts; what a model takes, it says.
         negative: what guidance leads away from, of the same kind; None for the model's own.
+        mask: of text features [B, T, C] or [T, C] as an encoder gives them: [B, T] or [T], true where
+            they count; features of several captions are as many prompts.
         images: pictures that the prompt speaks of (PIL images, or codes [h, w] where a model says so),
-            for models that edit.
+            for models that edit; PIL images of 8 bits a channel.
+
+    Raises:
+        InputError: a PIL image of 16 or 32 bits, which would be read as white.
     """
 
     prompt: Any
     negative: Any = None
     images: Sequence[Any] = ()
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        for image in self.images if isinstance(self.images, (list, tuple)) else ():
+            check_depth(image)
 
 
 ImagePrompt = Prompt
@@ -38,18 +52,89 @@ def as_prompt(condition: Any) -> Prompt:
     Raises:
         InputError: anything else.
     """
-    if isinstance(condition, (str, Tensor)):
+    if not isinstance(condition, Prompt):
         condition = Prompt(condition)
-    if not isinstance(condition, Prompt) or not isinstance(condition.prompt, (str, Tensor)):
+    if not (isinstance(condition.prompt, str) or are_features(condition.prompt)):
         raise InputError(
-            f"condition {condition!r}: expected a caption, text features [T, C], or "
+            f"condition {condition.prompt!r}: expected a caption, text features [T, C], or "
             "Prompt(caption or features, negative=...)"
         )
+    parts = each_prompt(condition)
+    if len(parts) != 1:
+        raise InputError(f"text features of {len(parts)} captions in the place of one")
+    condition = parts[0]
     if condition.images:
         raise InputError(
             f"{len(condition.images)} images beside the prompt: this model takes text alone"
         )
     return condition
+
+
+def are_features(prompt: Any) -> bool:
+    """Whether that is what a text encoder gives: [T, C] or [B, T, C] of real numbers, or its output."""
+    prompt = getattr(prompt, "last_hidden_state", prompt)
+    if isinstance(prompt, Tensor):
+        return prompt.is_floating_point() and prompt.dim() >= 2
+    return isinstance(prompt, np.ndarray) and prompt.dtype.kind == "f" and prompt.ndim >= 2
+
+
+def read_features(given: Any, mask: Any = None) -> list[Tensor]:
+    """Text features as an encoder gives them, without padding.
+
+    Args:
+        given: [T, C] or [B, T, C], a tensor or an array of any precision, or the output of an encoder
+            of transformers.
+        mask: [T] or [B, T], 1 where they count; None for everywhere.
+
+    Returns:
+        [T_i, C] of each caption.
+
+    Raises:
+        InputError: something else, a mask of another shape or with other numbers, or a caption of
+            which nothing counts.
+    """
+    given = getattr(given, "last_hidden_state", given)
+    if not are_features(given) or given.ndim > 3:
+        shape = tuple(getattr(given, "shape", ())) or type(given).__name__
+        raise InputError(f"text features {shape}: expected real numbers [T, C] or [B, T, C]")
+    rows = given if isinstance(given, Tensor) else torch.from_numpy(np.ascontiguousarray(given))
+    rows = rows[None] if rows.dim() == 2 else rows
+    if mask is None:
+        return list(rows)
+    keep = mask if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask))
+    keep = keep[None] if keep.dim() == 1 else keep
+    if keep.shape != rows.shape[:2] or not bool(((keep == 0) | (keep == 1)).all()):
+        raise InputError(
+            f"mask {tuple(keep.shape)} of text features {tuple(rows.shape)}: expected 0 and 1, "
+            f"{tuple(rows.shape[:2])}"
+        )
+    keep = keep.to(rows.device).bool()
+    if not bool(keep.any(1).all()):
+        raise InputError("mask of text features: expected a 1 for each caption")
+    return [row[own] for row, own in zip(rows, keep, strict=True)]
+
+
+def each_prompt(condition: Any) -> list[Any]:
+    """A condition that may hold features of several captions as one condition for each caption.
+
+    Raises:
+        InputError: see `read_features`; or negatives of another number of captions.
+    """
+    if not isinstance(condition, Prompt):
+        return read_features(condition) if are_features(condition) else [condition]
+    if not are_features(condition.prompt):
+        return [condition]
+    rows = read_features(condition.prompt, condition.mask)
+    negatives = [condition.negative]
+    if isinstance(condition.negative, Prompt) or are_features(condition.negative):
+        negatives = each_prompt(condition.negative)
+    negatives = negatives * len(rows) if len(negatives) == 1 else negatives
+    if len(negatives) != len(rows):
+        raise InputError(f"{len(negatives)} negatives of {len(rows)} captions: expected one each")
+    return [
+        replace(condition, prompt=row, negative=negative, mask=None)
+        for row, negative in zip(rows, negatives, strict=True)
+    ]
 
 
 def check_class_names(names: Any, num_classes: int | None) -> None:

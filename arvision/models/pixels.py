@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
@@ -58,8 +59,7 @@ def read_pixels(
 def _read(image: Any) -> Tensor:
     """One picture or batch as float pixels [B, 3, H, W]."""
     if hasattr(image, "convert"):
-        if image.mode[0] in "IF":
-            raise InputError(f"image of mode {image.mode!r}: expected 8 bits a channel")
+        check_depth(image)
         image = np.array(image.convert("RGB"))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(
@@ -84,6 +84,17 @@ def _read(image: Any) -> Tensor:
     return pixels
 
 
+def check_depth(image: Any) -> None:
+    """Refuse PIL pictures of 16 and 32 bits or floats, whose levels PIL cuts off at 255.
+
+    Raises:
+        InputError: see above.
+    """
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and mode[:1] in ("I", "F"):
+        raise InputError(f"image of mode {mode!r}: expected 8 bits a channel")
+
+
 def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
     """[3, H, W] or [H, W, 3], with or without a batch, as [B, 3, H, W]."""
     shape: Sequence[int] = tuple(pixels.shape)
@@ -93,6 +104,24 @@ def _channels_first(pixels: Tensor, prefers_last: bool) -> Tensor:
         is_last = pixels.shape[3] == 3 and (prefers_last or pixels.shape[1] != 3)
         return pixels.permute(0, 3, 1, 2) if is_last else pixels
     raise InputError(f"pixels {shape}: expected [B, 3, H, W] or [B, H, W, 3], or one of those")
+
+
+def as_source(image: Any) -> Any:
+    """A picture in any of the forms of `read_pixels` as PIL has it; codes [h, w] of integers stay.
+
+    Raises:
+        InputError: something else, several pictures, or a value out of range.
+    """
+    if isinstance(image, np.ndarray) and image.ndim == 2 and image.dtype.kind in "iu":
+        image = torch.from_numpy(image.astype(np.int64))
+    is_codes = isinstance(image, Tensor) and image.dim() == 2 and not image.is_floating_point()
+    if is_codes or hasattr(image, "convert"):
+        return image
+    pixels = _read(image)
+    if len(pixels) != 1:
+        raise InputError(f"a source image of {len(pixels)} pictures: expected one")
+    array = (pixels[0].float().permute(1, 2, 0).cpu() * 127.5 + 127.5).round().to(torch.uint8)
+    return PIL.Image.fromarray(array.numpy())
 
 
 def written(pixels: Tensor, output_type: str) -> Any:

@@ -17,7 +17,7 @@ from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
-from ..errors import InputError, check_count
+from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
 from ..memory import check_memory
 from . import HFCausalLM, load_text_model
@@ -27,11 +27,14 @@ from .model import as_text_model
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
-from .stop import TextEnd
+from .stop import TextEnd, stop_strings
 from .stream import Flow, OnText, until
 
 LEAST_COMMON = 0.75
 """Share of the larger vocabulary that the smaller one has to have to be taken for the same, padded."""
+
+MOST_NUMBER, MOST_SIZE = 120, 10_000
+"""Of candidates in a pass, and of any other size that a drafter is given."""
 
 MOST_DRAFTS = 64
 """Candidates that `num_draft="auto"` drafts at most."""
@@ -102,7 +105,7 @@ def generate(
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
         seed: of the draws; row k has noise of its own, (seed, k). Or one seed or pair per row.
-        stop: strings that end a text.
+        stop: strings that end a text; one that is a special token ends it as that token.
         stop_token_ids: tokens that end a text, besides the model's own.
         attention_mask: [B, L], 0 where ids [B, L] are padding.
         chat: take strings for a user's message and wrap them in the model's chat template.
@@ -150,12 +153,12 @@ def generate(
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
     seeds = row_seeds(seed, len(ids))
     check_num_draft(num_draft)
-    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    strings, special = stop_strings(stop, tokenizer)
     if prepared is None:
         prepared = Prepared.of(lm.network, ids, max_new_tokens)
         strings += prepared.strings
     decode = None if tokenizer is None else _decoder(tokenizer)
-    ends = [*prepared.end_ids, *check_token_ids(stop_token_ids, lm.vocab_size)]
+    ends = [*prepared.end_ids, *check_token_ids([*stop_token_ids, *special], lm.vocab_size)]
     end = TextEnd(len(ids), ends, strings, decode, prepared.criterion)
     flow = Flow(decode, stream, streamer, strings, ids)
 
@@ -293,10 +296,24 @@ def make_drafter(drafter: str | Drafter | None, **options: Any) -> Drafter:
         parts = make_drafter(first.strip()), make_drafter(second.strip())
         assert all(isinstance(part, TextDrafter) for part in parts)
         return combine(*parts, **options)  # pyright: ignore[reportArgumentType]
+    check_sizes(options)
     try:
         return DRAFTERS[drafter](**options)
     except TypeError as error:
         raise InputError(f"drafter {drafter!r}: {error}") from error
+
+
+def check_sizes(options: dict[str, Any]) -> None:
+    """Refuse sizes of a drafter that no draft needs and that trees of candidates could not have.
+
+    Raises:
+        InputError: an integer above `MOST_SIZE`; numbers of candidates or paths above `MOST_NUMBER`.
+    """
+    for name, value in options.items():
+        number = as_integer(value)
+        most = MOST_NUMBER if name.startswith("num_") else MOST_SIZE
+        if number is not None and number > most and name != "seed":
+            raise InputError(f"{name} {shown(value)}: expected at most {most:,}")
 
 
 def check_drafter(drafter: Any, model: HFCausalLM) -> None:
@@ -363,8 +380,10 @@ def check_num_draft(num_draft: Any) -> None:
     """
     if num_draft is None or num_draft == "auto":
         return
-    if isinstance(num_draft, str | bool) or not 1 <= num_draft <= 120:
-        raise InputError(f'num_draft {num_draft!r}: expected an integer in 1..120 or "auto"')
+    if isinstance(num_draft, str | bool) or not 1 <= num_draft <= MOST_NUMBER:
+        raise InputError(
+            f'num_draft {num_draft!r}: expected an integer in 1..{MOST_NUMBER} or "auto"'
+        )
 
 
 class WholeTree(FixedWindow):

@@ -16,6 +16,9 @@ from .probe import check_driven
 from .processors import Prefixes
 from .state import FULL, SLIDING, HFState, TextSizes
 
+ONE_SIZE = {"num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"}
+"""What our cache and masks take to be the same in all layers."""
+
 
 def check_network(network: Any) -> None:
     """Refuse a network whose passes cannot take a tree of candidates.
@@ -32,6 +35,14 @@ def check_network(network: Any) -> None:
             f"{name} draws images, at positions of their own: expected arvision.models.GlmImage, or "
             "arvision.accelerate"
         )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Such a configuration does not even tell the sizes that differ.
+    varied = ONE_SIZE & set(getattr(text, "per_layer_attributes", None) or ())
+    if varied:
+        raise InputError(
+            f"{name} cannot be driven here, it lacks: the same {', '.join(sorted(varied))} in every "
+            "layer"
+        )
     missing = []
     if getattr(config, "is_encoder_decoder", False):
         missing.append("a decoder without an encoder")
@@ -46,7 +57,6 @@ def check_network(network: Any) -> None:
         missing.append("a key/value cache")
     if network.get_output_embeddings() is None:
         missing.append("an output layer (get_output_embeddings)")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     other = layer_kinds(text) - {FULL, SLIDING}
     if other:
         missing.append(

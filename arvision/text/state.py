@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,18 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 PREFILL_PIECE = 1024
 """Tokens of a prompt that one pass reads: its mask has this many rows."""
+
+
+_BUSY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def alone(network: Any) -> AbstractContextManager[Any]:
+    """A lock of a network, held during a pass: what a pass hangs into it or takes out of it would
+    also be in the passes of other threads.
+    """
+    with _MAKING:
+        return _BUSY.setdefault(network, threading.RLock())
 
 
 class HFState:
@@ -185,13 +199,14 @@ class HFState:
         if layers is None:
             yield
             return
-        owner, name = find_layers(self._network)
-        whole = getattr(owner, name)
-        setattr(owner, name, nn.ModuleList([whole[index] for index in layers]))
-        try:
-            yield
-        finally:
-            setattr(owner, name, whole)
+        with alone(self._network):
+            owner, name = find_layers(self._network)
+            whole = getattr(owner, name)
+            setattr(owner, name, nn.ModuleList([whole[index] for index in layers]))
+            try:
+                yield
+            finally:
+                setattr(owner, name, whole)
 
     def _run(
         self,
@@ -223,18 +238,19 @@ class HFState:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         seen: list[Tensor] = []
-        hook = self._network.get_output_embeddings().register_forward_pre_hook(
-            lambda _, arguments: seen.append(arguments[0])
-        )
-        try:
-            logits = self._pass(
-                attention_mask=seen_by,
-                position_ids=positions.expand(len(tokens), -1),
-                **inputs,
-                **self._options,
-            ).logits
-        finally:
-            hook.remove()
+        with alone(self._network):
+            hook = self._network.get_output_embeddings().register_forward_pre_hook(
+                lambda _, arguments: seen.append(arguments[0])
+            )
+            try:
+                logits = self._pass(
+                    attention_mask=seen_by,
+                    position_ids=positions.expand(len(tokens), -1),
+                    **inputs,
+                    **self._options,
+                ).logits
+            finally:
+                hook.remove()
         self.hidden = seen[0]
         if keep is not None and not self._keeps_logits:
             logits, self.hidden = logits[:, keep], self.hidden[:, keep]
@@ -355,9 +371,10 @@ def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]
             return arguments, {**options, "hidden_states": changed}
         return (changed, *arguments[1:]), options
 
-    owner, name = find_layers(network)
-    handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with alone(network):
+        owner, name = find_layers(network)
+        handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -3,10 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import InputError
 
 Decode = Callable[[list[int]], str]
+
+
+def stop_strings(stop: str | Sequence[str] | None, tokenizer: Any) -> tuple[list[str], list[int]]:
+    """Strings that end a text, and the ids of those that are special tokens.
+
+    Texts are decoded without special tokens, so such a string would never be seen in one.
+
+    Raises:
+        InputError: what is no string, or a special token among other text.
+    """
+    given = [stop] if isinstance(stop, str) else list(stop or ())
+    known = {text: token for token, text in _special_tokens(tokenizer).items()}
+    strings, special = [], []
+    for text in given:
+        if not isinstance(text, str):
+            raise InputError(f"stop {text!r}: expected strings (ids belong to stop_token_ids)")
+        inside = [token for token in known if token in text]
+        if text in known:
+            special.append(known[text])
+        elif inside:
+            raise InputError(
+                f"stop {text!r}: the special token {inside[0]!r} among other text: expected it alone"
+            )
+        else:
+            strings.append(text)
+    return strings, special
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Texts of a tokenizer's special tokens by id: what decoding leaves out."""
+    ids = getattr(tokenizer, "all_special_ids", None) or []
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    found = {
+        token: str(entry) for token, entry in added.items() if getattr(entry, "special", False)
+    }
+    missing = [token for token in ids if token is not None and token not in found]
+    found |= {token: tokenizer.convert_ids_to_tokens(token) for token in missing}
+    return {token: text for token, text in found.items() if text}
 
 
 class TextEnd:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..api import load, sample
 from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
 from ..decoding.draft_model import MEASURED
-from ..errors import check_count, unknown_name
+from ..errors import InputError, check_count, unknown_name
 from ..eval.classifier import class_consistency, classify
 from ..eval.pixels import to_uint8
 from ..files import making_folder
@@ -63,7 +63,7 @@ def run_recipe(
     *,
     steps: int | None = None,
     num_images: int | None = None,
-    card_samples: int = 1000,
+    card_samples: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train (or resume) a recipe under `out` and write the finished model into `out / name`.
@@ -73,20 +73,24 @@ def run_recipe(
         out: folder of the stages.
         steps: at most this many steps per stage; None for the recipe's own number.
         num_images: at most this many training images (or samples of a draft's target).
-        card_samples: samples that the card is measured on.
+        card_samples: samples that the card is measured on; None for 1000.
         progress: show bars.
 
     Returns:
         The figures of the model card.
 
     Raises:
-        InputError: no such recipe, or no data set for it.
+        InputError: no such recipe, no data set for it, or `card_samples` of a classifier, whose
+            card is measured on the test images.
     """
     known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
     if name not in known:
         raise unknown_name("recipe", name, known)
     if name not in DRAFT_RECIPES:  # those learn from their target's own samples
         fashion_folder()
+    if name == "fashion-classifier" and card_samples is not None:
+        raise InputError(f"card_samples with recipe {name!r}: it would have no effect")
+    card_samples = 1000 if card_samples is None else card_samples
     check_count("card_samples", card_samples, MOST_CARD)
     for option, value in (("steps", steps), ("num_images", num_images)):
         if value is not None:

@@ -318,7 +318,7 @@ OK = ("--samples", "ok.npz", "--reference", "ok.npz")
         (("clip", "--samples", "x", "--prompts", "p.txt", "--weights", "none"), "x does not exist"),
         (("export", "--samples", "x", "--layout", "zip", "--out", "y"), "unknown layout 'zip'"),
         (("equivalence", "--a", "x", "--b", "y", "--extractor", "random-conv"), "run.json"),
-        (("coco", "--annotations", "none.json", "--out", "y"), "expected COCO captions"),
+        (("coco", "--annotations", "none.json", "--out", "y.jsonl"), "expected COCO captions"),
         (("report", "--samples", "x", "--reference", "x", "--out", "r", "--extractor",
           "random-conv"), "x does not exist"),
         (("report", *OK[:3], "y", "--out", "r"), "reference y does not exist"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import socket
 import struct
 import tarfile
@@ -25,6 +26,7 @@ from arvision.eval.arrays import NpzFile, open_npy
 from arvision.eval.full_report import full_report
 from arvision.eval.picture_sources import FolderSource, is_hidden, natural_key
 from arvision.eval.pictures import LOSSLESS, MAX_PIXELS, UNREAD, read_formats
+from arvision.models.conditions import Prompt
 
 CONV = get_extractor("random-conv")
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -139,6 +141,13 @@ def test_an_exif_orientation_is_named_and_not_applied(tmp_path):
     exif[274] = 6
     with pytest.warns(UserWarning, match="EXIF orientation not applied"):
         assert np.array_equal(pixels(save(tmp_path / "a.png", exif=exif)), COLOURS)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_prompts_take_no_picture_that_would_turn_white(mode):
+    with pytest.raises(InputError, match=f"image of mode '{mode}': expected 8 bits a channel"):
+        Prompt("a cat", images=[Image.new(mode, (8, 8))])
+    assert Prompt("a cat", images=(PICTURE,)).images == (PICTURE,)
 
 
 # Lossy content.
@@ -382,6 +391,11 @@ def test_what_cannot_be_read_at_any_place_is_refused(tmp_path):
     with pytest.raises(InputError, match="is one picture: expected an"):
         open_source(save(tmp_path / "a.png"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    shutil.copy(packed, tmp_path / "b.tar")
+    with pytest.raises(InputError, match=r"b.tar is packed with gzip"):
+        open_source(tmp_path / "b.tar")
+    with pytest.raises(InputError, match=r"a{300}\.\.\. does not exist"):
+        open_source("a" * 5000)
     with pytest.raises(InputError, match="is no file of images: expected an"):
         open_source(tmp_path / "a.parquet")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):

@@ -13,6 +13,7 @@ import torch
 import arvision
 from arvision.errors import InputError
 from arvision.eval import (
+    FrechetDistance,
     Moments,
     evaluate,
     frechet_distance,
@@ -149,6 +150,7 @@ BAD_STATISTICS: dict[str, tuple[dict[str, Any], str]] = {
         "smallest eigenvalue -0.001 beside 1: expected a covariance",
     ),
     "count": ({"count": 1, "mean": np.zeros(64), "scatter": np.eye(64)}, "expected at least 2"),
+    "count text": ({"count": "x", "mean": np.zeros(64), "scatter": np.eye(64)}, "at least 2"),
     "feats": ({"feats": np.zeros((9, 5))}, "for random-conv"),
     "feats flat": ({"feats": np.zeros(64)}, r"expected \[N, D\]"),
     "images": ({"x": np.zeros(3)}, "holds x: expected images under arr_0"),
@@ -231,7 +233,13 @@ def test_a_batch_size_is_a_count(size):
 
 @pytest.mark.parametrize(
     ("metrics", "message"),
-    [("", "unknown metric ''"), ([], "no metric"), ("fid", "unknown metric 'fid'")],
+    [
+        ("", "unknown metric ''"),
+        ([], "no metric"),
+        ("fid", "unknown metric 'fid'"),
+        (3, "metrics 3: expected names"),
+        ([None], "unknown metric 'None'"),
+    ],
 )
 def test_metrics_that_do_not_exist(metrics, message):
     goal = prepare_reference(pictures(50), CONV)
@@ -293,6 +301,8 @@ def test_labels_of_any_type_count(tmp_path, labels):
         (np.full(40, np.nan), "expected class ids"),
         (np.full(40, np.inf), "expected class ids"),
         (np.arange(40) + 1j, "expected class ids"),
+        (np.full(40, 2**63, np.uint64), "expected class ids"),
+        (np.full(40, 1e300), "expected class ids"),
         (np.arange(39), "39 labels for 40 images"),
         (np.eye(4)[np.arange(40) % 4], "160 labels for 40 images"),
         (np.zeros((40, 64, 64, 3), np.uint8), "491520 labels for 40 images"),
@@ -400,12 +410,70 @@ def test_a_module_of_the_callers_stays_as_it_was(dtype):
     assert module.convolution.weight.grad is not None
 
 
+class Trainer:
+    """Whose method is a hook; it may not be copied."""
+
+    seen = 0
+
+    def hook(self, *_: Any) -> None:
+        self.seen += 1
+
+    def __deepcopy__(self, memo: Any) -> Trainer:
+        raise AssertionError("a trainer was copied")
+
+
+def test_modules_that_keep_answers_and_have_trainers():
+    inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(192, 5))
+    old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
+    for linear in (inner, old):
+        module, trainer = (
+            torch.nn.Sequential(Odd(lambda x: x.flatten(1).float()), linear),
+            Trainer(),
+        )
+        linear.register_forward_hook(trainer.hook)
+        module(pictures(2)).sum().backward()
+        module[0].kept = module(pictures(2))
+        network = get_extractor(module, dim=5)
+        assert torch.equal(network(pictures(2)), module(pictures(2)).detach())
+        assert trainer.seen == 4
+
+
 def test_an_extractor_of_the_callers_keeps_its_place():
     own = get_extractor("random-conv")
     moved = get_extractor(own, device="meta")
     assert moved.device.type == "meta"
     assert own.device.type == "cpu"
     assert get_extractor(own, device="cpu") is own
+
+
+@pytest.mark.parametrize(
+    ("extractor", "options", "message"),
+    [
+        ("random-conv", {"device": "gpu"}, "device 'gpu': expected a name"),
+        (Features(), {"device": "gpu"}, "device 'gpu': expected a name"),
+        ("random-conv", {"dim": 0}, "dim 0: expected an integer >= 1"),
+        ("random-conv", {"dim": "8"}, "dim '8': expected an integer >= 1"),
+        ("lite0", {"size": "64"}, "size '64': expected an integer >= 1"),
+        (Features(), {"size": 64}, "extractor Features: .*unexpected keyword argument 'size'"),
+        (Features(), {"dim": 0}, "dim 0: expected an integer >= 1"),
+        (Features, {}, "extractor is a type: expected a name or a torch module"),
+        (None, {}, "extractor is a NoneType"),
+    ],
+)
+def test_what_is_no_extractor_is_one_line(extractor, options, message):
+    with pytest.raises(InputError, match=message):
+        get_extractor(extractor, **options)
+
+
+def test_statistics_of_a_metric_are_checked():
+    metric = FrechetDistance("random-conv")
+    metric.set_real_statistics(np.zeros(64, np.float32), np.eye(64, dtype=np.float32))
+    for mean, covariance, count in (
+        *(("x", np.eye(64), 2), (np.zeros(64), -np.eye(64), 2), (np.zeros(9), np.eye(9), 2)),
+        *((np.zeros(64), np.full((64, 64), np.nan), 2), (np.zeros(64), np.eye(64), 1)),
+    ):
+        with pytest.raises(InputError, match="expected"):
+            metric.set_real_statistics(mean, covariance, count)
 
 
 class Odd(torch.nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nextstep_models import FOLDER, SIZES, load, load_calm, official_folder, text_tokenizer
@@ -235,8 +236,15 @@ def test_bad_arguments(model, pipe):
         model.start([edit, "a cat"], 2.0)
     with pytest.raises(InputError, match="image of \\(4, 4\\) pixels: expected at least 8 a side"):
         model.start([ImagePrompt("<image>", images=[Image.new("RGB", (4, 4))])], 2.0)
-    with pytest.raises(InputError, match="image of type str: expected a PIL image"):
+    with pytest.raises(
+        InputError, match="images of type str: expected PIL images, arrays or tensors"
+    ):
         model.start([ImagePrompt("<image>", images=["cat.png"])], 2.0)
+    bytes_ = np.random.default_rng(0).integers(0, 256, (17, 19, 3), dtype=np.uint8)
+    for form in (bytes_, torch.from_numpy(bytes_).permute(2, 0, 1) / 127.5 - 1):
+        (grid, tokens), wanted = model._encode(form), model._encode(Image.fromarray(bytes_))
+        assert grid == wanted[0] == (2, 2)
+        assert torch.allclose(tokens, wanted[1], atol=1e-5)
     plain = load()
     with pytest.raises(InputError, match="no text tokenizer, expected token ids"):
         plain.start(["a cat"], 1.0)

@@ -268,6 +268,18 @@ def test_bad_conditions_have_one_clear_message(monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             model.start(conditions, scale)
+    emu, emu_prompts, _ = made("emu3")
+    lumina, lumina_prompts, _ = made("lumina")
+    for model, conditions, scale, message in (
+        (emu, [emu_prompts[0][:-1]], 3.0, "expected the image token"),
+        (emu, [torch.tensor([EMU["bos"], 5, EMU["image_token"]])], 3.0, "no image start"),
+        (emu, [ImagePrompt(emu_prompts[0], emu_prompts[1])], 1.0, "no guidance"),
+        (emu, [ImagePrompt(emu_prompts[0], images=[1])], 3.0, "Emu3 draws from text alone"),
+        (made("chameleon")[0], [chameleon_prompts([3])[0][:-1]], 3.0, "expected the image start"),
+        (lumina, [lumina_prompts[0][:-2]], 3.0, "expected the image start and the sides"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.start(conditions, scale)
     with pytest.raises(InputError, match="GlmImagePipeline"):
         glm.decode(torch.zeros(1, glm.num_tokens, dtype=torch.int64))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_networks import (
@@ -84,6 +85,25 @@ def test_chameleon_reads_pictures():
     ids = model.encode("a cat", [picture])
     assert int((ids == CHAMELEON["place"]).sum()) == 256
     draw(model, [prompt], 1.0)
+
+
+def test_source_pictures_come_in_every_form():
+    network = tiny_chameleon(codes=48)
+    del network.model.vocabulary_mapping.__dict__["image_tokens"]
+    model = Chameleon(network, chameleon_processor(), grids=[(3, 4)])
+    picture = Image.effect_noise((40, 32), 80).convert("RGB")
+    bytes_ = np.array(picture)
+    wanted = draw(model, [ImagePrompt("a cat", images=[picture])], 1.0)
+    floats = torch.from_numpy(bytes_).permute(2, 0, 1) / 127.5 - 1
+    for form in (bytes_, torch.from_numpy(bytes_), floats, floats[None].numpy()):
+        assert torch.equal(draw(model, [ImagePrompt("a cat", images=[form])], 1.0), wanted)
+    for form, words in (
+        (floats * 2, r"expected float in \[-1, 1\]"),
+        (torch.stack([floats, floats]), "a source image of 2 pictures"),
+        ("cat.png", "images of type str"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.start([ImagePrompt("a cat", images=[form])], 1.0)
 
 
 FOLDERS: dict[str, Any] = {

@@ -101,12 +101,12 @@ def text_cases() -> list[tuple[str, Any]]:
 
 def image_network_cases() -> list[tuple[str, Any]]:
     """An image network of transformers, NextStep and Infinity, from the recorded checkpoints."""
-    from image_networks import ids_of, tiny_janus
+    from image_networks import janus_prompts, tiny_janus
     from nextstep_models import load_calm
 
     from arvision.models import Janus
 
-    janus, [ids] = Janus(tiny_janus()), ids_of([6], 0, 100)
+    janus, [ids] = Janus(tiny_janus()), janus_prompts([6])
     nextstep = ARPipeline.from_model(load_calm())
 
     def draw_janus(seed: int) -> Any:
@@ -157,7 +157,8 @@ def test_two_thousand_draws_in_threads_leave_memory_flat():
     assert done == DRAWS
     assert torch.get_num_threads() == before
     for name, points, most in (("bytes", sizes, MOST_GROWTH), ("objects", objects, MOST_OBJECTS)):
-        slope = float(np.polyfit(*np.array(points, dtype=float).T, 1)[0])
+        places, values = np.array(points, dtype=float).T
+        slope = float(np.polyfit(places, values, 1)[0])
         growth = slope * (DRAWS - WARM)
         print(f"{name}: {growth:,.0f} over {DRAWS - WARM} draws, {points[-1][1]:,} at the end")
         assert growth < most, f"{name} grow by {growth:,.0f} over {DRAWS - WARM} draws"

@@ -238,11 +238,12 @@ def test_a_pipeline_finds_the_draft(tmp_path, tiny_pipeline):
 
 
 def test_the_name_of_a_draft_is_saved_and_a_loaded_one_is_kept(tmp_path):
-    sampler = get_sampler("draft", draft="small", max_draft=3)
+    name = "llamagen-fashion-draft"
+    sampler = get_sampler("draft", draft=name, max_draft=3)
     sampler.save_pretrained(tmp_path)
     again = DraftSampler.from_pretrained(tmp_path)
     assert isinstance(again, DraftSampler)
-    assert again.config["draft"] == "small"
+    assert again.config["draft"] == name
     assert again.missing(None) == ["draft"]
     bound = get_sampler("draft", draft=TableModel())
     bound.save_pretrained(tmp_path)

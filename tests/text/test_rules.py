@@ -235,10 +235,9 @@ def test_rows_with_trees_of_their_own_are_judged_as_alone(name):
     drafts = torch.randint(vocab, (rows, num), generator=generator)
     laws = torch.randn(rows, num + 1, vocab, generator=generator).log_softmax(-1)
     noise = Noise(list(range(rows)))
-    places = torch.arange(num + 1).expand(rows, -1)
-    whole = rules[name](
-        Round(drafts, None, laws, places, noise, 1, topology_of(torch.tensor(shapes)))
-    )
+    shape = topology_of(torch.tensor(shapes))
+    places = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), shape.depths + 1], dim=1)
+    whole = rules[name](Round(drafts, None, laws, places, noise, 1, shape))
     assert whole.path is not None
     assert int(whole.counts.max()) > 2
     for row, parents in enumerate(shapes):
@@ -247,7 +246,7 @@ def test_rows_with_trees_of_their_own_are_judged_as_alone(name):
                 drafts[row : row + 1],
                 None,
                 laws[row : row + 1],
-                places[:1],
+                places[row : row + 1],
                 noise.select(torch.tensor([row])),
                 1,
                 topology_of(torch.tensor(parents)),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, InputError, MissingDependencyError, optional
+from ...errors import CheckpointError, InputError, MissingDependencyError, check_count, optional
 from ...files import user_path
 from ..features import EXTRACTORS, Extractor, ExtractorFacts, file_sha256, resize, safe_load
 
@@ -53,7 +53,7 @@ class Lite0(Extractor):
     network: Any
 
     def __init__(self, size: int = 224, weights: str | Path | None = None) -> None:
-        if size < 32:
+        if check_count("size", size) < 32:
             raise InputError(f"size is {size}: expected at least 32")
         path = user_path(weights) if weights is not None else find_weights()
         digest = file_sha256(path)

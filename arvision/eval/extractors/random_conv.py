@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ...errors import InputError
+from ...errors import check_count
 from ..features import EXTRACTORS, Extractor, ExtractorFacts
 
 
@@ -21,8 +21,7 @@ class RandomConv(Extractor):
     """
 
     def __init__(self, dim: int = 64, seed: int = 0) -> None:
-        if dim < 1:
-            raise InputError(f"dim is {dim}: expected at least 1")
+        dim = check_count("dim", dim)
         super().__init__(ExtractorFacts("random-conv", dim, f"x/127.5-1 seed {seed}", None, "none"))
         draw = torch.Generator().manual_seed(seed)
         widths = (3, 16, 32, dim)

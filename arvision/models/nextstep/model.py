@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ...errors import CheckpointError, InputError
 from ...files import user_path
 from ...networks import enter, place_of
 from ..conditions import ImagePrompt
+from ..pixels import read_pixels
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead
 from .prompt import Captions, PromptFormat
@@ -187,15 +187,16 @@ class NextStep:
         """
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to read images")
-        if not hasattr(image, "convert"):
-            raise InputError(f"image of type {type(image).__name__}: expected a PIL image")
         side = self.tokenizer.downscale
-        pixels = torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-        rows, columns = image.height // side, image.width // side
+        pixels = read_pixels(image, self.tokenizer)
+        if len(pixels) != 1:
+            raise InputError(f"a source image of {len(pixels)} pictures: expected one")
+        height, width = pixels.shape[2:]
+        rows, columns = height // side, width // side
         if not (rows and columns):
-            raise InputError(f"image of {image.size} pixels: expected at least {side} a side")
-        top, left = (image.height - rows * side) // 2, (image.width - columns * side) // 2
-        pixels = pixels[None, :, top : top + rows * side, left : left + columns * side]
+            raise InputError(f"image of {(width, height)} pixels: expected at least {side} a side")
+        top, left = (height - rows * side) // 2, (width - columns * side) // 2
+        pixels = pixels[:, :, top : top + rows * side, left : left + columns * side]
         tokens = enter(self.tokenizer, "encode", pixels)
         return (rows, columns), tokens[0].to(self.device)
 

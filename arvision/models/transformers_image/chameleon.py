@@ -36,6 +36,10 @@ NAMES = {
 """Special ids in the published vocabulary; "size" is the first of those that tell sides."""
 
 
+MOST_SIDE = 16_384
+"""Pixels of a side."""
+
+
 def check_size(height: int, width: int, layout: str) -> tuple[int, int]:
     """Rows and columns of tokens of a picture of height x width pixels.
 
@@ -44,7 +48,7 @@ def check_size(height: int, width: int, layout: str) -> tuple[int, int]:
     """
     step = CELL if layout == "chameleon" else 2 * CELL
     for name, side in (("height", height), ("width", width)):
-        check_count(name, side)
+        check_count(name, side, MOST_SIDE)
         if side % step:
             raise InputError(f"{name} {side}: expected a multiple of {step}")
     if layout == "chameleon" and (height, width) != (512, 512):
@@ -146,7 +150,19 @@ class Chameleon(TransformersImageModel):
             ids=self._given,
         )
 
-    of_size = resized
+    def of_size(self, height: int, width: int) -> Chameleon:
+        """As `resized`, no larger than what Lumina-mGPT was opened for.
+
+        Raises:
+            InputError: a size that it does not draw.
+        """
+        own_height, own_width = self.picture_size
+        if self._is_lumina and height * width > own_height * own_width:
+            raise InputError(
+                f"{height}x{width}: more than the {own_height}x{own_width} pixels that this "
+                "Lumina-mGPT was opened for, see its name and pass height= and width= there"
+            )
+        return self.resized(height, width)
 
     def to(self, *args: Any, **kwargs: Any) -> Chameleon:
         """Move or cast network and decoder; returns the model itself."""
@@ -216,7 +232,8 @@ class Chameleon(TransformersImageModel):
     def _filled(self, ids: Tensor, images: Sequence[Any]) -> Tensor:
         codes = [self._source_ids(image) for image in images]
         written = torch.cat([ids[:0], *codes])
-        is_place = ids == self.base.config.image_token_id
+        place = self.base.config.image_token_id
+        is_place = torch.zeros_like(ids, dtype=torch.bool) if place is None else ids == place
         if int(is_place.sum()) != len(written):
             raise InputError(
                 f"the prompt has {int(is_place.sum())} places for tokens of source images, the "

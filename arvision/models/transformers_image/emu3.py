@@ -39,13 +39,17 @@ NEGATIVE = (
 """The authors' negative prompt."""
 
 
+MOST_AREA = 1 << 28
+"""Pixels of a picture."""
+
+
 def grid_of(ratio: str, image_area: int) -> tuple[int, int]:
     """Rows and columns of tokens of a picture with `image_area` pixels and sides W:H.
 
     Raises:
         InputError: a ratio that is none, or a picture without a row.
     """
-    check_count("image_area", image_area)
+    check_count("image_area", image_area, MOST_AREA)
     sides = str(ratio).split(":")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise InputError(f"ratio {ratio!r}: expected 'W:H' with integers, such as '16:9'")

@@ -25,6 +25,10 @@ PREVIEW = 16
 Grid = tuple[int, int]
 
 
+MOST_SIDE = 16_384
+"""Pixels of a side."""
+
+
 def grids_of(height: int, width: int, editing: bool) -> list[Grid]:
     """The grids that a picture of height x width pixels takes, in drawing order.
 
@@ -32,7 +36,7 @@ def grids_of(height: int, width: int, editing: bool) -> list[Grid]:
         InputError: a size that the model does not draw.
     """
     for name, side in (("height", height), ("width", width)):
-        check_count(name, side)
+        check_count(name, side, MOST_SIDE)
         if side % CELL:
             raise InputError(f"{name} {side}: expected a multiple of {CELL}")
     large = (height // CELL, width // CELL)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, check_count
 
 Ints = np.ndarray
 
@@ -54,6 +54,10 @@ class Expansion:
         return torch.tensor(padded, device=kept.device), nums
 
 
+MOST_TOKENS = 1 << 20
+"""Of an image: a side of 16,384 pixels, far more than any network was trained for."""
+
+
 class Layout:
     """The sequence of one image: N drawn tokens, forced ids behind some, and their positions.
 
@@ -78,6 +82,7 @@ class Layout:
     ) -> None:
         if num_tokens < 1:
             raise InputError(f"an image of {num_tokens} tokens: expected at least one")
+        check_count("tokens of an image", num_tokens, MOST_TOKENS)
         behind = {token: tuple(ids) for token, ids in (behind or {}).items() if len(ids)}
         for token in behind:
             if not 0 <= token < num_tokens - 1:
@@ -107,6 +112,7 @@ class Layout:
         cls, rows: int, columns: int, line_end: int | None = None, tail: Sequence[int] = ()
     ) -> Layout:
         """Rows of tokens, each with a line end behind it where the model has one."""
+        check_count("tokens of an image", rows * columns, MOST_TOKENS)
         if line_end is None:
             return cls(rows * columns, tail=tail)
         ends = range(columns - 1, rows * columns - 1, columns)

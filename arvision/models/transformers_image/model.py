@@ -13,6 +13,7 @@ from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_cache import CacheView
 from ...errors import InputError, check_count
 from ..conditions import ImagePrompt
+from ..pixels import as_source
 from .layout import Layout
 from .network import CodeColumns, base_of, check_class, device_of, take_masks, wake
 from .state import ImageState, Row
@@ -255,6 +256,7 @@ class TransformersImageModel:
                 f"negative prompt {_brief(given.negative)}: there is no guidance at guidance_scale "
                 "1" + ("" if self.has_guidance else f", and {self.family} has none")
             )
+        images = [as_source(image) for image in images]
         ids = self._ids(given.prompt, images)
         negative = None if given.negative is None else self._ids(given.negative, ())
         return ImagePrompt(ids, negative, images)

@@ -149,19 +149,18 @@ class DraftTree(TextDrafter):
             parents = best_tree(self.ranks, num, self.max_depth)
         return self._fill(root, law, lengths, parents, round_number)
 
-    def _scores(self, law: Tensor, positions: Tensor) -> Tensor:
-        """What chosen drafts are ranked by, [B, V]: log q, plus the noise where tokens are drawn."""
+    def _numbers(self, law: Tensor, positions: Tensor) -> Tensor:
+        """What ranks chosen drafts at positions [B] besides log q: where tokens are drawn, the noise
+        [B, V] of the level, computed once for all of its nodes."""
         if self.shaping.temperature == 0:
-            return law
+            return torch.zeros_like(law)
         where = positions[:, None].clamp(max=self.num_tokens - 1)
-        return law + self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
+        return self.noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
 
     def _siblings(
         self, law: Tensor, positions: Tensor, num: int, round_number: int, place: int
     ) -> Tensor:
-        """`num` children [B, num] of one node, whose law is `law` [B, V]."""
-        if self.draws == "chosen":
-            return self._scores(law, positions).topk(num, dim=-1).indices
+        """`num` children [B, num] of one node, drawn from its law [B, V]."""
         uniforms = self.noise.uniform(
             positions[:, None], "draft", round_number * LANES + place, num
         )[:, 0]
@@ -186,18 +185,23 @@ class DraftTree(TextDrafter):
         logq = law.new_zeros(len(root), num, law.shape[-1]) if wants_laws else None
         laws = {-1: law}
         for level in range(shape.num_levels):
+            positions = lengths + level
+            numbers = None if wants_laws else self._numbers(law, positions)
             for place, own in enumerate(shape.children.tolist()):
                 children = [child for child in own if child >= 0]
                 node = place - 1
                 if not children or node not in laws:
                     continue
-                positions = lengths + level
-                found = self._siblings(laws[node], positions, len(children), round_number, place)
+                count, own_law = len(children), laws[node]
+                if numbers is None:
+                    found = self._siblings(own_law, positions, count, round_number, place)
+                else:
+                    found = (own_law + numbers).topk(count, dim=-1).indices
                 drafts[:, children] = found
                 if node >= 0:
                     drafts[:, children] = found.where(drafts[:, node : node + 1] >= 0, -1)
                 if logq is not None:
-                    logq[:, children] = laws[node][:, None]
+                    logq[:, children] = own_law[:, None]
             if level + 1 == shape.num_levels:
                 break
             known = (shape.depths <= level).nonzero()[:, 0]
@@ -226,7 +230,7 @@ class DraftTree(TextDrafter):
         """
         rows: list[_Grown] = [_Grown(num) for _ in range(len(root))]
         width = min(num, 8, law.shape[-1])
-        for grown, scores in zip(rows, self._scores(law, lengths), strict=True):
+        for grown, scores in zip(rows, law + self._numbers(law, lengths), strict=True):
             grown.add(-1, scores.log_softmax(-1), width)
         for level in range(1, self.max_depth):
             for grown in rows:
@@ -238,10 +242,10 @@ class DraftTree(TextDrafter):
             fed = torch.cat([root, joint.tokens.clamp(min=0)], dim=1)
             above = None if joint.parents is None else with_root(joint.parents.to(root.device))
             laws = self._state.extend(fed, above)
+            numbers = self._numbers(law, lengths + level)
             for row, grown in enumerate(rows):
                 for node in fresh[row]:
-                    after = laws[row, node + 1][None]
-                    scores = self._scores_of_row(after, lengths, row, level)
+                    scores = laws[row, node + 1] + numbers[row]
                     grown.add(node, scores.log_softmax(-1), width)
         for grown in rows:
             grown.prune()
@@ -250,14 +254,6 @@ class DraftTree(TextDrafter):
     @staticmethod
     def _joined(rows: list[_Grown], device: torch.device) -> TokenTree:
         return join_rows([(grown.tokens, grown.parents) for grown in rows], device)
-
-    def _scores_of_row(self, law: Tensor, lengths: Tensor, row: int, level: int) -> Tensor:
-        if self.shaping.temperature == 0:
-            return law[0]
-        position = (lengths[row] + level).clamp(max=self.num_tokens - 1).view(1, 1)
-        rows = torch.tensor([row], device=law.device)
-        noise = self.noise if len(self.noise) == 1 else self.noise.select(rows)
-        return law[0] + noise.gumbel(position, law.shape[-1], law.dtype)[0, 0]
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
         """Stochastic beam search; every row grows a tree of its own, level by level, best first.
@@ -300,7 +296,8 @@ class DraftTree(TextDrafter):
             if level + 1 < len(self.branching):
                 fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
                 laws = self._state.extend(fed, with_root(parents))[:, first + 1 :]
-        return TokenTree(drafts, logq, parents if self.branches else None)
+        levels = len(self.branching)
+        return TokenTree(drafts, logq, parents if self.branches else None, num_levels=levels)
 
 
 class _Grown:

@@ -11,7 +11,8 @@ import torch
 
 from ...errors import InputError, unknown_name
 from ...files import write_text
-from ...schema import check_fields, read_json, read_text
+from ...prompt_files import is_plain, read_prompts
+from ...schema import check_fields, read_json
 from .. import load_text_model
 from ..drafters.heads import KINDS
 from .data import Answers, answer, question_ids
@@ -22,6 +23,14 @@ from .small_model import SMALL_FIT, train_small_model
 
 ALL_KINDS = (*KINDS, "ppd", "hidden_transfer", "model", "judge")
 
+
+UNUSED = {
+    "ppd": ("divergence",),
+    "hidden_transfer": ("divergence",),
+    "model": ("num_heads",),
+    "judge": ("num_heads", "divergence", "answer_tokens"),
+}
+"""Settings of `fit_draft` that mean nothing to a kind of draft."""
 
 MOST_ANSWERS = 1 << 32
 """Bytes of the target's answers, which are a run's own."""
@@ -35,20 +44,16 @@ class Kept(TypedDict):
     starts: list[int]
 
 
-def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Ids of the prompts in a text file, in the tokenizer's chat template where it has one.
+def questions(path: Path) -> list[str]:
+    """The prompts in a file.
 
     Raises:
-        InputError: no such file, or nothing in it.
+        InputError: see `arvision.prompt_files.read_prompts`.
     """
-    try:
-        lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    except OSError as error:
-        raise InputError(f"prompts {path}: {error.strerror}") from error
-    if not lines:
-        raise InputError(f"prompts {path}: expected one prompt per line")
-    # Lines may hold line breaks in escaped form.
-    return [question_ids(line.replace("\\n", "\n"), tokenizer) for line in lines]
+    texts = [record["prompt"] for record in read_prompts(path)]
+    if is_plain(path):  # lines may hold line breaks in escaped form
+        texts = [text.replace("\\n", "\n") for text in texts]
+    return texts
 
 
 def answers_of(
@@ -75,23 +80,33 @@ def fit_draft(
     *,
     steps: int | None = None,
     batch_size: int | None = None,
-    num_heads: int = 3,
-    divergence: str = "forward_kl",
-    answer_tokens: int = 96,
+    num_heads: int | None = None,
+    divergence: str | None = None,
+    answer_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fit a draft of a kind on a frozen target; see `arvision train-draft`.
 
+    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens.
+
     Returns:
         Figures of the fit.
 
     Raises:
-        InputError: an unknown kind, or bad settings, before the model is loaded.
+        InputError: an unknown kind, bad settings, or some that mean nothing to the kind, before the
+            model is loaded.
     """
     if kind not in ALL_KINDS:
         raise unknown_name("kind of draft", kind, ALL_KINDS)
+    settings = {"num_heads": num_heads, "divergence": divergence, "answer_tokens": answer_tokens}
+    for name in UNUSED.get(kind, ()):
+        if settings[name] is not None:
+            raise InputError(
+                f"{name} {settings[name]!r} with kind {kind!r}: it would have no effect"
+            )
+    num_heads, divergence = num_heads or 3, divergence or "forward_kl"
     given = {"steps": steps, "batch_size": batch_size}
     changed = {name: value for name, value in given.items() if value is not None}
     heads = HeadTraining(
@@ -104,12 +119,14 @@ def fit_draft(
         fit=replace(PSEUDO_FIT, **changed),
     )
     marked = read_marked(prompts) if kind == "judge" else []
+    texts = [] if kind == "judge" else questions(prompts)
     network, tokenizer = load_text_model(model, device=device, dtype=dtype)
     network.requires_grad_(False)
     if kind == "judge":
         config = replace(JUDGE_FIT, **changed)
         return train_judge(network, tokenizer, marked, out, config=config, progress=progress)
-    answers = answers_of(network, read_prompts(prompts, tokenizer), out, answer_tokens, progress)
+    ids = [question_ids(text, tokenizer) for text in texts]
+    answers = answers_of(network, ids, out, answer_tokens or 96, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
     if kind == "model":

@@ -133,6 +133,11 @@ def choose_rule(
     if name == "greedy" and temperature != 0:
         raise InputError(f"rule 'greedy' at temperature {temperature}: expected temperature 0")
     if temperature == 0 and entry.lossless:
+        if options:
+            raise InputError(
+                f"rule_options {', '.join(options)}: at temperature 0 rule {name!r} is 'greedy', which "
+                "takes none"
+            )
         return ChosenRule("greedy", greedy, True, True)
     fitting = [
         other

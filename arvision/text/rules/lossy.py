@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
-from ...decoding.verify import Round, Rule, Verdict, deepest, gumbel_draw
+from ...decoding.verify import Round, Rule, Verdict, coupled_draw, deepest
 from ...errors import InputError
 from ...files import user_path
 
@@ -25,7 +25,7 @@ def _after_parent(batch: Round, values: Tensor) -> Tensor:
 
 
 def _choose(batch: Round, logp: Tensor, is_greedy: bool) -> Tensor:
-    return logp.argmax(-1) if is_greedy else gumbel_draw(logp, batch.positions, batch.noise)
+    return logp.argmax(-1) if is_greedy else coupled_draw(batch, logp)
 
 
 def typical(epsilon: float = 0.09, delta: float = 0.3, *, is_greedy: bool = False) -> Rule:
