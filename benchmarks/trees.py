@@ -3,7 +3,7 @@
 python -m benchmarks.trees                    all parts, and docs/images/drift-tree.png
 python -m benchmarks.trees --part passes      tokens per pass over trees x candidates
 python -m benchmarks.trees --part weights     mismatch weights, fitted on other images
-python -m benchmarks.trees --part law         enumerated law of our trees, and of SJD-PAC as released
+python -m benchmarks.trees --part law         enumerated law of our trees, and of SJD-PAC, as we read it
 python -m benchmarks.trees --part picture     the tree of one pass, drawn
 """
 
@@ -137,7 +137,7 @@ def law() -> list[dict[str, Any]]:
     rows = []
     cases = {
         "chain, maximal": get_sampler("sjd", window=8, coupling="maximal"),
-        "SJD-PAC as released": pac(16, released=True),
+        "SJD-PAC, as we read it": pac(16, released=True),
         "SJD-PAC repaired": pac(16, released=False),
         "static tree": get_sampler("sjd", window=16, coupling="maximal", tree="static"),
         "drift tree": get_sampler("sjd", window=16, tree="drift", init="above"),
