@@ -128,8 +128,12 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "Ministral3": {"head_dim": 8},
     "Exaone4": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "Cwm": {"head_dim": 8, "bos_token_id": 2, "eos_token_id": 1},
-    "ModernBertDecoder": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
-    "GraniteSWA": {},
+    "ModernBertDecoder": {
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "num_key_value_heads": 4,
+    },
     "Doge": {},
 }
 """Families whose layers, all or some, see a window; and what their configurations want besides."""
@@ -142,17 +146,19 @@ def windowed(name: str, options: dict[str, Any], window: int):
     config = getattr(t, f"{name}TextConfig", None) or getattr(t, f"{name}Config", None)
     if config is None:
         pytest.skip(f"this release of transformers has no {name}")
-    made = config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        sliding_window=window,
-        **{"eos_token_id": None, "bos_token_id": None, **options},
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "sliding_window": window,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    made = config(**sizes | options)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         network = getattr(t, f"{name}ForCausalLM")(made).eval()
