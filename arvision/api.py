@@ -171,7 +171,7 @@ def sample(
     for name, value in given.items():
         is_open = value is None and isinstance(wanted, str) and name not in written
         if is_open and name in chosen.config:
-            given[name] = pipe.config[name]
+            chosen = chosen.with_options(**{name: pipe.config[name]})
     beside = {
         "height": height,
         "width": width,

@@ -12,14 +12,13 @@ from typing import Any, TypedDict
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from .checkpoint import check_counts
 from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .folders import ASSETS, embedded_models
 from .models import FAMILIES
 from .models.network import Network
 from .samplers import SAMPLERS
-from .schema import Layers, check_fields, read_json, short
-from .stored import check_network, check_plain, read_headers, read_object
+from .schema import check_fields, read_json, short
+from .stored import check_layers, check_network, check_plain, check_report, read_object
 
 _LOADING = threading.RLock()
 """Held while a pipeline is loaded: the libraries' progress bars are switches of the process."""
@@ -27,17 +26,6 @@ _LOADING = threading.RLock()
 PARTS = ("transformer", "tokenizer", "sampler", "text_encoder", "text_tokenizer")
 
 INDEX = "model_index.json"
-
-
-class TextEncoder(TypedDict, total=False):
-    """Numbers of modules, by the names that transformers' text encoders have for them."""
-
-    num_layers: Layers
-    num_decoder_layers: Layers | None
-    num_hidden_layers: Layers
-    n_layer: Layers
-    encoder_layers: Layers
-    decoder_layers: Layers | None
 
 
 class Card(TypedDict, total=False):
@@ -206,13 +194,10 @@ def _check_part(cls: type, folder: Path, variant: str | None) -> None:
     check_plain(folder)
     if not hasattr(cls, "state_dict"):
         return
-    config = read_object(folder / "config.json")
-    tensors, name = read_headers(folder, variant)
-    check_counts(config, TextEncoder, str(folder / "config.json"), len(tensors))
-    for key, held in tensors.items():
+    for key, held in check_layers(folder, variant).items():
         if not held.is_floating:
             raise CheckpointError(
-                f"{name}: key {key!r} holds {held.dtype}, expected floating-point numbers"
+                f"{folder}: key {key!r} holds {held.dtype}, expected floating-point numbers"
             )
 
 
@@ -236,11 +221,8 @@ def load_text_encoder(cls: Any, folder: Path, dtype: Any = None, variant: str | 
     loaded = cls.from_pretrained(
         str(folder), use_safetensors=True, output_loading_info=True, **options
     )
-    encoder, info = loaded
-    for what in ("missing", "mismatched", "unexpected"):
-        if keys := info[f"{what}_keys"]:
-            key = min(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-            raise CheckpointError(f"{folder}: key {key!r} of {cls.__name__} is {what}")
+    encoder, report = loaded
+    check_report(report, f"{folder}: {cls.__name__}")
     return encoder
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from .contracts import Conditions
 from .errors import InputError, check_count
 from .image_pipeline import ImageModelPipeline
-from .inputs import as_prompts
+from .inputs import as_prompts, check_images
 from .models import GlmImage, ImagePrompt, TransformersImageModel
 from .models.transformers_image.glm_image import doubled
 from .models.transformers_image.network import base_of
 from .pipeline import OUTPUT_TYPES, SampleOutput
+
+MOST_INFERENCE_STEPS = 10_000
+"""Of the diffusion decoder, which was trained on 1,000."""
 
 DECODER_SCALE = 1.5
 """Guidance of the diffusion decoder, as diffusers has it."""
@@ -164,15 +167,14 @@ class GlmPipeline(ImageModelPipeline):
         sources = {len(one.images) for one in prompts}
         if len(sources) != 1:
             raise InputError("prompts with other numbers of source images: expected as many each")
-        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_inference_steps", num_inference_steps, MOST_INFERENCE_STEPS)
         if prompts[0].images:
             side = GlmImage.cell
             own_width, own_height = prompts[0].images[0].size
             height = own_height // side * side if height is None else height
             width = own_width // side * side if width is None else width
-        conditions = [
-            one for one in prompts for _ in range(check_count("num_images", num_images_per_prompt))
-        ]
+        num = check_images(len(prompts), num_images_per_prompt)
+        conditions = [one for one in prompts for _ in range(num)]
         model = self.model.at_size(height, width, sources.pop())
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         codes = [ImagePrompt(one.prompt, one.negative, one.images) for one in conditions]

@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .contracts import Schedule
-from .errors import InputError, check_count, unknown_name
-from .inputs import as_prompts
+from .errors import InputError, unknown_name
+from .inputs import as_prompts, check_images
 from .models import Chameleon, Emu3, GlmImage, ImagePrompt, Janus, TransformersImageModel
 from .models.transformers_image import emu3
 from .models.transformers_image.network import base_of
@@ -222,11 +222,10 @@ class ImageModelPipeline(ARPipeline):
                 called.
         """
         prompts = self._prompts(prompt, negative_prompt, image, call.get("guidance_scale"))
-        num = max(len(one.images) for one in prompts)
-        conditions = [
-            one for one in prompts for _ in range(check_count("num_images", num_images_per_prompt))
-        ]
-        model = self.model.at_size(height, width, num)
+        num_sources = max(len(one.images) for one in prompts)
+        num = check_images(len(prompts), num_images_per_prompt)
+        conditions = [one for one in prompts for _ in range(num)]
+        model = self.model.at_size(height, width, num_sources)
         law = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         return self._draw(model, conditions, law=law, **call)
 

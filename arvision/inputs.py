@@ -48,6 +48,21 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
     return plain if isinstance(found, (list, tuple)) else plain[0]
 
 
+def check_images(num_prompts: int, num_images_per_prompt: Any) -> int:
+    """Images of each prompt, as many as a call may draw.
+
+    Raises:
+        InputError: fewer than one, or more than `MOST_IMAGES` in all.
+    """
+    num = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
+    if num_prompts * num > MOST_IMAGES:
+        raise InputError(
+            f"{num_prompts:,} prompts with {num:,} images each: expected at most {MOST_IMAGES:,} images "
+            "in one call"
+        )
+    return num
+
+
 def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     """One condition per image, images of a prompt side by side.
 
@@ -57,17 +72,10 @@ def expand_prompts(prompt: Any, num_images_per_prompt: Any) -> Conditions:
     Raises:
         InputError: no prompt, an empty one, or fewer than one image of each.
     """
-    num_images_per_prompt = check_count("num_images", num_images_per_prompt, MOST_IMAGES)
     prompt = _condition(prompt)
-    if (
-        isinstance(prompt, (list, tuple, range))
-        and len(prompt) * num_images_per_prompt > MOST_IMAGES
-    ):
-        raise InputError(
-            f"{len(prompt):,} prompts with {num_images_per_prompt:,} images each: expected at most "
-            f"{MOST_IMAGES:,} images in one call"
-        )
-    prompts = list(prompt) if isinstance(prompt, (list, tuple, range)) else [prompt]
+    is_list = isinstance(prompt, (list, tuple, range))
+    num_images_per_prompt = check_images(len(prompt) if is_list else 1, num_images_per_prompt)
+    prompts = list(prompt) if is_list else [prompt]
     prompts = [each for entry in prompts for each in each_prompt(_condition(entry))]
     if not prompts:
         raise InputError("no prompt: expected at least one")

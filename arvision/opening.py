@@ -23,6 +23,7 @@ from .models import ChameleonDecoder
 from .needed import WEIGHTS, index_of, needed_files, read_json
 from .pipeline import ARPipeline
 from .samplers import SAMPLERS
+from .stored import check_layers, check_report
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 DECODER_FILE = "vqgan.ckpt"
@@ -169,6 +170,7 @@ def _network(folder: Path, how: dict[str, Any]) -> Any:
             f"{folder}: {names[0]} is not in transformers {transformers.__version__}, expected a "
             "later release"
         )
+    check_layers(folder, how.get("variant"))
     network, report = cls.from_pretrained(
         folder,
         config=cls.config_class.from_dict(content),
@@ -178,11 +180,7 @@ def _network(folder: Path, how: dict[str, Any]) -> Any:
         output_loading_info=True,
         **{name: value for name, value in how.items() if value is not None},
     )
-    for what in ("missing_keys", "mismatched_keys"):
-        keys = sorted(map(str, report[what]))
-        if keys:
-            what = what.replace("_keys", "")
-            raise CheckpointError(f"{folder}: key {keys[0]!r} is {what} ({len(keys)} in all)")
+    check_report(report, str(folder), may_hold_more=True)
     return network.eval()
 
 

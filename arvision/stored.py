@@ -8,10 +8,11 @@ storage, must have just the tensors of the files.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -20,10 +21,13 @@ from .checkpoint import Held, Module, check_counts, check_fit, check_is_weights
 from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .headers import read_header
 from .needed import SHARDS, weight_files
-from .schema import check_fields, check_value, hints_of, read_json, short
+from .schema import Layers, check_fields, check_value, hints_of, read_json, short
 
 CODE = ("auto_map", "custom_pipeline", "custom_components", "trust_remote_code")
 """Names by which a configuration asks for code of its folder."""
+
+NUMBERED = re.compile(r"\.\d+\.")
+"""In the key of a layer's weight."""
 
 UNREAD = ("tokenizer.json", "vocab.json", "merges.txt")
 """Long tables of text tokenizers, which their own readers check."""
@@ -136,6 +140,59 @@ def check_network(cls: type[nn.Module], folder: Path, variant: str | None = None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: no network has these sizes ({reason})") from error
     check_fit(network, found, name)
+
+
+class Counts(TypedDict, total=False):
+    """Numbers of modules, by the names that configurations of transformers have for them."""
+
+    num_layers: Layers | None
+    num_decoder_layers: Layers | None
+    num_hidden_layers: Layers | None
+    n_layer: Layers | None
+    n_layers: Layers | None
+    encoder_layers: Layers | None
+    decoder_layers: Layers | None
+
+
+def check_layers(folder: Path, variant: str | None = None) -> dict[str, Held]:
+    """Refuse a network of transformers that asks for more layers than its files hold tensors.
+
+    Returns:
+        What the headers of its safetensors say, by key.
+
+    Raises:
+        CheckpointError: see above, or files that are none.
+    """
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+        check_value(config, dict, str(path))
+        tensors, _ = read_headers(folder, variant)
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            check_fields(part, Counts, str(path))
+            check_counts(part, Counts, str(path), len(tensors))
+    except (OSError, InputError) as error:
+        raise CheckpointError(str(error)) from error
+    return tensors
+
+
+def check_report(report: Mapping[str, Any], name: str, *, may_hold_more: bool = False) -> None:
+    """Refuse what transformers reports of a network whose weights are not all its own.
+
+    Args:
+        report: what `from_pretrained(output_loading_info=True)` gives beside the network.
+        name: of folder and network, for messages.
+        may_hold_more: let further keys pass, as of other heads, but not those of further layers.
+
+    Raises:
+        CheckpointError: names the first missing, misshapen or unexpected key.
+    """
+    for what in ("missing", "mismatched", "unexpected"):
+        keys = [str(key[0] if isinstance(key, tuple) else key) for key in report[f"{what}_keys"]]
+        if what == "unexpected" and may_hold_more:
+            keys = [key for key in keys if NUMBERED.search(key)]
+        if keys:
+            raise CheckpointError(f"{name}: key {min(keys)!r} is {what} ({len(keys)} in all)")
 
 
 def read_headers(folder: Path, variant: str | None = None) -> tuple[dict[str, Held], str]:

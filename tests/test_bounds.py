@@ -126,6 +126,17 @@ def test_sizes_of_pictures_are_bounded():
     refused("tokens of an image", Layout, HUGE)
 
 
+def test_images_of_an_image_network_are_bounded():
+    from image_networks import janus_prompts, tiny_janus
+
+    from arvision.image_pipeline import ImageModelPipeline
+
+    pipe = ImageModelPipeline(tiny_janus())
+    [ids] = janus_prompts([5])
+    refused("num_images", pipe, ids, num_images_per_prompt=HUGE, progress=False)
+    refused("at most 1,000,000", pipe, [ids] * 3, num_images_per_prompt=10**6, progress=False)
+
+
 def test_sizes_of_texts_are_bounded(monkeypatch):
     from text_models import random_prompts, tiny_llama
 

@@ -9,11 +9,13 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from text_models import tiny_llama
 
 import arvision
 from arvision import ARPipeline, CheckpointError, InputError
@@ -30,6 +32,7 @@ from arvision.folders import ASSETS
 from arvision.models import FAMILIES, LlamaGenTransformer
 from arvision.samplers import SAMPLERS, SJDSampler, get_sampler
 from arvision.testing import tiny_llamagen
+from arvision.text import load_text_model
 from arvision.text.drafters.heads import load_heads, make_heads, save_heads
 from arvision.text.drafters.papers.pseudo import load_pseudo, make_pseudo, save_pseudo
 
@@ -116,7 +119,7 @@ def test_drafts_and_teachers_travel_by_name_only(tmp_path, monkeypatch, value, s
         config = {"_class_name": SAMPLERS[name].__name__, option: value}
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            sampler = SAMPLERS[name].from_config(config)
+            sampler: Any = SAMPLERS[name].from_config(config)
         assert sampler.config[option] == (None if stays else value)
         assert len(said) == stays
     if isinstance(value, str):
@@ -782,3 +785,26 @@ def test_weights_of_integers_are_no_weights():
     weights = {k: v.to(torch.int32) for k, v in tiny_llamagen().transformer.state_dict().items()}
     with pytest.raises(CheckpointError, match="holds int32, expected floating-point numbers"):
         LlamaGenTransformer.from_official(weights, num_heads=2, grid=(6, 6))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("num_hidden_layers", 1, "layers.1"),
+        ("num_hidden_layers", 3, "layers.3"),
+        ("num_hidden_layers", 5, "layers.4"),
+        ("num_hidden_layers", 10**6, "num_hidden_layers 1000000"),
+        ("num_hidden_layers", 0, "num_hidden_layers 0"),
+        ("num_hidden_layers", "2", "num_hidden_layers '2'"),
+        ("vocab_size", 7, ""),
+    ],
+)
+def test_text_models_are_those_of_their_weights(tmp_path, option, value, words):
+    tiny_llama().save_pretrained(tmp_path)
+    arvision.load("llamagen-fashion-t2i", device="cpu").text_tokenizer.save_pretrained(tmp_path)
+    load_text_model(tmp_path)
+    edit(tmp_path / "config.json", **{option: value})
+    with pytest.raises(CheckpointError) as found:
+        load_text_model(tmp_path)
+    assert words in str(found.value)
+    assert "\n" not in str(found.value)

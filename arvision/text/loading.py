@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError, InputError, optional
 from ..files import user_path
+from ..stored import check_layers, check_report
 
 
 def load_text_model(
@@ -48,13 +49,20 @@ def load_text_model(
     elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
         raise InputError(f"model {str(name)!r}: no such folder")
     try:
+        if path.is_dir() and any(path.glob("*.safetensors")):
+            check_layers(path)
         # transformers would ask at the terminal whether it may run a stranger's code.
         options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", output_loading_info=True, **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        network, report = loaded
+        if "gguf_file" not in options:
+            check_report(report, f"model {str(name)!r}", may_hold_more=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # its libraries raise whatever they like
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"model {str(name)!r} cannot be loaded: {first}") from error
     return network.to(device or "cpu").eval(), tokenizer

@@ -1,12 +1,20 @@
-"""Every Triton kernel compiles for an NVIDIA GPU, whether or not there is one.
+"""Every Triton kernel compiles to machine code as it is launched, whether or not there is a GPU.
 
-The interpreter takes programs that the compiler refuses; this needs no device. What it cannot show
-is how fast they are.
+The interpreter takes programs that the compiler refuses; this needs no device. Launches are recorded
+from the package's own wrappers, so block sizes, warps and dtypes are those that users get, and built
+for NVIDIA's compute capabilities 8.0 and 9.0 and for AMD's gfx942. What it cannot show is how fast
+they are.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 
 from arvision.kernels.dispatch import is_interpreted, triton_version
 
@@ -14,6 +22,7 @@ if triton_version() is None or is_interpreted():
     pytest.skip("Triton's compiler is not at hand", allow_module_level=True)
 
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,135 +30,248 @@ from arvision.kernels.compaction import triton as compaction
 from arvision.kernels.nearest_code import triton as nearest_code
 from arvision.kernels.philox import triton as philox
 from arvision.kernels.sampling import triton as sampling
+from arvision.kernels.sampling.reference import Shaping
 from arvision.kernels.tree_attention import triton as tree_attention
 from arvision.kernels.verify import triton as verify
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 232448
-LAW = {"GUIDED": True, "TEMPERED": True, "BLOCK": 2048}
-
-CASES = {
-    "philox": (philox._philox, "i64* i64* i64* i64* i64* i64* i64* i32", {"BLOCK": 1024}, {}),
-    "nearest_code": (
-        nearest_code._nearest,
-        "f32* f32* i64* i32 i32 i32",
-        {"EUCLIDEAN": True, "BLOCK_N": 32, "BLOCK_V": 128, "BLOCK_D": 16},
-        {},
-    ),
-    "compaction": (
-        compaction._compact,
-        "bf16* bf16* i64* i64* i64* i32 i32 i32 i64 i64 i64 i32 i32",
-        {"BLOCK_K": 32, "BLOCK_D": 128},
-        {},
-    ),
-    "verify": (
-        verify._settle,
-        "i64* f32* f32* f64* f64* f64* i64* i64* i32 i32",
-        {"MAXIMAL": False, "BLOCK_M": 64, "BLOCK": 2048},
-        {},
-    ),
-    "verify maximal float64": (
-        verify._settle,
-        "i64* f64* f64* f64* f64* f64* i64* i64* i32 i32",
-        {"MAXIMAL": True, "BLOCK_M": 64, "BLOCK": 2048},
-        {},
-    ),
-    "verify gumbel": (
-        verify._argmax,
-        "f32* f32* i64* i32",
-        {"DTYPE": triton.language.float32, "BLOCK": 2048},
-        {},
-    ),
-    "verify count": (verify._count, "i64* i64* i64* i32", {"BLOCK_M": 64}, {}),
-    "sampling cut": (
-        sampling._cut,
-        "bf16* bf16* f32* f32* i64* f32* i32 f32 f32 i32 f32",
-        {"GREEDY": False, "TOP_K": True, "TOP_P": True, **LAW},
-        {"enable_fp_fusion": False, "num_warps": 16},
-    ),
-    "sampling write": (
-        sampling._write,
-        "bf16* bf16* f32* f32* i64* f32* f32* i32 f32 f32",
-        LAW,
-        {"enable_fp_fusion": False},
-    ),
-    "sampling gumbel": (
-        sampling._gumbel,
-        "f32* f32* f32* f32* i64* f32* i64* i64 f32* i64* i32 f32 f32 i32",
-        {"SPLIT": 8192, **LAW},
-        {"enable_fp_fusion": False},
-    ),
-    "sampling inverse": (
-        sampling._inverse,
-        "f32* f32* f32* f32* i64* f32* f64* i64* i32 f32 f32",
-        LAW,
-        {"enable_fp_fusion": False},
-    ),
-    "tree_attention merge": (
-        tree_attention._merge,
-        "f32* f32* bf16* i32 i32 i32",
-        {"BLOCK_M": 16, "BLOCK_D": 256},
-        {},
-    ),
+MODULES = (compaction, nearest_code, philox, sampling, tree_attention, verify)
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-for dtype, block_n, block_d in (("bf16", 64, 128), ("fp16", 32, 256), ("f32", 32, 256)):
-    CASES[f"tree_attention {dtype} {block_d}"] = (
-        tree_attention._attend,
-        f"{dtype}* {dtype}* {dtype}* i64* i64* i8* f32* f32* i32 i32 i32 i32 i32 i32 i32 f32 "
-        + " ".join(["i64"] * 12),
-        {"PADDED": True, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_D": block_d},
-        {"num_stages": 2},
-    )
+SHARED_MEMORY = {"sm80": 163 << 10, "sm90": 227 << 10, "gfx942": 64 << 10}
+"""Bytes that a block may have."""
 
-
-# Triton compiles anew for arguments that are 1, as constants.
-ONES = {
-    "philox": "num",
-    "nearest_code": "num size width",
-    "compaction": "num_rows width num_kept stride_d",
-    "verify": "window size",
-    "verify gumbel": "size",
-    "verify count": "window",
-    "sampling cut": "size top_k",
-    "sampling write": "size",
-    "sampling gumbel": "size num_splits use",
-    "sampling inverse": "size",
-    "tree_attention merge": "num_members width num_splits",
-    "tree_attention bf16 128": "num group width num_heads num_open num_splits q_d k_d v_d",
+KINDS = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int8: "i8",
 }
 
-# Wide heads take the compiler long.
-NAMES = [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(" 256")) for n in CASES]
+
+class Recorder:
+    """Stands for a kernel: writes down how it is launched, and runs nothing."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any], dict[str, Any]]]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*given: Any, **named: Any) -> None:
+            names = self.kernel.arg_names
+            values = dict(zip(names, given, strict=False))
+            values |= {name: value for name, value in named.items() if name in names}
+            options = {name: value for name, value in named.items() if name not in names}
+            self.launches.append((self.kernel, values, options))
+
+        return launch
 
 
+def law(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def chain(dtype: torch.dtype, window: int = 32, size: int = 16384) -> tuple[torch.Tensor, ...]:
+    """Drafts and laws of two rows, LlamaGen's vocabulary."""
+    drafts = torch.zeros(2, window, dtype=torch.int64)
+    return drafts, law(2, window, size, dtype=dtype), law(2, window + 1, size, dtype=dtype)
+
+
+def run_verify(coupling: str, dtype: torch.dtype) -> None:
+    uniforms = [torch.zeros(2, num, dtype=torch.float64) for num in (32, 32, 33)]
+    verify.verify(*chain(dtype), *uniforms, coupling)
+
+
+def run_verify_gumbel(dtype: torch.dtype) -> None:
+    drafts, _, target = chain(dtype)
+    verify.verify_gumbel(drafts, target, torch.zeros_like(target))
+
+
+def run_attention(dtype: torch.dtype, width: int, heads: int, shared: int, padded: bool) -> None:
+    """32 candidates behind 700 slots, as in LlamaGen's models and grouped ones of text."""
+    queries = torch.zeros(2, heads, 32, width, dtype=dtype)
+    keys = torch.zeros(2, heads // shared, 768, width, dtype=dtype)
+    is_open = torch.ones(2, 120, dtype=torch.bool) if padded else None
+    ancestors = torch.ones(32, 32, dtype=torch.bool).tril()
+    lengths = torch.full((2,), 700)
+    tree_attention.tree_attention(queries, keys, keys, lengths, ancestors, is_open, 0.1)
+
+
+def run_sampling(kind: str, dtype: torch.dtype, how: Shaping) -> None:
+    logits = law(32, 16384, dtype=dtype)
+    if kind == "shape":
+        sampling.shape(logits, how, logits.clone(), 3.0)
+    elif kind == "gumbel":
+        identity = torch.zeros(32, 4, dtype=torch.int64)
+        sampling.sample_gumbel(logits, identity, how, 0, logits.clone(), 3.0)
+    else:
+        uniforms = torch.zeros(32, dtype=torch.float64)
+        sampling.sample_inverse(logits, uniforms, how, logits.clone(), 3.0)
+
+
+def run_compaction(dtype: torch.dtype, width: int) -> None:
+    cache = torch.zeros(2, 4, 8, 96, width, dtype=dtype)
+    kept = torch.zeros(4, 32, dtype=torch.int64)
+    compaction.compact_(cache, cache.clone(), torch.zeros(4).long(), kept, torch.ones(4).long())
+
+
+def run_philox() -> None:
+    words = (torch.zeros(2, 64, 4096, dtype=torch.int64),) * 4
+    philox.philox4x32(words, (words[0], words[0]))
+
+
+def run_nearest(dtype: torch.dtype, width: int, metric: str) -> None:
+    nearest_code.nearest_code(law(576, width, dtype=dtype), law(16384, width, dtype=dtype), metric)
+
+
+BF16, FP16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CUT = Shaping(temperature=0.9, top_k=1000, top_p=0.9)
+CASES: dict[str, Any] = {
+    "philox": run_philox,
+    "compaction bf16 64": lambda: run_compaction(BF16, 64),
+    "compaction float32 128": lambda: run_compaction(F32, 128),
+    "verify maximal float32": lambda: run_verify("maximal", F32),
+    "verify maximal float64": lambda: run_verify("maximal", F64),
+    "verify independent float32": lambda: run_verify("independent", F32),
+    "verify gumbel float32": lambda: run_verify_gumbel(F32),
+    "sampling shape bf16": lambda: run_sampling("shape", BF16, CUT),
+    "sampling shape float32 greedy": lambda: run_sampling("shape", F32, Shaping(temperature=0)),
+    "sampling gumbel bf16": lambda: run_sampling("gumbel", BF16, Shaping()),
+    "sampling inverse fp16": lambda: run_sampling("inverse", FP16, CUT),
+    "nearest_code float32 8": lambda: run_nearest(F32, 8, "euclidean"),
+    "nearest_code bf16 32": lambda: run_nearest(BF16, 32, "inner"),
+    "nearest_code float32 256": lambda: run_nearest(F32, 256, "euclidean"),
+    "tree_attention bf16 64": lambda: run_attention(BF16, 64, 12, 1, False),
+    "tree_attention fp16 128 grouped": lambda: run_attention(FP16, 128, 16, 2, True),
+    "tree_attention float32 64": lambda: run_attention(F32, 64, 12, 1, True),
+    "tree_attention float32 128": lambda: run_attention(F32, 128, 8, 1, False),
+    "tree_attention bf16 256": lambda: run_attention(BF16, 256, 4, 4, True),
+}
+SLOW = {"tree_attention float32 128", "tree_attention bf16 256", "nearest_code float32 256"}
+"""These take the compiler long."""
+
+
+def launches_of(name: str, is_amd: bool = False) -> list[Any]:
+    """What the wrappers launch in a case, on a machine of AMD's if asked."""
+    launches: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.version, "hip", "6.4" if is_amd else None)
+        for module in MODULES:
+            for attribute, value in list(vars(module).items()):
+                is_own = getattr(getattr(value, "fn", None), "__module__", "") == module.__name__
+                if is_own and isinstance(value, triton.runtime.JITFunction):
+                    patch.setattr(module, attribute, Recorder(value, launches))
+        CASES[name]()
+    return launches
+
+
+def build(launch: Any, target: GPUTarget, ones: bool = False) -> Any:
+    """Compile a recorded launch as Triton would for its arguments, or with all sizes 1."""
+    kernel, values, options = launch
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes = {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{KINDS[value.dtype]}"
+            attributes[place,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 or ones:
+            # Triton compiles anew for arguments that are 1, as constants.
+            signature[parameter.name], constants[parameter.name] = "constexpr", 1
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """What the bundled `cuobjdump` says of machine code: registers, stack, local memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    told = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told.stdout + told.stderr)
+    assert len(found) == 3, told
+    return {name: int(number) for name, number in found}
+
+
+def has_product(compiled: Any) -> bool:
+    return "tt.dot" in compiled.asm["ttir"]
+
+
+def is_narrow(launch: Any) -> bool:
+    """Whether a launch multiplies 16-bit numbers; float32 is multiplied in full precision."""
+    tensors = [value for value in launch[1].values() if isinstance(value, torch.Tensor)]
+    return tensors[0].dtype in (BF16, FP16)
+
+
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
 @pytest.mark.parametrize("name", NAMES)
-def test_compiles_for_hopper(name, tmp_path, monkeypatch):
+def test_machine_code_for_nvidia_keeps_all_numbers_in_registers(
+    name, target, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = compile_for_hopper(name, ())
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= SHARED_MEMORY
+    launches = launches_of(name)
+    assert launches
+    for launch in launches:
+        compiled = build(launch, TARGETS[target])
+        used = resources(compiled.asm["cubin"], tmp_path)
+        told = f"{launch[0].fn.__name__}: {used}, {compiled.metadata.shared} bytes shared"
+        print(told)
+        assert used["LOCAL"] == 0, told
+        assert used["STACK"] == 0, told
+        assert compiled.metadata.shared <= SHARED_MEMORY[target]
+        if has_product(compiled) and is_narrow(launch):
+            wanted = r"wgmma|mma\.sync" if target == "sm90" else r"mma\.sync"
+            assert re.search(wanted, compiled.asm["ptx"]), "no tensor cores"
+
+
+@pytest.mark.skipif("amd" not in backends, reason="this Triton comes without AMD's backend")
+@pytest.mark.parametrize("name", NAMES)
+def test_machine_code_for_amd_fits(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in launches_of(name, is_amd=True):
+        compiled = build(launch, TARGETS["gfx942"])
+        code = compiled.asm["amdgcn"]
+        assert compiled.metadata.shared <= SHARED_MEMORY["gfx942"]
+        assert re.findall(r"\.private_segment_fixed_size: (\d+)", code) == ["0"], "local memory"
+        assert re.findall(r"\.vgpr_spill_count: (\d+)", code) == ["0"]
+        if has_product(compiled):
+            assert "v_mfma" in code, "no matrix cores"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_with_sizes_of_one(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert compile_for_hopper(name, ONES[name].split()).asm["cubin"]
+    for launch in launches_of(name):
+        assert build(launch, TARGETS["sm90"], ones=True).asm["cubin"]
 
 
-def compile_for_hopper(name, ones):
-    kernel, types, constants, options = CASES[name]
-    runtime = [parameter for parameter in kernel.arg_names if parameter not in constants]
-    kinds = {"f32": "fp32", "f64": "fp64"}
-    given = types.split()
-    assert len(given) == len(runtime), runtime
-    assert set(ones) <= set(runtime)
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    for parameter, kind in zip(runtime, given, strict=True):
-        if parameter not in ones:
-            base = kind.rstrip("*")
-            star = "*" if kind.endswith("*") else ""
-            signature[parameter] = f"{star}{kinds.get(base, base)}"
-    constants = {**constants, **dict.fromkeys(ones, 1)}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=HOPPER, options=options)
+def test_every_kernel_is_launched_in_some_case():
+    launched = {launch[0] for name in CASES for launch in launches_of(name)}
+    kernels = [
+        value
+        for module in MODULES
+        for value in vars(module).values()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    for kernel in kernels:
+        helps = any(f"{kernel.fn.__name__}(" in other.src for other in launched if other != kernel)
+        inner = any(f"{kernel.fn.__name__}(" in other.src for other in kernels if other != kernel)
+        assert kernel in launched or helps or inner, kernel.fn.__qualname__

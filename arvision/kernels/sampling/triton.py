@@ -254,7 +254,7 @@ def _inverse(
 
 def _warps(block: int) -> int:
     """Of a program that has a row for itself: as many as keep all its numbers in registers."""
-    return max(4, min(16, block // 128))
+    return max(4, min(8, block // 128))
 
 
 class _Cut:

@@ -131,8 +131,12 @@ def tree_attention(
     members = num * group
     block_d = max(16, triton.next_power_of_2(width))
     block_m = max(16, min(64, triton.next_power_of_2(members)))
-    is_large = block_d > 128 or (queries.element_size() == 4 and block_d > 64)
+    is_large = block_d > 128 or (queries.element_size() == 4 and block_d >= 64)
     block_n = 32 if is_large else 64
+    # With fewer warps a thread's share of the accumulator does not fit its registers; AMD's wider
+    # ones do better with four.
+    is_wide = block_d > 64 or queries.element_size() == 4
+    num_warps = 8 if is_wide and torch.version.hip is None else 4
     tiles = triton.cdiv(members, block_m)
     columns = triton.cdiv(num_slots, block_n)
     splits = num_splits or num_stretches(queries.device, units * tiles, columns)
@@ -152,7 +156,7 @@ def tree_attention(
         num, group, width, keys.shape[1], num_open, stretch, splits, float(scale),
         *queries.stride(), *keys.stride(), *values.stride(),
         PADDED=open_columns is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        num_stages=2,
+        num_stages=2, num_warps=num_warps,
     )  # fmt: skip
     _merge[(units, triton.cdiv(members, 16))](
         partial, log_sums, out, members, width, splits, BLOCK_M=16, BLOCK_D=block_d
