@@ -424,7 +424,8 @@ class Trainer:
 
 def test_modules_that_keep_answers_and_have_trainers():
     inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(192, 5))
-    old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
     for linear in (inner, old):
         module, trainer = (
             torch.nn.Sequential(Odd(lambda x: x.flatten(1).float()), linear),
