@@ -18,8 +18,8 @@ from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
 from .samplers.base import join_options, parse_sampler
 
-MOST_WINDOW = 16
-"""Tokens per pass and image of the sampler that `sample` chooses by itself, at most."""
+LEAST_WINDOW, MOST_WINDOW = 4, 16
+"""Tokens per pass and image of the sampler that `sample` chooses by itself; below, it is "ar"."""
 
 CANDIDATES = {"cpu": 16, "accelerator": 256}
 """Tokens of all images that a pass of that sampler holds at most: more, and a pass costs more than
@@ -237,4 +237,4 @@ def _own_sampler(pipe: ARPipeline, num_images: int) -> BaseSampler:
         return own
     kind = "cpu" if pipe.model.device.type == "cpu" else "accelerator"
     window = min(MOST_WINDOW, CANDIDATES[kind] // max(1, num_images))
-    return own if window < 2 else get_sampler("sjd", window=window, **shaping)
+    return own if window < LEAST_WINDOW else get_sampler("sjd", window=window, **shaping)

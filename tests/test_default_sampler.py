@@ -18,7 +18,14 @@ def pipe():
 
 @pytest.mark.parametrize(
     ("num", "told"),
-    [(1, "sjd:window=16"), (2, "sjd:window=8"), (4, "sjd:window=4"), (16, "ar"), (64, "ar")],
+    [
+        (1, "sjd:window=16"),
+        (2, "sjd:window=8"),
+        (4, "sjd:window=4"),
+        (5, "ar"),
+        (16, "ar"),
+        (64, "ar"),
+    ],
 )
 def test_the_batch_decides_and_the_tokens_do_not_change(pipe, num, told):
     wanted = arvision.sample(pipe, 1, "ar", num_images=num, seed=3, progress=False)
