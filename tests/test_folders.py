@@ -234,7 +234,7 @@ def refused(folder, *words):
     assert len(said) < 500
     for word in words:
         assert word in said
-    assert time.perf_counter() - started < 20, "a loaded machine takes one"
+    assert time.perf_counter() - started < 60, "seconds on a loaded machine, not minutes"
 
 
 TRANSFORMER = [
