@@ -47,7 +47,7 @@ def image_memory(model: Any, tokenizer: Any, is_guided: bool, output_type: str) 
         is_guided: whether a second row leads away from nothing.
         output_type: of the pipeline.
     """
-    network = getattr(model, "transformer", None) or model.network
+    network = model.transformer if hasattr(model, "transformer") else model.network
     config, item = _sizes(network), next(network.parameters()).element_size()
     depths = ("num_layers", "num_hidden_layers", "encoder_depth", "decoder_depth")
     layers = sum(config.get(name) or 0 for name in depths)
@@ -162,6 +162,7 @@ def _not_begun(like: Samples, num: int) -> Samples:
         passes_per_image=[0] * num,
         commit_pass=[[0] * places for _ in range(num)],
         lengths=[0] * num,
+        complete=[False] * num,
         interrupted=True,
     )
     return Samples(like.tokens.new_zeros(num, *shape), stats, vectors)

@@ -229,8 +229,10 @@ def compare(
     def run(one: BaseSampler, own: ARPipeline, first: int) -> Any:
         batch = list(conditions[first : first + batch_size])
         given = dict(options)
+        idle = one.without_effect(own.model)
+        given = {name: value for name, value in given.items() if name not in idle}
         for name in ("temperature", "top_k", "top_p"):
-            if name not in one.config:
+            if name not in one.config or name in idle:
                 given.pop(name, None)
             elif given.get(name) is None and one.config[name] == _default(name):
                 given[name] = own.config[name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -171,3 +172,9 @@ def renamed(kind: str, given: str, old: Mapping[str, str]) -> str:
         stacklevel=4,
     )
     return old[given]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A `UserWarning`, the first time that these words are said in this process."""
+    warnings.warn(message, UserWarning, stacklevel=3)

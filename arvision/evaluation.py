@@ -26,6 +26,7 @@ from .eval.shards import MOST_SAMPLES, ShardFolder, config_hash
 from .eval.sources import TensorSource
 from .files import user_path
 from .folders import ASSETS
+from .networks import bare
 from .pipeline import ARPipeline
 from .prompt_files import read_prompts
 from .samplers import get_sampler
@@ -200,7 +201,9 @@ def draw_samples(
         prompts_sha256=digest,
         weights_sha256=weights_sha256(pipe),
     )
-    make = _maker(pipe, sampler, settings, lambda x: chosen.check_size(preset(x), pixels))
+    idle = get_sampler(sampler, **own).without_effect(pipe.model)
+    acting = {n: v for n, v in settings.items() if n in options or n not in idle}
+    make = _maker(pipe, sampler, acting, lambda x: chosen.check_size(preset(x), pixels))
     texts = captions[:count] if captions else None
     return generate(make, config, out, prompts=texts, batch_size=batch_size, progress=progress)
 
@@ -211,7 +214,7 @@ def _name_of(model: str | Path | ARPipeline) -> str:
         return str(model)
     place = model.name_or_path
     if place is None:
-        return type(model.transformer).__name__
+        return type(bare(model.transformer)).__name__
     return Path(place).name if Path(place).parent == ASSETS else str(place)
 
 
@@ -220,7 +223,7 @@ def weights_sha256(pipe: Any) -> str:
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
         if isinstance(module, torch.nn.Module):
-            for name, value in sorted(module.state_dict().items()):
+            for name, value in sorted(bare(module).state_dict().items()):
                 digest.update(f"{part}.{name}{list(value.shape)}{value.dtype}".encode())
                 flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
                 digest.update(flat.cpu().numpy().data)

@@ -1,8 +1,8 @@
 """Networks as people hand them over: compiled by `torch.compile`, or offloaded to another device.
 
 Both act when a module is called, that is on its `forward` and on nothing else. So all work of a
-network goes through a call of it: `entry` marks the methods that do work, and `enter` calls one of
-them, on a compiled wrapper too. Questions of identity and configuration are asked of `bare(network)`.
+network goes through a call of it: `entry` and `hot_entry` mark the methods that do work, and `enter`
+runs one of them, of a compiled wrapper too. Questions of identity are asked of `bare(network)`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ def bare(network: Any) -> Any:
     while hasattr(network, "_orig_mod"):
         network = network._orig_mod
     return network
+
+
+def is_compiled(network: Any) -> bool:
+    """Whether a call of the network runs compiled: a wrapper, or a network compiled in place."""
+    return bare(network) is not network or getattr(network, "_compiled_call_impl", None) is not None
+
+
+def compiled_like(network: Any, part: Any) -> Any:
+    """A part of a network, compiled as the wrapper around the network is; the part itself for none."""
+    return network.dynamo_ctx(part) if bare(network) is not network else part
 
 
 def place_of(network: nn.Module) -> torch.device:
@@ -65,44 +75,59 @@ class Entered(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls).get("forward")
-        if own is not None:
-            cls.forward = _with_entries(own)
+        own = vars(cls).get("forward") or getattr(cls.forward, "__wrapped__", cls.forward)
+        cls.forward = _with_entries(own, cls.__qualname__)
 
-    def forward(self, *arguments: Any, entry: str, **options: Any) -> Any:
-        """Run the method `entry`."""
-        return getattr(type(self), entry).inner(self, *arguments, **options)
+    def forward(self, *arguments: Any) -> Any:
+        """Nothing by default: there are entries alone."""
+        raise NotImplementedError(f"{type(self).__name__} is called with entry=<name> alone")
 
 
-def _with_entries(own: Callable[..., Any]) -> Callable[..., Any]:
+def _with_entries(own: Callable[..., Any], owner: str) -> Callable[..., Any]:
     @functools.wraps(own)
     def forward(self: Any, *arguments: Any, entry: str | None = None, **options: Any) -> Any:
         if entry is None:
             return own(self, *arguments, **options)
         return getattr(type(self), entry).inner(self, *arguments, **options)
 
+    # torch.compile keeps graphs, and limits their number, by the code that they begin with: each
+    # class has its own.
+    forward.__code__ = forward.__code__.replace(co_name=f"{owner}.forward")
     return forward
 
 
 def entry(method: Callable[..., Any]) -> Any:
     """Mark a method of an `Entered` module: it runs as a call of the module, with all its hooks.
 
-    An entry may call entries of its submodules, but none of its own module: hooks that take weights
-    away behind a call would do so behind the inner one.
+    It does not run compiled, which suits what is done once per draw; see `hot_entry`. An entry may
+    call entries of its submodules, but none of its own module: hooks that take weights away behind
+    a call would do so behind the inner one.
     """
     name = method.__name__
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        return self(*arguments, entry=name, **options)
+        return enter(self, name, *arguments, **options)
 
-    call.inner = method  # pyright: ignore[reportFunctionMemberAccess]
-    return call
+    marked: Any = call
+    marked.inner, marked.is_hot = method, False
+    return marked
+
+
+def hot_entry(method: Callable[..., Any]) -> Any:
+    """As `entry`, and compiled where the module is."""
+    marked = entry(method)
+    marked.is_hot = True
+    return marked
 
 
 def enter(network: Any, name: str, *arguments: Any, **options: Any) -> Any:
     """Run the entry `name` of a network, which may be a compiled one."""
-    return network(*arguments, entry=name, **options)
+    plain = bare(network)
+    if torch.compiler.is_compiling() or getattr(type(plain), name).is_hot:
+        return network(*arguments, entry=name, **options)
+    # What `plain(...)` does, without the graph of a network that was compiled in place.
+    return plain._call_impl(*arguments, entry=name, **options)
 
 
 class Table(Entered, nn.Embedding):

@@ -21,7 +21,7 @@ from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
 from .compiling import Prepares
 from .components import checked_parts, quietly, told
-from .contracts import Conditions, Samples, Schedule, Stats, StepCallback
+from .contracts import Conditions, Samples, Schedule, Stats, StepCallback, device_of
 from .errors import InputError, StateError, unknown_name
 from .files import user_path
 from .going import Interruptible
@@ -30,7 +30,7 @@ from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
 from .models.pixels import written
-from .networks import hooks_of, place_of
+from .networks import bare, hooks_of, place_of
 from .portable import Portable
 from .quantization import is_quantized
 from .samplers import SAMPLERS, BaseSampler, get_sampler
@@ -105,7 +105,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         calibration: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        kind = FAMILIES.entry(type(transformer).__name__).facts["kind"]
+        kind = FAMILIES.entry(type(bare(transformer)).__name__).facts["kind"]
         check_class_names(class_names, transformer.config.get("num_classes"))
         if isinstance(sampler, BaseSampler):
             sampler = sampler.suited(kind)
@@ -185,7 +185,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             )
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (Path(save_directory) / "README.md").exists():
-            family = type(self.transformer).__name__.removesuffix("Transformer")
+            family = type(bare(self.transformer)).__name__.removesuffix("Transformer")
             facts = {
                 "Size": f"{megabytes(save_directory)}.",
                 "Recommended settings": f"{settings_in_words(self.config)}.",
@@ -201,7 +201,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
     @property
     def model(self) -> Any:
         """The family object that satisfies the model contract, around the current networks."""
-        family = FAMILIES[type(self.transformer).__name__]
+        family = FAMILIES[type(bare(self.transformer)).__name__]
         text_parts = {"text_encoder": self.text_encoder, "text_tokenizer": self.text_tokenizer}
         given = {name: part for name, part in text_parts.items() if part is not None}
         return family(
@@ -235,7 +235,7 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
     @property
     def kind(self) -> str:
         """Kind of model: "token", "scale", "continuous" or "student"."""
-        return FAMILIES.entry(type(self.transformer).__name__).facts["kind"]
+        return FAMILIES.entry(type(bare(self.transformer)).__name__).facts["kind"]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast, as every diffusers pipeline.
@@ -375,13 +375,14 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         }
         if changes:
             chosen = chosen.with_options(**changes)
+        self._check_effect(chosen, model, law | {"guidance_scale": guidance_scale})
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         scale = check_numbers("guidance_scale", scale)
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         is_guided = scale not in (0, 1)
         memory = image_memory(model, getattr(self, "tokenizer", None), is_guided, output_type)
-        parts = split(len(conditions), memory, self.device)
+        parts = split(len(conditions), memory, device_of(model))
         total = len(conditions) * model.num_tokens
         with self._call() as call, self._threads(), self._bar(total, progress) as bar:
 
@@ -407,6 +408,8 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                 return written(model.decode(decoded), output_type)
 
             samples, images = draw_parts(parts, draw, finish, on_step)
+        if output_type == "pil":
+            _mark_incomplete(images, samples.stats)
         seconds = time.perf_counter() - started
         samples.stats.update(
             seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
@@ -418,6 +421,17 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         if not return_dict:
             return cast(Any, (images,))
         return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
+
+    @staticmethod
+    def _check_effect(sampler: BaseSampler, model: Any, given: dict[str, Any]) -> None:
+        """Refuse arguments of the call that change nothing in this draw (`InputError`)."""
+        for name, neutral in sampler.without_effect(model).items():
+            value = given.get(name)
+            if value is not None and value != neutral:
+                raise InputError(
+                    f"{name} {value!r}: {sampler.name} with {sampler.plan_in_words} does not look at "
+                    f"it, expected {neutral!r} or none"
+                )
 
     def _check_output(self, model: Any, output_type: str) -> None:
         """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""
@@ -455,6 +469,13 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         if wanted is None or place_of(self.transformer).type != "cpu":
             return contextlib.nullcontext()
         return THREADS.at_most(wanted)
+
+
+def _mark_incomplete(images: Sequence[Any], stats: Stats) -> None:
+    """Say in the `info` of PIL images how far an interrupted run came with them."""
+    for image, is_complete, length in zip(images, stats["complete"], stats["lengths"], strict=True):
+        if not is_complete:
+            image.info["incomplete"] = f"{length} of {stats['tokens']} tokens drawn"
 
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.

@@ -57,13 +57,15 @@ class There(Tensor):
 
 
 class _FromNumbers(TorchFunctionMode):
-    """`torch.tensor` would make a meta tensor, and forget the numbers, before anyone could see it."""
+    """Numbers would become meta tensors, and be forgotten, before anyone could see them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device and torch.device(device) == ELSEWHERE:
             return func(*args, **{**kwargs, "device": "cpu"}).to(ELSEWHERE)
+        if func is Tensor.new_tensor and isinstance(args[0], There):
+            return args[0].held.new_tensor(*args[1:], **kwargs).to(ELSEWHERE)
         return func(*args, **kwargs)
 
 

@@ -53,7 +53,7 @@ def floors(requirements: list[str]) -> list[str]:
 
 def main() -> int:
     """Install, say what was installed, test."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The core tests on the oldest packages.")
     parser.add_argument("--env", type=Path, default=ROOT / ".venv-floor")
     parser.add_argument("--no-install", action="store_true", help="the environment is there")
     parser.add_argument("tests", nargs="*", default=CORE, help="below tests/; the core if none")

@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_drafts_and_teachers_travel_by_name_only(tmp_path, monkeypatch, value, s
         config = {"_class_name": SAMPLERS[name].__name__, option: value}
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            sampler = SAMPLERS[name].from_config(config)
+            sampler: Any = SAMPLERS[name].from_config(config)
         assert sampler.config[option] == (None if stays else value)
         assert len(said) == stays
     if isinstance(value, str):
@@ -233,7 +234,7 @@ def refused(folder, *words):
     assert len(said) < 500
     for word in words:
         assert word in said
-    assert time.perf_counter() - started < 20, "a loaded machine takes one"
+    assert time.perf_counter() - started < 60, "seconds on a loaded machine, not minutes"
 
 
 TRANSFORMER = [

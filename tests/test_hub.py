@@ -36,13 +36,14 @@ def folder(tiny_pipeline, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def hub(folder, monkeypatch):
+def hub(folder, tmp_path, monkeypatch):
     served = Hub()
     served.repos[NAME] = folder
     # What the library makes of HF_ENDPOINT when it is imported.
     template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield served
     served.close()
 

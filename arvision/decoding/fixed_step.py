@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,13 @@ MOST_KEPT = 16
 
 WARM_UP = 3
 """Passes before a graph is captured, as CUDA's libraries choose their kernels in the first ones."""
+
+ISOLATED = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in signature(torch.compile).parameters
+    else {}
+)
+"""Compiled steps do not count as recompilations of one another; older torch lacks the word."""
 
 
 class FixedStep:
@@ -148,7 +156,7 @@ class Steps:
                 mode=self.mode,
                 fullgraph=True,
                 dynamic=False,
-                isolate_recompiles=True,
+                **ISOLATED,
             )
             _prepared(step, lambda: compiled(step))
             self._keep(key, compiled)

@@ -380,7 +380,7 @@ class _Rows:
             new = [read[row * width :][:count] for row, count in enumerate(given)]
             stays, stopped = self._stop(self._images, new)
             if stays != given:
-                given, counts = stays, counts.new_tensor(stays)
+                given, counts = stays, torch.tensor(stays, device=counts.device)
         run.record_rows(self.active, self.lengths, tokens, counts)
         self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
@@ -396,7 +396,7 @@ class _Rows:
         counts, given = verdict.counts, verdict.given or []
         if not all(self._going):
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
-            counts = counts.new_tensor(given)
+            counts = torch.tensor(given, device=counts.device)
         is_whole = isinstance(self.in_state, slice)
         if verdict.path is None and is_whole and self._advances:
             cast(Advances, self._state).advance(counts, given)

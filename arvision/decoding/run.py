@@ -244,6 +244,7 @@ class Run:
             commit_pass=self.commit_pass.tolist(),
             lengths=self.lengths.tolist(),
             interrupted=self.stopped,
+            complete=[length >= self.num_tokens for length in self.lengths.tolist()],
             **more,
         )
 

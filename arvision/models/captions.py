@@ -54,6 +54,7 @@ class CaptionEncoder:
         for caption, text in zip(captions, cleaned, strict=True):
             if not text:
                 raise InputError(f"empty prompt {caption!r}: expected a caption")
+        self._tell_cut(cleaned)
         device = place_of(self.text_encoder)
         batch = self.text_tokenizer(
             cleaned,
@@ -69,6 +70,31 @@ class CaptionEncoder:
             features[keep.bool()]
             for features, keep in zip(out.last_hidden_state, mask, strict=True)
         ]
+
+    def _tell_cut(self, captions: Sequence[str]) -> None:
+        """One warning that quotes what does not fit into the text encoder's length."""
+        tokenizer = self.text_tokenizer
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        cut = []
+        for caption in captions:
+            every = tokenizer(caption, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+            ids = every["input_ids"]
+            if len(ids) <= self.length:
+                continue
+            read = tokenizer(caption, max_length=self.length, truncation=True)["input_ids"]
+            places = [place for place, index in enumerate(ids) if index not in special]
+            rest = places[sum(index not in special for index in read) :]
+            if tokenizer.is_fast:
+                text = caption[every["offset_mapping"][rest[0]][0] :]
+            else:
+                text = tokenizer.decode([ids[place] for place in rest])
+            cut.append(f"{text!r} ({len(rest)} of {len(places)})")
+        if cut:
+            warnings.warn(
+                f"captions longer than the {self.length} text tokens that the model reads; not read: "
+                f"{'; '.join(dict.fromkeys(cut))}",
+                stacklevel=3,
+            )
 
     def _check_words(self, captions: Sequence[str], ids: Tensor) -> None:
         """Warn of unknown words; refuse a caption without any known one."""

@@ -18,6 +18,18 @@ SLACK = 1e-3
 """How far a float pixel may lie outside of [-1, 1]: what half precision rounds 1 to, and more."""
 
 
+def check_codes(indices: Tensor, size: int) -> None:
+    """Refuse code indices outside of 0..size - 1; a compiled graph takes them as checked.
+
+    Raises:
+        InputError: see above.
+    """
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    if not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        raise InputError(f"code indices must lie in 0..{size - 1}")
+
+
 def read_pixels(
     images: Any,
     like: Any,

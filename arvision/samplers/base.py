@@ -137,6 +137,20 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         samples.stats["lossless"] = self.is_exact
         return samples
 
+    def without_effect(self, model: Any) -> dict[str, Any]:
+        """Arguments of a draw that change nothing with this configuration and model.
+
+        Returns:
+            Names out of "guidance_scale", "temperature", "top_k" and "top_p", and the value of each
+            that asks for nothing.
+        """
+        return {}
+
+    @property
+    def plan_in_words(self) -> str:
+        """The configuration, as far as it decides what has an effect."""
+        return "this configuration"
+
     def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
         """Draw one image per condition, keeping the books in `run`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it samples")

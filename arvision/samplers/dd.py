@@ -11,7 +11,7 @@ from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, check_evaluations
 from ..decoding.logits import Shaping
 from ..decoding.run import Run
 from ..decoding.student import Teacher, check_teacher, decode_student
-from ..errors import InputError, check_count
+from ..errors import InputError, check_count, warn_once
 from .base import BaseSampler, register
 
 
@@ -72,6 +72,17 @@ class DDSampler(BaseSampler):
             temperature=config["temperature"], top_k=config["top_k"] or 0, top_p=config["top_p"]
         )
 
+    def without_effect(self, model: Any) -> dict[str, Any]:
+        """Without the teacher's steps there is no law to shape: a student has learnt its own."""
+        if self.config["steps"] > len(model.timesteps):
+            return {}
+        return {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+    @property
+    def plan_in_words(self) -> str:
+        """How many steps, which decides whether the teacher takes part."""
+        return f"{self.config['steps']} steps, in which no teacher takes part,"
+
     def missing(self, model: Any) -> list[str]:
         """The teacher, where the configured steps need one that is not bound."""
         return super().missing(model) if self.config["steps"] > len(model.timesteps) else []
@@ -92,6 +103,7 @@ class DDSampler(BaseSampler):
         starts, first, last = self._plan(model)
         resumes = [last] if last else list(model.timesteps[1 : self.config["steps"]])
         if not last:
+            self._warn_of_idle(model)
             return decode_student(model, conditions, run, starts=starts, resumes=resumes)
         shaping, num = self._shaping(), self.config["num_evaluations"]
         flow_map = FlowMap(model.codebook, num)
@@ -99,6 +111,14 @@ class DDSampler(BaseSampler):
         check_teacher(teacher, model)
         laws = Teacher(teacher, first, last, lambda logits, noise: flow_map(shaping(logits), noise))
         return decode_student(model, conditions, run, starts=starts, resumes=resumes, teacher=laws)
+
+    def _warn_of_idle(self, model: Any) -> None:
+        """Say once that options are set which need the teacher's steps."""
+        idle = {n: v for n, v in self.without_effect(model).items() if n in self.config}
+        idle |= {"num_evaluations": DEFAULT_EVALUATIONS}
+        named = [f"{n}={self.config[n]!r}" for n, v in idle.items() if self.config[n] != v]
+        if named:
+            warn_once(f"sampler 'dd' with {self.plan_in_words} does not look at {', '.join(named)}")
 
     def _plan(self, model: StudentModel) -> tuple[bool, int, int]:
         """Whether the student starts, and from and to where the teacher draws, in units."""

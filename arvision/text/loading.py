@@ -54,10 +54,10 @@ def load_text_model(
         # transformers would ask at the terminal whether it may run a stranger's code.
         options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        network: Any
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", output_loading_info=True, **options
         )
+        network, report = loaded
         if "gguf_file" not in options:
             check_report(report, f"model {str(name)!r}", may_hold_more=True)
     except CheckpointError:

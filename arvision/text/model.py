@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Conditions
 from ..errors import InputError
-from ..networks import place_of
+from ..networks import bare, place_of
 from .probe import check_driven
 from .processors import Prefixes
 from .state import FULL, SLIDING, HFState, TextSizes
@@ -119,8 +119,8 @@ class HFCausalLM:
         network: a causal language model of transformers. Its passes must accept a four-dimensional
             attention mask, position ids and a cache, and attend to everything before a token, or
             in all or some layers to a window of it: Llama, Mistral, Qwen, Gemma, gpt-oss, OLMo,
-            Cohere, SmolLM, GPT-2, GPT-NeoX and many more. It may be compiled (its own passes are
-            run, as trees change their shapes) or offloaded by accelerate.
+            Cohere, SmolLM, GPT-2, GPT-NeoX and many more. It may be compiled or offloaded by
+            accelerate.
         num_tokens: new tokens that a state has room for; None for what the positions allow.
         tree_room: candidates that a pass can hold besides.
 
@@ -135,7 +135,9 @@ class HFCausalLM:
     def __init__(
         self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128
     ) -> None:
-        network = getattr(network, "_orig_mod", network)
+        self.called = network
+        """What passes call: the network, or `torch.compile`'s wrapper of it."""
+        network = bare(network)
         check_network(network)
         self.network = network
         config = network.config
@@ -226,7 +228,7 @@ class HFCausalLM:
 
 def as_text_model(model: Any, num_tokens: int, tree_room: int = 128) -> HFCausalLM:
     """`model` with room for `num_tokens`: a network of transformers, or an `HFCausalLM`."""
-    network = model.network if isinstance(model, HFCausalLM) else model
+    network = model.called if isinstance(model, HFCausalLM) else model
     return HFCausalLM(network, num_tokens, tree_room=tree_room)
 
 

@@ -17,6 +17,7 @@ from ..decoding.cache import KVCache
 from ..decoding.transformers_cache import CacheView, TextSizes
 from ..decoding.tree import check_parents, check_path, topology_of
 from ..errors import InputError, StateError
+from ..networks import is_compiled
 
 if TYPE_CHECKING:
     from .model import HFCausalLM
@@ -77,7 +78,7 @@ class HFState:
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
         self._parents: Tensor | None = None
-        self._is_draft = False
+        self._is_draft = self._is_altered = False
         self._prefixes = model.prefixes
         self._fed = self.lengths[:, None]
 
@@ -141,7 +142,7 @@ class HFState:
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
-        with edited(self._network, *edit):
+        with self._altered(), edited(self._network, *edit):
             return self.extend(tokens, parents)
 
     @torch.no_grad()
@@ -204,7 +205,8 @@ class HFState:
             whole = getattr(owner, name)
             setattr(owner, name, nn.ModuleList([whole[index] for index in layers]))
             try:
-                yield
+                with self._altered():
+                    yield
             finally:
                 setattr(owner, name, whole)
 
@@ -237,31 +239,46 @@ class HFState:
             inputs = {"inputs_embeds": self._embed(tokens) if embeddings is None else embeddings}
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
-        seen: list[Tensor] = []
+        inputs |= {"attention_mask": seen_by, "position_ids": positions.expand(len(tokens), -1)}
         with alone(self._network):
-            hook = self._network.get_output_embeddings().register_forward_pre_hook(
-                lambda _, arguments: seen.append(arguments[0])
-            )
-            try:
-                logits = self._pass(
-                    attention_mask=seen_by,
-                    position_ids=positions.expand(len(tokens), -1),
-                    **inputs,
-                    **self._options,
-                ).logits
-            finally:
-                hook.remove()
-        self.hidden = seen[0]
-        if keep is not None and not self._keeps_logits:
-            logits, self.hidden = logits[:, keep], self.hidden[:, keep]
+            logits, hidden = self._pass(**inputs, **self._options)
+        if keep is not None:
+            logits = logits if self._keeps_logits else logits[:, keep]
+            hidden = hidden if hidden.shape[1] == logits.shape[1] else hidden[:, keep]
+        self.hidden = hidden
         if bool(logits.sum().isnan()):
             raise InputError("the model's logits hold NaN: check its weights and dtype")
         return logits
 
-    def _pass(self, **inputs: Any) -> Any:
-        """One pass of the network, of its own code where it was compiled in place."""
-        is_compiled = getattr(self._network, "_compiled_call_impl", None) is not None
-        return (self._network._call_impl if is_compiled else self._network)(**inputs)
+    def _pass(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Logits, and the hidden states behind them or at all places, of one pass.
+
+        A compiled network runs as such, unless layers are skipped or edited in this pass: what
+        changes in a network from call to call, hooks among it, compiled graphs do not see.
+        """
+        if is_compiled(self.model.called) and not self._is_altered:
+            out = self.model.called(**inputs, output_hidden_states=-1)
+            if out.hidden_states and out.hidden_states[-1] is not None:
+                return out.logits, out.hidden_states[-1]
+        own = is_compiled(self._network)
+        seen: list[Tensor] = []
+        hook = self._network.get_output_embeddings().register_forward_pre_hook(
+            lambda _, arguments: seen.append(arguments[0])
+        )
+        try:
+            logits = (self._network._call_impl if own else self._network)(**inputs).logits
+        finally:
+            hook.remove()
+        return logits, seen[0]
+
+    @contextmanager
+    def _altered(self) -> Iterator[None]:
+        """Passes within this block find the network changed."""
+        self._is_altered = True
+        try:
+            yield
+        finally:
+            self._is_altered = False
 
     def _by_kind(self, mask: Tensor, positions: Tensor) -> Any:
         """The additive mask [R, 1, T, S] as the layers want it: one, or one for each kind of layer.

@@ -18,6 +18,7 @@ from ..errors import InputError, check_count, unknown_name
 from ..eval.classifier import FashionClassifier, load_classifier
 from ..files import user_path, working_in
 from ..models import FAMILIES
+from ..networks import bare
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
 from .distill_objective import DistillObjective, PictureLoss, agreement
@@ -340,7 +341,7 @@ def student_family(pipe: ARPipeline) -> Any:
     Raises:
         InputError: a model that has none.
     """
-    name = type(pipe.transformer).__name__
+    name = type(bare(pipe.transformer)).__name__
     by_teacher = {
         entry.facts["teacher"]: entry.value for entry in FAMILIES if "teacher" in entry.facts
     }

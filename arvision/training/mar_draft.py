@@ -54,7 +54,8 @@ class MARDraftObjective(Objective):
         x = self.schedule.add_noise(start, chance.randn(*start.shape), steps)
         told = self.schedule.timesteps.to(steps.device)[steps]
         outputs = []
-        for model in (self.beside[0], self.draft):
+        models: tuple[Any, ...] = (*self.beside, self.draft)
+        for model in models:
             with torch.set_grad_enabled(model is self.draft):
                 condition = model.embed_classes(inputs["labels"], inputs["dropped"])
                 z = model(latents, known, condition)[~known].repeat(self.draws, 1)

@@ -274,7 +274,7 @@ def test_jpeg_is_not_written_unasked(tmp_path: Path):
 def test_prompts_must_exist(tmp_path: Path, text: str):
     path = tmp_path / "p.txt"
     path.write_text(text)
-    with pytest.raises(InputError, match="expected prompts, found none"):
+    with pytest.raises(InputError, match="expected a prompt or more, found none"):
         read_prompts(path)
     with pytest.raises(InputError, match="expected prompts"):
         read_prompts(tmp_path / "none.txt")

@@ -323,9 +323,9 @@ def long_tailed(count: int, num_classes: int, seed: int, power: float = 1.0) -> 
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize(("count", "num_classes"), [(40, 10), (1000, 100), (5000, 1000)])
+@pytest.mark.parametrize(("count", "num_classes"), [(20, 2), (40, 10), (1000, 100), (2000, 500)])
 def test_shuffled_long_tailed_labels_are_not_sorted(count, num_classes, power):
-    for seed in range(20):
+    for seed in range(40):
         assert check_label_order(long_tailed(count, num_classes, seed, power).tolist())
 
 
@@ -424,7 +424,8 @@ class Trainer:
 
 def test_modules_that_keep_answers_and_have_trainers():
     inner = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(192, 5))
-    old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = torch.nn.utils.weight_norm(torch.nn.Linear(192, 5))
     for linear in (inner, old):
         module, trainer = (
             torch.nn.Sequential(Odd(lambda x: x.flatten(1).float()), linear),

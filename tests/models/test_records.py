@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -159,8 +161,14 @@ def test_a_chameleon_decoder_is_placed_as_it_is_read():
 
 # MAR with KL-8.
 
-KL8 = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_dim": 4, "level_attention": False}
-MODEL = {
+KL8: dict[str, Any] = {
+    "ch": 32,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "latent_dim": 4,
+    "level_attention": False,
+}
+MODEL: dict[str, Any] = {
     "latent_dim": 16,
     "grid": (2, 3),
     "hidden_size": 16,
@@ -223,7 +231,8 @@ def test_kl8_as_an_autoencoder_of_diffusers(files):
     vae = MARAutoencoder.from_official(files[1]).eval()
     pixels = torch.rand(1, 3, 8, 8) * 2 - 1
     ours = vae.moments(pixels)[0]
-    theirs = to_diffusers(vae).encode(pixels).latent_dist.mean
+    encoded: Any = to_diffusers(vae).encode(pixels)
+    theirs = encoded.latent_dist.mean
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -240,7 +249,12 @@ def test_positions_of_mar_contradict_a_grid(files, grid):
 
 
 def test_levels_of_var_contradict_its_scales():
-    sizes = {"codebook_size": 12, "z_channels": 8, "hidden_size": 64, "num_layers": 1}
+    sizes: dict[str, Any] = {
+        "codebook_size": 12,
+        "z_channels": 8,
+        "hidden_size": 64,
+        "num_layers": 1,
+    }
     network = VARTransformer(patch_nums=(1, 2, 3), num_heads=1, num_classes=3, **sizes)
     levels = torch.tensor([0] + [1] * 4 + [2] * 9)[None]
     weights = dict(network.state_dict()) | {"lvl_1L": levels}

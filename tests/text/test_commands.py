@@ -279,7 +279,7 @@ def test_special_tokens_as_stop_strings(folder: Path):
     with pytest.raises(
         InputError, match=r"stop 5: expected strings \(ids belong to stop_token_ids"
     ):
-        arvision.generate(network, PROMPT, tokenizer=tokenizer, stop=[5])
+        stop_strings([5], tokenizer)  # pyright: ignore
     # One that the tokenizer calls special among others: its end token.
     tokenizer.eos_token = letter
     assert stop_strings(letter, tokenizer) == ([], [token])

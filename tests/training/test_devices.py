@@ -7,6 +7,7 @@ so each run must end with the very weights and figures of a run on the CPU.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_tokenizers_whose_codebook_follows(both):
             recipe = RECIPES[name].shortened(4, 32, batch_size=4, mixed_precision="no")
             stage = recipe.stages[0]
             torch.manual_seed(0)
-            objective = stage.objective(Work(*stages.load_fashion("train")))
+            objective: Any = stage.objective(Work(*stages.load_fashion("train")))
             objective.unquantised_steps = 1
             fit(objective, stage.fit, folder / name, progress=False)
 
@@ -176,7 +177,7 @@ def test_drafts_of_text(kind, both):
     texts = answer(tiny_llama(), random_prompts([6] * 6, seed=9), num_tokens=20, progress=False)
 
     def work(folder):
-        network = tiny_llama()
+        network: Any = tiny_llama()
         if folder.name == "there":
             network.to(ELSEWHERE)
         if kind == "heads":

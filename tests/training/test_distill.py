@@ -51,8 +51,10 @@ def test_a_student_is_made_and_draws(done, teacher):
     first = arvision.sample(str(student), 1, seed=3, progress=False)
     assert (first.stats.forward_passes, first.stats.lossless) == (1, False)
     taught = arvision.sample(str(teacher), 1, "ar", noise="flow", seed=3, progress=False)
-    mixed = arvision.sample(str(student), 1, "dd", steps=6, seed=3, progress=False)
-    # The teacher, found by its name, draws these.
+    mixed = arvision.sample(
+        str(student), 1, "dd", steps=6, teacher=str(teacher), seed=3, progress=False
+    )
+    # The teacher draws these; a folder of one does not travel with the student.
     assert torch.equal(mixed.tokens[:, :5], taught.tokens[:, :5])
     with pytest.raises(InputError, match=r"steps 9: this student was trained for 1, 2, .* up to 6"):
         arvision.sample(str(student), 1, steps=9, progress=False)

@@ -20,7 +20,7 @@ from ..conditions import Prompt, as_prompt
 from .convert import is_patched, split_sizes
 from .schedules import Scales, scale_schedule
 from .state import InfinityRun
-from .tokenizer import InfinityTokenizer
+from .tokenizer import InfinityTokenizer, check_bits
 from .transformer import InfinityTransformer
 
 
@@ -237,4 +237,5 @@ class Infinity:
         """
         if self.tokenizer is None:
             raise InputError("this model has no image tokenizer: it gives tokens but not images")
+        check_bits(tokens)
         return enter(self.tokenizer, "decode", tokens).float()

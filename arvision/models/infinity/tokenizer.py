@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Layers, Levels, Maps, Size
 from ..conv_blocks import Decoder, Encoder
 from ..network import Network
@@ -119,7 +119,6 @@ class InfinityTokenizer(Network):
     def _features(self, pixels: Tensor) -> Tensor:
         return self.encoder(pixels.to(self.dtype))
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to bits [B, L, d] int64, scales coarse to fine.
 
@@ -130,11 +129,16 @@ class InfinityTokenizer(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         height, width = (side * self.downsample_factor for side in self.pyramid.latent_size(-1))
-        features = self._features(read_pixels(pixels, self, size=(height, width)))
+        return self.encode_pixels(read_pixels(pixels, self, size=(height, width)))
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
+        features = self._features(pixels)
         wide = features if features.dtype == torch.float64 else features.float()
         return self.pyramid.encode(wide)
 
-    @entry
+    @hot_entry
     def decode(self, bits: Tensor) -> Tensor:
         """Bits [B, L, d] of all scales to pixels [B, 3, H, W] in [-1, 1].
 
@@ -159,10 +163,12 @@ class InfinityTokenizer(Network):
 
 
 def check_bits(bits: Tensor) -> None:
-    """Refuse other values than 0 and 1.
+    """Refuse other values than 0 and 1; a compiled graph takes bits as checked.
 
     Raises:
         InputError: see above.
     """
+    if torch.compiler.is_compiling():
+        return
     if bits.numel() and not bool(((bits == 0) | (bits == 1)).all()):
         raise InputError("bits must be 0 or 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,7 +240,7 @@ class InfinityTransformer(Network):
         return self._text_rows(features)
 
     def _text_rows(self, features: Sequence[Tensor]) -> TextRows:
-        length, place = max(len(rows) for rows in features), place_of(self)
+        length, place = max(len(rows) for rows in features), self.pos_start.device
         shape = (len(features), length)
         padded = torch.zeros(
             *shape, self.config["text_dim"], device=place, dtype=self.cfg_uncond.dtype
@@ -248,7 +249,8 @@ class InfinityTransformer(Network):
         for row, rows in enumerate(features):
             padded[row, : len(rows)] = rows.to(padded)
             valid[row, : len(rows)] = True
-        mask = None if bool(valid.all()) else valid[:, None, None]
+        is_even = all(len(rows) == length for rows in features)
+        mask = None if is_even else valid[:, None, None]
         normed = self.text_norm(padded)
         start = self.text_proj_for_sos(Text(normed, mask))
         return TextRows(
@@ -260,10 +262,10 @@ class InfinityTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Level embeddings [last - first, C] of the tokens `first`..`last - 1`."""
-        place = place_of(self)
-        counts = torch.tensor(self.pyramid.counts, device=place)
-        levels = torch.arange(len(counts), device=place).repeat_interleave(counts)
-        return self.lvl_embed(levels[first:last])
+        place = self.pos_start.device
+        ends = torch.tensor(list(accumulate(self.pyramid.counts)), device=place)
+        tokens = torch.arange(first, last, device=place)
+        return self.lvl_embed(torch.bucketize(tokens, ends, right=True))
 
     def start_inputs(self, rows: TextRows) -> Tensor:
         """Inputs [R, n_0, C] of scale 0, without level."""

@@ -16,6 +16,7 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import resolve_class
+from ..pixels import check_codes
 from .state import LlamaGenState
 from .text import clean_caption
 from .tokenizer import LlamaGenTokenizer
@@ -182,4 +183,5 @@ class LlamaGen:
         """
         if self.tokenizer is None:
             raise InputError("this model has no image tokenizer: it gives tokens but not images")
+        check_codes(tokens, self.vocab_size)
         return enter(self.tokenizer, "decode", tokens, self.grid).float().clamp(-1, 1)

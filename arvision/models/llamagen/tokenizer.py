@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.nearest_code import nearest_code
-from ...networks import Table, entry
+from ...networks import Table, entry, hot_entry
 from ...schema import Count, Layers, Levels, Size
 from ..conv_blocks import (
     AttentionBlock,
@@ -26,7 +26,7 @@ from ..conv_blocks import (
     group_norm,
 )
 from ..network import Network
-from ..pixels import read_pixels
+from ..pixels import check_codes, read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes
 
 
@@ -224,7 +224,6 @@ class LlamaGenTokenizer(Network):
     def _features(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to code indices [B, h * w] int64, raster order.
 
@@ -235,9 +234,14 @@ class LlamaGenTokenizer(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downsample_factor)
+        return self.encode_pixels(pixels)
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
         return self.quantize.nearest(self._features(pixels).flatten(2).transpose(1, 2))
 
-    @entry
+    @hot_entry
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Code indices [B, N] to pixels [B, 3, H, W], nominally in [-1, 1] and not clamped.
 
@@ -252,13 +256,11 @@ class LlamaGenTokenizer(Network):
         height, width = grid or (int(num**0.5 + 0.5),) * 2
         if indices.dim() != 2 or height * width != num:
             raise InputError(f"indices {tuple(indices.shape)}: expected [B, {height} * {width}]")
-        size = self.config["codebook_size"]
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-            raise InputError(f"code indices must lie in 0..{size - 1}")
+        check_codes(indices, self.config["codebook_size"])
         codes = self.quantize.codes()[indices]
         return self._pixels(codes.transpose(1, 2).unflatten(2, (height, width)))
 
-    @entry
+    @hot_entry
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Quantised codes [B, D, h, w] to pixels [B, 3, H, W]."""
         return self._pixels(codes)

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
@@ -102,7 +102,6 @@ class MARAutoencoder(Network):
     def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to mean latents [B, N, D], scaled, row by row.
 
@@ -113,11 +112,16 @@ class MARAutoencoder(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
+        return self.encode_pixels(pixels)
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
         side, means = self.config["patch_size"], self._moments(pixels)[0]
         squares = F.pixel_unshuffle(means, side)
         return squares.flatten(2).mT * self.config["scaling_factor"]
 
-    @entry
+    @hot_entry
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Scaled latents [B, N, D] to pixels; `grid` is square unless given."""
         side = round(latents.shape[1] ** 0.5)

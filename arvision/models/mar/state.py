@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import StateError
 from ...networks import enter
-from .transformer import KeptFeatures, MARTransformer
+from .transformer import KeptFeatures, MARTransformer, span_of
 
 
 class MARState:
@@ -113,6 +113,7 @@ class MARState:
             known.repeat(halves, 1),
             condition.flatten(0, 1),
             kept,
+            span_of(known),
         )
         return torch.cat(z.chunk(halves), dim=-1)
 

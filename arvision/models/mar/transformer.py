@@ -14,7 +14,7 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.latents.schedule import NUM_TRAIN_STEPS
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Count, Layers, Side, Size
 from ..latent_head import HeadHolder, run_part
 from ..network import Network
@@ -111,7 +111,7 @@ class MARTransformer(Network):
         tensors = read_state_dict(source, TRANSFORMER_WRAPPERS)
         return load_strictly(cls, transformer_sizes(tensors, name, sizes), tensors, name, **place)
 
-    @entry
+    @hot_entry
     def run_head(self, name: str, *arguments: Any) -> Any:
         """Run a part of the diffusion head, see `arvision.models.latent_head.RunPart`."""
         return run_part(self.diffloss.net, name, *arguments)
@@ -127,6 +127,7 @@ class MARTransformer(Network):
         known: Tensor,
         condition: Tensor,
         kept: KeptFeatures | None = None,
+        span: tuple[int, int] | None = None,
     ) -> Tensor:
         """Conditions z [R, N, W] of the head, at every position.
 
@@ -135,8 +136,12 @@ class MARTransformer(Network):
             known: [R, N] bool. Rows may know different numbers of latents.
             condition: [R, W], see `embed_classes`.
             kept: takes the features of all places, for `update`.
+            span: least and most latents that a row knows, where the caller has them; None to look.
+                A compiled graph cannot look.
         """
-        encoded, order, valid = self._encode(latents, known, condition, kept)
+        if span is None:
+            span = span_of(known)
+        encoded, order, valid = self._encode(latents, known, condition, kept, span)
         x = self.decoder_embed(encoded)
         buffer, x = x[:, : self.num_buffer], x[:, self.num_buffer :]
         # One more row takes what pads the shorter rows, and is cut off again.
@@ -151,7 +156,7 @@ class MARTransformer(Network):
         x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
-    @entry
+    @hot_entry
     def update(
         self,
         latents: Tensor,
@@ -204,11 +209,15 @@ class MARTransformer(Network):
         return torch.cat([buffer, counts], dim=1)[:, None, None]
 
     def _encode(
-        self, latents: Tensor, known: Tensor, condition: Tensor, kept: KeptFeatures | None
+        self,
+        latents: Tensor,
+        known: Tensor,
+        condition: Tensor,
+        kept: KeptFeatures | None,
+        span: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Buffer and known latents [R, P + M, W], positions [R, M] of the latents, which count."""
-        counts = known.sum(1)
-        most, least = (int(counts.max()), int(counts.min())) if len(counts) else (0, 0)
+        least, most = span
         order = torch.argsort(~known, dim=1, stable=True)[:, :most]
         valid = known.gather(1, order)
         chosen = latents.gather(1, order[..., None].expand(-1, -1, latents.shape[-1]))
@@ -229,3 +238,9 @@ class MARTransformer(Network):
             mask = self._with_buffer(valid)
         x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, held)
         return self.encoder_norm(x), order, valid
+
+
+def span_of(known: Tensor) -> tuple[int, int]:
+    """Least and most latents that a row of `known` [R, N] knows."""
+    counts = known.sum(1)
+    return (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import CheckpointError
 from ...files import user_path
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Layers, Levels, Positive, Side, Size
 from ..conv_blocks import AttentionBlock, Decoder, Encoder
 from ..network import Network
@@ -101,7 +101,6 @@ class NextStepAutoencoder(Network):
             mean = unpatchify(normed, side, (grid[0] // side, grid[1] // side))
         return mean, log_variance
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to tokens [B, N, D] of the mean latents, row by row.
 
@@ -112,6 +111,11 @@ class NextStepAutoencoder(Network):
             InputError: another size, a value out of range, NaN or infinity.
         """
         pixels = read_pixels(pixels, self, multiple=self.downscale)
+        return self.encode_pixels(pixels)
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
         latents = self._moments(pixels)[0] - self.config["shift_factor"]
         return patchify(latents * self.config["scaling_factor"], self.config["patch_size"])
 
@@ -120,7 +124,7 @@ class NextStepAutoencoder(Network):
         """Unscaled latents [B, C, h, w] to pixels [B, 3, H, W], about [-1, 1]."""
         return self.decoder(latents)
 
-    @entry
+    @hot_entry
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Tokens [B, N, D] to pixels; `grid` is square unless given."""
         side = round(tokens.shape[1] ** 0.5)

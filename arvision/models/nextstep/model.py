@@ -197,7 +197,7 @@ class NextStep:
             raise InputError(f"image of {(width, height)} pixels: expected at least {side} a side")
         top, left = (height - rows * side) // 2, (width - columns * side) // 2
         pixels = pixels[:, :, top : top + rows * side, left : left + columns * side]
-        tokens = enter(self.tokenizer, "encode", pixels)
+        tokens = enter(self.tokenizer, "encode_pixels", pixels)
         return (rows, columns), tokens[0].to(self.device)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly
 from ...errors import InputError
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Count, Layers, NotNegative, Positive, Side, Size
 from ..latent_head import HeadHolder, run_part
 from ..network import Network
@@ -155,7 +155,7 @@ class NextStepTransformer(Network):
         arguments = network_sizes(tensors, config, name, sizes)
         return load_strictly(cls, arguments, tensors, name, dtype)
 
-    @entry
+    @hot_entry
     def run_head(self, name: str, *arguments: Any) -> Any:
         """Run a part of the flow head, see `arvision.models.latent_head.RunPart`."""
         return run_part(self.image_head.net, name, *arguments)
@@ -165,9 +165,10 @@ class NextStepTransformer(Network):
         """Embeddings [L, W] of token ids [L], placeholders filled with tokens [M, D] of pictures."""
         embeddings = self.embed_tokens(ids)
         places = ids == self.config["image_placeholder"]
-        if pictures is not None and bool(places.any()):
-            embeddings[places] = self.image_in_projector(pictures.to(embeddings.dtype))
-        return embeddings
+        if pictures is None:
+            return embeddings
+        projected = self.image_in_projector(pictures.to(embeddings.dtype))
+        return embeddings.masked_scatter(places[:, None], projected)
 
     @entry
     def embed_latents(self, latents: Tensor) -> Tensor:

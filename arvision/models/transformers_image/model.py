@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_cache import CacheView
 from ...errors import InputError, check_count
+from ...networks import compiled_like
 from ..conditions import ImagePrompt
 from ..pixels import as_source
 from .layout import Layout
@@ -183,11 +185,16 @@ class TransformersImageModel:
         self.network.to(*args, **kwargs)
         return self
 
+    @cached_property
+    def _called_body(self) -> Any:
+        """The body, compiled where the network was given in a wrapper of `torch.compile`."""
+        return compiled_like(self.network, self.body)
+
     def run(
         self, inputs: dict[str, Any], positions: Tensor, mask: Tensor, cache: CacheView
     ) -> Tensor:
         """Hidden states [R, S, C]; positions [A, R, S], mask [R, 1, S, ...]."""
-        return self.body(
+        return self._called_body(
             **inputs,
             position_ids=positions if len(positions) > 1 else positions[0],
             attention_mask=mask,

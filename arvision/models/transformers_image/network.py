@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...networks import hooks_of, place_of
+from ...networks import bare, hooks_of, place_of
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Kinds of attention that take a mask of ours."""
 
 
 def base_of(network: Any) -> Any:
-    """The network itself, without a wrapper of peft around it.
+    """The network itself, without wrappers of `torch.compile` and peft around it.
 
     Raises:
         InputError: an adapter that works on prompts and not inside the layers.
     """
+    network = bare(network)
     if not hasattr(network, "get_base_model"):
         return network
     for name, config in network.peft_config.items():

@@ -16,6 +16,7 @@ from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import resolve_class
+from ..pixels import check_codes
 from .state import VARRun
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
@@ -168,4 +169,6 @@ class VAR:
         Raises:
             InputError: tokens of another shape or range.
         """
+        if not tokens.is_floating_point():
+            check_codes(tokens, self.vocab_size)
         return enter(self.tokenizer, "decode", tokens).float()

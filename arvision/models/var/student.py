@@ -16,7 +16,7 @@ from ...decoding.scale_state import ScaleCache
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ...networks import Table, enter, place_of
+from ...networks import Table, enter
 from ...schema import Count, Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection, modulated_norm
 from ..network import Network
@@ -201,9 +201,10 @@ class VARStudentTransformer(Network):
 
     def levels(self) -> Tensor:
         """Level of each row [1 + N] int64: 0 for the class row, 1 for the first scale."""
-        place = place_of(self)
-        sizes = torch.tensor([1, *(side * side for side in self.scales)], device=place)
-        return torch.arange(len(sizes), device=place).repeat_interleave(sizes)
+        place = self.pos_1LC.device
+        starts = torch.tensor([1, *(1 + end for end in self.ends())], device=place)
+        rows = torch.arange(1 + self.num_tokens, device=place)
+        return torch.bucketize(rows, starts, right=True)
 
     def mask(self) -> Tensor:
         """[1 + N, 1 + N] bool, true where a row may look: at itself and at coarser levels."""

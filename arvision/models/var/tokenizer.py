@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
-from ...networks import entry
+from ...networks import entry, hot_entry
 from ...schema import Between, Layers, Levels, Modules, Scales, Size
 from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
 from ..network import Network
-from ..pixels import read_pixels
+from ..pixels import check_codes, read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
 from .quantizer import MultiScaleQuantizer, Painter
 
@@ -133,7 +133,6 @@ class VARTokenizer(Network):
     def _features(self, pixels: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels.to(self.dtype)))
 
-    @entry
     def encode(self, pixels: Any) -> Tensor:
         """Pixels [B, 3, H, H] in [-1, 1] to code indices [B, L] int64, scales coarse to fine.
 
@@ -145,6 +144,11 @@ class VARTokenizer(Network):
         """
         side = self.scales[-1] * self.downsample_factor
         pixels = read_pixels(pixels, self, size=(side, side))
+        return self.encode_pixels(pixels)
+
+    @hot_entry
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """`encode` of pixels in the network's type, where it runs."""
         return self.quantize.encode(self._features(pixels))
 
     @entry
@@ -162,12 +166,10 @@ class VARTokenizer(Network):
                 f"indices {tuple(indices.shape)}: expected [B, {self.num_tokens}], all tokens of the "
                 f"scales {', '.join(map(str, self.scales))}"
             )
-        size = self.config["codebook_size"]
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-            raise InputError(f"code indices must lie in 0..{size - 1}")
+        check_codes(indices, self.config["codebook_size"])
         return self.quantize.codes()[indices]
 
-    @entry
+    @hot_entry
     def decode(self, indices: Tensor) -> Tensor:
         """Code indices [B, L], or vectors [B, L, D] in their place, to pixels [B, 3, H, H].
 
@@ -184,7 +186,7 @@ class VARTokenizer(Network):
             )
         return self._pixels(self._canvas(codes)).clamp(-1, 1)
 
-    @entry
+    @hot_entry
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors [B, L, D] in the place of codes to pixels [B, 3, H, H], not clamped."""
         return self._pixels(self._canvas(vectors))

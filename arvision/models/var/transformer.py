@@ -15,7 +15,7 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
 from ...errors import InputError
 from ...kernels.linear import Linear
-from ...networks import entry, place_of
+from ...networks import entry
 from ...schema import Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection
 from ..network import Network
@@ -149,7 +149,7 @@ class VARTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Position and level embeddings [1, last - first, C] of the tokens `first`..`last - 1`."""
-        place = place_of(self)
+        place = self.pos_1LC.device
         offsets = torch.tensor(self.offsets()[1:], device=place)
         tokens = torch.arange(first, last, device=place)
         levels = torch.bucketize(tokens, offsets, right=True)

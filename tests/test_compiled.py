@@ -1,0 +1,142 @@
+"""`torch.compile` as people use it: whole graphs that are really run, for every family and for text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from text_models import random_prompts, tiny_llama
+from tiny_pipelines import MAKERS, tiny
+
+import arvision
+from arvision.networks import bare, is_compiled
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts them and their runs."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+
+        def run(*given):
+            self.runs += 1
+            return graph.forward(*given)
+
+        return run
+
+    def take(self, network, way, **options) -> Any:
+        if way == "wrapped":
+            return torch.compile(network, backend=self, **options)
+        network.compile(backend=self, **options)
+        return network
+
+
+def draw(pipe, prompt):
+    guidance = {} if pipe.kind == "student" else {"guidance_scale": 2.0}
+    return pipe(prompt, seed=3, num_images_per_prompt=2, output_type="pt", **guidance)
+
+
+WAYS = [(name, "wrapped") for name in MAKERS] + [
+    pytest.param(name, "in place", marks=[pytest.mark.slow] * (name != "llamagen"))
+    for name in MAKERS
+]
+
+
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_compiled_pipelines_draw_the_same(name, way):
+    """Without a break: a graph that breaks raises under `fullgraph`."""
+    pipe, prompt = tiny(name)
+    wanted = draw(pipe, prompt)
+    backend = Counting()
+    for part in ("transformer", "tokenizer"):
+        setattr(pipe, part, backend.take(getattr(pipe, part), way, fullgraph=True))
+    found = draw(pipe, prompt)
+    # Layers of transformers round otherwise when they are compiled.
+    close: dict[str, float] = (
+        {"atol": 1e-3, "rtol": 0} if name == "nextstep" else {"atol": 0, "rtol": 0}
+    )
+    torch.testing.assert_close(found.tokens, wanted.tokens, **close)
+    torch.testing.assert_close(found.images, wanted.images, **close)
+    # Every pass and the decoding ran as a graph; prefills and a tokenizer's parts come on top.
+    assert backend.runs > found.stats.forward_passes
+    assert backend.graphs < 8
+
+
+def test_a_compiled_part_is_saved_as_it_was(tmp_path):
+    pipe, prompt = tiny("llamagen")
+    wanted = draw(pipe, prompt)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    pipe.tokenizer.compile(backend="eager")
+    assert is_compiled(pipe.transformer)
+    assert is_compiled(pipe.tokenizer)
+    pipe.save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert not any("_orig_mod" in key for key in load_file(file))
+    again = arvision.load(tmp_path, device="cpu")
+    assert type(again.transformer) is type(bare(pipe.transformer))
+    found = again(prompt, seed=3, num_images_per_prompt=2, output_type="pt", guidance_scale=2.0)
+    assert torch.equal(found.tokens, wanted.tokens)
+
+
+def test_compiled_and_offloaded():
+    pipe, prompt = tiny("llamagen")
+    wanted = draw(pipe, prompt)
+    backend = Counting()
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(draw(pipe, prompt).tokens, wanted.tokens)
+    assert backend.runs
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_compiled_text_models(way):
+    prompts = random_prompts((5, 9))
+    wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12).tokens
+    backend = Counting()
+    network = backend.take(tiny_llama(), way)
+    out = arvision.generate(network, prompts, max_new_tokens=12)
+    assert out.tokens == wanted
+    assert backend.runs > out.stats.forward_passes
+    # Half of the layers, by a change of the network that graphs would not see.
+    found = arvision.generate(network, prompts, max_new_tokens=12, drafter="layer_skip")
+    assert found.tokens == wanted
+
+
+def test_compiled_drafts_and_heads():
+    from arvision.text.drafters.head_drafter import HeadDrafter
+    from arvision.text.drafters.heads import MedusaHeads
+
+    prompts = random_prompts((5, 9))
+    wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12).tokens
+    backend, target = Counting(), Counting()
+    draft = backend.take(tiny_llama(seed=1), "wrapped")
+    options: dict[str, Any] = {"drafter": "draft_model", "drafter_options": {"draft": draft}}
+    found = arvision.generate(tiny_llama(), prompts, max_new_tokens=12, **options)
+    assert found.tokens == wanted
+    assert backend.runs
+    heads = HeadDrafter(MedusaHeads(32, 2).double())
+    network = target.take(tiny_llama(), "wrapped")
+    found = arvision.generate(network, prompts, max_new_tokens=12, drafter=heads)
+    assert found.tokens == wanted
+    assert target.runs
+
+
+def test_compiled_image_networks_of_transformers():
+    import image_networks as nets
+
+    from arvision.models import Janus
+
+    prompts = nets.janus_prompts((5, 7))
+    options: dict[str, Any] = {"seeds": [0, 1], "guidance_scale": 2.0}
+    sampler = arvision.get_sampler("ar")
+    wanted = sampler(Janus(nets.tiny_janus()), prompts, **options).tokens
+    backend = Counting()
+    model = Janus(torch.compile(nets.tiny_janus(), backend=backend))
+    assert torch.equal(sampler(model, prompts, **options).tokens, wanted)
+    assert backend.runs
