@@ -12,11 +12,19 @@ import torch
 from .contracts import Schedule
 from .errors import InputError
 from .folders import parse_device, parse_dtype
-from .inputs import as_prompts
+from .inputs import as_prompts, expand_prompts
 from .opening import open_cached, open_model
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
 from .samplers.base import join_options, parse_sampler
+
+LEAST_WINDOW, MOST_WINDOW = 4, 16
+"""Tokens per pass and image of the sampler that `sample` chooses by itself; below, it is "ar"."""
+
+CANDIDATES = {"cpu": 16, "accelerator": 256}
+"""Tokens of all images that a pass of that sampler holds at most: more, and a pass costs more than
+its guesses save. That of a CPU is measured (docs/samplers.md), that of accelerators is not: their
+passes are bound by reading weights up to some hundred tokens."""
 
 
 def load(
@@ -124,7 +132,8 @@ def sample(
             `arvision.Prompt(caption, negative=...)`.
         sampler: a name (see `list_samplers`), one with options such as "sjd:window=32", or a
             sampler object; None for the pipeline's own sampler with its options, and for a token
-            model whose own is "ar" the faster "sjd", which draws the same.
+            model whose own is "ar" the faster of "ar" and "sjd" for this many images, which draw
+            the same; `stats.sampler` tells which.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
         guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
@@ -160,7 +169,8 @@ def sample(
     else:
         place = parse_device(device)
         pipe = open_cached(str(model), str(place), parse_dtype(dtype, place))
-    wanted = _own_sampler(pipe) if sampler is None else sampler
+    num = 0 if sampler is not None else len(expand_prompts(prompt, num_images))
+    wanted = _own_sampler(pipe, num) if sampler is None else sampler
     if isinstance(wanted, str):
         chosen = get_sampler(wanted, **sampler_options)
     else:
@@ -192,6 +202,8 @@ def sample(
         **beside,
     )
     assert isinstance(out, SampleOutput)
+    window = chosen.config.get("window")
+    out.stats["sampler"] = chosen.name + ("" if window is None else f":window={window}")
     return out
 
 
@@ -213,10 +225,16 @@ def _beside(pipe: ARPipeline, prompt: Any, given: dict[str, Any]) -> tuple[Any, 
     return prompt, given
 
 
-def _own_sampler(pipe: ARPipeline) -> BaseSampler:
-    """The pipeline's sampler, or a faster one that draws the same tokens from the same law."""
+def _own_sampler(pipe: ARPipeline, num_images: int) -> BaseSampler:
+    """The pipeline's sampler, or a faster one that draws the same tokens from the same law.
+
+    Which window is the faster one depends on the images that are drawn together: see `CANDIDATES`.
+    Tokens do not, as Gumbel noise is that of the image and the position.
+    """
     own = pipe.sampler
     shaping = {name: own.config.get(name) for name in ("temperature", "top_k", "top_p")}
     if own.name != "ar" or pipe.kind != "token" or own.config["noise"] != "gumbel":
         return own
-    return get_sampler("sjd", **shaping)
+    kind = "cpu" if pipe.model.device.type == "cpu" else "accelerator"
+    window = min(MOST_WINDOW, CANDIDATES[kind] // max(1, num_images))
+    return own if window < LEAST_WINDOW else get_sampler("sjd", window=window, **shaping)

@@ -19,7 +19,8 @@ from arvision.testing import DroppingTableModel, TableModel, draw_joint, law_p_v
 
 ALPHA = 1e-4
 NUM = 6_000
-MODELS = {"llamagen-fashion": list(range(10)), "llamagen-fashion-t2i": ["a dark boot", "a bag", ""]}
+CAPTIONS = ["a dark ankle boot", "a grey sneaker", "a light shirt"]
+MODELS = {"llamagen-fashion": list(range(10)), "llamagen-fashion-t2i": CAPTIONS}
 
 
 @pytest.fixture(scope="module")
