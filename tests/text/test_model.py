@@ -128,12 +128,6 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "Ministral3": {"head_dim": 8},
     "Exaone4": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "Cwm": {"head_dim": 8, "bos_token_id": 2, "eos_token_id": 1},
-    "ModernBertDecoder": {
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "num_key_value_heads": 4,
-    },
     "Doge": {},
 }
 """Families whose layers, all or some, see a window; and what their configurations want besides."""
