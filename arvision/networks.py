@@ -92,7 +92,8 @@ def _with_entries(own: Callable[..., Any], owner: str) -> Callable[..., Any]:
 
     # torch.compile keeps graphs, and limits their number, by the code that they begin with: each
     # class has its own.
-    forward.__code__ = forward.__code__.replace(co_name=f"{owner}.forward")
+    named: Any = forward
+    named.__code__ = named.__code__.replace(co_name=f"{owner}.forward")
     return forward
 
 

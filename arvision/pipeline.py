@@ -393,10 +393,10 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 
-            more = {} if self._steps is None else {"steps": self._steps}
+            more: dict[str, Any] = {} if self._steps is None else {"steps": self._steps}
 
             def draw(part: slice, tell: StepCallback) -> Samples:
-                identities = {"seeds": seeds[part], "guidance_scale": scale}
+                identities: dict[str, Any] = {"seeds": seeds[part], "guidance_scale": scale}
                 return chosen(model, conditions[part], **identities, on_step=tell, **more)
 
             def finish(part: slice, samples: Samples) -> Any:

@@ -23,7 +23,7 @@ def _int8(config: Any, width: int) -> Any:
 
 
 def _int4(config: Any, width: int) -> Any:
-    from torchao.quantization import PerGroup
+    from torchao.quantization import PerGroup  # pyright: ignore[reportMissingImports]
 
     group = max(size for size in range(1, LARGEST_GROUP + 1) if width % size == 0)
     return config.IntxWeightOnlyConfig(
@@ -55,7 +55,7 @@ def quantize_weights(network: nn.Module, how: str) -> None:
     if is_quantized(network):
         raise InputError(f"quantize {how!r}: the weights are quantised already, load them anew")
     with optional("quantize", f"quantize={how!r}"):
-        from torchao import quantization
+        from torchao import quantization  # pyright: ignore[reportMissingImports]
 
     for width in sorted({layer.in_features for layer in _linear_layers(network)}):
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 try:
-    import tomllib
+    import tomllib  # pyright: ignore[reportMissingImports]
 except ImportError:  # Python 3.10
     tomllib = None
 

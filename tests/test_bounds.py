@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,8 +143,9 @@ def test_sizes_of_texts_are_bounded(monkeypatch):
 
     network, prompts = tiny_llama(), random_prompts([5])
 
-    def generate(**options):
-        return arvision.generate(network, prompts, **{"max_new_tokens": 3} | options)
+    def generate(**options: Any):
+        given: dict[str, Any] = {"max_new_tokens": 3} | options
+        return arvision.generate(network, prompts, **given)
 
     refused("256 positions", generate, max_new_tokens=HUGE)
     refused("num_draft", generate, drafter="prompt_lookup", num_draft=HUGE)

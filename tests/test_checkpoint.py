@@ -196,6 +196,7 @@ def test_weights_are_placed_as_they_are_read(weights):
     assert network.tokenizer is not None
     both = network.transformer.state_dict(), network.tokenizer.state_dict()
     model = LlamaGen.from_official(*both, dtype=torch.bfloat16, **sizes)
+    assert model.tokenizer is not None
     assert model.transformer.dtype == model.tokenizer.dtype == torch.bfloat16
     small = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 8}
     var = VARTokenizer((1, 2, 8), codebook_size=16, **small).state_dict()

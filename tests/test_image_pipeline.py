@@ -278,7 +278,7 @@ def test_lumina_by_its_own_class_name(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("processor_config.json", "preprocessor_config.json"):
         (folder / name).unlink(missing_ok=True)
-    pipe = arvision.load(folder, device="cpu", height=64, width=64)
+    pipe: Any = arvision.load(folder, device="cpu", height=64, width=64)
     assert (pipe.config["top_k"], pipe.config["top_p"]) == (2000, 1.0)
     with pytest.raises(InputError, match="96x64: more than the 64x64 pixels that this Lumina-mGPT"):
         pipe("a cat", seed=0, height=96)

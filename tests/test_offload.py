@@ -117,7 +117,7 @@ def test_networks_take_turns_and_go_home():
     pipe.enable_model_cpu_offload(device="cpu")
     order = []
     for name, network in networks(pipe).items():
-        hook = network._hf_hook
+        hook: Any = network._hf_hook
         before = hook.pre_forward
 
         def pre_forward(module, *args, _name=name, _before=before, **kwargs):
@@ -154,7 +154,8 @@ def offloaded(way):
         return cpu_offload_with_hook(network, execution_device=CPU)[0]
     home = {n: p.detach().clone() for n, p in network.state_dict().items()}
     parts: Any = {"model": "cpu", "lm_head": "cpu"}
-    return dispatch_model(network, parts, main_device="cpu", state_dict=home, force_hooks=True)
+    device: Any = "cpu"
+    return dispatch_model(network, parts, main_device=device, state_dict=home, force_hooks=True)
 
 
 DRAFTERS = [None, "prompt_lookup", "token_recycling", "layer_skip", "superposed", "jacobi"]
@@ -176,7 +177,7 @@ def test_heads_on_an_offloaded_text_model():
     prompts = random_prompts((5, 9))
     wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12)
     heads = MedusaHeads(32, 2).double()
-    away = offloaded("sequential")
+    away: Any = offloaded("sequential")
     found = arvision.generate(away, prompts, max_new_tokens=12, drafter=HeadDrafter(heads))
     assert found.tokens == wanted.tokens
     assert away.lm_head.weight.is_meta

@@ -51,7 +51,7 @@ def _captioned() -> ARPipeline:
 
 def _var_model(shared_aln: bool) -> VAR:
     shape: dict[str, Any] = {"patch_nums": (1, 2, 3, 4), "z_channels": 8, "codebook_size": 64}
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_classes": 3}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_classes": 3}
     network = VARTransformer(**shape, **sizes, shared_aln=shared_aln)
     tokenizer = VARTokenizer(**shape, ch=32, ch_mult=(1, 1), num_res_blocks=1)
     _lively(network, tokenizer)

@@ -170,7 +170,8 @@ class Run:
         Raises:
             InputError: a law or a latent was NaN or infinite.
         """
-        return sum(self.read() if going is None else self.read(going.sum())[0])
+        found = self.read() if going is None else self.read(going.sum())
+        return sum(map(sum, found))
 
     def read(self, *wanted: Tensor) -> list[list[int]]:
         """What the host must know of a pass, in the one read from an accelerator that it costs.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,7 +123,8 @@ class VARClassObjective(Objective):
         """Mean loss in nats per token, and that of the finest scale."""
         tokens, labels = inputs["tokens"], inputs["labels"]
         with full_precision(tokens.device):
-            views = self.beside[0].views(tokens)
+            tokenizer: Any = self.beside[0]
+            views = tokenizer.views(tokens)
         # The plain form trains faster on a CPU than the fused one, whose backward pass is slow.
         with sdpa_kernel(SDPBackend.MATH):
             logits = self.transformer.teacher_forced(labels, views)

@@ -53,11 +53,11 @@ def test_the_window_follows_the_acceptances_of_the_run():
     easy, hard, even = (GoodputWindow(costs) for _ in range(3))
     assert easy.next(1, 64) == 4
     for _ in range(20):
-        easy.observe(4, torch.tensor([4]), torch.tensor([4]))
-        hard.observe(4, torch.tensor([1]), torch.tensor([4]))
-        even.observe(4, torch.tensor([2]), torch.tensor([4]))
+        easy.observe(4, [4], [4])
+        hard.observe(4, [1], [4])
+        even.observe(4, [2], [4])
         # Near the end of an image a pass could not give more.
-        even.observe(4, torch.tensor([1]), torch.tensor([1]))
+        even.observe(4, [1], [1])
     assert (easy.next(1, 64), hard.next(1, 64), even.next(1, 64)) == (16, 1, 4)
     assert even.goodput(1, 4) == pytest.approx(2 / 1.5)
 

@@ -237,7 +237,8 @@ def test_kl8_as_an_autoencoder_of_diffusers(files):
 
 
 def test_other_widths_are_no_squares(files):
-    vae = MARAutoencoder(**KL8 | {"latent_dim": 3}).state_dict()
+    sizes: Any = KL8 | {"latent_dim": 3}
+    vae = MARAutoencoder(**sizes).state_dict()
     with pytest.raises(InputError, match="latents of width 3"):
         MAR.from_official(files[0], vae, num_heads=2, grid=(2, 3))
 

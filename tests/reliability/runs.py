@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "eval"), str(HERE.parent)]
 
-import maker  # noqa: E402
+import maker  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 from arvision import comparison  # noqa: E402
 from arvision.eval import get_extractor  # noqa: E402

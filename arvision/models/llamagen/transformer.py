@@ -173,7 +173,8 @@ class CaptionEmbedding(Entered):
     @entry
     def null(self, like: Tensor) -> Tensor:
         """The null caption for each row of features `like` [R, L, caption_dim], in their type."""
-        return self.uncond_embedding.to(like).expand_as(like)
+        table: Any = self.uncond_embedding
+        return table.to(like).expand_as(like)
 
 
 class CaptionProjection(nn.Module):

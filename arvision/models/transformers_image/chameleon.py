@@ -303,7 +303,8 @@ class Chameleon(TransformersImageModel):
         vq = self.base.model.vqmodel
         latents = vq.quantize.embedding(tokens).unflatten(1, (rows, columns))
         latents = vq.post_quant_conv(latents.permute(0, 3, 1, 2))
-        return self.decoder(latents.to(next(self.decoder.parameters()).dtype))
+        decoder: Any = self.decoder
+        return decoder(latents.to(next(decoder.parameters()).dtype))
 
 
 def image_ids(vocabulary: Mapping[str, int]) -> list[int]:
