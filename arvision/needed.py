@@ -51,6 +51,12 @@ def index_of(name: str, files: Mapping[str, Any]) -> str:
     )
 
 
+def _is_part(name: str, value: Any) -> bool:
+    """Whether an entry of an index names a part, [library, class], and not an option of two values."""
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(each, str) for each in value) and name != "class_names"
+
+
 def needed_files(
     name: str,
     files: Mapping[str, Any],
@@ -73,8 +79,7 @@ def needed_files(
     content = read(index)
     parts = [""]
     if index == "model_index.json":
-        listed = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2}
-        parts = [f"{part}/" for part, (library, _) in listed.items() if library is not None]
+        parts = [f"{part}/" for part, value in content.items() if _is_part(part, value)]
     found = [index]
     has_variant = False
     for part in parts:

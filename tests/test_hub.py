@@ -85,6 +85,18 @@ def test_first_download_then_the_cache(hub, load, tiny_pipeline, tmp_path):
     ]
 
 
+def test_options_of_two_values_are_no_parts(hub, load, tmp_path, tiny_pipeline):
+    path = tmp_path / "two"
+    tiny_pipeline.save_pretrained(path)
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"guidance_scale": [2.0, 3.0], "class_names": ["cat", "dog"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    hub.repos["some-one/two"] = path
+    with pytest.raises(CheckpointError, match="class_names"):  # the model has three
+        load("some-one/two")
+    assert not [name for name in hub.asked if "class_names/" in name or "guidance_scale/" in name]
+
+
 def test_revisions_and_variants(hub, load):
     load(revision="v1")
     load(variant="fp16", revision=COMMIT)
