@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_captions_of_different_lengths():
     assert torch.equal(fixed.tokens, loop.tokens)
 
 
+@pytest.mark.skipif(
+    "isolate_recompiles" not in signature(torch.compile).parameters,
+    reason="this torch counts compiled steps as recompilations of one another",
+)
 @pytest.mark.parametrize("sampler", ["ar", "sjd:window=6", "sjd:window=6:coupling=maximal"])
 def test_a_step_is_one_graph_and_is_compiled_once(model, sampler, monkeypatch):
     graphs = []
