@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,12 +17,12 @@ from ..contracts import (
     Editable,
     Overruns,
     Samples,
-    TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
-from .fixed_step import FixedStep
+from .fixed_step import fixed_rounds, why_no_fixed_rounds
+from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of, with_root
@@ -71,13 +72,6 @@ class Branches(Protocol):
     """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
 
     branches: bool
-
-
-@runtime_checkable
-class FixedDrafter(Protocol):
-    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
-
-    has_fixed_shapes: bool
 
 
 class NoDrafter:
@@ -175,20 +169,26 @@ def decode_tokens(
     drafter.start(run.noise, model.vocab_size, run.num_tokens)
     if isinstance(drafter, Attached):
         drafter.attach(state, conditions)
+    if run.given is not None and isinstance(drafter, KeepsGiven):
+        drafter.keep(run.given)
     # Asked once: a protocol's answer takes as long as a small operator.
     tells_hidden = isinstance(state, TellsHidden)
     hidden = cast(TellsHidden, state).hidden if tells_hidden else None
-    prefill = _prefill_chain(logits, shape, run.noise, hidden)
+    if run.given is not None:
+        run.skip(run.given.num_leading)
+        rows.lengths = run.lengths.clone()
+        logits, hidden = read_beginning(state, run.given, logits, hidden)
+    prefill = _prefill_chain(logits, shape, run.noise, rows.lengths, hidden)
     run.watch_laws(prefill.target_logp)
-    first = rows.settle(rule(prefill))
+    first = rows.settle(rule(prefill), rows.num_read)
     drafter.observe(prefill, first)
     rows.leave(drafter)
     candidates = 0
     windows: list[int] = []
     if run.steps is not None and run.steps.drives(logits.device):
-        why_not = _no_fixed_shapes(state, drafter, stop)
+        why_not = why_no_fixed_rounds(run, state, drafter, stop)
         if why_not is None:
-            candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
+            candidates, windows = fixed_rounds(rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}
             return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
@@ -201,82 +201,56 @@ def decode_tokens(
         most = _most(room, rows, can_overrun, drafter)
         num = max(1, policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
+        front = rows.front
+        if front is not None and isinstance(drafter, Branches) and drafter.branches:
+            # A tree needs room behind given tokens; a chain may run past the end of the cache.
+            reach = max(
+                run.num_tokens - left - own for left, own in zip(room, front.nums, strict=True)
+            )
+            num = num if reach + front.most + num <= run.num_tokens + LARGEST_TREE else 1
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
         run.next_pass(rows.active)
         root = known.gather(1, lengths[:, None] - 1)
-        fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
         parents, offsets, branches = _layout(tree, lengths.device)
+        positions = lengths[:, None] + offsets
+        if rows.given is not None:
+            tree = rows.given.fill(tree, positions[:, 1:])
+        fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
+        if front is not None:
+            fed = front.feed(known, lengths, fed)
+            parents = None if parents is None else front.parents(parents)
+        candidates += fed.numel()
+        fed = rows.spread(fed)
         if tree.edit is not None:
             logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = shape(logits[rows.in_state])
-        run.watch_laws(laws)
-        candidates += laws.shape[0] * num
-        windows.append(num)
         hidden = cast(TellsHidden, state).hidden if tells_hidden else None
+        logits, hidden = rows.behind(logits, front, num), rows.behind(hidden, front, num)
+        laws = shape(logits)
+        run.watch_laws(laws)
+        windows.append(num)
         batch = Round(
             tree.tokens,
             tree.logq,
             laws,
-            lengths[:, None] + offsets,
+            positions,
             rows.noise,
             run.num_passes,
             branches,
-            None if hidden is None else hidden[rows.in_state],
+            hidden,
         )
-        verdict = rule(batch)
-        verdict = rows.settle(verdict)
+        judged = batch
+        if rows.given is not None:
+            judged = replace(batch, target_logp=rows.given.pin(laws, positions))
+        verdict = rows.settle(rule(judged))
         policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
-        rows.commit(verdict, num)
+        rows.commit(verdict, num, front)
         rows.leave(drafter)
     return run.samples(candidates=candidates, windows=windows, step="loop")
-
-
-def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
-    """Why a run cannot be made of fixed steps; None where it can."""
-    if not isinstance(state, TakesFixedChains):
-        return "this model has no passes of fixed shapes"
-    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
-    return None if stop is None else "what ends a row is looked up on the host"
-
-
-def _fixed_rounds(
-    rows: _Rows,
-    state: Any,
-    drafter: Drafter,
-    rule: Rule,
-    shape: Callable[[Tensor], Tensor],
-    policy: WindowPolicy,
-) -> tuple[int, list[int]]:
-    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
-    run, candidates, windows = rows.run, 0, []
-    run.noise.reserve(2 * run.num_tokens)
-    ready, step = None, None
-    while rows.num_going and not run.stopped:
-        rows.shrink(drafter)
-        window = max(1, policy.next(rows.num_active, run.num_tokens))
-        if ready is None or step is None or step.is_other(rows.active, window):
-            known, lengths = rows.known()
-            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            first = tree.tokens, tree.logq
-            step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
-            )
-            ready = run.steps.ready(step)
-        for _ in range(run.steps.reads_every):
-            ready()
-            run.num_passes += 1
-            windows.append(window)
-        candidates += run.steps.reads_every * rows.num_active * window
-        room = rows.room
-        rows.catch_up(step.lengths)
-        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
-    return candidates, windows
 
 
 def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
@@ -302,11 +276,14 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
 
 
 def _prefill_chain(
-    logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise, hidden: Tensor | None
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
 ) -> Round:
-    """A chain without drafts: the prefill's law of the first token."""
-    laws = shape(logits)[:, None]
-    positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
     return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
@@ -318,8 +295,11 @@ class _Rows:
         self._advances = isinstance(state, Advances)
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
-        self.lengths = torch.zeros_like(self.active)
-        self.room = [run.num_tokens] * run.batch
+        self.lengths = run.lengths.clone()
+        self.given = run.given
+        self.num_read = [0] * run.batch if run.given is None else run.given.num_leading
+        self.room = [run.num_tokens - num for num in self.num_read]
+        self._skipped = [0] * run.batch
         self.in_state: Any = slice(None)
         self.num_in_state = run.batch
         self.frozen_room = run.num_tokens
@@ -335,6 +315,20 @@ class _Rows:
         """Tokens [B', N] and lengths [B'] of the active rows."""
         tokens = self.run.tokens
         return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
+
+    @property
+    def front(self) -> Front | None:
+        """Given tokens that the state has not read yet; None where there are none."""
+        if not any(self._skipped):
+            return None
+        return Front(self._skipped, torch.tensor(self._skipped, device=self.active.device))
+
+    def behind(self, values: Any, front: Front | None, num: int) -> Any:
+        """Of values [R, K + num, C] of a pass those of the active rows and the candidates."""
+        if values is None:
+            return None
+        values = values[self.in_state]
+        return values if front is None else front.pick(values, num)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -364,10 +358,15 @@ class _Rows:
         if 2 * self.num_going <= self.num_active:
             self.leave(drafter)
 
-    def settle(self, verdict: Verdict) -> Verdict:
+    def settle(self, verdict: Verdict, num_read: Sequence[int] | None = None) -> Verdict:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
-        The one place where a round waits for the device.
+        Given tokens right behind what became final are final with it. The one place where a round
+        waits for the device.
+
+        Args:
+            verdict: of the rule.
+            num_read: given tokens of each row that were read before its first round.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         counts = torch.minimum(counts, run.num_tokens - self.lengths)
@@ -382,18 +381,35 @@ class _Rows:
             if stays != given:
                 given, counts = stays, torch.tensor(stays, device=counts.device)
         run.record_rows(self.active, self.lengths, tokens, counts)
-        self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        moved, told, known = counts, given, None
+        if run.given is not None:
+            places = [run.num_tokens - room for room in self.room]
+            known = self._skipped = list(map(run.given.run_at, self._images, places))
+            self.room = [room - count for room, count in zip(self.room, known, strict=True)]
+            moved = counts + torch.tensor(known, device=counts.device)
+            told = [count + more for count, more in zip(given, known, strict=True)]
+            if num_read is not None:
+                known = [count + more for count, more in zip(known, num_read, strict=True)]
+        self.lengths = self.lengths + moved
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
-        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
-        return Verdict(tokens, counts, verdict.path, given)
+        run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given, known)
 
-    def commit(self, verdict: Verdict, num: int) -> None:
+    def commit(self, verdict: Verdict, num: int, front: Front | None) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
         Rows that are finished keep nothing: they leave, or wait where they are.
+
+        Args:
+            verdict: of the round.
+            num: candidates of the pass.
+            front: given tokens that it read before them, which stay.
         """
         counts, given = verdict.counts, verdict.given or []
+        if front is not None:
+            counts, num = counts + front.counts, num + front.most
+            given = [count + more for count, more in zip(given, front.nums, strict=True)]
         if not all(self._going):
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = torch.tensor(given, device=counts.device)
@@ -406,7 +422,7 @@ class _Rows:
         else:
             root = verdict.path.new_zeros(len(verdict.path), 1)
             path = torch.cat([root, verdict.path + 1], dim=1)
-            kept = self.spread(path)
+            kept = self.spread(path if front is None else front.path(path))
         self._state.commit(kept, self.spread(counts))
 
     def leave(self, drafter: Drafter) -> None:
@@ -428,5 +444,7 @@ class _Rows:
         self.active, self.lengths = self.active[keep], self.lengths[keep]
         self._images = [self._images[place] for place in places]
         self.room = [self.room[place] for place in places]
+        self._skipped = [self._skipped[place] for place in places]
+        self.given = None if self.given is None else self.given.select(places)
         self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

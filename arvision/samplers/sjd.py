@@ -91,6 +91,8 @@ class SJDSampler(TokenSampler):
 
     local_files = ("cost_file",)
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,
