@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -153,15 +153,15 @@ def read_beginning(
     images = torch.arange(len(nums), device=logits.device)
     for first in range(0, max(nums), AT_ONCE):
         num = min(AT_ONCE, max(nums) - first)
-        out = state.extend(given.values[:, first : first + num].clamp(min=0))
+        out: Tensor = cast(Any, state).extend(given.values[:, first : first + num].clamp(min=0))
         read = torch.tensor([min(max(count - first, 0), num) for count in nums], device=out.device)
         ends = torch.tensor([first < count <= first + num for count in nums], device=out.device)
         last = (read - 1).clamp(min=0)
         logits = torch.where(ends[:, None], out[images, last], logits)
         if hidden is not None:
-            found = state.hidden[images, last][:, None]
+            found = cast(Any, state).hidden[images, last][:, None]
             hidden = torch.where(ends[:, None, None], found, hidden)
-        state.commit(torch.arange(num, device=out.device).expand(len(nums), num), read)
+        cast(Any, state).commit(torch.arange(num, device=out.device).expand(len(nums), num), read)
     return logits, hidden
 
 
