@@ -12,7 +12,7 @@ from ..contracts import Schedule
 from ..errors import InputError
 from ..kernels.sampling import Shaping, guide
 
-__all__ = ["Shaping", "check_guidance_scale", "guide", "joined_scales", "per_scale"]
+__all__ = ["Shaping", "check_guidance_scale", "guide", "joined_scales", "per_scale", "shape_rows"]
 
 
 def check_guidance_scale(scale: Any) -> None:
@@ -47,6 +47,27 @@ def joined_scales(own: Any, num: int, other: Any, others: int, like: Tensor) -> 
         for scale, count in ((own, num), (other, others))
     ]
     return torch.cat(parts)
+
+
+def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Tensor:
+    """Each row's own law.
+
+    Args:
+        logits: [B, ..., V], guided.
+        shapings: one per row.
+
+    Returns:
+        Log-probabilities [B, ..., V], in each row those of its shaping alone.
+    """
+    groups: dict[Shaping, list[int]] = {}
+    for row, shaping in enumerate(shapings):
+        groups.setdefault(shaping, []).append(row)
+    if len(groups) == 1:
+        return next(iter(groups))(logits)
+    laws = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for shaping, rows in groups.items():
+        laws[rows] = shaping(logits[rows])
+    return laws
 
 
 def per_scale(name: str, value: Schedule, num_scales: int) -> list[float]:
