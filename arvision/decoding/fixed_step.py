@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..contracts import TakesFixedChains
 from ..errors import InputError, as_integer, unknown_name
+from .drafter import Drafter, FixedDrafter, WindowPolicy
 from .noise import Noise
 from .run import Run
 from .verify import Round, Rule, Verdict
@@ -36,13 +37,6 @@ ISOLATED = (
     else {}
 )
 """Compiled steps do not count as recompilations of one another; older torch lacks the word."""
-
-
-@runtime_checkable
-class FixedDrafter(Protocol):
-    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
-
-    has_fixed_shapes: bool
 
 
 class FixedStep:
@@ -220,10 +214,10 @@ def why_no_fixed_rounds(run: Run, state: Any, drafter: Any, stop: Any) -> str | 
 def fixed_rounds(
     rows: Any,
     state: Any,
-    drafter: Any,
+    drafter: Drafter,
     rule: Rule,
     shape: Callable[[Tensor], Tensor],
-    policy: Any,
+    policy: WindowPolicy,
 ) -> tuple[int, list[int]]:
     """The rounds after the prefill, made of fixed steps; candidates and windows.
 

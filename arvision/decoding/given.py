@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..contracts import Overruns
 from ..errors import InputError
+from .drafter import LARGEST_TREE, Branches
 from .tree import TokenTree
 
 
@@ -189,6 +190,20 @@ class Front:
     def most(self) -> int:
         """K."""
         return max(self.nums)
+
+    def leaves_room(self, num_tokens: int, room: Sequence[int], num: int, drafter: Any) -> bool:
+        """Whether `num` candidates fit behind; a chain may run past the end of the cache.
+
+        Args:
+            num_tokens: N.
+            room: tokens that each row lacks.
+            num: candidates.
+            drafter: of these.
+        """
+        if not (isinstance(drafter, Branches) and drafter.branches):
+            return True
+        reach = max(num_tokens - left - own for left, own in zip(room, self.nums, strict=True))
+        return reach + self.most + num <= num_tokens + LARGEST_TREE
 
     def _own(self, num: int) -> Tensor:
         """[B, K + num]: which candidate each thing that is fed is; negative for given tokens."""

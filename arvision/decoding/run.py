@@ -123,6 +123,18 @@ class Run:
         self.lengths += torch.tensor(counts, device=self.lengths.device)
         self._num_final += sum(counts)
 
+    def reopen(self, places: Sequence[int], seeds: Seeds) -> None:
+        """Begin other images in some places, whose images are finished.
+
+        Args:
+            places: of the new images.
+            seeds: one for each.
+        """
+        index = torch.tensor(list(places), device=self.tokens.device)
+        self.noise.replace(index, seeds)
+        for book in (self._tokens, self._commit_pass, self.lengths, self.passes):
+            book[index] = 0
+
     def next_pass(self, images: Tensor | None = None) -> None:
         """The model is called once more, for `images` [A]; None for all."""
         self.num_passes += 1
