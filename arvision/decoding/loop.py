@@ -171,6 +171,7 @@ def decode_tokens(
     """
     state, logits = model.start(conditions, run.guidance_scale)
     run.begin(logits.device)
+    run.noise.reserve(1)
     rows = _Rows(run, state, stop)
     drafter.start(run.noise, model.vocab_size, run.num_tokens)
     if isinstance(drafter, Attached):
@@ -195,24 +196,28 @@ def decode_tokens(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )
     can_overrun = isinstance(state, Overruns) and state.allows_overrun
+    can_branch = isinstance(drafter, Branches)
     while rows.num_active and not run.stopped:
         known, lengths = rows.known()
         room = rows.room
-        most = _most(room, rows, can_overrun, drafter)
+        branches = can_branch and cast(Branches, drafter).branches
+        most = _most(room, rows, can_overrun, branches)
         num = max(1, policy.next(rows.num_active, most))
-        run.noise.reserve(run.num_tokens - min(room) + num)
+        run.noise.reserve(run.num_tokens - min(room) + num, run.num_tokens - max(room))
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
-        run.next_pass(rows.active)
-        root = known.gather(1, lengths[:, None] - 1)
-        fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
-        parents, offsets, branches = _layout(tree, lengths.device)
+        run.next_pass(rows.active if rows.num_active < run.batch else None)
+        fed = rows.roots(known)
+        if num > 1:
+            fed = torch.cat([fed, tree.tokens.clamp(min=0)], dim=1)
+        fed = rows.spread(fed)
+        parents, offsets, topology = _layout(tree, lengths.device)
         if tree.edit is not None:
             logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = shape(logits[rows.in_state])
+        laws = shape(rows.gather(logits))
         run.watch_laws(laws)
         candidates += laws.shape[0] * num
         windows.append(num)
@@ -224,8 +229,8 @@ def decode_tokens(
             lengths[:, None] + offsets,
             rows.noise,
             run.num_passes,
-            branches,
-            None if hidden is None else hidden[rows.in_state],
+            topology,
+            None if hidden is None else rows.gather(hidden),
         )
         verdict = rule(batch)
         verdict = rows.settle(verdict)
@@ -279,11 +284,11 @@ def _fixed_rounds(
     return candidates, windows
 
 
-def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
+def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, branches: bool) -> int:
     """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
     if not can_overrun:
         return min(*room, rows.frozen_room)
-    if isinstance(drafter, Branches) and drafter.branches:
+    if branches:
         return LARGEST_TREE
     # With a draft even for the last token, an image does not depend on how long others take.
     return max(room) + 1
@@ -336,6 +341,22 @@ class _Rows:
         tokens = self.run.tokens
         return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all images of the run are active and stand at the same place."""
+        return self.num_active == self.run.batch and len(set(self.room)) == 1
+
+    def roots(self, known: Tensor) -> Tensor:
+        """The last known token of each active row, [B', 1], of tokens [B', N]."""
+        if not self.is_even:
+            return known.gather(1, self.lengths[:, None] - 1)
+        length = self.run.num_tokens - self.room[0]
+        return known[:, length - 1 : length]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The active rows [B', ...] of what the state says of all of its rows."""
+        return rows if isinstance(self.in_state, slice) else rows[self.in_state]
+
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
         if isinstance(self.in_state, slice):
@@ -370,22 +391,31 @@ class _Rows:
         The one place where a round waits for the device.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
-        counts = torch.minimum(counts, run.num_tokens - self.lengths)
         stopped = [False] * self.num_active
         if self._stop is None:
-            (given,) = run.read(counts)
+            (found,) = run.read(counts)
+            given = [min(pair) for pair in zip(found, self.room, strict=True)]
         else:
-            given, read = run.read(counts, tokens)
+            found, read = run.read(counts, tokens)
             width = tokens.shape[1]
-            new = [read[row * width :][:count] for row, count in enumerate(given)]
-            stays, stopped = self._stop(self._images, new)
-            if stays != given:
-                given, counts = stays, torch.tensor(stays, device=counts.device)
-        run.record_rows(self.active, self.lengths, tokens, counts)
+            new = [
+                read[row * width :][: min(count, self.room[row])] for row, count in enumerate(found)
+            ]
+            given, stopped = self._stop(self._images, new)
+        if given != found:
+            counts = torch.tensor(given, device=counts.device)
+        if self.is_even and len(set(given)) == 1:
+            run.record_block(run.num_tokens - self.room[0], tokens, given[0])
+        else:
+            run.record_rows(self.active, self.lengths, tokens, counts)
         self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
-        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
+        if self.num_active == run.batch:
+            run.lengths = self.lengths
+            run.tell(counts, given, tokens=run.tokens, lengths=run.lengths)
+        else:
+            run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
         return Verdict(tokens, counts, verdict.path, given)
 
     def commit(self, verdict: Verdict, num: int) -> None:

@@ -35,8 +35,11 @@ PURPOSES = {
 MEMO_ELEMENTS = 1 << 23
 """Gumbel values kept per `Noise`: up to this many, each is computed once."""
 
-MADE_AT_ONCE = 1 << 18
-"""Of these, made in one go."""
+MADE_AT_ONCE = 1 << 16
+"""Of these, made in one go: words and doubles on the way take several times their memory."""
+
+AHEAD = 32
+"""Positions made ahead of need at most, where they are few values: a call costs as much as many."""
 
 
 def parse_seeds(seeds: Seeds) -> list[tuple[int, int]]:
@@ -72,7 +75,7 @@ class Noise:
         words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in pairs]
         self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
         self._memo = _Memo(self._words)
-        self._rows = torch.arange(len(words), device=self._words.device)
+        self._rows = torch.arange(len(words), device=self._words.device)[:, None]
 
     def __len__(self) -> int:
         return len(self._words)
@@ -89,13 +92,13 @@ class Noise:
         chosen._memo = self._memo
         return chosen
 
-    def reserve(self, num_positions: int) -> None:
-        """Promise that `gumbel` is asked for positions below `num_positions` until the next promise.
+    def reserve(self, end: int, begin: int = 0) -> None:
+        """Promise that `gumbel` is asked for positions `begin` to `end` - 1 until the next promise.
 
-        Without a promise `gumbel` looks at the positions it is given, which an accelerator has to
-        wait for.
+        Numbers of earlier positions are forgotten then. Without a promise `gumbel` looks at the
+        positions it is given, which an accelerator has to wait for.
         """
-        self._memo.promised = num_positions
+        self._memo.promise(begin, end)
 
     def uniform(
         self,
@@ -116,8 +119,14 @@ class Noise:
         Returns:
             [B, T], or [B, T, num].
         """
-        uniforms = _uniform(self._words, positions, purpose, round_number, num or 1)
+        uniforms = _uniform(self._words, positions, [purpose], round_number, num or 1)[0]
         return uniforms[..., 0] if num is None else uniforms
+
+    def uniforms(
+        self, positions: Tensor, purposes: Sequence[str], round_number: Tensor | int = 0
+    ) -> Tensor:
+        """`uniform` of several purposes at once, [purposes, B, T]."""
+        return _uniform(self._words, positions, purposes, round_number, 1)[..., 0]
 
     def normal(
         self, positions: Tensor, num: int, purpose: str, round_number: Tensor | int = 0
@@ -136,57 +145,90 @@ class Noise:
 
         They have no round: every pass, window and sampler sees the same ones.
         """
-        if self._memo.promised is None and positions.numel():
-            reach = int(positions.max()) + 1
-        else:
-            reach = self._memo.promised or 0
-        table = self._memo.table(reach, num, dtype)
+        memo = self._memo
+        begin, end = memo.promised or _range(positions)
+        table = memo.table(begin, end, num, dtype)
         if table is None:
             return _gumbel(self._words, positions, num).to(dtype)
-        return table[self._rows[:, None], positions]
+        return table[self._rows, positions & (table.shape[1] - 1)]
+
+
+def _range(positions: Tensor) -> tuple[int, int]:
+    """The first position and the one behind the last."""
+    if not positions.numel():
+        return 0, 0
+    first, last = torch.stack(positions.aminmax()).tolist()
+    return first, last + 1
 
 
 class _Memo:
-    """Gumbel numbers of the images that a run began with, computed once as long as they are few."""
+    """Gumbel numbers of the images that a run began with, at the positions that are at work.
+
+    A ring: position p stands in row p modulo its length, a power of two.
+    """
 
     def __init__(self, words: Tensor) -> None:
         self._words = words
-        self._table: Tensor | None = None
-        self.promised: int | None = None
+        self._ring: Tensor | None = None
+        self._begin = self._end = 0
+        self.promised: tuple[int, int] | None = None
 
-    def table(self, reach: int, num: int, dtype: torch.dtype) -> Tensor | None:
-        """Numbers [B, P, num] of at least `reach` positions; None where they are too many."""
-        made = self._table
-        is_right = made is not None and made.shape[2] == num and made.dtype == dtype
-        if made is not None and is_right and reach <= made.shape[1]:
-            return made
-        # Room for the positions to come, so that a typical image is computed in one go.
-        length = max(64, 1 << (reach - 1).bit_length())
-        if len(self._words) * length * num > MEMO_ELEMENTS:
+    def promise(self, begin: int, end: int) -> None:
+        """Nothing outside of this range is asked for; see `Noise.reserve`."""
+        self.promised = begin, end
+        if self._ring is not None:
+            self.table(begin, end, self._ring.shape[2], self._ring.dtype)
+
+    def table(self, begin: int, end: int, num: int, dtype: torch.dtype) -> Tensor | None:
+        """The ring [B, P, num] with all of a range of positions; None where they are too many."""
+        ring = self._ring
+        is_right = ring is not None and ring.shape[2] == num and ring.dtype == dtype
+        if ring is not None and is_right and self._begin <= begin and end <= self._end:
+            return ring
+        size = max(1, len(self._words) * num)
+        ahead = max(1, min(AHEAD, MADE_AT_ONCE // size)) if self.promised else 1
+        end = -(-end // ahead) * ahead
+        length = 1 << max(0, end - begin - 1).bit_length()
+        if length * size > MEMO_ELEMENTS:
+            self._ring = None
             return None
-        batch, device = len(self._words), self._words.device
-        every = torch.arange(length, device=device).expand(batch, length)
-        table = torch.empty(batch, length, num, dtype=dtype, device=device)
-        # Words and doubles on the way take several times the table's memory.
-        step = max(1, MADE_AT_ONCE // (batch * num))
-        for first in range(0, length, step):
-            part = slice(first, first + step)
-            table[:, part] = _gumbel(self._words, every[:, part], num).to(dtype)
-        self._table = table
-        return table
+        goes_on = is_right and self._begin <= begin <= self._end
+        made = self._end if goes_on else begin
+        if ring is None or not goes_on or length > ring.shape[1]:
+            wider = self._words.new_empty(len(self._words), length, num, dtype=dtype)
+            if ring is not None and goes_on:
+                held = torch.arange(begin, made, device=wider.device)
+                wider[:, held & (length - 1)] = ring[:, held & (ring.shape[1] - 1)]
+            self._ring = ring = wider
+        step = max(1, MADE_AT_ONCE // size)
+        for first in range(made, end, step):
+            part = torch.arange(first, min(first + step, end), device=ring.device)
+            numbers = _gumbel(self._words, part.expand(len(self._words), -1), num)
+            ring[:, part & (ring.shape[1] - 1)] = numbers.to(dtype)
+        self._begin, self._end = begin, end
+        return ring
 
 
 def _uniform(
-    identities: Tensor, positions: Tensor, purpose: str, round_number: Tensor | int, num: int
+    identities: Tensor,
+    positions: Tensor,
+    purposes: Sequence[str],
+    round_number: Tensor | int,
+    num: int,
 ) -> Tensor:
-    """Numbers [B, T, num] for identities [B, 3] (seed low and high, image), positions [B, T]."""
-    low, high, image = (word[:, None, None] for word in identities.unbind(1))
+    """Numbers [purposes, B, T, num], identities [B, 3] (seed low and high, image), positions [B, T]."""
+    low, high, image = identities.t()[..., None, None]
     lanes = torch.arange(-(-num // 4), device=positions.device)
-    use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
-    use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
+    codes = [PURPOSES[purpose] for purpose in purposes]
+    use = torch.tensor(codes, device=positions.device)[:, None, None, None]
+    if isinstance(round_number, Tensor):
+        use = (use + 256 * round_number.expand_as(positions)[..., None]) & 0xFFFFFFFF
+    elif round_number:
+        use = (use + 256 * round_number) & 0xFFFFFFFF
     words = philox4x32((image, positions[..., None], lanes, use), (low, high)).flatten(-2)
-    return ((words.double() + 0.5) * 2.0**-32)[..., :num]
+    return words.double().add_(0.5).mul_(2.0**-32)[..., :num]
 
 
 def _gumbel(identities: Tensor, positions: Tensor, num: int) -> Tensor:
-    return -(-_uniform(identities, positions, "token", 0, num).log()).log()
+    uniforms = _uniform(identities, positions, ["token"], 0, num)[0]
+    return uniforms.log_().neg_().log_().neg_()

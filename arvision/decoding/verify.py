@@ -85,7 +85,7 @@ Rule = Callable[[Round], Verdict]
 def num_final(passes: Tensor) -> Tensor:
     """Final tokens [B] along chains: the drafts that pass, [B, m], up to the first that does not,
     and the token in the place of that one (or the bonus)."""
-    return passes.long().cumprod(dim=1).sum(dim=1) + 1
+    return passes.cumprod(dim=1, dtype=torch.int64).sum(dim=1) + 1
 
 
 def follow(batch: Round, choice: Tensor) -> Verdict:
@@ -96,6 +96,8 @@ def follow(batch: Round, choice: Tensor) -> Verdict:
         choice: [B, m + 1] int64, the token chosen under each law.
     """
     if batch.topology is None:
+        if choice.shape[1] == 1:
+            return Verdict(choice, torch.ones_like(choice[:, 0]))
         return Verdict(choice, num_final(batch.drafts == choice[:, :-1]))
     laws = batch.topology.laws.expand(batch.drafts.shape)
     return deepest(batch, batch.drafts == choice.gather(1, laws), choice)
@@ -243,11 +245,9 @@ def fresh(chain: Round) -> Tensor:
 def _couple(chain: Round, coupling: str) -> Verdict:
     """The window's numbers, and the kernel that decides by them."""
     places = chain.positions
-    uniforms = [
-        chain.noise.uniform(places[:, :-1], "accept", chain.number),
-        chain.noise.uniform(places[:, :-1], "recover", chain.number),
-        chain.noise.uniform(places, "token", chain.number),
-    ]
+    uses = ("accept", "recover", "token")
+    accepts, recovers, tokens = chain.noise.uniforms(places, uses, chain.number)
+    uniforms = (accepts[:, :-1], recovers[:, :-1], tokens)
     laws = (draft_laws(chain).to(chain.target_logp.dtype), chain.target_logp)
     return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
