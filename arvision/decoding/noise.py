@@ -76,6 +76,8 @@ class Noise:
         self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
         self._memo = _Memo(self._words)
         self._rows = torch.arange(len(words), device=self._words.device)[:, None]
+        self._places: tuple[Tensor, int] | None = None
+        self._is_whole = True
 
     def __len__(self) -> int:
         return len(self._words)
@@ -89,8 +91,16 @@ class Noise:
         """The noise of some of the images, rows [B']."""
         chosen = object.__new__(Noise)
         chosen._words, chosen._rows = self._words[rows], self._rows[rows]
-        chosen._memo = self._memo
+        chosen._memo, chosen._places, chosen._is_whole = self._memo, None, False
         return chosen
+
+    def places(self, begin: int, num: int) -> Tensor:
+        """Positions `begin`, `begin` + 1, ... of all images, [B, num], which `gumbel` knows again."""
+        line = torch.arange(begin, begin + num, device=self.device)
+        positions = line.expand(len(self), -1)
+        if self._is_whole:
+            self._places = positions, begin
+        return positions
 
     def reserve(self, end: int, begin: int = 0) -> None:
         """Promise that `gumbel` is asked for positions `begin` to `end` - 1 until the next promise.
@@ -119,14 +129,8 @@ class Noise:
         Returns:
             [B, T], or [B, T, num].
         """
-        uniforms = _uniform(self._words, positions, [purpose], round_number, num or 1)[0]
+        uniforms = _uniform(self._words, positions, purpose, round_number, num or 1)
         return uniforms[..., 0] if num is None else uniforms
-
-    def uniforms(
-        self, positions: Tensor, purposes: Sequence[str], round_number: Tensor | int = 0
-    ) -> Tensor:
-        """`uniform` of several purposes at once, [purposes, B, T]."""
-        return _uniform(self._words, positions, purposes, round_number, 1)[..., 0]
 
     def normal(
         self, positions: Tensor, num: int, purpose: str, round_number: Tensor | int = 0
@@ -150,7 +154,12 @@ class Noise:
         table = memo.table(begin, end, num, dtype)
         if table is None:
             return _gumbel(self._words, positions, num).to(dtype)
-        return table[self._rows, positions & (table.shape[1] - 1)]
+        length = table.shape[1]
+        if self._places is not None and positions is self._places[0]:
+            first = self._places[1] & (length - 1)
+            if first + positions.shape[1] <= length:
+                return table[:, first : first + positions.shape[1]]
+        return table[self._rows, positions & (length - 1)]
 
 
 def _range(positions: Tensor) -> tuple[int, int]:
@@ -210,25 +219,17 @@ class _Memo:
 
 
 def _uniform(
-    identities: Tensor,
-    positions: Tensor,
-    purposes: Sequence[str],
-    round_number: Tensor | int,
-    num: int,
+    identities: Tensor, positions: Tensor, purpose: str, round_number: Tensor | int, num: int
 ) -> Tensor:
-    """Numbers [purposes, B, T, num], identities [B, 3] (seed low and high, image), positions [B, T]."""
+    """Numbers [B, T, num] for identities [B, 3] (seed low and high, image), positions [B, T]."""
     low, high, image = identities.t()[..., None, None]
     lanes = torch.arange(-(-num // 4), device=positions.device)
-    codes = [PURPOSES[purpose] for purpose in purposes]
-    use = torch.tensor(codes, device=positions.device)[:, None, None, None]
-    if isinstance(round_number, Tensor):
-        use = (use + 256 * round_number.expand_as(positions)[..., None]) & 0xFFFFFFFF
-    elif round_number:
-        use = (use + 256 * round_number) & 0xFFFFFFFF
-    words = philox4x32((image, positions[..., None], lanes, use), (low, high)).flatten(-2)
-    return words.double().add_(0.5).mul_(2.0**-32)[..., :num]
+    use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
+    if use.dim():
+        use = use.expand_as(positions)[..., None]
+    words = (image, positions[..., None], lanes, use & 0xFFFFFFFF)
+    return philox4x32(words, (low, high)).flatten(-2).double().add_(0.5).mul_(2.0**-32)[..., :num]
 
 
 def _gumbel(identities: Tensor, positions: Tensor, num: int) -> Tensor:
-    uniforms = _uniform(identities, positions, ["token"], 0, num)[0]
-    return uniforms.log_().neg_().log_().neg_()
+    return _uniform(identities, positions, "token", 0, num).log_().neg_().log_().neg_()

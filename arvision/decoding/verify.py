@@ -245,9 +245,11 @@ def fresh(chain: Round) -> Tensor:
 def _couple(chain: Round, coupling: str) -> Verdict:
     """The window's numbers, and the kernel that decides by them."""
     places = chain.positions
-    uses = ("accept", "recover", "token")
-    accepts, recovers, tokens = chain.noise.uniforms(places, uses, chain.number)
-    uniforms = (accepts[:, :-1], recovers[:, :-1], tokens)
+    uniforms = [
+        chain.noise.uniform(places[:, :-1], "accept", chain.number),
+        chain.noise.uniform(places[:, :-1], "recover", chain.number),
+        chain.noise.uniform(places, "token", chain.number),
+    ]
     laws = (draft_laws(chain).to(chain.target_logp.dtype), chain.target_logp)
     return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 
