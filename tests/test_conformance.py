@@ -122,7 +122,8 @@ def test_stopping_from_the_callback(model):
 
 
 @pytest.mark.parametrize(
-    "name", [*TOKEN_SAMPLERS, "sjd:tree=drift", "sjd:tree=static:coupling=maximal", "sjd:init=above"]
+    "name",
+    [*TOKEN_SAMPLERS, "sjd:tree=drift", "sjd:tree=static:coupling=maximal", "sjd:init=above"],
 )
 def test_every_number_of_a_run_is_that_of_its_position(model, name, monkeypatch):
     """What a run keeps of its noise is forgotten on the way: nothing may ask for it later."""

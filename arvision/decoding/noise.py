@@ -8,6 +8,7 @@ same image however it is made. The bits are Philox4x32-10: the key is the seed, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,13 +72,11 @@ class Noise:
     """
 
     def __init__(self, seeds: Seeds, device: torch.device | str = "cpu") -> None:
-        pairs = parse_seeds(seeds)
-        words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in pairs]
-        self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
+        self._words = _words(seeds, device)
         self._memo = _Memo(self._words)
-        self._rows = torch.arange(len(words), device=self._words.device)[:, None]
+        self._rows = torch.arange(len(self._words), device=self._words.device)[:, None]
+        self._host_rows = self._memo.every
         self._places: tuple[Tensor, int] | None = None
-        self._is_whole = True
 
     def __len__(self) -> int:
         return len(self._words)
@@ -89,26 +88,47 @@ class Noise:
 
     def select(self, rows: Tensor) -> Noise:
         """The noise of some of the images, rows [B']."""
+        return self._of(self._words[rows], self._rows[rows])
+
+    def replace(self, rows: Tensor, seeds: Seeds) -> None:
+        """Make the numbers of other images in some rows [A]; selections made before keep theirs no longer."""
+        self._words[rows] = _words(seeds, self.device)
+        self._memo.forget(rows.tolist())
+
+    def join(self, other: Noise) -> Noise:
+        """The noise of these images and, behind them, of others; both selected from the same noise."""
+        words = torch.cat([self._words, other._words])
+        return self._of(words, torch.cat([self._rows, other._rows]))
+
+    def _of(self, words: Tensor, rows: Tensor) -> Noise:
         chosen = object.__new__(Noise)
-        chosen._words, chosen._rows = self._words[rows], self._rows[rows]
-        chosen._memo, chosen._places, chosen._is_whole = self._memo, None, False
+        chosen._words, chosen._rows, chosen._memo = words, rows, self._memo
+        chosen._places = None
         return chosen
 
-    def places(self, begin: int, num: int) -> Tensor:
-        """Positions `begin`, `begin` + 1, ... of all images, [B, num], which `gumbel` knows again."""
-        line = torch.arange(begin, begin + num, device=self.device)
-        positions = line.expand(len(self), -1)
-        if self._is_whole:
-            self._places = positions, begin
-        return positions
+    @cached_property
+    def _host_rows(self) -> list[int]:
+        """Rows of the memo that the images stand in; those of a selection are read when asked for."""
+        return self._rows[:, 0].tolist()
 
-    def reserve(self, end: int, begin: int = 0) -> None:
-        """Promise that `gumbel` is asked for positions `begin` to `end` - 1 until the next promise.
+    def reserve(self, begins: Sequence[int], num: int) -> None:
+        """Promise what `gumbel` is asked for until the next promise.
 
         Numbers of earlier positions are forgotten then. Without a promise `gumbel` looks at the
         positions it is given, which an accelerator has to wait for.
+
+        Args:
+            begins: first position of each image.
+            num: positions of each.
         """
-        self._memo.promise(begin, end)
+        self._memo.promise(self._host_rows, begins, num)
+
+    def places(self, begin: int, num: int) -> Tensor:
+        """Positions `begin`, `begin` + 1, ... of all images, [B, num], which `gumbel` knows again."""
+        positions = torch.arange(begin, begin + num, device=self.device).expand(len(self), -1)
+        if self._host_rows == self._memo.every:
+            self._places = positions, begin
+        return positions
 
     def uniform(
         self,
@@ -150,72 +170,113 @@ class Noise:
         They have no round: every pass, window and sampler sees the same ones.
         """
         memo = self._memo
-        begin, end = memo.promised or _range(positions)
-        table = memo.table(begin, end, num, dtype)
+        if not memo.has_promise:
+            first, last = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
+            memo.want(dict.fromkeys(self._host_rows, (first, last + 1)))
+        table = memo.table(num, dtype)
         if table is None:
             return _gumbel(self._words, positions, num).to(dtype)
-        length = table.shape[1]
+        mask = table.shape[1] - 1
         if self._places is not None and positions is self._places[0]:
-            first = self._places[1] & (length - 1)
-            if first + positions.shape[1] <= length:
-                return table[:, first : first + positions.shape[1]]
-        return table[self._rows, positions & (length - 1)]
-
-
-def _range(positions: Tensor) -> tuple[int, int]:
-    """The first position and the one behind the last."""
-    if not positions.numel():
-        return 0, 0
-    first, last = torch.stack(positions.aminmax()).tolist()
-    return first, last + 1
+            first, width = self._places[1] & mask, positions.shape[1]
+            if first + width <= mask + 1:
+                return table[:, first : first + width]
+        return table[self._rows, positions & mask]
 
 
 class _Memo:
     """Gumbel numbers of the images that a run began with, at the positions that are at work.
 
-    A ring: position p stands in row p modulo its length, a power of two.
+    A ring for each image: position p stands in column p modulo the length, a power of two.
+
+    Attributes:
+        wanted: the positions (first, behind the last) of each image that may be asked for.
+        has_promise: whether these were promised.
+        every: all images.
     """
 
     def __init__(self, words: Tensor) -> None:
         self._words = words
         self._ring: Tensor | None = None
-        self._begin = self._end = 0
-        self.promised: tuple[int, int] | None = None
+        self._held: dict[int, tuple[int, int]] = {}
+        self.wanted: dict[int, tuple[int, int]] = {}
+        self.has_promise = self._is_ready = False
+        self.every = list(range(len(words)))
 
-    def promise(self, begin: int, end: int) -> None:
-        """Nothing outside of this range is asked for; see `Noise.reserve`."""
-        self.promised = begin, end
+    def promise(self, rows: Sequence[int], begins: Sequence[int], num: int) -> None:
+        """Of these images nothing but `num` positions behind `begins` is wanted; see `Noise.reserve`."""
+        self.has_promise = True
+        self.want({r: (first, first + num) for r, first in zip(rows, begins, strict=True)})
         if self._ring is not None:
-            self.table(begin, end, self._ring.shape[2], self._ring.dtype)
+            self.table(self._ring.shape[2], self._ring.dtype)
 
-    def table(self, begin: int, end: int, num: int, dtype: torch.dtype) -> Tensor | None:
-        """The ring [B, P, num] with all of a range of positions; None where they are too many."""
+    def want(self, positions: dict[int, tuple[int, int]]) -> None:
+        """What `table` is to hold: positions (first, behind the last) of each image."""
+        self.wanted, self._is_ready = positions, False
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """The words of some images are others now."""
+        for row in rows:
+            self._held.pop(row, None)
+        self._is_ready = False
+
+    def table(self, num: int, dtype: torch.dtype) -> Tensor | None:
+        """The rings [B, P, num] with all that is wanted; None where it is too much."""
         ring = self._ring
-        is_right = ring is not None and ring.shape[2] == num and ring.dtype == dtype
-        if ring is not None and is_right and self._begin <= begin and end <= self._end:
-            return ring
-        size = max(1, len(self._words) * num)
-        ahead = max(1, min(AHEAD, MADE_AT_ONCE // size)) if self.promised else 1
-        end = -(-end // ahead) * ahead
-        length = 1 << max(0, end - begin - 1).bit_length()
-        if length * size > MEMO_ELEMENTS:
-            self._ring = None
-            return None
-        goes_on = is_right and self._begin <= begin <= self._end
-        made = self._end if goes_on else begin
-        if ring is None or not goes_on or length > ring.shape[1]:
-            wider = self._words.new_empty(len(self._words), length, num, dtype=dtype)
-            if ring is not None and goes_on:
-                held = torch.arange(begin, made, device=wider.device)
-                wider[:, held & (length - 1)] = ring[:, held & (ring.shape[1] - 1)]
-            self._ring = ring = wider
-        step = max(1, MADE_AT_ONCE // size)
-        for first in range(made, end, step):
-            part = torch.arange(first, min(first + step, end), device=ring.device)
-            numbers = _gumbel(self._words, part.expand(len(self._words), -1), num)
-            ring[:, part & (ring.shape[1] - 1)] = numbers.to(dtype)
-        self._begin, self._end = begin, end
-        return ring
+        if ring is None or ring.shape[2] != num or ring.dtype != dtype:
+            self._ring, self._held, self._is_ready = None, {}, False
+        if not self._is_ready:
+            self._is_ready = True
+            self._prepare(num, dtype)
+        return self._ring
+
+    def _prepare(self, num: int, dtype: torch.dtype) -> None:
+        """Make what is wanted and not there yet, and some of what comes next."""
+        batch = len(self._words)
+        size = max(1, batch * num)
+        widest = max((end - first for first, end in self.wanted.values()), default=1)
+        ahead = max(1, min(AHEAD, MADE_AT_ONCE // size)) if self.has_promise else 1
+        ring = self._ring
+        if ring is None or ring.shape[1] < widest:
+            fitting = [1 << (widest + more - 2).bit_length() for more in (ahead, 1)]
+            length = next((one for one in fitting if one * size <= MEMO_ELEMENTS), None)
+            self._held, self._ring = {}, None
+            if length is None:
+                return
+            ring = self._ring = self._words.new_empty(batch, length, num, dtype=dtype)
+        ahead = min(ahead, ring.shape[1] - widest + 1)
+        missing: dict[int, list[int]] = {}
+        for row, (first, end) in self.wanted.items():
+            held_from, held_to = self._held.get(row, (first, first))
+            if not held_from <= first <= held_to:
+                held_to = first
+            if end > held_to:
+                missing.setdefault(max(end - held_to, ahead), []).append(row)
+            self._held[row] = first, held_to
+        for count, rows in missing.items():
+            self._make(ring, rows, count)
+
+    def _make(self, ring: Tensor, rows: list[int], count: int) -> None:
+        """Make `count` further numbers of some images."""
+        device, num = ring.device, ring.shape[2]
+        begins = torch.tensor([self._held[row][1] for row in rows], device=device)[:, None]
+        index = torch.tensor(rows, device=device)
+        words = self._words if rows == self.every else self._words[index]
+        # Words and doubles on the way take several times the numbers' memory.
+        step = max(1, MADE_AT_ONCE // (len(rows) * num))
+        for first in range(0, count, step):
+            places = begins + torch.arange(first, min(first + step, count), device=device)
+            numbers = _gumbel(words, places, num).to(ring.dtype)
+            ring[index[:, None], places & (ring.shape[1] - 1)] = numbers
+        for row in rows:
+            begin, end = self._held[row]
+            self._held[row] = begin, end + count
+
+
+def _words(seeds: Seeds, device: torch.device | str) -> Tensor:
+    """Seed (low and high word) and image of each identity, [B, 3]."""
+    words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in parse_seeds(seeds)]
+    return torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
 
 
 def _uniform(

@@ -64,7 +64,7 @@ def decode_rows(
             "(see arvision.contracts.FeedsAnywhere)"
         )
     run.begin(logits.device)
-    run.noise.reserve(run.num_tokens)
+    run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
     active = torch.arange(run.batch, device=logits.device)
     laws = shape(logits)
