@@ -14,11 +14,11 @@ from ..api import load, sample
 from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
 from ..decoding.draft_model import MEASURED
 from ..errors import InputError, check_count, unknown_name
-from ..eval.classifier import class_consistency, classify
+from ..eval.classifier import class_consistency
 from ..eval.pixels import to_uint8
 from ..files import making_folder
 from ..pipeline import ARPipeline
-from .captions import BRIGHTNESS, GARMENTS, measure_brightness
+from .captions import caption_figures
 from .classifier import train_classifier
 from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
@@ -28,6 +28,10 @@ from .stages import Recipe, stage_seconds
 
 MOST_CARD = 1_000_000
 """Samples that a card is measured on, at most."""
+
+
+STUDENT_RECIPES = ("llamagen-fashion-t2i-dd",)
+"""Students whose recipe is more than one command of `arvision distill`."""
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -83,7 +87,7 @@ def run_recipe(
         InputError: no such recipe, no data set for it, or `card_samples` of a classifier, whose
             card is measured on the test images.
     """
-    known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
+    known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, *STUDENT_RECIPES, "fashion-classifier"]
     if name not in known:
         raise unknown_name("recipe", name, known)
     if name not in DRAFT_RECIPES:  # those learn from their target's own samples
@@ -105,6 +109,10 @@ def run_recipe(
         target = load(draft.target, device="cpu")
         result = train_draft(target.model, out / "draft", draft.training, progress=progress)
         return publish_draft(result, out / name, draft, draft.target, min(100, card_samples))
+    if name in STUDENT_RECIPES:
+        from .distill import run_student_recipe  # which publishes through this file
+
+        return run_student_recipe(name, out, steps, num_images, card_samples, progress=progress)
     if name in MAR_DRAFT_RECIPES:
         small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
         pipe = load(str(small.target), device="cpu")
@@ -160,16 +168,14 @@ def measure_model(folder: Path, num: int = 1000) -> dict[str, Any]:
         images = draw(pipe, labels.tolist())
         figures["class_consistency"] = float(class_consistency(images, labels))
     else:
-        labels = torch.arange(num) % len(GARMENTS)
-        tones = torch.arange(num) // len(GARMENTS) % len(BRIGHTNESS)
-        prompts = [
-            f"a {BRIGHTNESS[tone]} {GARMENTS[label][0]}"
-            for label, tone in zip(labels.tolist(), tones.tolist(), strict=True)
-        ]
-        images = draw(pipe, prompts)
-        figures["garment"] = float((classify(images).argmax(-1) == labels).double().mean())
-        grey = images.float().mean(1).round().to(torch.uint8)
-        figures["brightness"] = float((measure_brightness(grey) == tones).double().mean())
+        drawn = []
+
+        def kept(prompts: list[str]) -> Tensor:
+            drawn.append(draw(pipe, prompts))
+            return drawn[0]
+
+        figures |= caption_figures(kept, num)
+        images = drawn[0]
     real = test[:, None].expand(-1, 3, -1, -1)
     figures["real_test_images"] = float(class_consistency(real, test_labels))
     distances = nearest_training_distance(images, training)

@@ -12,7 +12,7 @@ teacher's own features, which stay as they are, and the student starts from a tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..decoding.logits import Shaping
 from ..decoding.student import nearest_code
 from ..decoding.teacher_forcing import teacher_forced
 from ..models.latent_head import HeadNetwork
+from .distill_objective import Described
 from .loop import Chance, Objective, full_precision
 from .pairs import pair_noise
 
@@ -51,16 +52,19 @@ class TeacherScores:
     """A teacher's laws and features behind given tokens.
 
     Args:
-        model: a class-conditional token or scale model with a codebook.
+        model: a token or scale model with a codebook.
         shaping: from guided logits to laws.
         guidance_scale: of the teacher.
+        conditions: classes or captions, which are told by their numbers.
     """
 
-    def __init__(self, model: Any, shaping: Shaping, guidance_scale: float) -> None:
+    def __init__(
+        self, model: Any, shaping: Shaping, guidance_scale: float, conditions: Sequence[Any]
+    ) -> None:
         self.model, self.shaping, self.guidance_scale = model, shaping, guidance_scale
+        self.conditions = conditions
         network = model.transformer
         self._output: nn.Module = network.output if hasattr(network, "output") else network.head
-        self.num_classes: int = network.config["num_classes"]
         self.feature_dim: int = network.config["hidden_size"]
 
     @torch.no_grad()
@@ -69,16 +73,16 @@ class TeacherScores:
         seen: list[Tensor] = []
         hook = self._output.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
-            logits = self._logits(labels.tolist(), tokens)
+            logits = self._logits([self.conditions[k] for k in labels.tolist()], tokens)
         finally:
             hook.remove()
         features = torch.cat([part.view(len(part), -1, part.shape[-1]) for part in seen], dim=1)
         return self.shaping(logits.float()), features[: len(labels)].float()
 
-    def _logits(self, labels: list[int], tokens: Tensor) -> Tensor:
+    def _logits(self, conditions: list[Any], tokens: Tensor) -> Tensor:
         if not isinstance(self.model, ScaleModel):
-            return teacher_forced(self.model, labels, tokens, self.guidance_scale)
-        scales: Any = self.model.start(labels, self.guidance_scale)
+            return teacher_forced(self.model, conditions, tokens, self.guidance_scale)
+        scales: Any = self.model.start(conditions, self.guidance_scale)
         parts, begin = [], 0
         while begin < tokens.shape[1]:
             parts.append(scales.next())
@@ -106,12 +110,13 @@ class ScoreObjective(Objective):
     """Losses of the guidance network and, every so often, of the student.
 
     Args:
-        student: `(class_ids, noise [B, N, D], known [B])` to logits and vectors [B, N, D].
+        student: `(condition, noise [B, N, D], known [B], ...)` to logits and vectors [B, N, D].
         scores: `(labels, tokens)` to laws and features, see `TeacherScores`.
         codes: [V, D].
-        sizes: numbers of tokens, classes and features.
+        sizes: numbers of tokens, conditions and features.
         settings: see `ScoreSettings`.
         seed: of the student's noise; image k has the identity (seed, k).
+        described: what the student is told of the labels; None for the labels themselves.
     """
 
     codes: Tensor
@@ -127,10 +132,13 @@ class ScoreObjective(Objective):
         sizes: tuple[int, int, int],
         settings: ScoreSettings,
         seed: int = 1,
+        described: Described | None = None,
     ) -> None:
         super().__init__()
         self.student, self.scores, self.settings, self.seed = student, scores, settings, seed
-        self.num_tokens, self.num_classes, feature_dim = sizes
+        self.num_tokens, self.num_conditions, feature_dim = sizes
+        self.described = described
+        self.beside = () if described is None else described.beside
         self.register_buffer("codes", codes.float(), persistent=False)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self.guidance = HeadNetwork(codes.shape[1], feature_dim, settings.width, settings.depth)
@@ -145,9 +153,9 @@ class ScoreObjective(Objective):
         self.steps_done.fill_(step + 1)
 
     def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """A class and noise of its own for each image."""
+        """A condition and noise of its own for each image."""
         noise = pair_noise(self.seed, indices, self.num_tokens, self.codes.shape[1])
-        return {"labels": indices % self.num_classes, "noise": noise}
+        return {"labels": indices % self.num_conditions, "noise": noise}
 
     def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Losses of the guidance network and, where it is its turn, of the student."""
@@ -156,7 +164,8 @@ class ScoreObjective(Objective):
         moves = is_warm and step % settings.guidance_updates == 0
         labels, noise = inputs["labels"], inputs["noise"]
         with torch.set_grad_enabled(moves):
-            vectors = self.student(labels, noise, torch.zeros_like(labels))[1].float()
+            condition, *mask = (labels,) if self.described is None else self.described(labels)
+            vectors = self.student(condition, noise, torch.zeros_like(labels), *mask)[1].float()
         tokens = nearest_code(vectors.detach(), self.codes)
         logp, features = self.scores(labels, tokens)
         with full_precision(vectors.device):

@@ -14,7 +14,7 @@ from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
-from ..captions import CaptionEncoder, text_features
+from ..captions import CaptionEncoder, padded_features
 from ..conditions import resolve_class
 from ..pixels import check_codes
 from .state import LlamaGenState
@@ -160,17 +160,9 @@ class LlamaGen:
 
     def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
         config = self.transformer.config
-        length, width = config["caption_length"], config["caption_dim"]
-        features = torch.zeros(len(conditions), length, width, device=self.device, dtype=self.dtype)
-        valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=self.device)
-        for row, found in enumerate(text_features(conditions, self.captions)):
-            if found.dim() != 2 or found.shape[1] != width or not 1 <= len(found) <= length:
-                raise InputError(
-                    f"caption features {tuple(found.shape)}: expected [T, {width}] with T in "
-                    f"1..{length}"
-                )
-            features[row, length - len(found) :] = found.to(features)
-            valid[row, length - len(found) :] = True
+        shape = (config["caption_length"], config["caption_dim"])
+        place = torch.empty(0, device=self.device, dtype=self.dtype)
+        features, valid = padded_features(conditions, self.captions, shape, place)
         rows, null = enter(self.transformer, "caption_rows", features)
         return rows, null, valid
 
