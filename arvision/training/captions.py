@@ -131,6 +131,24 @@ def vocabulary() -> list[str]:
     return sorted(words | {"an", "the", "of", "pair", "with", "sleeves", "short", "long"})
 
 
+def every_caption() -> list[str]:
+    """All captions with at most brightness and one other attribute, in a fixed order."""
+    others = {
+        label: ("", *(SLEEVES if label in (0, 2, 4, 6) else WIDTHS if label in (1, 3, 8) else ()))
+        for label in GARMENTS
+    }
+    found = [
+        template.format(" ".join(filter(None, (tone, other, name))))
+        for template in TEMPLATES
+        for tone in ("", *BRIGHTNESS)
+        for label, names in GARMENTS.items()
+        for other in others[label]
+        for name in names
+    ]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return [found[k] for k in order.tolist()]
+
+
 def training_captions(seed: int = 0) -> list[str]:
     """A caption of each of the 60,000 training images, in their order."""
     images, labels = load_fashion("train")

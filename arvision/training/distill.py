@@ -25,7 +25,13 @@ from .captions import training_captions
 from .distill_objective import Described, DistillObjective, PictureLoss, agreement
 from .loop import MOST_BATCH, FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
-from .score_distill import ScoreObjective, ScoreSettings, TeacherScores, log_likelihood
+from .score_distill import (
+    ScoreObjective,
+    ScoreSettings,
+    TeacherScores,
+    TrainedFeatures,
+    log_likelihood,
+)
 from .students import draw_sheet, publish_student
 
 METHODS = ("dd1", "dd2")
@@ -132,7 +138,7 @@ def distill(
     Pairs of noise and tokens lie in `out/pairs`, checkpoints and the log of the training in
     `out/dd1` (and `out/dd2`), a sheet of teacher and student in `out/samples.png`, the finished
     student in `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share
-    both the pairs and the training of "dd1".
+    the pairs and both trainings.
 
     Args:
         teacher: embedded name or folder of a token model (of classes or captions) or a scale model.
@@ -152,8 +158,7 @@ def distill(
 
     Raises:
         InputError: an unknown method, a teacher of another kind, captions that are missing or have no
-            effect, a student of another teacher, or
-            several processes for "dd2", or another run that works in `out`.
+            effect, a student of another teacher, or another run that works in `out`.
         CheckpointError: pairs or checkpoints of another teacher or other settings.
 
     Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
@@ -163,8 +168,6 @@ def distill(
         raise unknown_name("method", method, METHODS)
     settings = settings or DistillSettings()
     processes, out = PartialState(), user_path(out)
-    if method == "dd2" and processes.num_processes > 1:
-        raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
     is_main = processes.is_main_process
     with working_in(out) if is_main else contextlib.nullcontext():
         return _distill(teacher, out, settings, method, progress)
@@ -346,6 +349,7 @@ class _Run:
             (student.num_tokens, len(self.conditions), scores.feature_dim),
             settings.score,
             described=Described(student, self.conditions),
+            trunk=TrainedFeatures(self.teacher) if settings.score.trains_features else None,
         )
         # From now on all positions are decoded from the vectors, in one pass.
         student.transformer.register_to_config(split=0, timesteps=[0])

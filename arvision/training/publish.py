@@ -18,7 +18,7 @@ from ..eval.classifier import class_consistency
 from ..eval.pixels import to_uint8
 from ..files import making_folder
 from ..pipeline import ARPipeline
-from .captions import caption_figures
+from .captions import caption_figures, every_caption
 from .classifier import train_classifier
 from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
@@ -275,7 +275,10 @@ def publish_draft(
         name: pipe.config[name] for name in ("class_names", "guidance_scale", "num_threads")
     }
     settings["calibration"] = result.calibration
-    publish({"transformer": result.transformer}, folder, recipe.card, settings)
+    parts = {"transformer": result.transformer}
+    if pipe.text_encoder is not None:
+        parts |= {"text_encoder": pipe.text_encoder, "text_tokenizer": pipe.text_tokenizer}
+    publish(parts, folder, recipe.card, settings)
     draft = load(folder, device="cpu")
     figures = dict(result.figures)
     for coupling in MEASURED:
@@ -287,8 +290,10 @@ def publish_draft(
 def _draft_figures(pipe: ARPipeline, draft: ARPipeline, coupling: str, num: int) -> dict[str, Any]:
     """Acceptance over `num` images, each alone, so that no chain is longer for a neighbour's sake."""
     totals = {"drafted": 0, "accepted": 0, "forward_passes": 0, "tokens": 0}
+    names = pipe.config["class_names"]
+    prompts = range(len(names)) if names else every_caption()
     for k in range(num):
-        prompt = k % len(pipe.config["class_names"])
+        prompt = prompts[k % len(prompts)]
         stats = sample(
             pipe,
             prompt,
@@ -322,7 +327,8 @@ def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
         "Recipe": f"`arvision train --recipe {folder.name} --out runs/{recipe.target}` (settings in "
         "`arvision/training/llamagen_draft.py`): the guided draft is fitted to the guided target "
         f"(DistillSpec) with the divergence `{figures['divergence']}`, whose drafts were accepted "
-        f"most in short pilots ({first}: {pilots}).",
+        f"most in short pilots ({first}: {pilots}); {figures['on_policy']:.0%} of the final run's batches "
+        "are its own samples.",
         "Wall time": f"{_minutes(figures['seconds'], 1)}, besides the sampling (one thread of a "
         "shared two-core CPU).",
         "Size": f"{figures['parameters']:,} parameters, 1/{ratio:.1f} of the target's; "

@@ -139,10 +139,7 @@ class LlamaGen:
         check_guidance_scale(guidance_scale)
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
-        if self.transformer.is_text_conditional:
-            rows, null, valid = self._caption_rows(conditions)
-        else:
-            rows, null, valid = self._class_rows(conditions)
+        rows, null, valid = self.rows(conditions)
         if guidance_scale == 0:
             rows = null
         elif guidance_scale != 1:
@@ -150,6 +147,11 @@ class LlamaGen:
             valid = None if valid is None else torch.cat([valid, valid])
         state = LlamaGenState(self.transformer, rows, valid, guidance_scale, len(conditions))
         return state, state.prefill()
+
+    def rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Conditioning rows [B, P, C], null rows like them, and which count [B, P] bool (None for all)."""
+        is_text = self.transformer.is_text_conditional
+        return self._caption_rows(conditions) if is_text else self._class_rows(conditions)
 
     def _class_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
         num_classes = self.transformer.config["num_classes"]
