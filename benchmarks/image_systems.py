@@ -260,6 +260,13 @@ def table(record: dict[str, Any]) -> str:
             f"| {row['tokens_per_pass']:.2f} | {time_each} | {row['megabytes']:.1f} MB | {law} "
             f"| {row['distance']:.2f} | {row['consistency']:.3f} | {system.trained} |"
         )
+    where = record["environment"]
+    lines.append("")
+    lines.append(
+        f"Machine: {where['cpu']}, {where['cores']} shared cores, torch {where['torch']}, {where['date']}, "
+        f"commit {where['commit']}; pictures per row: "
+        f"{', '.join(map(str, sorted({row['images'] for row in rows.values()})))}."
+    )
     return "\n".join(lines)
 
 

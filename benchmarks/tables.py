@@ -251,6 +251,7 @@ def main() -> None:
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
         ("text", "text_systems", systems_table),
+        ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")
     path = SAMPLERS_PAGE.with_name("trees.md")
