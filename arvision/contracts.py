@@ -102,6 +102,16 @@ class DropsRows(Protocol):
 
 
 @runtime_checkable
+class TakesRows(Protocol):
+    """A state that takes in the rows of another one of its model, with as much guidance (none, or
+    some for each row), behind its own rows."""
+
+    def join(self, other: Any) -> None:
+        """Take over the rows of `other`, which is not used any more."""
+        ...
+
+
+@runtime_checkable
 class Advances(Protocol):
     """A state that commits chains without asking its device."""
 
@@ -223,7 +233,7 @@ class TellsCalibration(Protocol):
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer more, which samplers use where it exists: `DropsRows`, `Advances`,
+    A state may offer more, which samplers use where it exists: `DropsRows`, `TakesRows`, `Advances`,
     `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
     `TellsCost`, `TellsCalibration`.
     """

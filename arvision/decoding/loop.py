@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,68 +16,18 @@ from ..contracts import (
     Editable,
     Overruns,
     Samples,
+    Seeds,
     TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
+from .drafter import Attached, Branches, Drafter, FixedDrafter, Joins, WindowPolicy
 from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of, with_root
 from .verify import Round, Rule, Verdict
-
-
-class Drafter(Protocol):
-    """Proposes the tokens that the target verifies; see also `Attached`."""
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """A new batch of images begins."""
-        ...
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """Drafts for the positions after the known ones: a chain or a tree of at most `num`.
-
-        Where a row has fewer than others there is -1.
-
-        Args:
-            tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
-            lengths: [B].
-            num: drafts wanted.
-            round_number: of this round; the prefill is 0.
-        """
-        ...
-
-    def observe(self, batch: Round, verdict: Verdict, /) -> None:
-        """Learn from a round."""
-        ...
-
-    def select(self, rows: Tensor) -> None:
-        """Keep batch rows `rows`, the others are finished."""
-        ...
-
-
-@runtime_checkable
-class Attached(Protocol):
-    """A drafter that looks at the prompts, or drafts with the help of the target's own state."""
-
-    def attach(self, state: Any, conditions: Conditions) -> None:
-        """Called once, after the prefill."""
-        ...
-
-
-@runtime_checkable
-class Branches(Protocol):
-    """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
-
-    branches: bool
-
-
-@runtime_checkable
-class FixedDrafter(Protocol):
-    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
-
-    has_fixed_shapes: bool
 
 
 class NoDrafter:
@@ -98,21 +48,12 @@ class NoDrafter:
     def select(self, rows: Tensor) -> None:
         """Nothing to drop."""
 
+    def join(self, other: NoDrafter) -> None:
+        """Nothing to take in."""
+
 
 LARGEST_TREE = 64
 """Candidates of a tree that branches: the room that models keep behind the last token."""
-
-
-class WindowPolicy(Protocol):
-    """How many candidates, the last known token included, a pass may hold."""
-
-    def next(self, num_rows: int, most: int) -> int:
-        """Candidates of the next pass of `num_rows` images, at most `most`."""
-        ...
-
-    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
-        """How many tokens a pass made final in each row, and how many the row still needed."""
-        ...
 
 
 class FixedWindow:
@@ -169,42 +110,147 @@ def decode_tokens(
     Raises:
         InputError: a law made of NaN or infinity.
     """
-    state, logits = model.start(conditions, run.guidance_scale)
-    run.begin(logits.device)
-    rows = _Rows(run, state, stop)
-    drafter.start(run.noise, model.vocab_size, run.num_tokens)
-    if isinstance(drafter, Attached):
-        drafter.attach(state, conditions)
-    # Asked once: a protocol's answer takes as long as a small operator.
-    tells_hidden = isinstance(state, TellsHidden)
-    hidden = cast(TellsHidden, state).hidden if tells_hidden else None
-    prefill = _prefill_chain(logits, shape, run.noise, hidden)
-    run.watch_laws(prefill.target_logp)
-    first = rows.settle(rule(prefill))
-    drafter.observe(prefill, first)
-    rows.leave(drafter)
-    candidates = 0
-    windows: list[int] = []
-    if run.steps is not None and run.steps.drives(logits.device):
+    loop = TokenLoop(model, run, rule=rule, shape=shape, policy=policy, stop=stop)
+    state = loop.enter(conditions, drafter)
+    if run.steps is not None and run.steps.drives(run.tokens.device):
         why_not = _no_fixed_shapes(state, drafter, stop)
         if why_not is None:
-            candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
+            candidates, windows = _fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}
             return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )
-    can_overrun = isinstance(state, Overruns) and state.allows_overrun
-    while rows.num_active and not run.stopped:
+    while loop.rows.num_active and not run.stopped:
+        loop.round()
+    return run.samples(candidates=loop.candidates, windows=loop.windows, step="loop")
+
+
+class TokenLoop:
+    """The loop as an object: images enter, rounds are made, finished images leave.
+
+    Between rounds, further images may enter places of the run that are free, where the state is one
+    of those that take rows in (`TakesRows`) and the drafter `Joins`; each has a prompt, a seed, a
+    guidance scale and a law of its own, and is drawn as if it were alone.
+
+    Args:
+        model: a token model.
+        run: the ledger, with a place for every image that is drawn at a time.
+        rule: decides what is final.
+        shape: guided logits of the images in `places` to log-probabilities.
+        policy: length of a pass.
+        stop: ends rows early.
+
+    Attributes:
+        candidates: tokens fed so far, all rows and passes.
+        windows: candidates per image of each pass.
+    """
+
+    rows: _Rows
+    _state: Any
+    _drafter: Drafter
+
+    def __init__(
+        self,
+        model: TokenModel,
+        run: Run,
+        *,
+        rule: Rule,
+        shape: Callable[[Tensor], Tensor],
+        policy: WindowPolicy,
+        stop: StopCheck | None = None,
+    ) -> None:
+        self._model, self.run, self._rule, self._shape = model, run, rule, shape
+        self._policy, self._stop = policy, stop
+        self.candidates = 0
+        self.windows: list[int] = []
+        self._is_open = self._is_mixed = False
+
+    @property
+    def places(self) -> list[int]:
+        """Places of the run whose images are being drawn, in the order of the loop's rows."""
+        return self.rows.images if self._is_open else []
+
+    def enter(
+        self,
+        conditions: Conditions,
+        drafter: Drafter,
+        places: Sequence[int] | None = None,
+        *,
+        seeds: Seeds = (),
+        guidance_scale: Any = None,
+        shape: Callable[[Tensor], Tensor] | None = None,
+    ) -> TokenState:
+        """Begin to draw images: their prefill and their first tokens.
+
+        Args:
+            conditions: one per image.
+            drafter: of these images, which nothing was asked yet.
+            places: of the run, free ones; None for all at once, as the run says.
+            seeds: one per image, where `places` are given.
+            guidance_scale: of these images; None for the run's.
+            shape: guided logits of these images to log-probabilities; None for the loop's.
+
+        Returns:
+            The state in which they stand before they join the others.
+
+        Raises:
+            InputError: a condition that the model does not know, or a law made of NaN or infinity.
+        """
+        run, model = self.run, self._model
+        scale = run.guidance_scale if guidance_scale is None else guidance_scale
+        state, logits = model.start(conditions, scale)
+        if not self._is_open:
+            run.begin(logits.device)
+        if places is not None:
+            run.reopen(places, seeds)
+        rows = _Rows(run, state, self._stop, places)
+        drafter.start(rows.noise, model.vocab_size, run.num_tokens)
+        if isinstance(drafter, Attached):
+            drafter.attach(state, conditions)
+        hidden = state.hidden if isinstance(state, TellsHidden) else None
+        shape = self._shape if shape is None else shape
+        prefill = _prefill_chain(logits, shape, rows.noise, hidden)
+        run.watch_laws(prefill.target_logp)
+        first = rows.settle(self._rule(prefill))
+        drafter.observe(prefill, first)
+        rows.leave(drafter)
+        if not self.places:
+            self._take(rows, state, drafter)
+        elif rows.num_active:
+            self._state.join(state)
+            cast(Joins, self._drafter).join(drafter)
+            self.rows.join(rows)
+            self._is_mixed = True
+        return state
+
+    def _take(self, rows: _Rows, state: TokenState, drafter: Drafter) -> None:
+        """Go on with these rows alone."""
+        self.rows, self._state, self._drafter = rows, state, drafter
+        self._is_open, self._is_mixed = True, False
+        # Asked once: a protocol's answer takes as long as a small operator.
+        self._tells_hidden = isinstance(state, TellsHidden)
+        self._can_overrun = isinstance(state, Overruns) and state.allows_overrun
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Draw the images in these places no further."""
+        self.rows.end(places)
+        self.rows.leave(self._drafter)
+
+    def round(self) -> None:
+        """Draft, ask the model, decide and commit; finished images leave."""
+        run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        most = _most(room, rows, can_overrun, drafter)
-        num = max(1, policy.next(rows.num_active, most))
+        most = _most(room, rows, self._can_overrun, drafter)
+        num = max(1, self._policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
-        tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
+        run.next_pass(rows.active)
+        # Of images that entered later, a round has another number.
+        number: Any = run.passes[rows.active][:, None] if self._is_mixed else run.num_passes
+        tree = drafter.propose(known, lengths, num - 1, number)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
-        run.next_pass(rows.active)
         root = known.gather(1, lengths[:, None] - 1)
         fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
         parents, offsets, branches = _layout(tree, lengths.device)
@@ -212,28 +258,26 @@ def decode_tokens(
             logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = shape(logits[rows.in_state])
+        laws = self._shape(logits[rows.in_state])
         run.watch_laws(laws)
-        candidates += laws.shape[0] * num
-        windows.append(num)
-        hidden = cast(TellsHidden, state).hidden if tells_hidden else None
+        self.candidates += laws.shape[0] * num
+        self.windows.append(num)
+        hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
         batch = Round(
             tree.tokens,
             tree.logq,
             laws,
             lengths[:, None] + offsets,
             rows.noise,
-            run.num_passes,
+            number,
             branches,
             None if hidden is None else hidden[rows.in_state],
         )
-        verdict = rule(batch)
-        verdict = rows.settle(verdict)
-        policy.observe(num, verdict.given or (), room)
+        verdict = rows.settle(self._rule(batch))
+        self._policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
         rows.commit(verdict, num)
         rows.leave(drafter)
-    return run.samples(candidates=candidates, windows=windows, step="loop")
 
 
 def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
@@ -313,28 +357,48 @@ def _prefill_chain(
 class _Rows:
     """Which images of the run are still being drawn, and in which rows of the state they stand."""
 
-    def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        state: TokenState,
+        stop: StopCheck | None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         self.run, self._state, self._stop = run, state, stop
         self._advances = isinstance(state, Advances)
-        self.noise = run.noise
-        self.active = torch.arange(run.batch, device=run.tokens.device)
+        self.images = list(range(run.batch) if places is None else places)
+        self.active = torch.tensor(self.images, device=run.tokens.device)
+        self.noise = run.noise if places is None else run.noise.select(self.active)
+        self._is_whole = places is None
         self.lengths = torch.zeros_like(self.active)
-        self.room = [run.num_tokens] * run.batch
+        self.room = [run.num_tokens] * len(self.images)
         self.in_state: Any = slice(None)
-        self.num_in_state = run.batch
+        self.num_in_state = len(self.images)
         self.frozen_room = run.num_tokens
-        self._images = list(range(run.batch))
-        self._going = [True] * run.batch
+        self._going = [True] * len(self.images)
 
     @property
     def num_active(self) -> int:
         """Rows that are not finished."""
-        return len(self._images)
+        return len(self.images)
+
+    def join(self, other: _Rows) -> None:
+        """Take in the rows of another group, behind the own ones."""
+        self.noise = self.noise.join(other.noise)
+        self.active = torch.cat([self.active, other.active])
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.images, self.room = self.images + other.images, self.room + other.room
+        self._going, self._is_whole = self._going + other._going, False
+        self.num_in_state += other.num_in_state
+
+    def end(self, places: Sequence[int]) -> None:
+        """Count the images in these places of the run as finished."""
+        self._going = [image not in places for image in self.images]
 
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
         tokens = self.run.tokens
-        return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
+        return (tokens if self._is_whole else tokens[self.active]), self.lengths
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -378,7 +442,7 @@ class _Rows:
             given, read = run.read(counts, tokens)
             width = tokens.shape[1]
             new = [read[row * width :][:count] for row, count in enumerate(given)]
-            stays, stopped = self._stop(self._images, new)
+            stays, stopped = self._stop(self.images, new)
             if stays != given:
                 given, counts = stays, torch.tensor(stays, device=counts.device)
         run.record_rows(self.active, self.lengths, tokens, counts)
@@ -426,7 +490,7 @@ class _Rows:
             self.in_state = self.in_state[keep]
             self.frozen_room = self.run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
-        self._images = [self._images[place] for place in places]
+        self.images, self._is_whole = [self.images[place] for place in places], False
         self.room = [self.room[place] for place in places]
         self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

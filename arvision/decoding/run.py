@@ -92,6 +92,18 @@ class Run:
         self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
 
+    def reopen(self, places: Sequence[int], seeds: Seeds) -> None:
+        """Begin other images in some places, whose images are finished.
+
+        Args:
+            places: of the new images.
+            seeds: one for each.
+        """
+        index = torch.tensor(list(places), device=self.tokens.device)
+        self.noise.replace(index, seeds)
+        for book in (self._tokens, self._commit_pass, self.lengths, self.passes):
+            book[index] = 0
+
     def next_pass(self, images: Tensor | None = None) -> None:
         """The model is called once more, for `images` [A]; None for all."""
         self.num_passes += 1
