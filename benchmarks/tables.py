@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from .common import RESULTS, load
+from .image_systems import table as image_systems_table
 from .text_systems import TABLE
 from .trees import law_table, trees_table
 

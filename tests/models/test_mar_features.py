@@ -100,7 +100,9 @@ def test_bad_input():
     with pytest.raises(InputError, match="refresh 0: expected an integer >= 1"):
         get_sampler("ar", refresh=0)
     with pytest.raises(InputError, match="refresh_share 2: expected a share in"):
-        get_sampler("ar", refresh_share=2)
+        get_sampler("ar", refresh=2, refresh_share=2)
+    with pytest.raises(InputError, match="refresh_share with refresh 1: expected refresh above 1"):
+        get_sampler("ar", refresh_share=0.5)
     with pytest.raises(InputError, match="refresh_first -1: expected an integer >= 0"):
         get_sampler("ar", refresh_first=-1)
     with pytest.raises(InputError, match="head_refresh 0: expected an integer >= 1"):
