@@ -68,6 +68,8 @@ class LanternSampler(TokenSampler):
     what the paper tries; `factor` 3 is LANTERN++'s, with 10 neighbours.
     """
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,
