@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,13 +18,13 @@ from ..contracts import (
     Overruns,
     Samples,
     Seeds,
-    TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
-from .drafter import Attached, Branches, Drafter, FixedDrafter, Joins, WindowPolicy
-from .fixed_step import FixedStep
+from .drafter import LARGEST_TREE, Attached, Branches, Drafter, Joins, WindowPolicy
+from .fixed_step import fixed_rounds, why_no_fixed_rounds
+from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of, with_root
@@ -50,10 +51,6 @@ class NoDrafter:
 
     def join(self, other: NoDrafter) -> None:
         """Nothing to take in."""
-
-
-LARGEST_TREE = 64
-"""Candidates of a tree that branches: the room that models keep behind the last token."""
 
 
 class FixedWindow:
@@ -113,9 +110,9 @@ def decode_tokens(
     loop = TokenLoop(model, run, rule=rule, shape=shape, policy=policy, stop=stop)
     state = loop.enter(conditions, drafter)
     if run.steps is not None and run.steps.drives(run.tokens.device):
-        why_not = _no_fixed_shapes(state, drafter, stop)
+        why_not = why_no_fixed_rounds(run, state, drafter, stop)
         if why_not is None:
-            candidates, windows = _fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
+            candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}
             return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
@@ -205,15 +202,19 @@ class TokenLoop:
         if places is not None:
             run.reopen(places, seeds)
         rows = _Rows(run, state, self._stop, places)
-        rows.noise.reserve([0] * rows.num_active, 1)
+        rows.reserve(1)
         drafter.start(rows.noise, model.vocab_size, run.num_tokens)
         if isinstance(drafter, Attached):
             drafter.attach(state, conditions)
         hidden = state.hidden if isinstance(state, TellsHidden) else None
+        if rows.given is not None:
+            if isinstance(drafter, KeepsGiven):
+                drafter.keep(rows.given)
+            logits, hidden = read_beginning(state, rows.given, logits, hidden)
         shape = self._shape if shape is None else shape
-        prefill = _prefill_chain(logits, shape, rows.noise, hidden)
+        prefill = _prefill_chain(logits, shape, rows.noise, rows.lengths, hidden)
         run.watch_laws(prefill.target_logp)
-        first = rows.settle(self._rule(prefill))
+        first = rows.settle(self._rule(prefill), rows.num_read)
         drafter.observe(prefill, first)
         rows.leave(drafter)
         if not self.places:
@@ -247,85 +248,49 @@ class TokenLoop:
         branches = self._can_branch and cast(Branches, drafter).branches
         most = _most(room, rows, self._can_overrun, branches)
         num = max(1, self._policy.next(rows.num_active, most))
-        rows.noise.reserve([run.num_tokens - more for more in room], num)
+        rows.reserve(num)
         run.next_pass(None if rows.is_whole else rows.active)
         # Of images that entered later, a round has another number.
         number: Any = run.passes[rows.active][:, None] if self._is_mixed else run.num_passes
+        front = rows.front
+        if front is not None and not front.leaves_room(run.num_tokens, room, num, drafter):
+            num = 1
         tree = drafter.propose(known, lengths, num - 1, number)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
+        parents, offsets, topology = _layout(tree, lengths.device)
+        positions = rows.places(num) if offsets is None else lengths[:, None] + offsets
+        if rows.given is not None:
+            tree = rows.given.fill(tree, positions[:, 1:])
         fed = rows.roots(known)
         if num > 1:
             fed = torch.cat([fed, tree.tokens.clamp(min=0)], dim=1)
+        if front is not None:
+            fed = front.feed(known, lengths, fed)
+            parents = None if parents is None else front.parents(parents)
+        self.candidates += fed.numel()
+        self.windows.append(num)
         fed = rows.spread(fed)
-        parents, offsets, topology = _layout(tree, lengths.device)
         if tree.edit is not None:
             logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = self._shape(rows.gather(logits))
-        run.watch_laws(laws)
-        self.candidates += laws.shape[0] * num
-        self.windows.append(num)
         hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
-        batch = Round(
-            tree.tokens,
-            tree.logq,
-            laws,
-            rows.places(num) if offsets is None else lengths[:, None] + offsets,
-            rows.noise,
-            number,
-            topology,
-            None if hidden is None else rows.gather(hidden),
-        )
-        verdict = rows.settle(self._rule(batch))
+        hidden, logits = None if hidden is None else rows.gather(hidden), rows.gather(logits)
+        if front is not None:
+            logits = front.pick(logits, num)
+            hidden = None if hidden is None else front.pick(hidden, num)
+        laws = self._shape(logits)
+        run.watch_laws(laws)
+        batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, topology, hidden)
+        judged = batch
+        if rows.given is not None:
+            judged = replace(batch, target_logp=rows.given.pin(laws, positions))
+        verdict = rows.settle(self._rule(judged))
         self._policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
-        rows.commit(verdict, num)
+        rows.commit(verdict, num, front)
         rows.leave(drafter)
-
-
-def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
-    """Why a run cannot be made of fixed steps; None where it can."""
-    if not isinstance(state, TakesFixedChains):
-        return "this model has no passes of fixed shapes"
-    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
-    return None if stop is None else "what ends a row is looked up on the host"
-
-
-def _fixed_rounds(
-    rows: _Rows,
-    state: Any,
-    drafter: Drafter,
-    rule: Rule,
-    shape: Callable[[Tensor], Tensor],
-    policy: WindowPolicy,
-) -> tuple[int, list[int]]:
-    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
-    run, candidates, windows = rows.run, 0, []
-    run.noise.reserve([0] * run.batch, 2 * run.num_tokens)
-    ready, step = None, None
-    while rows.num_going and not run.stopped:
-        rows.shrink(drafter)
-        window = max(1, policy.next(rows.num_active, run.num_tokens))
-        if ready is None or step is None or step.is_other(rows.active, window):
-            known, lengths = rows.known()
-            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            first = tree.tokens, tree.logq
-            step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
-            )
-            ready = run.steps.ready(step)
-        for _ in range(run.steps.reads_every):
-            ready()
-            run.num_passes += 1
-            windows.append(window)
-        candidates += run.steps.reads_every * rows.num_active * window
-        room = rows.room
-        rows.catch_up(step.lengths)
-        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
-    return candidates, windows
 
 
 def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, branches: bool) -> int:
@@ -353,11 +318,14 @@ def _layout(
 
 
 def _prefill_chain(
-    logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise, hidden: Tensor | None
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
 ) -> Round:
-    """A chain without drafts: the prefill's law of the first token."""
-    laws = shape(logits)[:, None]
-    positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
     return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
@@ -378,8 +346,14 @@ class _Rows:
         self.noise = run.noise if places is None else run.noise.select(self.active)
         self.is_whole = places is None
         """Whether these are all images of the run, in its order."""
-        self.lengths = torch.zeros_like(self.active)
-        self.room = [run.num_tokens] * len(self.images)
+        self.given = run.given
+        self.num_read = [0] * len(self.images)
+        if run.given is not None:
+            self.num_read = run.given.num_leading
+            run.skip(self.num_read)
+        self.lengths = run.lengths[self.active]
+        self.room = [run.num_tokens - num for num in self.num_read]
+        self._skipped = [0] * len(self.images)
         self.in_state: Any = slice(None)
         self.num_in_state = len(self.images)
         self.frozen_room = run.num_tokens
@@ -396,6 +370,7 @@ class _Rows:
         self.active = torch.cat([self.active, other.active])
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.images, self.room = self.images + other.images, self.room + other.room
+        self._skipped = self._skipped + other._skipped
         self._going, self.is_whole = self._going + other._going, False
         self.num_in_state += other.num_in_state
 
@@ -413,6 +388,10 @@ class _Rows:
         """Whether all images of the run are being drawn and stand at the same place."""
         return self.is_whole and len(set(self.room)) == 1
 
+    def reserve(self, num: int) -> None:
+        """Nothing but the noise of the next `num` positions of each row is asked for now."""
+        self.noise.reserve([self.run.num_tokens - room for room in self.room], num)
+
     def places(self, num: int) -> Tensor:
         """The `num` positions behind the known tokens, [B', num]."""
         if self.is_even:
@@ -429,6 +408,13 @@ class _Rows:
     def gather(self, rows: Tensor) -> Tensor:
         """The active rows [B', ...] of what the state says of all of its rows."""
         return rows if isinstance(self.in_state, slice) else rows[self.in_state]
+
+    @property
+    def front(self) -> Front | None:
+        """Given tokens that the state has not read yet; None where there are none."""
+        if not any(self._skipped):
+            return None
+        return Front(self._skipped, torch.tensor(self._skipped, device=self.active.device))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -458,10 +444,15 @@ class _Rows:
         if 2 * self.num_going <= self.num_active:
             self.leave(drafter)
 
-    def settle(self, verdict: Verdict) -> Verdict:
+    def settle(self, verdict: Verdict, num_read: Sequence[int] | None = None) -> Verdict:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
-        The one place where a round waits for the device.
+        Given tokens right behind what became final are final with it. The one place where a round
+        waits for the device.
+
+        Args:
+            verdict: of the rule.
+            num_read: given tokens of each row that were read before its first round.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         stopped = [False] * self.num_active
@@ -482,22 +473,35 @@ class _Rows:
             run.record_block(run.num_tokens - self.room[0], tokens, given[0])
         else:
             run.record_rows(self.active, self.lengths, tokens, counts)
-        self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        moved, told, known = counts, given, None
+        if self.given is not None:
+            places = [run.num_tokens - room for room in self.room]
+            known = self._skipped = list(map(self.given.run_at, range(len(places)), places))
+            self.room = [room - count for room, count in zip(self.room, known, strict=True)]
+            moved = counts + torch.tensor(known, device=counts.device)
+            told = [count + more for count, more in zip(given, known, strict=True)]
+            if num_read is not None:
+                known = [count + more for count, more in zip(known, num_read, strict=True)]
+        self.lengths = self.lengths + moved
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
         if self.is_whole:
             run.lengths = self.lengths
-            run.tell(counts, given, tokens=run.tokens, lengths=run.lengths)
+            run.tell(moved, told, tokens=run.tokens, lengths=run.lengths)
         else:
-            run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
-        return Verdict(tokens, counts, verdict.path, given)
+            run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given, known)
 
-    def commit(self, verdict: Verdict, num: int) -> None:
+    def commit(self, verdict: Verdict, num: int, front: Front | None) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
-        Rows that are finished keep nothing: they leave, or wait where they are.
+        Given tokens that were read in front of these `num` candidates stay. Rows that are finished
+        keep nothing: they leave, or wait where they are.
         """
         counts, given = verdict.counts, verdict.given or []
+        if front is not None:
+            counts, num = counts + front.counts, num + front.most
+            given = [count + more for count, more in zip(given, front.nums, strict=True)]
         if not all(self._going):
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = torch.tensor(given, device=counts.device)
@@ -510,7 +514,7 @@ class _Rows:
         else:
             root = verdict.path.new_zeros(len(verdict.path), 1)
             path = torch.cat([root, verdict.path + 1], dim=1)
-            kept = self.spread(path)
+            kept = self.spread(path if front is None else front.path(path))
         self._state.commit(kept, self.spread(counts))
 
     def leave(self, drafter: Drafter) -> None:
@@ -532,5 +536,7 @@ class _Rows:
         self.active, self.lengths = self.active[keep], self.lengths[keep]
         self.images, self.is_whole = [self.images[place] for place in places], False
         self.room = [self.room[place] for place in places]
+        self._skipped = [self._skipped[place] for place in places]
+        self.given = None if self.given is None else self.given.select(places)
         self._going = [True] * len(places)
         self.noise = self.noise.select(keep)
