@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import StateError
 from ..kernels.compaction import compact_
+from ..kernels.tree_attention import carry, look
 
 LARGEST_TABLE = 2048
 """Positions up to which a cache keeps a table of what each may look at; it grows with the square."""
@@ -66,11 +67,13 @@ class KVCache:
             self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
             self._causal.masked_fill_(order > order[:, None], float("-inf"))
         self._closed: Tensor | None = None
+        self._open: Tensor | None = None
         if open_columns is not None and not bool(open_columns.all()):
             self._closed = torch.zeros(num_rows, 1, 1, capacity, device=device, dtype=dtype)
             self._closed[:, 0, 0, : open_columns.shape[1]].masked_fill_(
                 ~open_columns.to(device), float("-inf")
             )
+            self._open = open_columns.to(device, torch.int8)
 
     @property
     def num_pending(self) -> int:
@@ -103,6 +106,12 @@ class KVCache:
             StateError: a tree does not fit. A chain may run past the end: what runs over
                 shares the last slot, and nothing before it can see that.
         """
+        slots, mask = self._begin(num, ancestors)
+        if mask is not None:
+            carry(mask, look(self.keys, self.lengths, ancestors, num, self._open))
+        return slots, mask
+
+    def _begin(self, num: int, ancestors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self._num, self._is_chain = num, ancestors is None
         offsets = self._order[:num] if num <= self.capacity else torch.arange(num)
         slots = self.lengths[:, None] + offsets
@@ -149,7 +158,8 @@ class KVCache:
         """
         self._num, self._slots, self._end = 0, slots.clamp(max=self.capacity - 1), visible
         mask = self._ragged_mask(self._slots, visible)
-        return mask if self._closed is None else mask + self._closed[..., :visible]
+        mask = mask if self._closed is None else mask + self._closed[..., :visible]
+        return carry(mask, look(self.keys, slots[:, 0], None, slots.shape[1], self._open))
 
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
@@ -261,5 +271,5 @@ class KVCache:
         self.keys, self.values = self.keys[:, : len(kept)], self.values[:, : len(kept)]
         self.lengths = self.lengths[rows]
         self._host_lengths = [self._host_lengths[row] for row in kept]
-        if self._closed is not None:
-            self._closed = self._closed[rows]
+        if self._closed is not None and self._open is not None:
+            self._closed, self._open = self._closed[rows], self._open[rows]
