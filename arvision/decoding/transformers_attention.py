@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels.tree_attention import attend, carry, look, sight_of, spread
@@ -85,8 +84,7 @@ def layer_attention(
 
     is_plain = not dropout and all(more.get(name) is None for name in ALTERING)
     sight = sight_of(attention_mask)
-    fits = sight is not None and key.shape == value.shape and sight.fits(query, attention_mask, key)
-    if is_plain and fits and not torch.compiler.is_compiling():
+    if is_plain and sight is not None and sight.fits(query, key, value):
         out = attend(query, key, value, attention_mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(

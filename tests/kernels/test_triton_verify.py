@@ -80,7 +80,8 @@ def test_the_way_down_a_tree(device, num, is_shared):
     if num > 2:
         # One row keeps all of a chain, one nothing.
         drafts[1], choice[1], choice[0, 0] = 1, 1, 5
-    given = (drafts.to(device), choice.to(device), tuple(p.to(device) for p in shape.packed))
+    laws, depths, bits = (part.to(device) for part in shape.packed)
+    given = (drafts.to(device), choice.to(device), (laws, depths, bits))
     ours = follow(*given, shape.num_levels, backend="triton")
     expected = follow(*given, shape.num_levels, backend="reference")
     is_the_same(ours, expected)

@@ -133,11 +133,10 @@ class Sight:
         padding = None if open_columns is None else open_columns.to(torch.int8).contiguous()
         return cls(lengths.contiguous(), bits, padding)
 
-    def fits(self, queries: Tensor, mask: Tensor, keys: Tensor) -> bool:
-        """Whether a layer's tensors are those of the pass: some layers cut or repeat them first."""
+    def fits(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether a layer's tensors are those of the pass: some layers cut or widen them first."""
         rows, _, num, _ = queries.shape
-        is_whole = keys.shape[0] == rows and keys.shape[2] == mask.shape[-1]
-        return is_whole and self.bits.shape == (rows, num)
+        return keys.shape == values.shape and len(keys) == rows and self.bits.shape == (rows, num)
 
 
 def look(
