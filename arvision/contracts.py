@@ -203,6 +203,18 @@ def codebook_of(model: Any) -> Tensor | None:
     return model.codebook if isinstance(model, HasCodebook) else None
 
 
+@runtime_checkable
+class Encodes(Protocol):
+    """A model that turns pictures into tokens, of any kind."""
+
+    picture_size: tuple[int, int]
+    """Height and width of its pictures, in pixels."""
+
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to the tokens of all images, as `decode` takes them."""
+        ...
+
+
 def device_of(model: Any) -> torch.device:
     """Where a model says that it lies; the CPU where it does not say."""
     return torch.device(getattr(model, "device", "cpu"))

@@ -12,6 +12,9 @@ from .noise import Noise
 from .tree import TokenTree
 from .verify import Round, Verdict
 
+LARGEST_TREE = 64
+"""Candidates of a tree that branches: the room that models keep behind the last token."""
+
 
 class Drafter(Protocol):
     """Proposes the tokens that the target verifies; see also `Attached`."""

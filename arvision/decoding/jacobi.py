@@ -187,12 +187,16 @@ class JacobiDrafter:
         if self._first_laws is not None:
             offsets = torch.arange(num, device=verdict.counts.device).expand(len(chain.drafts), num)
             self._first_laws.observe(chain, verdict, offsets, num)
-        places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
+        counts = verdict.counts
+        given = counts.tolist() if verdict.given is None else verdict.given
+        if verdict.known is not None:
+            given = [own + more for own, more in zip(given, verdict.known, strict=True)]
+            counts = torch.tensor(given, device=counts.device)
+        places = counts[:, None] + torch.arange(num - 1, device=counts.device)
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
-        self._num_held = num - verdict.counts
-        given = verdict.counts.tolist() if verdict.given is None else verdict.given
-        self._least_held = num - max(given, default=0)
+        self._num_held = (num - counts).clamp(min=0)
+        self._least_held = max(0, num - max(given, default=0))
         self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,13 +18,13 @@ from ..contracts import (
     Overruns,
     Samples,
     Seeds,
-    TakesFixedChains,
     TellsHidden,
     TokenModel,
     TokenState,
 )
-from .drafter import Attached, Branches, Drafter, FixedDrafter, Joins, WindowPolicy
-from .fixed_step import FixedStep
+from .drafter import LARGEST_TREE, Attached, Branches, Drafter, Joins, WindowPolicy
+from .fixed_step import fixed_rounds, why_no_fixed_rounds
+from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, is_chain, topology_of, with_root
@@ -50,10 +51,6 @@ class NoDrafter:
 
     def join(self, other: NoDrafter) -> None:
         """Nothing to take in."""
-
-
-LARGEST_TREE = 64
-"""Candidates of a tree that branches: the room that models keep behind the last token."""
 
 
 class FixedWindow:
@@ -113,9 +110,9 @@ def decode_tokens(
     loop = TokenLoop(model, run, rule=rule, shape=shape, policy=policy, stop=stop)
     state = loop.enter(conditions, drafter)
     if run.steps is not None and run.steps.drives(run.tokens.device):
-        why_not = _no_fixed_shapes(state, drafter, stop)
+        why_not = why_no_fixed_rounds(run, state, drafter, stop)
         if why_not is None:
-            candidates, windows = _fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
+            candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}
             return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
@@ -209,10 +206,14 @@ class TokenLoop:
         if isinstance(drafter, Attached):
             drafter.attach(state, conditions)
         hidden = state.hidden if isinstance(state, TellsHidden) else None
+        if rows.given is not None:
+            if isinstance(drafter, KeepsGiven):
+                drafter.keep(rows.given)
+            logits, hidden = read_beginning(state, rows.given, logits, hidden)
         shape = self._shape if shape is None else shape
-        prefill = _prefill_chain(logits, shape, rows.noise, hidden)
+        prefill = _prefill_chain(logits, shape, rows.noise, rows.lengths, hidden)
         run.watch_laws(prefill.target_logp)
-        first = rows.settle(self._rule(prefill))
+        first = rows.settle(self._rule(prefill), rows.num_read)
         drafter.observe(prefill, first)
         rows.leave(drafter)
         if not self.places:
@@ -248,79 +249,44 @@ class TokenLoop:
         run.next_pass(rows.active)
         # Of images that entered later, a round has another number.
         number: Any = run.passes[rows.active][:, None] if self._is_mixed else run.num_passes
+        front = rows.front
+        if front is not None and not front.leaves_room(run.num_tokens, room, num, drafter):
+            num = 1
         tree = drafter.propose(known, lengths, num - 1, number)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
         root = known.gather(1, lengths[:, None] - 1)
-        fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
         parents, offsets, branches = _layout(tree, lengths.device)
+        positions = lengths[:, None] + offsets
+        if rows.given is not None:
+            tree = rows.given.fill(tree, positions[:, 1:])
+        fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
+        if front is not None:
+            fed = front.feed(known, lengths, fed)
+            parents = None if parents is None else front.parents(parents)
+        self.candidates += fed.numel()
+        self.windows.append(num)
+        fed = rows.spread(fed)
         if tree.edit is not None:
             logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
-        laws = self._shape(logits[rows.in_state])
-        run.watch_laws(laws)
-        self.candidates += laws.shape[0] * num
-        self.windows.append(num)
         hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
-        batch = Round(
-            tree.tokens,
-            tree.logq,
-            laws,
-            lengths[:, None] + offsets,
-            rows.noise,
-            number,
-            branches,
-            None if hidden is None else hidden[rows.in_state],
-        )
-        verdict = rows.settle(self._rule(batch))
+        hidden, logits = None if hidden is None else hidden[rows.in_state], logits[rows.in_state]
+        if front is not None:
+            logits = front.pick(logits, num)
+            hidden = None if hidden is None else front.pick(hidden, num)
+        laws = self._shape(logits)
+        run.watch_laws(laws)
+        batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, branches, hidden)
+        judged = batch
+        if rows.given is not None:
+            judged = replace(batch, target_logp=rows.given.pin(laws, positions))
+        verdict = rows.settle(self._rule(judged))
         self._policy.observe(num, verdict.given or (), room)
         drafter.observe(batch, verdict)
-        rows.commit(verdict, num)
+        rows.commit(verdict, num, front)
         rows.leave(drafter)
-
-
-def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
-    """Why a run cannot be made of fixed steps; None where it can."""
-    if not isinstance(state, TakesFixedChains):
-        return "this model has no passes of fixed shapes"
-    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
-    return None if stop is None else "what ends a row is looked up on the host"
-
-
-def _fixed_rounds(
-    rows: _Rows,
-    state: Any,
-    drafter: Drafter,
-    rule: Rule,
-    shape: Callable[[Tensor], Tensor],
-    policy: WindowPolicy,
-) -> tuple[int, list[int]]:
-    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
-    run, candidates, windows = rows.run, 0, []
-    run.noise.reserve(2 * run.num_tokens)
-    ready, step = None, None
-    while rows.num_going and not run.stopped:
-        rows.shrink(drafter)
-        window = max(1, policy.next(rows.num_active, run.num_tokens))
-        if ready is None or step is None or step.is_other(rows.active, window):
-            known, lengths = rows.known()
-            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            first = tree.tokens, tree.logq
-            step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
-            )
-            ready = run.steps.ready(step)
-        for _ in range(run.steps.reads_every):
-            ready()
-            run.num_passes += 1
-            windows.append(window)
-        candidates += run.steps.reads_every * rows.num_active * window
-        room = rows.room
-        rows.catch_up(step.lengths)
-        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
-    return candidates, windows
 
 
 def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
@@ -346,11 +312,14 @@ def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tenso
 
 
 def _prefill_chain(
-    logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise, hidden: Tensor | None
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
 ) -> Round:
-    """A chain without drafts: the prefill's law of the first token."""
-    laws = shape(logits)[:, None]
-    positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
     return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
@@ -370,8 +339,14 @@ class _Rows:
         self.active = torch.tensor(self.images, device=run.tokens.device)
         self.noise = run.noise if places is None else run.noise.select(self.active)
         self._is_whole = places is None
-        self.lengths = torch.zeros_like(self.active)
-        self.room = [run.num_tokens] * len(self.images)
+        self.given = run.given
+        self.num_read = [0] * len(self.images)
+        if run.given is not None:
+            self.num_read = run.given.num_leading
+            run.skip(self.num_read)
+        self.lengths = run.lengths[self.active]
+        self.room = [run.num_tokens - num for num in self.num_read]
+        self._skipped = [0] * len(self.images)
         self.in_state: Any = slice(None)
         self.num_in_state = len(self.images)
         self.frozen_room = run.num_tokens
@@ -388,6 +363,7 @@ class _Rows:
         self.active = torch.cat([self.active, other.active])
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.images, self.room = self.images + other.images, self.room + other.room
+        self._skipped = self._skipped + other._skipped
         self._going, self._is_whole = self._going + other._going, False
         self.num_in_state += other.num_in_state
 
@@ -399,6 +375,13 @@ class _Rows:
         """Tokens [B', N] and lengths [B'] of the active rows."""
         tokens = self.run.tokens
         return (tokens if self._is_whole else tokens[self.active]), self.lengths
+
+    @property
+    def front(self) -> Front | None:
+        """Given tokens that the state has not read yet; None where there are none."""
+        if not any(self._skipped):
+            return None
+        return Front(self._skipped, torch.tensor(self._skipped, device=self.active.device))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -428,10 +411,15 @@ class _Rows:
         if 2 * self.num_going <= self.num_active:
             self.leave(drafter)
 
-    def settle(self, verdict: Verdict) -> Verdict:
+    def settle(self, verdict: Verdict, num_read: Sequence[int] | None = None) -> Verdict:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
-        The one place where a round waits for the device.
+        Given tokens right behind what became final are final with it. The one place where a round
+        waits for the device.
+
+        Args:
+            verdict: of the rule.
+            num_read: given tokens of each row that were read before its first round.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         counts = torch.minimum(counts, run.num_tokens - self.lengths)
@@ -446,18 +434,31 @@ class _Rows:
             if stays != given:
                 given, counts = stays, torch.tensor(stays, device=counts.device)
         run.record_rows(self.active, self.lengths, tokens, counts)
-        self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        moved, told, known = counts, given, None
+        if self.given is not None:
+            places = [run.num_tokens - room for room in self.room]
+            known = self._skipped = list(map(self.given.run_at, range(len(places)), places))
+            self.room = [room - count for room, count in zip(self.room, known, strict=True)]
+            moved = counts + torch.tensor(known, device=counts.device)
+            told = [count + more for count, more in zip(given, known, strict=True)]
+            if num_read is not None:
+                known = [count + more for count, more in zip(known, num_read, strict=True)]
+        self.lengths = self.lengths + moved
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
-        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
-        return Verdict(tokens, counts, verdict.path, given)
+        run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given, known)
 
-    def commit(self, verdict: Verdict, num: int) -> None:
+    def commit(self, verdict: Verdict, num: int, front: Front | None) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
-        Rows that are finished keep nothing: they leave, or wait where they are.
+        Given tokens that were read in front of these `num` candidates stay. Rows that are finished
+        keep nothing: they leave, or wait where they are.
         """
         counts, given = verdict.counts, verdict.given or []
+        if front is not None:
+            counts, num = counts + front.counts, num + front.most
+            given = [count + more for count, more in zip(given, front.nums, strict=True)]
         if not all(self._going):
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = torch.tensor(given, device=counts.device)
@@ -470,7 +471,7 @@ class _Rows:
         else:
             root = verdict.path.new_zeros(len(verdict.path), 1)
             path = torch.cat([root, verdict.path + 1], dim=1)
-            kept = self.spread(path)
+            kept = self.spread(path if front is None else front.path(path))
         self._state.commit(kept, self.spread(counts))
 
     def leave(self, drafter: Drafter) -> None:
@@ -492,5 +493,7 @@ class _Rows:
         self.active, self.lengths = self.active[keep], self.lengths[keep]
         self.images, self._is_whole = [self.images[place] for place in places], False
         self.room = [self.room[place] for place in places]
+        self._skipped = [self._skipped[place] for place in places]
+        self.given = None if self.given is None else self.given.select(places)
         self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

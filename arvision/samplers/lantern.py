@@ -54,6 +54,8 @@ class LanternSampler(TokenSampler):
     16,384 say 1000. The default bound of 0.1 is the strict end of what the paper tries.
     """
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

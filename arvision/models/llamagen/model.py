@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import resolve_class
-from ..pixels import check_codes
+from ..pixels import check_codes, read_pixels
 from .state import LlamaGenState
 from .text import clean_caption
 from .tokenizer import LlamaGenTokenizer
@@ -173,6 +173,18 @@ class LlamaGen:
             valid[row, length - len(found) :] = True
         rows, null = enter(self.transformer, "caption_rows", features)
         return rows, null, valid
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        rows, columns = self.grid
+        factor = self.tokenizer.downsample_factor
+        return rows * factor, columns * factor
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

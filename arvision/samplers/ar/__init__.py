@@ -84,6 +84,8 @@ class ARSampler(TokenSampler):
         InputError: a value out of range, or an option that the model's kind does not know.
     """
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,
