@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..contracts import Seeds
 from ..errors import InputError, as_integer
+from ..kernels import dispatch
 from ..kernels.inversion import draw
 from ..kernels.philox import philox4x32
+from ..kernels.sampling import draw_gumbel
 
 __all__ = ["MEMO_ELEMENTS", "PURPOSES", "Noise", "draw", "parse_seeds"]
 
@@ -156,6 +158,19 @@ class Noise:
         if table is None:
             return _gumbel(self._words, positions, num).to(dtype)
         return table[self._rows[:, None], positions]
+
+    def best(self, logp: Tensor, positions: Tensor) -> Tensor:
+        """argmax(log p + g), [B, T], g being the numbers of `gumbel`.
+
+        Elsewhere than on a CPU they are made where they are used, and never stand in memory.
+
+        Args:
+            logp: [B, T, V], or [B, 1, V] for one law at all positions.
+            positions: [B, T] int64.
+        """
+        if dispatch.stays(logp) or torch.compiler.is_compiling():
+            return (logp + self.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
+        return draw_gumbel(logp, self._words, positions)
 
 
 class _Memo:
