@@ -27,30 +27,8 @@ from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology_of, with_root
+from .tree import layout_of
 from .verify import Round, Rule, Verdict
-
-
-class NoDrafter:
-    """Drafts nothing: the loop is then plain autoregressive sampling."""
-
-    has_fixed_shapes = True
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """Nothing to prepare."""
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """No drafts, [B, 0]."""
-        return TokenTree(tokens[:, :0])
-
-    def observe(self, chain: Round, verdict: Verdict) -> None:
-        """Nothing to learn."""
-
-    def select(self, rows: Tensor) -> None:
-        """Nothing to drop."""
-
-    def join(self, other: NoDrafter) -> None:
-        """Nothing to take in."""
 
 
 class FixedWindow:
@@ -258,7 +236,7 @@ class TokenLoop:
         tree = drafter.propose(known, lengths, num - 1, number)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
-        parents, offsets, topology = _layout(tree, lengths.device)
+        parents, offsets, topology = layout_of(tree, lengths.device)
         positions = rows.places(num) if offsets is None else lengths[:, None] + offsets
         if rows.given is not None:
             tree = rows.given.fill(tree, positions[:, 1:])
@@ -301,20 +279,6 @@ def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, branches: bool) -
         return LARGEST_TREE
     # With a draft even for the last token, an image does not depend on how long others take.
     return max(room) + 1
-
-
-def _layout(
-    tree: TokenTree, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, Topology | None]:
-    """How a pass is laid out: parents [1 + T] of the root and the drafts, how far behind the known
-    tokens each law stands [1 + T], and the topology of the drafts; None for a chain, and the first
-    two [B, 1 + T] where rows have trees of their own."""
-    above = tree.parents
-    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
-        return None, None, None
-    shape = topology_of(above.to(device), tree.num_levels)
-    root = torch.zeros_like(shape.depths[..., :1])
-    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def _prefill_chain(
@@ -456,16 +420,11 @@ class _Rows:
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         stopped = [False] * self.num_active
-        if self._stop is None:
-            (found,) = run.read(counts)
-            given = [min(pair) for pair in zip(found, self.room, strict=True)]
-        else:
-            found, read = run.read(counts, tokens)
+        found, *read = run.read(*([counts] if self._stop is None else [counts, tokens]))
+        given = list(map(min, found, self.room))
+        if self._stop is not None:
             width = tokens.shape[1]
-            new = [
-                read[row * width :][: min(count, room)]
-                for row, (count, room) in enumerate(zip(found, self.room, strict=True))
-            ]
+            new = [read[0][row * width :][:count] for row, count in enumerate(given)]
             given, stopped = self._stop(self.images, new)
         if given != found:
             counts = torch.tensor(given, device=counts.device)
