@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from text_models import greedy_reference, random_prompts, tiny_llama, walking_llama
@@ -29,14 +31,9 @@ from arvision.training.loop import FitConfig
 def random_head(vocab=64, drafted=20, width=32, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=vocab,
-            draft_vocab_size=drafted,
-            hidden_size=width,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+        sizes: dict[str, Any] = {"draft_vocab_size": drafted, "intermediate_size": 48}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(vocab_size=vocab, hidden_size=width, **heads, **sizes)
         head = Eagle3Head(config)
         head.lm_head.weight.data.mul_(20)
         torch.as_tensor(head.d2t).copy_(torch.arange(drafted) * (vocab // drafted - 1))
@@ -63,6 +60,7 @@ def test_a_tree_is_worth_what_its_paths_are_worth_alone():
     given = (head, network.get_input_embeddings())
 
     def begun(rows):
+        assert state.features is not None
         features = state.features[rows]
         feature_state = FeatureState(
             *given, [prompts[row] for row in rows], features, Shaping(), 40
@@ -97,6 +95,7 @@ def test_what_is_unrolled_in_training_is_what_drafts():
     model.watched = head.watches(model)
     for known in (5, 8):
         state, _ = model.start([text[:known]])
+        assert state.features is not None
         drafting = FeatureState(
             head, network.get_input_embeddings(), [text[:known]], state.features, Shaping(), 40
         )

@@ -92,8 +92,13 @@ class Eagle3Head(nn.Module):
         self.register_buffer("d2t", torch.zeros(num, dtype=torch.int64))
         self.register_buffer("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
         self.rotary = LlamaRotaryEmbedding(config)
-        heads = config.num_key_value_heads
-        self.cache_sizes = (heads, config.head_dim, config.head_dim)
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """See `FeatureNetwork`."""
+        attention = self.midlayer.self_attn
+        width = attention.head_dim
+        return attention.k_proj.out_features // width, width, width
 
     @property
     def vocabulary(self) -> Tensor:

@@ -28,15 +28,12 @@ READ = 1024
 
 
 class FeatureNetwork(Protocol):
-    """What `FeatureTree` asks of a network.
+    """What `FeatureTree` asks of a network, besides `vocab_size` (None where that is not known)."""
 
-    Attributes:
-        vocab_size: of the target; None where that is not known.
-        cache_sizes: key/value heads, their width, the width of values.
-    """
-
-    vocab_size: int | None
-    cache_sizes: tuple[int, int, int]
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """Key/value heads, their width, the width of values."""
+        ...
 
     def watches(self, model: Any) -> tuple[int, ...]:
         """Layers of the target whose inputs are its features."""

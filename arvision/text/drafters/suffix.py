@@ -109,7 +109,7 @@ class SuffixAutomaton:
             place = self.links[place]
         counts = {
             token: (state, self.counts[state])
-            for token, state in self.edges[place].items()
+            for token, state in reversed(self.edges[place].items())  # what is newer first
             if token != GAP
         }
         total = sum(count for _, count in counts.values())
