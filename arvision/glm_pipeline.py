@@ -12,13 +12,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .contracts import Conditions
+from .drawing import OUTPUT_TYPES, SampleOutput
 from .errors import InputError, check_count
 from .image_pipeline import ImageModelPipeline
 from .inputs import as_prompts, check_images
 from .models import GlmImage, ImagePrompt, TransformersImageModel
 from .models.transformers_image.glm_image import doubled
 from .models.transformers_image.network import base_of
-from .pipeline import OUTPUT_TYPES, SampleOutput
 
 MOST_INFERENCE_STEPS = 10_000
 """Of the diffusion decoder, which was trained on 1,000."""
@@ -127,6 +127,7 @@ class GlmPipeline(ImageModelPipeline):
         width: int | None = None,
         negative_prompt: Any = None,
         image: Any = None,
+        mask_image: Any = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int = 50,
@@ -144,6 +145,7 @@ class GlmPipeline(ImageModelPipeline):
             width: likewise.
             negative_prompt: refused, GLM-Image has none.
             image: source images, see `ImageModelPipeline.__call__`; as many for each prompt.
+            mask_image: refused, no codes of a source image are kept.
             num_images_per_prompt: images of each prompt, each with codes of its own.
             guidance_scale: of the diffusion decoder; None for the recommended one.
             num_inference_steps: of the diffusion decoder.
@@ -157,6 +159,11 @@ class GlmPipeline(ImageModelPipeline):
             InputError: any argument out of range, or that the model does not know, before it is
                 called.
         """
+        if mask_image is not None:
+            raise InputError(
+                "mask_image: GLM-Image edits source images by a prompt and keeps no tokens of them, "
+                "expected none"
+            )
         prompts = as_prompts(prompt, negative_prompt, image)
         for one in prompts:
             if not isinstance(one.prompt, str):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -173,7 +174,7 @@ class StaticTreeDrafter:
         coupled = maximal_coupling(chain).tokens
         final = torch.arange(levels + 1, device=end.device) < verdict.counts[:, None]
         tokens = torch.where(final, verdict.tokens[:, : levels + 1], coupled)
-        self._chain.observe(chain, Verdict(tokens, verdict.counts, given=verdict.given))
+        self._chain.observe(chain, replace(verdict, tokens=tokens, path=None))
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

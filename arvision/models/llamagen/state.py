@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...decoding.cache import KVCache
-from ...decoding.logits import guide
+from ...decoding.cache import KVCache, interleaved
+from ...decoding.logits import guide, joined_scales
 from ...decoding.tree import check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
@@ -43,7 +44,7 @@ class LlamaGenState:
     ) -> None:
         config = transformer.config
         self._transformer = transformer
-        self._scale = guidance_scale
+        self._scale: Any = guidance_scale
         self._is_doubled = rows.shape[0] != batch_size
         self._num_conditions = rows.shape[1]
         self._rotary = transformer.rotary()
@@ -103,8 +104,7 @@ class LlamaGenState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        ancestors = None
-        steps = torch.arange(num, device=tokens.device)
+        ancestors = steps = None
         if parents is not None:
             check_parents(parents, num)
             shape = topology_of(parents)
@@ -113,16 +113,16 @@ class LlamaGenState:
                 ancestors, steps = self._doubled(ancestors), self._doubled(steps)
         self._parents = parents
         _, mask = self.cache.begin(num, ancestors)
-        last = len(self._rotary) - 1
-        if self.cache.is_uniform:
-            first = self.cache.host_lengths[0]
-            if parents is None and first + num <= last + 1:
-                rotary = self._rotary[first : first + num]
-            else:
-                rotary = self._rotary[(first + steps).clamp(max=last)]
-        else:
-            rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
-        return self._run(tokens, rotary, mask)
+        return self._run(tokens, self._turns(num, steps), mask)
+
+    def _turns(self, num: int, depths: Tensor | None) -> Tensor:
+        """The rotary table's entries of candidates at `depths` [T] or [R, T]; None for a chain."""
+        first, last = self.cache.host_lengths[0], len(self._rotary) - 1
+        if depths is None and self.cache.is_uniform and first + num <= last + 1:
+            return self._rotary[first : first + num]
+        behind = torch.arange(num, device=self._rotary.device) if depths is None else depths
+        begin = first if self.cache.is_uniform else self.cache.lengths[:, None]
+        return self._rotary[(begin + behind).clamp(max=last)]
 
     @torch.no_grad()
     def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -199,3 +199,19 @@ class LlamaGenState:
         else:
             self.cache.select(rows)
         self.lengths = self.lengths[rows]
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale[rows]
+
+    def join(self, other: LlamaGenState) -> None:
+        """Take in the rows of another state, see `arvision.contracts.TakesRows`.
+
+        Raises:
+            StateError: one of them has null rows beside its rows and the other has none.
+        """
+        if self._is_doubled != other._is_doubled:
+            raise StateError("rows with guidance and rows without it: expected one of them")
+        own, others = len(self.lengths), len(other.lengths)
+        self.cache.join(other.cache, interleaved(own, others, 1 + self._is_doubled))
+        self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._parents = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...decoding.cache import KVCache
-from ...decoding.logits import guide
+from ...decoding.cache import KVCache, interleaved
+from ...decoding.logits import guide, joined_scales
+from ...decoding.transformers_attention import all_open, spread
 from ...decoding.transformers_cache import CacheView, TextSizes
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
@@ -47,7 +48,7 @@ class Row:
         return cls(ids, torch.arange(len(ids), device=ids.device)[None], len(ids))
 
 
-def combine(logits: Tensor, branches: int, scale: float) -> Tensor:
+def combine(logits: Tensor, branches: int, scale: Any) -> Tensor:
     """Guided logits [B, T, V] out of those of all cache rows, [branches * B, T, V].
 
     One branch is taken as it is. Two are the conditional and the null rows. Three are these and,
@@ -86,7 +87,8 @@ class ImageState:
         guidance_scale: float,
     ) -> None:
         self._model, self._layout = model, model.layout
-        self._branches, self._scale = branches, guidance_scale
+        self._branches = branches
+        self._scale: Any = guidance_scale
         device = model.device
         self._num_prompt = max(len(row.ids) for row in rows)
         self._is_open = torch.zeros(len(rows), self._num_prompt, dtype=torch.bool)
@@ -106,7 +108,6 @@ class ImageState:
         self._seen = CacheView(self.cache)
         self._offsets = model.layout.offsets.to(device)
         self._next = torch.tensor([row.next for row in rows], device=device)
-        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
         self._parents: Tensor | None = None
         self._expansion: Expansion | None = None
         self.lengths = torch.zeros(len(rows) // branches, dtype=torch.int64, device=device)
@@ -182,8 +183,7 @@ class ImageState:
         width = num if expansion is None else expansion.own.shape[1]
         _, mask = self.cache.begin(width, ancestors)
         if mask is None:
-            # Without a mask some networks would make one of their own.
-            mask = self._nothing_barred[..., : self.cache.host_lengths[0] + 1]
+            mask = all_open(self.cache)
         codes, forced = self._fed(tokens, expansion)
         hidden = self._run(codes, forced, torch.from_numpy(places), mask)
         if expansion is not None:
@@ -229,7 +229,7 @@ class ImageState:
         positions = self._next[:, None] + offsets
         forced = None if forced is None else self._spread(forced.expand(len(codes), -1))
         inputs = self._model.inputs(self._spread(codes), forced)
-        return self._model.run(inputs, positions, mask.expand(rows, -1, -1, -1), self._seen)
+        return self._model.run(inputs, positions, spread(mask, rows), self._seen)
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -322,6 +322,33 @@ class ImageState:
         self.cache.select(every)
         self._next = self._next[every]
         self.lengths = self.lengths[rows]
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale[rows]
+
+    def join(self, other: ImageState) -> None:
+        """Take in the rows of another state, see `arvision.contracts.TakesRows`.
+
+        The shorter prompts get padding in front, which nothing looks at.
+
+        Raises:
+            StateError: they have other numbers of rows for each image.
+        """
+        if self._branches != other._branches:
+            raise StateError(
+                f"{other._branches} rows of each image beside {self._branches}: expected as many"
+            )
+        longest = max(self._num_prompt, other._num_prompt)
+        for state in (self, other):
+            state.cache.shift(longest - state._num_prompt)
+        own, others = len(self.lengths), len(other.lengths)
+        order = interleaved(own, others, self._branches)
+        self.cache.join(other.cache, order)
+        self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
+        self._next = torch.cat([self._next, other._next])[order]
+        self._num_prompt = longest
+        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._parents = self._expansion = None
 
 
 def _gather(hidden: Tensor, ends: Tensor, branches: int) -> Tensor:
