@@ -29,6 +29,7 @@ class KVCache:
         num_heads: key/value heads H.
         capacity: positions S that a row can hold.
         head_dim: D.
+        value_dim: width of the values where it is another one; None for D.
         device: of the cache.
         dtype: of the cache.
         open_columns: [R, P] bool, false where the first P positions must never be looked at
@@ -45,11 +46,12 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        value_dim: int | None = None,
         open_columns: Tensor | None = None,
     ) -> None:
-        shape = (num_layers, num_rows, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (num_layers, num_rows, num_heads, capacity)
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, value_dim or head_dim, device=device, dtype=dtype)
         # Rows that leave make room here for those that join.
         self._stored: tuple[Tensor, ...] = (self.keys, self.values)
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
