@@ -114,6 +114,27 @@ class Advances(Protocol):
 
 
 @runtime_checkable
+class AdvancesAlong(Protocol):
+    """A state that takes trees and paths of the loop's own making without asking its device."""
+
+    def extend_along(self, tokens: Tensor, tree: Any) -> Tensor:
+        """`TokenState.extend`, which does not look for bad numbers or parents either.
+
+        Args:
+            tokens: [B, T].
+            tree: `Topology` of the candidates, None for a chain.
+        """
+        ...
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep candidates `path[b, :counts[b]]` ([B, K] and [B] int64) and forget the rest.
+
+        `given` are the counts on the host.
+        """
+        ...
+
+
+@runtime_checkable
 class TakesFixedChains(Protocol):
     """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
 
@@ -224,7 +245,7 @@ class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
     A state may offer more, which samplers use where it exists: `DropsRows`, `Advances`,
-    `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
+    `AdvancesAlong`, `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
     `TellsCost`, `TellsCalibration`.
     """
 

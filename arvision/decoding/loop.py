@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..contracts import (
     Advances,
+    AdvancesAlong,
     Conditions,
     DropsRows,
     Editable,
@@ -24,7 +25,7 @@ from ..contracts import (
 from .fixed_step import FixedStep
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology_of, with_root
+from .tree import TokenTree, Topology, is_chain, is_no_tree, listed, topology, topology_of
 from .verify import Round, Rule, Verdict
 
 
@@ -63,6 +64,19 @@ class Attached(Protocol):
 
     def attach(self, state: Any, conditions: Conditions) -> None:
         """Called once, after the prefill."""
+        ...
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A drafter that works on the host, with what comes there in a round's one read."""
+
+    def asks(self, batch: Round, verdict: Verdict, /) -> Sequence[Tensor]:
+        """Integers that it wants to know of a round, besides the tokens that became final."""
+        ...
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]], /) -> None:
+        """After `observe`: the tokens of each row that became final, and what was asked for."""
         ...
 
 
@@ -180,8 +194,7 @@ def decode_tokens(
     hidden = cast(TellsHidden, state).hidden if tells_hidden else None
     prefill = _prefill_chain(logits, shape, run.noise, hidden)
     run.watch_laws(prefill.target_logp)
-    first = rows.settle(rule(prefill))
-    drafter.observe(prefill, first)
+    rows.learn(drafter, prefill, rule(prefill))
     rows.leave(drafter)
     candidates = 0
     windows: list[int] = []
@@ -202,16 +215,15 @@ def decode_tokens(
         num = max(1, policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
         tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
+        if tree.logq is not None and not isinstance(drafter, FixedDrafter):
+            run.watch_laws(tree.logq)  # of another model
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
         run.next_pass(rows.active)
         root = known.gather(1, lengths[:, None] - 1)
         fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
-        parents, offsets, branches = _layout(tree, lengths.device)
-        if tree.edit is not None:
-            logits = cast(Editable, state).extend_edited(fed, parents, tree.edit)
-        else:
-            logits = state.extend(fed) if parents is None else state.extend(fed, parents)
+        branches = _topology(tree, lengths.device, run)
+        logits = rows.extend(fed, branches, tree.edit)
         laws = shape(logits[rows.in_state])
         run.watch_laws(laws)
         candidates += laws.shape[0] * num
@@ -221,16 +233,14 @@ def decode_tokens(
             tree.tokens,
             tree.logq,
             laws,
-            lengths[:, None] + offsets,
+            lengths[:, None] + _offsets(branches, num, lengths.device),
             rows.noise,
             run.num_passes,
             branches,
             None if hidden is None else hidden[rows.in_state],
         )
-        verdict = rule(batch)
-        verdict = rows.settle(verdict)
+        verdict = rows.learn(drafter, batch, rule(batch))
         policy.observe(num, verdict.given or (), room)
-        drafter.observe(batch, verdict)
         rows.commit(verdict, num)
         rows.leave(drafter)
     return run.samples(candidates=candidates, windows=windows, step="loop")
@@ -289,16 +299,22 @@ def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter)
     return max(room) + 1
 
 
-def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
-    """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
-    far behind the known tokens each law stands [1 + T], and the topology of the drafts; the first
-    two [B, 1 + T] where rows have trees of their own."""
+def _topology(tree: TokenTree, device: torch.device, run: Run) -> Topology | None:
+    """How the drafts of a pass hang together; None for a chain."""
     above = tree.parents
-    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
-        return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device), tree.num_levels)
-    root = torch.zeros_like(shape.depths[..., :1])
-    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
+    if above is None:
+        return None
+    if above.dim() == 1:
+        own = listed(above)
+        return None if is_chain(own) else topology(own, device)
+    if not above.is_cpu:
+        run.watch_tree(is_no_tree(above))
+    return topology_of(above.to(device), tree.num_levels, tree.most_children)
+
+
+def _offsets(shape: Topology | None, num: int, device: torch.device) -> Tensor:
+    """How far behind the known tokens each of `num` laws stands, [T + 1] or [B, T + 1]."""
+    return torch.arange(num, device=device) if shape is None else shape.rooted.depths
 
 
 def _prefill_chain(
@@ -316,6 +332,7 @@ class _Rows:
     def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
         self.run, self._state, self._stop = run, state, stop
         self._advances = isinstance(state, Advances)
+        self._goes_along = isinstance(state, AdvancesAlong)
         self.noise = run.noise
         self.active = torch.arange(run.batch, device=run.tokens.device)
         self.lengths = torch.zeros_like(self.active)
@@ -344,6 +361,20 @@ class _Rows:
         out[self.in_state] = rows
         return out
 
+    def extend(self, fed: Tensor, shape: Topology | None, edit: Any = None) -> Tensor:
+        """Logits of the state's rows behind what is fed, root in front; `shape` is of the drafts."""
+        rooted = None if shape is None else shape.rooted
+        if edit is None and self._goes_along and isinstance(self.in_state, slice):
+            return cast(AdvancesAlong, self._state).extend_along(fed, rooted)
+        parents = None
+        if rooted is not None:
+            parents = rooted.laws - 1 if rooted.is_shared else self.spread(rooted.laws) - 1
+        if edit is not None:
+            if rooted is not None and rooted.listed is not None:
+                parents = torch.tensor(rooted.listed)
+            return cast(Editable, self._state).extend_edited(fed, parents, edit)
+        return self._state.extend(fed) if parents is None else self._state.extend(fed, parents)
+
     @property
     def num_going(self) -> int:
         """Images that need more tokens; finished ones may wait in the batch."""
@@ -364,20 +395,36 @@ class _Rows:
         if 2 * self.num_going <= self.num_active:
             self.leave(drafter)
 
-    def settle(self, verdict: Verdict) -> Verdict:
+    def learn(self, drafter: Drafter, batch: Round, verdict: Verdict) -> Verdict:
+        """Settle a round and show it to the drafter; what is left of the verdict."""
+        if not isinstance(drafter, Hears):
+            verdict = self.settle(verdict)[0]
+            drafter.observe(batch, verdict)
+            return verdict
+        wanted = [verdict.tokens, *drafter.asks(batch, verdict)]
+        verdict, (tokens, *told) = self.settle(verdict, wanted)
+        drafter.observe(batch, verdict)
+        width = verdict.tokens.shape[1]
+        new = [tokens[row * width : row * width + n] for row, n in enumerate(verdict.given or ())]
+        drafter.hear(new, told)
+        return verdict
+
+    def settle(
+        self, verdict: Verdict, wanted: Sequence[Tensor] = ()
+    ) -> tuple[Verdict, list[list[int]]]:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
-        The one place where a round waits for the device.
+        The one place where a round waits for the device. With it comes what is `wanted`.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         counts = torch.minimum(counts, run.num_tokens - self.lengths)
         stopped = [False] * self.num_active
-        if self._stop is None:
-            (given,) = run.read(counts)
-        else:
-            given, read = run.read(counts, tokens)
+        if self._stop is not None and not wanted:
+            wanted = [tokens]
+        given, *read = run.read(counts, *wanted)
+        if self._stop is not None:
             width = tokens.shape[1]
-            new = [read[row * width :][:count] for row, count in enumerate(given)]
+            new = [read[0][row * width : row * width + count] for row, count in enumerate(given)]
             stays, stopped = self._stop(self._images, new)
             if stays != given:
                 given, counts = stays, torch.tensor(stays, device=counts.device)
@@ -386,7 +433,7 @@ class _Rows:
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
         run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
-        return Verdict(tokens, counts, verdict.path, given)
+        return Verdict(tokens, counts, verdict.path, given), read
 
     def commit(self, verdict: Verdict, num: int) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
@@ -404,9 +451,10 @@ class _Rows:
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
         else:
-            root = verdict.path.new_zeros(len(verdict.path), 1)
-            path = torch.cat([root, verdict.path + 1], dim=1)
-            kept = self.spread(path)
+            kept = self.spread(torch.nn.functional.pad(verdict.path + 1, (1, 0)))
+        if is_whole and self._goes_along:
+            cast(AdvancesAlong, self._state).advance_along(kept, counts, given)
+            return
         self._state.commit(kept, self.spread(counts))
 
     def leave(self, drafter: Drafter) -> None:

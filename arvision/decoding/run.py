@@ -91,6 +91,7 @@ class Run:
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
+        self._is_no_tree = self._is_broken
 
     def next_pass(self, images: Tensor | None = None) -> None:
         """The model is called once more, for `images` [A]; None for all."""
@@ -158,6 +159,10 @@ class Run:
         """
         self._is_broken |= laws[..., 0].isnan().any()
 
+    def watch_tree(self, is_wrong: Tensor) -> None:
+        """Remember whether a drafter's parents are no tree, one bool; `read` tells."""
+        self._is_no_tree = self._is_no_tree | is_wrong
+
     def check(self, going: Tensor | None = None) -> int:
         """Stop at numbers that no model should give.
 
@@ -183,10 +188,16 @@ class Run:
             The elements of each, in order.
 
         Raises:
-            InputError: a law or a latent was NaN or infinite.
+            InputError: a law or a latent was NaN or infinite, or a drafter's tree none.
         """
-        parts = [self._is_broken.long().view(1), *(part.flatten() for part in wanted)]
+        wrong = self._is_broken.long() + 2 * self._is_no_tree.long()
+        parts = [wrong.view(1), *(part.flatten() for part in wanted)]
         found = torch.cat(parts).tolist()
+        if found[0] >= 2:
+            raise InputError(
+                f"the drafter's parents in pass {self.num_passes} are no trees: expected -1 (the last "
+                "known token) or an earlier candidate"
+            )
         if found[0]:
             raise InputError(
                 f"the model gave NaN or infinity in pass {self.num_passes}: expected finite "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache
 from ...decoding.logits import guide
-from ...decoding.tree import check_parents, check_path, check_placed, topology_of
+from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -47,7 +47,7 @@ class LlamaGenState:
         self._is_doubled = rows.shape[0] != batch_size
         self._num_conditions = rows.shape[1]
         self._rotary = transformer.rotary()
-        self._parents: Tensor | None = None
+        self._tree: Topology | None = None
         self.cache = KVCache(
             config["num_layers"],
             rows.shape[0],
@@ -103,20 +103,29 @@ class LlamaGenState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        ancestors = None
+        if parents is None:
+            return self._extend(tokens, None)
+        check_parents(parents, num)
+        return self._extend(tokens, topology_of(parents.to(tokens.device)))
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology of candidates; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        num, ancestors = tokens.shape[1], None
         steps = torch.arange(num, device=tokens.device)
-        if parents is not None:
-            check_parents(parents, num)
-            shape = topology_of(parents)
-            ancestors, steps = shape.ancestors, shape.depths
-            if not shape.is_shared:
+        if tree is not None:
+            ancestors, steps = tree.ancestors, tree.depths
+            if not tree.is_shared:
                 ancestors, steps = self._doubled(ancestors), self._doubled(steps)
-        self._parents = parents
+        self._tree = tree
         _, mask = self.cache.begin(num, ancestors)
         last = len(self._rotary) - 1
         if self.cache.is_uniform:
             first = self.cache.host_lengths[0]
-            if parents is None and first + num <= last + 1:
+            if tree is None and first + num <= last + 1:
                 rotary = self._rotary[first : first + num]
             else:
                 rotary = self._rotary[(first + steps).clamp(max=last)]
@@ -180,7 +189,8 @@ class LlamaGenState:
         num = self.cache.num_pending
         if num == 0:
             raise StateError("commit without candidates: call extend first")
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.cache.commit(self._doubled(kept), self._doubled(counts))
         self.lengths = self.lengths + counts
 
@@ -188,9 +198,16 @@ class LlamaGenState:
         """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
         if self.cache.num_pending == 0:
             raise StateError("advance without candidates: call extend first")
-        twice = [*given, *given] if self._is_doubled else given
-        self.cache.advance(self._doubled(counts), twice)
+        self.cache.advance(self._doubled(counts), self._twice(given))
         self.lengths = self.lengths + counts
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.cache.keep(self._doubled(path), self._doubled(counts), self._twice(given))
+        self.lengths = self.lengths + counts
+
+    def _twice(self, given: Sequence[int]) -> Sequence[int]:
+        return [*given, *given] if self._is_doubled else given
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""

@@ -107,7 +107,7 @@ class ImageState:
         self._offsets = model.layout.offsets.to(device)
         self._next = torch.tensor([row.next for row in rows], device=device)
         self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
-        self._parents: Tensor | None = None
+        self._tree: Topology | None = None
         self._expansion: Expansion | None = None
         self.lengths = torch.zeros(len(rows) // branches, dtype=torch.int64, device=device)
 
@@ -131,15 +131,15 @@ class ImageState:
         hidden = self._model.run(inputs, positions.to(device), mask, self._seen)[:, -1:]
         every = torch.arange(num, device=device).expand(len(rows), num)
         self.cache.commit(every, torch.full_like(every[:, 0], num))
-        return self._guided(hidden)[:, 0]
+        logits = self._guided(hidden)[:, 0]
+        check_numbers(logits)
+        return logits
 
     def _guided(self, hidden: Tensor) -> Tensor:
         """Guided logits [B, T, V] of hidden states [R, T, C]."""
         logits = self._model.code_logits(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if bool(logits.sum().isnan()):
-            raise InputError("the model's logits hold NaN: check its weights and dtype")
         return combine(logits, self._branches, self._scale)
 
     def _spread(self, rows: Tensor) -> Tensor:
@@ -169,11 +169,22 @@ class ImageState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        num, shape = tokens.shape[1], None
+        shape = None
         if parents is not None:
-            check_parents(parents, num)
+            check_parents(parents, tokens.shape[1])
             shape = topology_of(parents.to(tokens.device))
-        self._parents = parents
+        logits = self._extend(tokens, shape)
+        check_numbers(logits)
+        return logits
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, shape: Topology | None) -> Tensor:
+        num = tokens.shape[1]
+        self._tree = shape
         depths = np.arange(num) if shape is None else shape.depths.cpu().numpy()
         numbers = self._host_lengths()[:, None] + depths
         self._expansion = expansion = self._layout.expand(numbers)
@@ -300,7 +311,8 @@ class ImageState:
             raise StateError("commit without candidates: call extend first")
         expansion = self._expansion
         num = self.cache.num_pending if expansion is None else expansion.begin.shape[1]
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.lengths = self.lengths + counts
         if expansion is not None:
             kept, counts = expansion.kept(kept, counts)
@@ -315,6 +327,14 @@ class ImageState:
         self.cache.advance(self._spread(counts), list(given) * self._branches)
         self.lengths = self.lengths + counts
 
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.lengths = self.lengths + counts
+        if self._expansion is not None:
+            path, counts = self._expansion.kept(path, counts)
+            given = counts.tolist()
+        self.cache.keep(self._spread(path), self._spread(counts), list(given) * self._branches)
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         batch = len(self.lengths)
@@ -322,6 +342,16 @@ class ImageState:
         self.cache.select(every)
         self._next = self._next[every]
         self.lengths = self.lengths[rows]
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits that hold NaN.
+
+    Raises:
+        InputError: see above.
+    """
+    if bool(logits.sum().isnan()):
+        raise InputError("the model's logits hold NaN: check its weights and dtype")
 
 
 def _gather(hidden: Tensor, ends: Tensor, branches: int) -> Tensor:
