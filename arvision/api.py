@@ -121,6 +121,10 @@ def sample(
     width: int | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     image: Any = None,
+    mask_image: Any = None,
+    known_tokens: Any = None,
+    known_scales: int | None = None,
+    blend: bool = False,
     num_inference_steps: int | None = None,
     **sampler_options: Any,
 ) -> SampleOutput:
@@ -149,7 +153,12 @@ def sample(
         width: likewise.
         negative_prompt: what guidance leads away from, for models that take text; one for all
             prompts, or one each.
-        image: source images, for models that edit.
+        image: picture to edit, with `mask_image` or `known_scales` (see `ARPipeline.__call__`); or source
+            images of a prompt, for models that read such.
+        mask_image: white is redrawn, black is kept.
+        known_tokens: tokens that are kept, -1 where one is drawn.
+        known_scales: coarse scales of `image` that are kept, for scale models.
+        blend: paste what is redrawn into `image`.
         num_inference_steps: of a diffusion decoder (GLM-Image).
         **sampler_options: passed to the sampler, such as `window=32`.
 
@@ -187,6 +196,10 @@ def sample(
         "width": width,
         "negative_prompt": negative_prompt,
         "image": image,
+        "mask_image": mask_image,
+        "known_tokens": known_tokens,
+        "known_scales": known_scales,
+        "blend": blend or None,
         "num_inference_steps": num_inference_steps,
     }
     prompt, beside = _beside(pipe, prompt, {k: v for k, v in beside.items() if v is not None})

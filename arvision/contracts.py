@@ -102,6 +102,16 @@ class DropsRows(Protocol):
 
 
 @runtime_checkable
+class TakesRows(Protocol):
+    """A state that takes in the rows of another one of its model, with as much guidance (none, or
+    some for each row), behind its own rows."""
+
+    def join(self, other: Any) -> None:
+        """Take over the rows of `other`, which is not used any more."""
+        ...
+
+
+@runtime_checkable
 class Advances(Protocol):
     """A state that commits chains without asking its device."""
 
@@ -214,6 +224,18 @@ def codebook_of(model: Any) -> Tensor | None:
     return model.codebook if isinstance(model, HasCodebook) else None
 
 
+@runtime_checkable
+class Encodes(Protocol):
+    """A model that turns pictures into tokens, of any kind."""
+
+    picture_size: tuple[int, int]
+    """Height and width of its pictures, in pixels."""
+
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to the tokens of all images, as `decode` takes them."""
+        ...
+
+
 def device_of(model: Any) -> torch.device:
     """Where a model says that it lies; the CPU where it does not say."""
     return torch.device(getattr(model, "device", "cpu"))
@@ -244,7 +266,7 @@ class TellsCalibration(Protocol):
 class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
-    A state may offer more, which samplers use where it exists: `DropsRows`, `Advances`,
+    A state may offer more, which samplers use where it exists: `DropsRows`, `TakesRows`, `Advances`,
     `AdvancesAlong`, `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
     `TellsCost`, `TellsCalibration`.
     """
@@ -284,8 +306,9 @@ class ScaleState(Protocol):
 class Prunes(Protocol):
     """A scale state that can leave tokens out."""
 
-    def next_pruned(self, share: float) -> Tensor:
-        """`ScaleState.next` with a share of the tokens restored in every layer, not computed."""
+    def next_pruned(self, share: float, whole: tuple[int, int] = (0, 0)) -> Tensor:
+        """`ScaleState.next` with a share of the tokens restored in every layer, not computed; all are
+        computed in the first and last layers, as many as `whole` says."""
         ...
 
     def next_reference(self) -> Tensor:
@@ -368,8 +391,18 @@ class LatentState(Protocol):
 class KeepsFeatures(Protocol):
     """A latent state that can reuse features of earlier passes."""
 
-    def keep_features(self, refresh: int, reuse_guidance: bool) -> None:
-        """Compute everything anew every `refresh` passes only; see `LatentPlan`."""
+    def keep_features(
+        self,
+        refresh: int,
+        reuse_guidance: bool,
+        first: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        """Compute everything anew every `refresh` passes only, and in the first ones; see `LatentPlan`.
+
+        `shares` are the shares of the places that each pass computes in between; None for those
+        alone that must be.
+        """
         ...
 
 

@@ -12,13 +12,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from .contracts import Conditions
+from .drawing import OUTPUT_TYPES, SampleOutput
 from .errors import InputError, check_count
 from .image_pipeline import ImageModelPipeline
 from .inputs import as_prompts, check_images
 from .models import GlmImage, ImagePrompt, TransformersImageModel
 from .models.transformers_image.glm_image import doubled
 from .models.transformers_image.network import base_of
-from .pipeline import OUTPUT_TYPES, SampleOutput
 
 MOST_INFERENCE_STEPS = 10_000
 """Of the diffusion decoder, which was trained on 1,000."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,53 +10,28 @@ import diffusers
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils.outputs import BaseOutput
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from .batches import draw_parts, image_memory, split
 from .card import megabytes, settings_in_words, write_card
 from .compiling import Prepares
 from .components import checked_parts, quietly, told
-from .contracts import Conditions, Samples, Schedule, Stats, StepCallback, device_of
-from .errors import InputError, StateError, unknown_name
+from .contracts import Schedule
+from .drawing import Draws, SampleOutput
+from .editing import read_edit
+from .errors import InputError, StateError
 from .files import user_path
 from .going import Interruptible
-from .inputs import check_numbers, expand_prompts, resolve_seeds
+from .inputs import expand_prompts
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
-from .models.pixels import written
 from .networks import bare, hooks_of, place_of
 from .portable import Portable
 from .quantization import is_quantized
-from .samplers import SAMPLERS, BaseSampler, get_sampler
+from .samplers import BaseSampler, get_sampler
 from .schema import Side
-from .threads import THREADS
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass
-class SampleOutput(BaseOutput):
-    """What a pipeline returns.
-
-    Attributes:
-        images: PIL images, or [B, H, W, 3] float array ("np") or [B, 3, H, W] float tensor ("pt")
-            in [0, 1], or the tokens ("latent").
-        tokens: [B, N] int64 (token and scale models; [B, N, d] where tokens are bits), [B, N, D]
-            float (continuous models).
-        stats: a dict that can also be read by attribute: `forward_passes` (model calls on image
-            tokens; prefill not counted), `tokens` (per image), `tokens_per_pass`, `seconds` (whole
-            call), `seconds_per_image`, `seeds`, and what the sampler adds.
-    """
-
-    images: Any
-    tokens: Tensor
-    stats: Stats
-
-
-class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
+class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
     """Draws images with an autoregressive model and an exchangeable sampler.
 
     Saved and loaded as every diffusers pipeline; `pipe.sampler` is swapped as a scheduler is:
@@ -262,26 +234,16 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
                 if torch.device(hook.execution_device or "meta").type == "cpu":
                     hook.execution_device = torch.device("cpu")
 
-    def check_sampler(self, sampler: BaseSampler) -> None:
-        """Refuse a sampler for another kind of model.
-
-        Raises:
-            InputError: names the samplers that fit.
-        """
-        kind = self.kind
-        drives = SAMPLERS.entry(sampler.name).facts["drives"]
-        if kind not in drives:
-            fitting = ", ".join(e.name for e in SAMPLERS if kind in e.facts["drives"])
-            raise InputError(
-                f"sampler {sampler.name!r} drives {drives} models, this is a {kind} "
-                f"model: expected one of {fitting}"
-            )
-
     @torch.no_grad()
     def __call__(
         self,
         prompt: Any,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        known_tokens: Any = None,
+        known_scales: int | None = None,
+        blend: bool = False,
         num_images_per_prompt: int = 1,
         guidance_scale: Schedule | None = None,
         temperature: Schedule | None = None,
@@ -301,6 +263,15 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         Args:
             prompt: a class id, class name or caption (or caption features [T, C], or a `Prompt` with a
                 negative), or a list.
+            image: picture to edit, of the model's size: PIL, array or tensor, see
+                `arvision.models.pixels.pixels_of`; one for all images, for each prompt, or for each
+                image. With `mask_image`, or for scale models with `known_scales`. See `docs/editing.md`.
+            mask_image: white is redrawn, black is kept; every token that white touches is drawn anew.
+            known_tokens: in place of an image: tokens [n], [N] or [B, N] that are kept, -1 (in latents
+                NaN) where one is drawn.
+            known_scales: scale models: so many coarse scales of the image are kept whole.
+            blend: paste what is redrawn into the image, whose other pixels then are its own and not
+                those of its tokens.
             num_images_per_prompt: images of each prompt.
             guidance_scale: null + scale * (cond - null); None for the model's recommendation; scale
                 models also take a list, one for each scale.
@@ -322,9 +293,21 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
         Raises:
             InputError: any argument out of range, before the model is called.
         """
+        model, conditions = self.model, expand_prompts(prompt, num_images_per_prompt)
+        edit = read_edit(
+            model,
+            len(conditions) // num_images_per_prompt,
+            len(conditions),
+            image=image,
+            mask_image=mask_image,
+            known_tokens=known_tokens,
+            known_scales=known_scales,
+            blend=blend,
+        )
         return self._draw(
-            self.model,
-            expand_prompts(prompt, num_images_per_prompt),
+            model,
+            conditions,
+            edit=edit,
             guidance_scale=guidance_scale,
             law={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             generator=generator,
@@ -336,146 +319,6 @@ class ARPipeline(Prepares, Interruptible, Portable, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             progress=progress,
         )
-
-    def _draw(
-        self,
-        model: Any,
-        conditions: Conditions,
-        *,
-        guidance_scale: Schedule | None = None,
-        law: dict[str, Any],
-        generator: Any = None,
-        seed: Any = None,
-        sampler: BaseSampler | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
-        progress: bool | None = None,
-        render: Callable[..., Any] | None = None,
-    ) -> SampleOutput:
-        """Draw one image per condition with a model; the other arguments are those of a call.
-
-        Args:
-            model: satisfies the contract of this pipeline's kind.
-            conditions: one per image.
-            law: temperature, top_k and top_p; None for the sampler's own value.
-            render: conditions, tokens and identities to what `output_type` names; None for the
-                model's `decode`.
-        """
-        self._check_output(model, output_type)
-        wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
-        seeds = resolve_seeds(seed, generator, len(conditions))
-        chosen: BaseSampler = self.sampler if sampler is None else sampler
-        self.check_sampler(chosen)
-        changes = {
-            name: check_numbers(name, value, is_whole=name == "top_k", is_one=name == "top_p")
-            for name, value in law.items()
-            if value is not None
-        }
-        if changes:
-            chosen = chosen.with_options(**changes)
-        self._check_effect(chosen, model, law | {"guidance_scale": guidance_scale})
-        scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
-        scale = check_numbers("guidance_scale", scale)
-        chosen = self.bind(chosen, model)
-        started = time.perf_counter()
-        is_guided = scale not in (0, 1)
-        memory = image_memory(model, getattr(self, "tokenizer", None), is_guided, output_type)
-        parts = split(len(conditions), memory, device_of(model))
-        total = len(conditions) * model.num_tokens
-        with self._call() as call, self._threads(), self._bar(total, progress) as bar:
-
-            def on_step(step: int, figures: dict[str, Any]) -> bool:
-                bar.update(figures["finished"] - bar.n)
-                if callback_on_step_end is not None:
-                    given = {n: v for n, v in figures.items() if n in wanted_inputs}
-                    callback_on_step_end(self, step, step, given)
-                return call.is_interrupted
-
-            more: dict[str, Any] = {} if self._steps is None else {"steps": self._steps}
-
-            def draw(part: slice, tell: StepCallback) -> Samples:
-                identities: dict[str, Any] = {"seeds": seeds[part], "guidance_scale": scale}
-                return chosen(model, conditions[part], **identities, on_step=tell, **more)
-
-            def finish(part: slice, samples: Samples) -> Any:
-                if output_type == "latent":
-                    return samples.tokens
-                decoded = samples.tokens if samples.embeddings is None else samples.embeddings
-                if render is not None:
-                    return render(conditions[part], decoded, seeds[part])
-                return written(model.decode(decoded), output_type)
-
-            samples, images = draw_parts(parts, draw, finish, on_step)
-        if output_type == "pil":
-            _mark_incomplete(images, samples.stats)
-        seconds = time.perf_counter() - started
-        samples.stats.update(
-            seconds=seconds, seconds_per_image=seconds / len(conditions), seeds=seeds
-        )
-        if self._quantized is not None:
-            samples.stats["quantized"] = self._quantized
-        if not self._calls:  # another draw needs its networks where they are
-            self.maybe_free_model_hooks()
-        if not return_dict:
-            return cast(Any, (images,))
-        return SampleOutput(images=images, tokens=samples.tokens, stats=samples.stats)
-
-    @staticmethod
-    def _check_effect(sampler: BaseSampler, model: Any, given: dict[str, Any]) -> None:
-        """Refuse arguments of the call that change nothing in this draw (`InputError`)."""
-        for name, neutral in sampler.without_effect(model).items():
-            value = given.get(name)
-            if value is not None and value != neutral:
-                raise InputError(
-                    f"{name} {value!r}: {sampler.name} with {sampler.plan_in_words} does not look at "
-                    f"it, expected {neutral!r} or none"
-                )
-
-    def _check_output(self, model: Any, output_type: str) -> None:
-        """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(
-                f"output_type {output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}"
-            )
-        if output_type != "latent" and self.tokenizer is None:
-            raise InputError(
-                f"output_type {output_type!r}: this pipeline has no tokenizer to make pictures, "
-                'expected "latent"'
-            )
-
-    def _callback_inputs(self, names: Sequence[str] | None) -> Sequence[str]:
-        """What a callback is given.
-
-        Raises:
-            InputError: a name of something else.
-        """
-        for name in names or ():
-            if name not in self._callback_tensor_inputs:
-                raise unknown_name("input of a callback", name, self._callback_tensor_inputs)
-        return self._callback_tensor_inputs if names is None else names
-
-    def _bar(self, total: int, progress: bool | None) -> Any:
-        """A bar over the tokens, as `set_progress_bar_config` says unless the call does."""
-        settings = dict(getattr(self, "_progress_bar_config", {}))
-        if progress is not None:
-            settings["disable"] = not progress
-        return tqdm(total=total, **settings)
-
-    def _threads(self) -> contextlib.AbstractContextManager[None]:
-        """Run on the recommended number of CPU threads."""
-        wanted = self.config["num_threads"]
-        if wanted is None or place_of(self.transformer).type != "cpu":
-            return contextlib.nullcontext()
-        return THREADS.at_most(wanted)
-
-
-def _mark_incomplete(images: Sequence[Any], stats: Stats) -> None:
-    """Say in the `info` of PIL images how far an interrupted run came with them."""
-    for image, is_complete, length in zip(images, stats["complete"], stats["lengths"], strict=True):
-        if not is_complete:
-            image.info["incomplete"] = f"{length} of {stats['tokens']} tokens drawn"
 
 
 # `DiffusionPipeline.from_pretrained` looks for the class of a saved pipeline among diffusers' names.

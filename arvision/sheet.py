@@ -23,6 +23,16 @@ def enlarge(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST)
 
 
+def without_enlargement(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image that `enlarge` has made of one of `size` (width, height), as it was; others as they are."""
+    factor = image.width // size[0]
+    if factor < 2 or image.size != (size[0] * factor, size[1] * factor):
+        return image
+    small = image.resize(size, Image.Resampling.NEAREST)
+    again = small.resize(image.size, Image.Resampling.NEAREST)
+    return small if again.tobytes() == image.tobytes() else image
+
+
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """Images in a grid, one alone as it is; `columns` None for at most eight in a row."""
     if len(images) == 1:

@@ -134,7 +134,7 @@ class TableState:
 
 
 class DroppingTableModel(TableModel):
-    """A `TableModel` whose state can drop rows and takes candidates past the end."""
+    """A `TableModel` whose state drops rows, takes others in, and takes candidates past the end."""
 
     def start(
         self, conditions: Conditions, guidance_scale: float = 1.0
@@ -148,6 +148,10 @@ class DroppingTableModel(TableModel):
 class _DroppingState(TableState):
     def select(self, rows: Tensor) -> None:
         self.lengths, self._prefixes = self.lengths[rows], self._prefixes[rows]
+
+    def join(self, other: TableState) -> None:
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._prefixes = torch.cat([self._prefixes, other._prefixes])
 
 
 class ScaleTable:

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "folders": {"errors", "files", "needed"},
     "inputs": {"errors", "contracts", "decoding", "models"},
     "image_pipeline": {"pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
-    "glm_pipeline": {"image_pipeline", "pipeline", "inputs", "models"} | GROUND,
+    "glm_pipeline": {"drawing", "image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
     | {"components", "folders", "headers", "hub", "needed"}
     | GROUND,
@@ -65,14 +65,16 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"errors"},
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
     "components": {"folders", "models", "samplers"} | GROUND,
+    "editing": {"decoding", "models"} | GROUND,
+    "drawing": {"batches", "editing", "inputs", "models", "samplers", "threads"} | GROUND,
     "pipeline": {
-        "batches",
         "card",
         "components",
         "compiling",
+        "drawing",
+        "editing",
         "quantization",
         "going",
-        "threads",
         "models",
         "samplers",
         "folders",
@@ -92,6 +94,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
+    "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
+    | {"pipeline", "samplers"}
+    | GROUND,
     "testing": {"models"} | GROUND,
 }
 SEES_ALL = {"cli", "__init__"}

@@ -22,6 +22,8 @@ arvision sample --model ./infinity-2b --prompt "a red fox" --negative "blurry" -
 
 arvision sample --model zai-org/GLM-Image --prompt "make it night" --image day.png --out night.png
 
+arvision sample --model llamagen-fashion --prompt bag --image sneaker.png --mask mask.png --out edited.png
+
 arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
 
@@ -78,17 +80,35 @@ def refuse_unused(given: dict[str, Any], when: str) -> None:
         raise InputError(f"{unused[0]} {when}: it would have no effect")
 
 
-def load_picture(path: Path) -> Any:
-    """A picture from a file, as RGB."""
+def load_picture(path: Path, mode: str = "RGB") -> Any:
+    """A picture from a file, as RGB or grey ("L")."""
     from PIL import Image, UnidentifiedImageError
 
     from ..errors import InputError
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return picture.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"image {path}: expected a picture ({error})") from error
+
+
+def of_model(
+    model: str, device: str | None, dtype: str | None, images: list[Any], mask: Any
+) -> tuple[list[Any], Any]:
+    """Pictures that this command has enlarged when it wrote them, of the model's own size again."""
+    from ..folders import parse_device, parse_dtype
+    from ..opening import open_cached
+    from ..sheet import without_enlargement
+
+    place = parse_device(device)
+    pipe = open_cached(model, str(place), parse_dtype(dtype, place))
+    height, width = getattr(pipe.model, "picture_size", (0, 0))
+    if not width:
+        return images, mask
+    size = (width, height)
+    images = [without_enlargement(each, size) for each in images]
+    return images, None if mask is None else without_enlargement(mask, size)
 
 
 def sample(
@@ -116,8 +136,20 @@ def sample(
     height: Annotated[int | None, typer.Option(help="Pixels, where a model draws sizes.")] = None,
     width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Picture to edit; repeatable (GLM-Image).")
+        list[Path] | None,
+        typer.Option(
+            help="Picture to edit, with --mask or --known-scales; repeatable (GLM-Image)."
+        ),
     ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of what is redrawn (white) and kept (black).")
+    ] = None,
+    known_scales: Annotated[
+        int | None, typer.Option(help="Coarse scales of --image that are kept (var, infinity).")
+    ] = None,
+    blend: Annotated[
+        bool, typer.Option("--blend", help="Paste what is redrawn into --image.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Passes of a student (dd).")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Sampler option name=value.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -147,6 +179,10 @@ def sample(
     if parse_schedule("temperature", temperature) == 0:
         refuse_unused({"--top-k": top_k, "--top-p": top_p}, "at --temperature 0")
     prompts = prompt if negative is None else [Prompt(text, negative) for text in prompt]
+    images = [load_picture(path) for path in image or []]
+    grey = None if mask is None else load_picture(mask, "L")
+    if grey is not None or known_scales is not None:
+        images, grey = of_model(model, device, dtype, images, grey)
     result = api.sample(
         model,
         prompts if len(prompts) > 1 else prompts[0],
@@ -162,7 +198,10 @@ def sample(
         progress=not quiet,
         height=height,
         width=width,
-        image=[load_picture(path) for path in image or []] or None,
+        image=images or None,
+        mask_image=grey,
+        known_scales=known_scales,
+        blend=blend,
         **options,
     )
     if out is not None:

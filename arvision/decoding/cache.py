@@ -49,7 +49,8 @@ class KVCache:
         shape = (num_layers, num_rows, num_heads, capacity, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.capacity = capacity
+        # Rows that leave make room here for those that join.
+        self._stored: tuple[Tensor, ...] = (self.keys, self.values)
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._host_lengths = [0] * num_rows
         self._slots: Tensor | None = None
@@ -57,20 +58,24 @@ class KVCache:
         self._end = 0
         self._num = 0
         self._is_chain = True
-        barred = torch.full((), float("-inf"), device=device, dtype=dtype)
-        self._barred = barred
-        order = torch.arange(capacity, device=device)
-        self._order = order
-        self._causal: Tensor | None = None
-        if capacity <= LARGEST_TABLE:
-            self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
-            self._causal.masked_fill_(order > order[:, None], float("-inf"))
+        self._reach(capacity)
         self._closed: Tensor | None = None
         if open_columns is not None and not bool(open_columns.all()):
             self._closed = torch.zeros(num_rows, 1, 1, capacity, device=device, dtype=dtype)
             self._closed[:, 0, 0, : open_columns.shape[1]].masked_fill_(
                 ~open_columns.to(device), float("-inf")
             )
+
+    def _reach(self, capacity: int) -> None:
+        """Be `capacity` positions long."""
+        device, dtype = self.keys.device, self.keys.dtype
+        self.capacity = capacity
+        order = torch.arange(capacity, device=device)
+        self._order = order
+        self._causal: Tensor | None = None
+        if capacity <= LARGEST_TABLE:
+            self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
+            self._causal.masked_fill_(order > order[:, None], float("-inf"))
 
     @property
     def num_pending(self) -> int:
@@ -263,7 +268,8 @@ class KVCache:
         kept = rows.tolist()
         unmoved = next((i for i, row in enumerate(kept) if row != i), len(kept))
         if len(kept) > self.keys.shape[1]:
-            self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+            self._stored = self.keys[:, rows], self.values[:, rows]
+            self.keys, self.values = self._stored
         elif unmoved < len(kept):
             for layer in range(len(self.keys)):
                 for stored in (self.keys[layer], self.values[layer]):
@@ -273,3 +279,68 @@ class KVCache:
         self._host_lengths = [self._host_lengths[row] for row in kept]
         if self._closed is not None:
             self._closed = self._closed[rows]
+
+    def shift(self, num: int) -> None:
+        """Move all rows right by `num` positions, which nothing ever looks at."""
+        if num == 0:
+            return
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, num, 0))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, num, 0))
+        self._stored = self.keys, self.values
+        closed = self._open() if self._closed is None else self._closed
+        self._closed = torch.nn.functional.pad(closed, (num, 0), value=float("-inf"))
+        self.lengths = self.lengths + num
+        self._host_lengths = [length + num for length in self._host_lengths]
+        self._reach(self.capacity + num)
+
+    def _open(self) -> Tensor:
+        """[R, 1, 1, S], a mask that closes nothing."""
+        return self.keys.new_zeros(len(self.lengths), 1, 1, self.capacity)
+
+    def join(self, other: KVCache, order: Sequence[int]) -> None:
+        """Take in the rows of another cache of the same capacity.
+
+        One layer after another: nothing of the cache's size is made as long as there is room that
+        rows have left.
+
+        Args:
+            other: not used any more.
+            order: of all rows, the others' counted behind the own ones.
+        """
+        num, room = len(order), self._stored[0].shape[1]
+        if num > room:
+            rows = max(num, 2 * room)
+            self._stored = tuple(
+                part.new_zeros(len(part), rows, *part.shape[2:]) for part in self._stored
+            )
+        index = torch.tensor(list(order), device=self.lengths.device)
+        for stored, own, theirs in zip(
+            self._stored, (self.keys, self.values), (other.keys, other.values), strict=True
+        ):
+            for layer in range(len(own)):
+                stored[layer, :num] = torch.cat([own[layer], theirs[layer]])[index]
+        self.keys, self.values = (stored[:, :num] for stored in self._stored)
+        if self._closed is not None or other._closed is not None:
+            parts = [self, other]
+            masks = [part._open() if part._closed is None else part._closed for part in parts]
+            self._closed = torch.cat(masks)[index]
+        self.lengths = torch.cat([self.lengths, other.lengths])[index]
+        both = self._host_lengths + other._host_lengths
+        self._host_lengths = [both[row] for row in order]
+        self._num = 0
+
+
+def interleaved(own: int, others: int, branches: int) -> list[int]:
+    """Rows of two groups, each branch by branch, as one group branch by branch.
+
+    Args:
+        own: images of the first group.
+        others: images of the second, whose rows are counted behind.
+        branches: rows of each image.
+    """
+    first = [[branch * own + row for row in range(own)] for branch in range(branches)]
+    behind = branches * own
+    second = [
+        [behind + branch * others + row for row in range(others)] for branch in range(branches)
+    ]
+    return [row for pair in zip(first, second, strict=True) for part in pair for row in part]

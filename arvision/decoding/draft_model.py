@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contracts import Conditions, TokenModel
 from ..errors import InputError, unknown_name
 from .draft_state import FollowingState
+from .given import Given
 from .logits import Shaping
 from .noise import Noise, draw
 from .tree import TokenTree, none_left
@@ -168,9 +169,14 @@ class DraftModelDrafter:
         self._known = [0] * len(self._conditions)
         self._reach = 2
         self._noise, self._num_tokens = noise, num_tokens
+        self._given: Given | None = None
         self._state = FollowingState(
             self._draft, self._conditions, self._scale, self._shape, num_tokens
         )
+
+    def keep(self, given: Given) -> None:
+        """Draft behind given tokens, see `arvision.decoding.given.KeepsGiven`."""
+        self._given = given
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """Chains [B, k] with k <= num, padded with -1, and their laws [B, k, V].
@@ -191,6 +197,8 @@ class DraftModelDrafter:
         acceptance = torch.ones_like(lengths, dtype=law.dtype)
         while True:
             place = drafts.shape[1]
+            if self._given is not None:
+                law = self._given.pin(law[:, None], (lengths + place)[:, None])[:, 0]
             token, scores = self._pick(law, lengths + place, round_number)
             is_draft = place < room if self._coupling == "gumbel" else is_going
             drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
@@ -224,6 +232,8 @@ class DraftModelDrafter:
         """Count what was accepted."""
         counts = verdict.counts.tolist() if verdict.given is None else verdict.given
         self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
+        if verdict.known is not None:
+            self._known = [a + b for a, b in zip(self._known, verdict.known, strict=True)]
         self._passes = self._passes_before + self._state.passes
         self._drafted = self._drafted + (chain.drafts >= 0).sum()
         self._accepted += sum(counts) - len(counts)
@@ -237,4 +247,5 @@ class DraftModelDrafter:
         """Keep batch rows `rows`."""
         self._known = [self._known[row] for row in rows.tolist()]
         self._noise = self._noise.select(rows)
+        self._given = None if self._given is None else self._given.select(rows.tolist())
         self._state.select(rows)

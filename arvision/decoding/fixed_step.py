@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..contracts import TakesFixedChains
 from ..errors import InputError, as_integer, unknown_name
+from .drafter import Drafter, FixedDrafter, WindowPolicy
 from .noise import Noise
 from .run import Run
 from .verify import Round, Rule, Verdict
@@ -197,3 +198,57 @@ def capture(step: FixedStep, warm_up: int) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def why_no_fixed_rounds(run: Run, state: Any, drafter: Any, stop: Any) -> str | None:
+    """Why a run cannot be made of fixed steps; None where it can."""
+    if run.given is not None:
+        return "runs of given tokens are fed with the pass behind them"
+    if not isinstance(state, TakesFixedChains):
+        return "this model has no passes of fixed shapes"
+    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
+        return "the sampler's drafts are made on the host"
+    return None if stop is None else "what ends a row is looked up on the host"
+
+
+def fixed_rounds(
+    rows: Any,
+    state: Any,
+    drafter: Drafter,
+    rule: Rule,
+    shape: Callable[[Tensor], Tensor],
+    policy: WindowPolicy,
+) -> tuple[int, list[int]]:
+    """The rounds after the prefill, made of fixed steps; candidates and windows.
+
+    Args:
+        rows: which images are still being drawn, see `arvision.decoding.loop.decode_tokens`.
+        state: of the model.
+        drafter: whose drafts follow from the last verdict.
+        rule: decides what is final; a rule for chains.
+        shape: guided logits to log-probabilities.
+        policy: length of a pass.
+    """
+    run, candidates, windows = rows.run, 0, []
+    run.noise.reserve(2 * run.num_tokens)
+    ready, step = None, None
+    while rows.num_going and not run.stopped:
+        rows.shrink(drafter)
+        window = max(1, policy.next(rows.num_active, run.num_tokens))
+        if ready is None or step is None or step.is_other(rows.active, window):
+            known, lengths = rows.known()
+            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
+            first = tree.tokens, tree.logq
+            step = FixedStep(
+                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
+            )
+            ready = run.steps.ready(step)
+        for _ in range(run.steps.reads_every):
+            ready()
+            run.num_passes += 1
+            windows.append(window)
+        candidates += run.steps.reads_every * rows.num_active * window
+        room = rows.room
+        rows.catch_up(step.lengths)
+        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+    return candidates, windows

@@ -187,12 +187,16 @@ class JacobiDrafter:
         if self._first_laws is not None:
             offsets = torch.arange(num, device=verdict.counts.device).expand(len(chain.drafts), num)
             self._first_laws.observe(chain, verdict, offsets, num)
-        places = verdict.counts[:, None] + torch.arange(num - 1, device=verdict.counts.device)
+        counts = verdict.counts
+        given = counts.tolist() if verdict.given is None else verdict.given
+        if verdict.known is not None:
+            given = [own + more for own, more in zip(given, verdict.known, strict=True)]
+            counts = torch.tensor(given, device=counts.device)
+        places = counts[:, None] + torch.arange(num - 1, device=counts.device)
         places = places.clamp(max=num - 1)
         self._drafts = verdict.tokens.gather(1, places)
-        self._num_held = num - verdict.counts
-        given = verdict.counts.tolist() if verdict.given is None else verdict.given
-        self._least_held = num - max(given, default=0)
+        self._num_held = (num - counts).clamp(min=0)
+        self._least_held = max(0, num - max(given, default=0))
         self._prior = chain.target_logp[:, -1]
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)
@@ -210,3 +214,29 @@ class JacobiDrafter:
             self._laws = self._laws[rows]
         if self._prior is not None:
             self._prior = self._prior[rows]
+
+    def join(self, other: JacobiDrafter) -> None:
+        """Take in the rows of a drafter with the same options, behind the own ones.
+
+        Only where `has_fixed_shapes`: what is known of the laws of a picture's places stays apart.
+        """
+        assert self._first_laws is None
+        assert self._prior is not None
+        assert other._prior is not None
+        self._noise = self._noise.join(other._noise)
+        self._num_held = torch.cat([self._num_held, other._num_held])
+        self._least_held = min(self._least_held, other._least_held)
+        self._prior = torch.cat([self._prior, other._prior])
+        self._drafts = _stacked(self._drafts, other._drafts)
+        self._laws = _stacked(self._laws, other._laws)
+
+
+def _stacked(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """Rows [B, w, ...] of two groups, the narrower ones with zeros behind, as they hold no more."""
+    if own is None or others is None:
+        return None
+    width = max(own.shape[1], others.shape[1])
+    wide = own.new_zeros(len(own) + len(others), width, *own.shape[2:])
+    wide[: len(own), : own.shape[1]] = own
+    wide[len(own) :, : others.shape[1]] = others
+    return wide

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..contracts import Schedule
 from ..errors import InputError
 from ..kernels.sampling import Shaping, guide
 
-__all__ = ["Shaping", "check_guidance_scale", "guide", "per_scale"]
+__all__ = ["Shaping", "check_guidance_scale", "guide", "joined_scales", "per_scale", "shape_rows"]
 
 
 def check_guidance_scale(scale: Any) -> None:
@@ -25,6 +28,46 @@ def check_guidance_scale(scale: Any) -> None:
         )
     if not 0 <= scale < float("inf"):
         raise InputError(f"guidance_scale {scale}: expected a number >= 0")
+
+
+def joined_scales(own: Any, num: int, other: Any, others: int, like: Tensor) -> Any:
+    """The guidance scale of two groups of images: a number where all have the same, else [B, 1, 1].
+
+    Args:
+        own: a number, or [num, 1, 1].
+        num: images of the first group.
+        other: likewise of the second.
+        others: images of the second group.
+        like: whose dtype and device the weights take.
+    """
+    if not isinstance(own, Tensor) and not isinstance(other, Tensor) and own == other:
+        return own
+    parts = [
+        torch.as_tensor(scale, dtype=like.dtype, device=like.device).expand(count, 1, 1)
+        for scale, count in ((own, num), (other, others))
+    ]
+    return torch.cat(parts)
+
+
+def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Tensor:
+    """Each row's own law.
+
+    Args:
+        logits: [B, ..., V], guided.
+        shapings: one per row.
+
+    Returns:
+        Log-probabilities [B, ..., V], in each row those of its shaping alone.
+    """
+    groups: dict[Shaping, list[int]] = {}
+    for row, shaping in enumerate(shapings):
+        groups.setdefault(shaping, []).append(row)
+    if len(groups) == 1:
+        return next(iter(groups))(logits)
+    laws = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for shaping, rows in groups.items():
+        laws[rows] = shaping(logits[rows])
+    return laws
 
 
 def per_scale(name: str, value: Schedule, num_scales: int) -> list[float]:

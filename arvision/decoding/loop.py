@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,134 +15,45 @@ from ..contracts import (
     AdvancesAlong,
     Conditions,
     DropsRows,
+    Edit,
     Editable,
     Overruns,
     Samples,
-    TakesFixedChains,
+    Seeds,
     TellsHidden,
     TokenModel,
     TokenState,
 )
-from .fixed_step import FixedStep
+from .drafter import (
+    LARGEST_TREE,
+    Attached,
+    Branches,
+    Drafter,
+    FixedDrafter,
+    FixedWindow,
+    Hears,
+    Joins,
+    NoDrafter,
+    WindowPolicy,
+)
+from .fixed_step import fixed_rounds, why_no_fixed_rounds
+from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, is_no_tree, listed, topology, topology_of
+from .tree import Topology, is_no_tree
 from .verify import Round, Rule, Verdict
 
 
-class Drafter(Protocol):
-    """Proposes the tokens that the target verifies; see also `Attached`."""
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """A new batch of images begins."""
-        ...
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """Drafts for the positions after the known ones: a chain or a tree of at most `num`.
-
-        Where a row has fewer than others there is -1.
-
-        Args:
-            tokens: [B, N], of which `tokens[b, :lengths[b]]` are final.
-            lengths: [B].
-            num: drafts wanted.
-            round_number: of this round; the prefill is 0.
-        """
-        ...
-
-    def observe(self, batch: Round, verdict: Verdict, /) -> None:
-        """Learn from a round."""
-        ...
-
-    def select(self, rows: Tensor) -> None:
-        """Keep batch rows `rows`, the others are finished."""
-        ...
-
-
-@runtime_checkable
-class Attached(Protocol):
-    """A drafter that looks at the prompts, or drafts with the help of the target's own state."""
-
-    def attach(self, state: Any, conditions: Conditions) -> None:
-        """Called once, after the prefill."""
-        ...
-
-
-@runtime_checkable
-class Hears(Protocol):
-    """A drafter that works on the host, with what comes there in a round's one read."""
-
-    def asks(self, batch: Round, verdict: Verdict, /) -> Sequence[Tensor]:
-        """Integers that it wants to know of a round, besides the tokens that became final."""
-        ...
-
-    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]], /) -> None:
-        """After `observe`: the tokens of each row that became final, and what was asked for."""
-        ...
-
-
-@runtime_checkable
-class Branches(Protocol):
-    """A drafter whose candidates may outnumber the positions left: it keeps its depth to these."""
-
-    branches: bool
-
-
-@runtime_checkable
-class FixedDrafter(Protocol):
-    """A drafter whose drafts follow from the last verdict alone, by a function of fixed shapes."""
-
-    has_fixed_shapes: bool
-
-
-class NoDrafter:
-    """Drafts nothing: the loop is then plain autoregressive sampling."""
-
-    has_fixed_shapes = True
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """Nothing to prepare."""
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """No drafts, [B, 0]."""
-        return TokenTree(tokens[:, :0])
-
-    def observe(self, chain: Round, verdict: Verdict) -> None:
-        """Nothing to learn."""
-
-    def select(self, rows: Tensor) -> None:
-        """Nothing to drop."""
-
-
-LARGEST_TREE = 64
-"""Candidates of a tree that branches: the room that models keep behind the last token."""
-
-
-class WindowPolicy(Protocol):
-    """How many candidates, the last known token included, a pass may hold."""
-
-    def next(self, num_rows: int, most: int) -> int:
-        """Candidates of the next pass of `num_rows` images, at most `most`."""
-        ...
-
-    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
-        """How many tokens a pass made final in each row, and how many the row still needed."""
-        ...
-
-
-class FixedWindow:
-    """The same number of candidates in every pass."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-
-    def next(self, num_rows: int, most: int) -> int:
-        """The window, cut to what the images still need."""
-        return min(self.window, most)
-
-    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
-        """Nothing to adapt."""
-
+__all__ = [
+    "LARGEST_TREE",
+    "Drafter",
+    "FixedWindow",
+    "NoDrafter",
+    "StopCheck",
+    "TokenLoop",
+    "WindowPolicy",
+    "decode_tokens",
+]
 
 StopCheck = Callable[[Sequence[int], Sequence[Sequence[int]]], "tuple[list[int], list[bool]]"]
 """Ends rows before their last token: rows of the batch and the new tokens of each, to how many of
@@ -183,110 +95,184 @@ def decode_tokens(
     Raises:
         InputError: a law made of NaN or infinity.
     """
-    state, logits = model.start(conditions, run.guidance_scale)
-    run.begin(logits.device)
-    rows = _Rows(run, state, stop)
-    drafter.start(run.noise, model.vocab_size, run.num_tokens)
-    if isinstance(drafter, Attached):
-        drafter.attach(state, conditions)
-    # Asked once: a protocol's answer takes as long as a small operator.
-    tells_hidden = isinstance(state, TellsHidden)
-    hidden = cast(TellsHidden, state).hidden if tells_hidden else None
-    prefill = _prefill_chain(logits, shape, run.noise, hidden)
-    run.watch_laws(prefill.target_logp)
-    rows.learn(drafter, prefill, rule(prefill))
-    rows.leave(drafter)
-    candidates = 0
-    windows: list[int] = []
-    if run.steps is not None and run.steps.drives(logits.device):
-        why_not = _no_fixed_shapes(state, drafter, stop)
+    loop = TokenLoop(model, run, rule=rule, shape=shape, policy=policy, stop=stop)
+    state = loop.enter(conditions, drafter)
+    if run.steps is not None and run.steps.drives(run.tokens.device):
+        why_not = why_no_fixed_rounds(run, state, drafter, stop)
         if why_not is None:
-            candidates, windows = _fixed_rounds(rows, state, drafter, rule, shape, policy)
+            candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}
             return run.samples(candidates=candidates, windows=windows, **told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )
-    can_overrun = isinstance(state, Overruns) and state.allows_overrun
-    while rows.num_active and not run.stopped:
+    while loop.rows.num_active and not run.stopped:
+        loop.round()
+    return run.samples(candidates=loop.candidates, windows=loop.windows, step="loop")
+
+
+class TokenLoop:
+    """The loop as an object: images enter, rounds are made, finished images leave.
+
+    Between rounds, further images may enter places of the run that are free, where the state is one
+    of those that take rows in (`TakesRows`) and the drafter `Joins`; each has a prompt, a seed, a
+    guidance scale and a law of its own, and is drawn as if it were alone.
+
+    Args:
+        model: a token model.
+        run: the ledger, with a place for every image that is drawn at a time.
+        rule: decides what is final.
+        shape: guided logits of the images in `places` to log-probabilities.
+        policy: length of a pass.
+        stop: ends rows early.
+
+    Attributes:
+        candidates: tokens fed so far, all rows and passes.
+        windows: candidates per image of each pass.
+    """
+
+    rows: _Rows
+    _state: Any
+    _drafter: Drafter
+
+    def __init__(
+        self,
+        model: TokenModel,
+        run: Run,
+        *,
+        rule: Rule,
+        shape: Callable[[Tensor], Tensor],
+        policy: WindowPolicy,
+        stop: StopCheck | None = None,
+    ) -> None:
+        self._model, self.run, self._rule, self._shape = model, run, rule, shape
+        self._policy, self._stop = policy, stop
+        self.candidates = 0
+        self.windows: list[int] = []
+        self._is_open = self._is_mixed = False
+
+    @property
+    def places(self) -> list[int]:
+        """Places of the run whose images are being drawn, in the order of the loop's rows."""
+        return self.rows.images if self._is_open else []
+
+    def enter(
+        self,
+        conditions: Conditions,
+        drafter: Drafter,
+        places: Sequence[int] | None = None,
+        *,
+        seeds: Seeds = (),
+        guidance_scale: Any = None,
+        shape: Callable[[Tensor], Tensor] | None = None,
+    ) -> TokenState:
+        """Begin to draw images: their prefill and their first tokens.
+
+        Args:
+            conditions: one per image.
+            drafter: of these images, which nothing was asked yet.
+            places: of the run, free ones; None for all at once, as the run says.
+            seeds: one per image, where `places` are given.
+            guidance_scale: of these images; None for the run's.
+            shape: guided logits of these images to log-probabilities; None for the loop's.
+
+        Returns:
+            The state in which they stand before they join the others.
+
+        Raises:
+            InputError: a condition that the model does not know, or a law made of NaN or infinity.
+        """
+        run, model = self.run, self._model
+        scale = run.guidance_scale if guidance_scale is None else guidance_scale
+        state, logits = model.start(conditions, scale)
+        if not self._is_open:
+            run.begin(logits.device)
+        if places is not None:
+            run.reopen(places, seeds)
+        rows = _Rows(run, state, self._stop, places)
+        drafter.start(rows.noise, model.vocab_size, run.num_tokens)
+        if isinstance(drafter, Attached):
+            drafter.attach(state, conditions)
+        hidden = state.hidden if isinstance(state, TellsHidden) else None
+        if rows.given is not None:
+            if isinstance(drafter, KeepsGiven):
+                drafter.keep(rows.given)
+            logits, hidden = read_beginning(state, rows.given, logits, hidden)
+        shape = self._shape if shape is None else shape
+        prefill = _prefill_chain(logits, shape, rows.noise, rows.lengths, hidden)
+        run.watch_laws(prefill.target_logp)
+        rows.learn(drafter, prefill, self._rule(prefill), rows.num_read)
+        rows.leave(drafter)
+        if not self.places:
+            self._take(rows, state, drafter)
+        elif rows.num_active:
+            self._state.join(state)
+            cast(Joins, self._drafter).join(drafter)
+            self.rows.join(rows)
+            self._is_mixed = True
+        return state
+
+    def _take(self, rows: _Rows, state: TokenState, drafter: Drafter) -> None:
+        """Go on with these rows alone."""
+        self.rows, self._state, self._drafter = rows, state, drafter
+        self._is_open, self._is_mixed = True, False
+        # Asked once: a protocol's answer takes as long as a small operator.
+        self._tells_hidden = isinstance(state, TellsHidden)
+        self._can_overrun = isinstance(state, Overruns) and state.allows_overrun
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Draw the images in these places no further."""
+        self.rows.end(places)
+        self.rows.leave(self._drafter)
+
+    def round(self) -> None:
+        """Draft, ask the model, decide and commit; finished images leave."""
+        run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        most = _most(room, rows, can_overrun, drafter)
-        num = max(1, policy.next(rows.num_active, most))
+        most = _most(room, rows, self._can_overrun, drafter)
+        num = max(1, self._policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
-        tree = drafter.propose(known, lengths, num - 1, run.num_passes + 1)
+        run.next_pass(rows.active)
+        # Of images that entered later, a round has another number.
+        number: Any = run.passes[rows.active][:, None] if self._is_mixed else run.num_passes
+        front = rows.front
+        if front is not None and not front.leaves_room(run.num_tokens, room, num, drafter):
+            num = 1
+        tree = drafter.propose(known, lengths, num - 1, number)
         if tree.logq is not None and not isinstance(drafter, FixedDrafter):
             run.watch_laws(tree.logq)  # of another model
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
-        run.next_pass(rows.active)
         root = known.gather(1, lengths[:, None] - 1)
-        fed = rows.spread(torch.cat([root, tree.tokens.clamp(min=0)], dim=1))
-        branches = _topology(tree, lengths.device, run)
-        logits = rows.extend(fed, branches, tree.edit)
-        laws = shape(logits[rows.in_state])
+        if tree.parents is not None and not tree.parents.is_cpu:
+            run.watch_tree(is_no_tree(tree.parents))
+        branches = tree.topology(lengths.device)
+        order = torch.arange(num, device=lengths.device)
+        positions = lengths[:, None] + (order if branches is None else branches.rooted.depths)
+        if rows.given is not None:
+            tree = rows.given.fill(tree, positions[:, 1:])
+        fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
+        if front is not None:
+            fed = front.feed(known, lengths, fed)
+        self.candidates += fed.numel()
+        self.windows.append(num)
+        logits = rows.extend(fed, branches, front, tree.edit)
+        hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
+        hidden, logits = None if hidden is None else hidden[rows.in_state], logits[rows.in_state]
+        if front is not None:
+            logits = front.pick(logits, num)
+            hidden = None if hidden is None else front.pick(hidden, num)
+        laws = self._shape(logits)
         run.watch_laws(laws)
-        candidates += laws.shape[0] * num
-        windows.append(num)
-        hidden = cast(TellsHidden, state).hidden if tells_hidden else None
-        batch = Round(
-            tree.tokens,
-            tree.logq,
-            laws,
-            lengths[:, None] + _offsets(branches, num, lengths.device),
-            rows.noise,
-            run.num_passes,
-            branches,
-            None if hidden is None else hidden[rows.in_state],
-        )
-        verdict = rows.learn(drafter, batch, rule(batch))
-        policy.observe(num, verdict.given or (), room)
-        rows.commit(verdict, num)
+        batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, branches, hidden)
+        judged = batch
+        if rows.given is not None:
+            judged = replace(batch, target_logp=rows.given.pin(laws, positions))
+        verdict = rows.learn(drafter, batch, self._rule(judged))
+        self._policy.observe(num, verdict.given or (), room)
+        rows.commit(verdict, num, front)
         rows.leave(drafter)
-    return run.samples(candidates=candidates, windows=windows, step="loop")
-
-
-def _no_fixed_shapes(state: TokenState, drafter: Drafter, stop: StopCheck | None) -> str | None:
-    """Why a run cannot be made of fixed steps; None where it can."""
-    if not isinstance(state, TakesFixedChains):
-        return "this model has no passes of fixed shapes"
-    if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
-    return None if stop is None else "what ends a row is looked up on the host"
-
-
-def _fixed_rounds(
-    rows: _Rows,
-    state: Any,
-    drafter: Drafter,
-    rule: Rule,
-    shape: Callable[[Tensor], Tensor],
-    policy: WindowPolicy,
-) -> tuple[int, list[int]]:
-    """The rounds after the prefill, made of fixed steps; candidates and windows of `decode_tokens`."""
-    run, candidates, windows = rows.run, 0, []
-    run.noise.reserve(2 * run.num_tokens)
-    ready, step = None, None
-    while rows.num_going and not run.stopped:
-        rows.shrink(drafter)
-        window = max(1, policy.next(rows.num_active, run.num_tokens))
-        if ready is None or step is None or step.is_other(rows.active, window):
-            known, lengths = rows.known()
-            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            first = tree.tokens, tree.logq
-            step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
-            )
-            ready = run.steps.ready(step)
-        for _ in range(run.steps.reads_every):
-            ready()
-            run.num_passes += 1
-            windows.append(window)
-        candidates += run.steps.reads_every * rows.num_active * window
-        room = rows.room
-        rows.catch_up(step.lengths)
-        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
-    return candidates, windows
 
 
 def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
@@ -299,59 +285,78 @@ def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter)
     return max(room) + 1
 
 
-def _topology(tree: TokenTree, device: torch.device, run: Run) -> Topology | None:
-    """How the drafts of a pass hang together; None for a chain."""
-    above = tree.parents
-    if above is None:
-        return None
-    if above.dim() == 1:
-        own = listed(above)
-        return None if is_chain(own) else topology(own, device)
-    if not above.is_cpu:
-        run.watch_tree(is_no_tree(above))
-    return topology_of(above.to(device), tree.num_levels, tree.most_children)
-
-
-def _offsets(shape: Topology | None, num: int, device: torch.device) -> Tensor:
-    """How far behind the known tokens each of `num` laws stands, [T + 1] or [B, T + 1]."""
-    return torch.arange(num, device=device) if shape is None else shape.rooted.depths
-
-
 def _prefill_chain(
-    logits: Tensor, shape: Callable[[Tensor], Tensor], noise: Noise, hidden: Tensor | None
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
 ) -> Round:
-    """A chain without drafts: the prefill's law of the first token."""
-    laws = shape(logits)[:, None]
-    positions = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
     return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
 class _Rows:
     """Which images of the run are still being drawn, and in which rows of the state they stand."""
 
-    def __init__(self, run: Run, state: TokenState, stop: StopCheck | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        state: TokenState,
+        stop: StopCheck | None,
+        places: Sequence[int] | None = None,
+    ) -> None:
         self.run, self._state, self._stop = run, state, stop
         self._advances = isinstance(state, Advances)
         self._goes_along = isinstance(state, AdvancesAlong)
-        self.noise = run.noise
-        self.active = torch.arange(run.batch, device=run.tokens.device)
-        self.lengths = torch.zeros_like(self.active)
-        self.room = [run.num_tokens] * run.batch
+        self.images = list(range(run.batch) if places is None else places)
+        self.active = torch.tensor(self.images, device=run.tokens.device)
+        self.noise = run.noise if places is None else run.noise.select(self.active)
+        self._is_whole = places is None
+        self.given = run.given
+        self.num_read = [0] * len(self.images)
+        if run.given is not None:
+            self.num_read = run.given.num_leading
+            run.skip(self.num_read)
+        self.lengths = run.lengths[self.active]
+        self.room = [run.num_tokens - num for num in self.num_read]
+        self._skipped = [0] * len(self.images)
         self.in_state: Any = slice(None)
-        self.num_in_state = run.batch
+        self.num_in_state = len(self.images)
         self.frozen_room = run.num_tokens
-        self._images = list(range(run.batch))
-        self._going = [True] * run.batch
+        self._going = [True] * len(self.images)
 
     @property
     def num_active(self) -> int:
         """Rows that are not finished."""
-        return len(self._images)
+        return len(self.images)
+
+    def join(self, other: _Rows) -> None:
+        """Take in the rows of another group, behind the own ones."""
+        self.noise = self.noise.join(other.noise)
+        self.active = torch.cat([self.active, other.active])
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.images, self.room = self.images + other.images, self.room + other.room
+        self._skipped = self._skipped + other._skipped
+        self._going, self._is_whole = self._going + other._going, False
+        self.num_in_state += other.num_in_state
+
+    def end(self, places: Sequence[int]) -> None:
+        """Count the images in these places of the run as finished."""
+        self._going = [image not in places for image in self.images]
 
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
         tokens = self.run.tokens
-        return (tokens if self.num_active == len(tokens) else tokens[self.active]), self.lengths
+        return (tokens if self._is_whole else tokens[self.active]), self.lengths
+
+    @property
+    def front(self) -> Front | None:
+        """Given tokens that the state has not read yet; None where there are none."""
+        if not any(self._skipped):
+            return None
+        return Front(self._skipped, torch.tensor(self._skipped, device=self.active.device))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the active rows [B', ...] laid out over the rows of the state, 0 elsewhere."""
@@ -361,19 +366,31 @@ class _Rows:
         out[self.in_state] = rows
         return out
 
-    def extend(self, fed: Tensor, shape: Topology | None, edit: Any = None) -> Tensor:
-        """Logits of the state's rows behind what is fed, root in front; `shape` is of the drafts."""
-        rooted = None if shape is None else shape.rooted
-        if edit is None and self._goes_along and isinstance(self.in_state, slice):
-            return cast(AdvancesAlong, self._state).extend_along(fed, rooted)
-        parents = None
-        if rooted is not None:
-            parents = rooted.laws - 1 if rooted.is_shared else self.spread(rooted.laws) - 1
+    def extend(
+        self, fed: Tensor, shape: Topology | None, front: Front | None, edit: Edit | None
+    ) -> Tensor:
+        """Logits of the state's rows behind what is fed for the active ones.
+
+        Args:
+            fed: [B', T], root in front, and before that the given tokens of `front`.
+            shape: of the drafts; None for a chain.
+            front: see above.
+            edit: of this pass.
+        """
+        fed, rooted, state = self.spread(fed), None if shape is None else shape.rooted, self._state
+        is_whole = isinstance(self.in_state, slice)
+        if edit is None and front is None and is_whole and self._goes_along:
+            return cast(AdvancesAlong, state).extend_along(fed, rooted)
+        parents = None if rooted is None else rooted.laws - 1
+        if parents is not None and front is not None:
+            parents = front.parents(parents)
+        if parents is not None and parents.dim() == 2:
+            parents = self.spread(parents + 1) - 1
         if edit is not None:
-            if rooted is not None and rooted.listed is not None:
+            if rooted is not None and rooted.listed is not None and front is None:
                 parents = torch.tensor(rooted.listed)
-            return cast(Editable, self._state).extend_edited(fed, parents, edit)
-        return self._state.extend(fed) if parents is None else self._state.extend(fed, parents)
+            return cast(Editable, state).extend_edited(fed, parents, edit)
+        return state.extend(fed) if parents is None else state.extend(fed, parents)
 
     @property
     def num_going(self) -> int:
@@ -395,14 +412,20 @@ class _Rows:
         if 2 * self.num_going <= self.num_active:
             self.leave(drafter)
 
-    def learn(self, drafter: Drafter, batch: Round, verdict: Verdict) -> Verdict:
+    def learn(
+        self,
+        drafter: Drafter,
+        batch: Round,
+        verdict: Verdict,
+        num_read: Sequence[int] | None = None,
+    ) -> Verdict:
         """Settle a round and show it to the drafter; what is left of the verdict."""
         if not isinstance(drafter, Hears):
-            verdict = self.settle(verdict)[0]
+            verdict = self.settle(verdict, num_read)[0]
             drafter.observe(batch, verdict)
             return verdict
         wanted = [verdict.tokens, *drafter.asks(batch, verdict)]
-        verdict, (tokens, *told) = self.settle(verdict, wanted)
+        verdict, (tokens, *told) = self.settle(verdict, num_read, wanted)
         drafter.observe(batch, verdict)
         width = verdict.tokens.shape[1]
         new = [tokens[row * width : row * width + n] for row, n in enumerate(verdict.given or ())]
@@ -410,11 +433,20 @@ class _Rows:
         return verdict
 
     def settle(
-        self, verdict: Verdict, wanted: Sequence[Tensor] = ()
+        self,
+        verdict: Verdict,
+        num_read: Sequence[int] | None = None,
+        wanted: Sequence[Tensor] = (),
     ) -> tuple[Verdict, list[list[int]]]:
         """Write what is final into the ledger; what is left of a verdict where a row ends.
 
-        The one place where a round waits for the device. With it comes what is `wanted`.
+        Given tokens right behind what became final are final with it. The one place where a round
+        waits for the device.
+
+        Args:
+            verdict: of the rule.
+            num_read: given tokens of each row that were read before its first round.
+            wanted: integers that come to the host as well.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
         counts = torch.minimum(counts, run.num_tokens - self.lengths)
@@ -424,23 +456,36 @@ class _Rows:
         given, *read = run.read(counts, *wanted)
         if self._stop is not None:
             width = tokens.shape[1]
-            new = [read[0][row * width : row * width + count] for row, count in enumerate(given)]
-            stays, stopped = self._stop(self._images, new)
+            new = [read[0][row * width : row * width + num] for row, num in enumerate(given)]
+            stays, stopped = self._stop(self.images, new)
             if stays != given:
                 given, counts = stays, torch.tensor(stays, device=counts.device)
         run.record_rows(self.active, self.lengths, tokens, counts)
-        self.lengths = self.lengths + counts
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
+        moved, told, known = counts, given, None
+        if self.given is not None:
+            places = [run.num_tokens - room for room in self.room]
+            known = self._skipped = list(map(self.given.run_at, range(len(places)), places))
+            self.room = [room - count for room, count in zip(self.room, known, strict=True)]
+            moved = counts + torch.tensor(known, device=counts.device)
+            told = [count + more for count, more in zip(given, known, strict=True)]
+            if num_read is not None:
+                known = [count + more for count, more in zip(known, num_read, strict=True)]
+        self.lengths = self.lengths + moved
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
-        run.report(counts, self.active, given, tokens=run.tokens, lengths=run.lengths)
-        return Verdict(tokens, counts, verdict.path, given), read
+        run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
+        return Verdict(tokens, counts, verdict.path, given, known), read
 
-    def commit(self, verdict: Verdict, num: int) -> None:
+    def commit(self, verdict: Verdict, num: int, front: Front | None) -> None:
         """Keep the root and the accepted drafts; the last final token is the root of the next round.
 
-        Rows that are finished keep nothing: they leave, or wait where they are.
+        Given tokens that were read in front of these `num` candidates stay. Rows that are finished
+        keep nothing: they leave, or wait where they are.
         """
         counts, given = verdict.counts, verdict.given or []
+        if front is not None:
+            counts, num = counts + front.counts, num + front.most
+            given = [count + more for count, more in zip(given, front.nums, strict=True)]
         if not all(self._going):
             given = [count if going else 0 for count, going in zip(given, self._going, strict=True)]
             counts = torch.tensor(given, device=counts.device)
@@ -451,7 +496,8 @@ class _Rows:
         if verdict.path is None:
             kept = torch.arange(num, device=counts.device).expand(self.num_in_state, num)
         else:
-            kept = self.spread(torch.nn.functional.pad(verdict.path + 1, (1, 0)))
+            path = torch.nn.functional.pad(verdict.path + 1, (1, 0))
+            kept = self.spread(path if front is None else front.path(path))
         if is_whole and self._goes_along:
             cast(AdvancesAlong, self._state).advance_along(kept, counts, given)
             return
@@ -474,7 +520,9 @@ class _Rows:
             self.in_state = self.in_state[keep]
             self.frozen_room = self.run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
-        self._images = [self._images[place] for place in places]
+        self.images, self._is_whole = [self.images[place] for place in places], False
         self.room = [self.room[place] for place in places]
+        self._skipped = [self._skipped[place] for place in places]
+        self.given = None if self.given is None else self.given.select(places)
         self._going = [True] * len(places)
         self.noise = self.noise.select(keep)

@@ -8,6 +8,7 @@ same image however it is made. The bits are Philox4x32-10: the key is the seed, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,9 @@ class Noise:
     """
 
     def __init__(self, seeds: Seeds, device: torch.device | str = "cpu") -> None:
-        pairs = parse_seeds(seeds)
-        words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in pairs]
-        self._words = torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
+        self._words = _words(seeds, device)
         self._memo = _Memo(self._words)
-        self._rows = torch.arange(len(words), device=self._words.device)
+        self._rows = torch.arange(len(self._words), device=self._words.device)
 
     def __len__(self) -> int:
         return len(self._words)
@@ -88,6 +87,19 @@ class Noise:
         chosen._words, chosen._rows = self._words[rows], self._rows[rows]
         chosen._memo = self._memo
         return chosen
+
+    def replace(self, rows: Tensor, seeds: Seeds) -> None:
+        """Make the numbers of other images in some rows [A]; selections made before keep theirs no longer."""
+        self._words[rows] = _words(seeds, self.device)
+        self._memo.remake(rows)
+
+    def join(self, other: Noise) -> Noise:
+        """The noise of these images and, behind them, of others; both selected from the same noise."""
+        joined = object.__new__(Noise)
+        joined._words = torch.cat([self._words, other._words])
+        joined._rows = torch.cat([self._rows, other._rows])
+        joined._memo = self._memo
+        return joined
 
     def reserve(self, num_positions: int) -> None:
         """Promise that `gumbel` is asked for positions below `num_positions` until the next promise.
@@ -165,15 +177,28 @@ class _Memo:
         if len(self._words) * length * num > MEMO_ELEMENTS:
             return None
         batch, device = len(self._words), self._words.device
-        every = torch.arange(length, device=device).expand(batch, length)
-        table = torch.empty(batch, length, num, dtype=dtype, device=device)
+        self._table = torch.empty(batch, length, num, dtype=dtype, device=device)
+        self.remake(slice(None))
+        return self._table
+
+    def remake(self, rows: Any) -> None:
+        """Compute some rows of what is kept anew, after their words changed."""
+        table = self._table
+        if table is None:
+            return
+        words, (_, length, num) = self._words[rows], table.shape
+        every = torch.arange(length, device=words.device).expand(len(words), length)
         # Words and doubles on the way take several times the table's memory.
-        step = max(1, MADE_AT_ONCE // (batch * num))
+        step = max(1, MADE_AT_ONCE // (max(1, len(words)) * num))
         for first in range(0, length, step):
             part = slice(first, first + step)
-            table[:, part] = _gumbel(self._words, every[:, part], num).to(dtype)
-        self._table = table
-        return table
+            table[rows, part] = _gumbel(words, every[:, part], num).to(table.dtype)
+
+
+def _words(seeds: Seeds, device: torch.device | str) -> Tensor:
+    """Seed (low and high word) and image of each identity, [B, 3]."""
+    words = [(seed & 0xFFFFFFFF, seed >> 32, image) for seed, image in parse_seeds(seeds)]
+    return torch.tensor(words, dtype=torch.int64, device=device).view(-1, 3)
 
 
 def _uniform(

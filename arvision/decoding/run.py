@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..contracts import Samples, Seeds, Stats, StepCallback
 from ..errors import InputError
+from .given import Given
 from .noise import Noise
 
 
@@ -31,12 +32,14 @@ class Run:
         guidance_scale: weight of the condition, for the models.
         steps: how passes of fixed shapes run, see `arvision.decoding.fixed_step.Steps`; None for the
             ordinary loop.
+        given: tokens that are not drawn; None for none.
 
     Attributes:
         noise: of the B images.
-        tokens: [B, N] int64, [B, N, d] for bits, or [B, N, D] for latents; 0 where nothing is final yet.
+        tokens: [B, N] int64, [B, N, d] for bits, or [B, N, D] for latents; 0 where nothing is final yet,
+            given tokens from the start.
         commit_pass: [B, N] int64, the pass that made a token final; 0 for the prefill.
-        lengths: [B] int64, final tokens of each image.
+        lengths: [B] int64, final tokens of each image, in the order of drawing.
         passes: [B] int64, passes that an image took part in.
         num_passes: of the model so far.
         stopped: whether `on_step` asked for the end.
@@ -61,10 +64,17 @@ class Run:
         *,
         guidance_scale: Any = 1.0,
         steps: Any = None,
+        given: Given | None = None,
     ) -> None:
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} conditions: expected one each")
+        if given is not None and given.mask.shape != (batch, num_tokens):
+            raise InputError(
+                f"given tokens {tuple(given.mask.shape)}: expected [{batch}, {num_tokens}], those of "
+                "all images"
+            )
         self.batch, self.num_tokens, self.seeds = batch, num_tokens, seeds
+        self.given = given
         self.guidance_scale, self._on_step, self.steps = guidance_scale, on_step, steps
         self.num_passes, self.stopped = 0, False
         self._num_final, self.warm_up = 0, 0.0
@@ -92,6 +102,39 @@ class Run:
         self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
         self._is_no_tree = self._is_broken
+        if self.given is not None:
+            self._take_given(tuple(entry))
+
+    def _take_given(self, entry: tuple[int, ...]) -> None:
+        """Write the given tokens down.
+
+        Raises:
+            InputError: tokens of another shape.
+        """
+        assert self.given is not None
+        self.given = given = self.given.to(self._tokens.device)
+        if given.values.shape[2:] != entry:
+            raise InputError(
+                f"given tokens {tuple(given.values.shape)}: expected [B, N{''.join(f', {n}' for n in entry)}]"
+            )
+        self.tokens[given.mask] = given.values[given.mask].to(self._tokens.dtype)
+
+    def skip(self, counts: Sequence[int]) -> None:
+        """So many given tokens [B] are final before the first pass, in the order of drawing."""
+        self.lengths += torch.tensor(counts, device=self.lengths.device)
+        self._num_final += sum(counts)
+
+    def reopen(self, places: Sequence[int], seeds: Seeds) -> None:
+        """Begin other images in some places, whose images are finished.
+
+        Args:
+            places: of the new images.
+            seeds: one for each.
+        """
+        index = torch.tensor(list(places), device=self.tokens.device)
+        self.noise.replace(index, seeds)
+        for book in (self._tokens, self._commit_pass, self.lengths, self.passes):
+            book[index] = 0
 
     def next_pass(self, images: Tensor | None = None) -> None:
         """The model is called once more, for `images` [A]; None for all."""
@@ -245,15 +288,21 @@ class Run:
     def stats(self, **more: Any) -> Stats:
         """Statistics that every run has, and what a loop adds.
 
-        `tokens_per_pass` is N over the mean number of passes that an image took part in.
+        `tokens_per_pass` is N over the mean number of passes that an image took part in. With given
+        tokens these do not count there, and `given` says how many an image has.
         """
         mean = float(self.passes.double().mean()) if self.batch else 0.0
+        commit_pass, drawn = self.commit_pass, self.num_tokens
+        if self.given is not None:
+            commit_pass = commit_pass.masked_fill(self.given.mask, 0)
+            drawn -= sum(self.given.nums) / self.batch
+            more["given"] = self.given.nums
         return Stats(
             forward_passes=self.num_passes,
             tokens=self.num_tokens,
-            tokens_per_pass=self.num_tokens / max(1e-9, mean),
+            tokens_per_pass=drawn / max(1e-9, mean),
             passes_per_image=self.passes.tolist(),
-            commit_pass=self.commit_pass.tolist(),
+            commit_pass=commit_pass.tolist(),
             lengths=self.lengths.tolist(),
             interrupted=self.stopped,
             complete=[length >= self.num_tokens for length in self.lengths.tolist()],

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -162,7 +163,9 @@ class StaticTreeDrafter:
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Show the chain's drafter the places that matter to it, as a chain."""
         if verdict.given is not None:
-            self._known = [a + b for a, b in zip(self._known, verdict.given, strict=True)]
+            known = verdict.known or [0] * len(verdict.given)
+            moves = zip(self._known, verdict.given, known, strict=True)
+            self._known = [sum(parts) for parts in moves]
         if batch.topology is None or verdict.path is None:
             self._chain.observe(batch, verdict)
             return
@@ -182,7 +185,7 @@ class StaticTreeDrafter:
         coupled = maximal_coupling(chain).tokens
         final = torch.arange(levels + 1, device=end.device) < verdict.counts[:, None]
         tokens = torch.where(final, verdict.tokens[:, : levels + 1], coupled)
-        self._chain.observe(chain, Verdict(tokens, verdict.counts, given=verdict.given))
+        self._chain.observe(chain, replace(verdict, tokens=tokens, path=None))
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

@@ -168,6 +168,16 @@ class TokenTree:
         if self.parents is not None and self.parents.is_cpu and not torch.compiler.is_compiling():
             check_parents(self.parents, self.tokens.shape[1])
 
+    def topology(self, device: torch.device) -> Topology | None:
+        """How the candidates hang together; None for a chain."""
+        above = self.parents
+        if above is None:
+            return None
+        if above.dim() == 2:
+            return topology_of(above.to(device), self.num_levels, self.most_children)
+        own = listed(above)
+        return None if is_chain(own) else topology(own, device)
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -71,12 +71,15 @@ class Verdict:
         path: [B, levels] int64, the drafts that stay: `path[b, :counts[b] - 1]`. None for a chain,
             where they are the first ones.
         given: `counts` on the host, once the loop has read them.
+        known: of each row, tokens that were given and not drawn and follow the final ones: they are
+            final as well, and drafts go on behind them. None where no token is given.
     """
 
     tokens: Tensor
     counts: Tensor
     path: Tensor | None = None
     given: list[int] | None = None
+    known: list[int] | None = None
 
 
 Rule = Callable[[Round], Verdict]

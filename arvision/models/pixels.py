@@ -40,9 +40,20 @@ def read_pixels(
     """Pixels [B, 3, H, W] in [-1, 1] of pictures, on the device and in the dtype of a network.
 
     Args:
+        images: see `pixels_of`, like the others and the errors.
+        like: the network, for its place and `dtype`.
+        multiple: likewise.
+        size: likewise.
+    """
+    return pixels_of(images, multiple=multiple, size=size).to(place_of(like), like.dtype)
+
+
+def pixels_of(images: Any, *, multiple: int = 1, size: tuple[int, int] | None = None) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] of pictures.
+
+    Args:
         images: a PIL image, an array or tensor [H, W, 3], [3, H, W] or with a batch in front, uint8
             in 0..255 or float in [-1, 1]; or a list of those, all of one size.
-        like: the network, for its place and `dtype`.
         multiple: what must divide both sides.
         size: height and width that they must have; None for any.
 
@@ -64,8 +75,7 @@ def read_pixels(
     sizes = {tuple(part.shape[2:]) for part in parts}
     if len(sizes) > 1:
         raise InputError(f"images of sizes {sorted(sizes)}: expected one size")
-    place = place_of(like)
-    return torch.cat([part.to(place, like.dtype) for part in parts])
+    return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def _read(image: Any) -> Tensor:

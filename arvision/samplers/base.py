@@ -27,6 +27,7 @@ from ..contracts import (
     TokenModel,
 )
 from ..decoding.fixed_step import Steps
+from ..decoding.given import Given
 from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
@@ -84,6 +85,9 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
     """Models that the sampler needs besides the one it draws with: option to contract. The option
     takes a name or folder, which a pipeline loads, a pipeline, or a model."""
 
+    keeps_given: ClassVar[bool] = False
+    """Whether the sampler keeps tokens that are given and draws the others around them."""
+
     @classmethod
     def stays(cls, option: str, value: Any) -> bool:
         """Whether an option is set to what belongs to this machine: `needs` may name folders."""
@@ -104,6 +108,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         guidance_scale: Schedule = 1.0,
         on_step: StepCallback | None = None,
         steps: Steps | None = None,
+        given: Given | None = None,
     ) -> Samples:
         """Draw one image per condition.
 
@@ -116,15 +121,21 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             on_step: called after each pass.
             steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
                 ordinary loop.
+            given: tokens that are not drawn, conditions of the others; None for none.
 
         Returns:
             Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
             adds, and `lossless`.
 
         Raises:
-            InputError: a negative guidance scale, another number of seeds than of conditions, or
-                what the sampler's class names.
+            InputError: a negative guidance scale, another number of seeds than of conditions, given
+                tokens with a sampler that keeps none, or what the sampler's class names.
         """
+        if given is not None and not self.keeps_given:
+            raise InputError(
+                f"sampler {self.name!r} draws all tokens of an image and keeps none that are given: "
+                f"expected another, such as {', '.join(keeping(self.name)) or 'ar'}"
+            )
         run = Run(
             len(conditions),
             model.num_tokens,
@@ -132,6 +143,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             on_step,
             guidance_scale=guidance_scale,
             steps=steps,
+            given=given,
         )
         samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
@@ -275,6 +287,16 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
                 f"{what}: expected {noun}, a pipeline, or a name and a pipeline to load it"
             )
         return inner_model(self._bound[name])
+
+
+def keeping(name: str) -> list[str]:
+    """Samplers that keep given tokens and drive a kind of model that sampler `name` drives."""
+    kinds = set(SAMPLERS.entry(name).facts["drives"].split(", "))
+    return [
+        entry.name
+        for entry in SAMPLERS
+        if entry.value.keeps_given and kinds & set(entry.facts["drives"].split(", "))
+    ]
 
 
 def inner_model(value: Any) -> Any:

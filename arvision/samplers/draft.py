@@ -66,6 +66,8 @@ class DraftSampler(TokenSampler):
 
     needs = {"draft": TokenModel}
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

@@ -51,6 +51,8 @@ class GSDSampler(TokenSampler):
     dynamic clusters; the defaults of radius, gap and distance are those of the official code.
     """
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

@@ -7,10 +7,11 @@ from typing import Any, cast
 from diffusers.configuration_utils import register_to_config
 
 from ..contracts import Conditions, Samples, TakesTrees, TokenModel, device_of
+from ..decoding.drafter import LARGEST_TREE
 from ..decoding.drift import DriftDrafter
 from ..decoding.first_laws import LawMemory, Memories
 from ..decoding.jacobi import FROM_LAWS, JacobiDrafter, check_init, first_laws
-from ..decoding.loop import LARGEST_TREE, Drafter, FixedWindow, WindowPolicy
+from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
 from ..decoding.relaxed import check_relaxable, relaxed_rule
 from ..decoding.run import Run
 from ..decoding.static_tree import StaticTreeDrafter, tree_coupling
@@ -90,6 +91,8 @@ class SJDSampler(TokenSampler):
     """
 
     local_files = ("cost_file",)
+
+    keeps_given = True
 
     @register_to_config
     def __init__(

@@ -17,6 +17,7 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import Prompt, as_prompt
+from ..pixels import read_pixels
 from .convert import is_patched, split_sizes
 from .schedules import Scales, scale_schedule
 from .state import InfinityRun
@@ -227,6 +228,16 @@ class Infinity:
                     f"text features {tuple(rows.shape)}: expected [T, {width}] with T in 1..{length}"
                 )
         return [rows.to(self.device) for rows in found]
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        return self.tokenizer.picture_size
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

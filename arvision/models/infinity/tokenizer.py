@@ -101,6 +101,12 @@ class InfinityTokenizer(Network):
         """Pixels per latent along one side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        height, width = self.pyramid.latent_size(-1)
+        return height * self.downsample_factor, width * self.downsample_factor
+
     @entry
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to features [B, D, h, w] before they become bits.
@@ -108,12 +114,9 @@ class InfinityTokenizer(Network):
         Raises:
             InputError: another shape than the finest scale asks for.
         """
-        height, width = self.pyramid.latent_size(-1)
-        factor = self.downsample_factor
-        if pixels.shape[1:] != (3, height * factor, width * factor):
-            raise InputError(
-                f"pixels {tuple(pixels.shape)}: expected [B, 3, {height * factor}, {width * factor}]"
-            )
+        height, width = self.picture_size
+        if pixels.shape[1:] != (3, height, width):
+            raise InputError(f"pixels {tuple(pixels.shape)}: expected [B, 3, {height}, {width}]")
         return self._features(pixels)
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -128,8 +131,7 @@ class InfinityTokenizer(Network):
         Raises:
             InputError: another size, a value out of range, NaN or infinity.
         """
-        height, width = (side * self.downsample_factor for side in self.pyramid.latent_size(-1))
-        return self.encode_pixels(read_pixels(pixels, self, size=(height, width)))
+        return self.encode_pixels(read_pixels(pixels, self, size=self.picture_size))
 
     @hot_entry
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...decoding.cache import KVCache
-from ...decoding.logits import guide
+from ...decoding.cache import KVCache, interleaved
+from ...decoding.logits import guide, joined_scales
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
@@ -43,7 +44,7 @@ class LlamaGenState:
     ) -> None:
         config = transformer.config
         self._transformer = transformer
-        self._scale = guidance_scale
+        self._scale: Any = guidance_scale
         self._is_doubled = rows.shape[0] != batch_size
         self._num_conditions = rows.shape[1]
         self._rotary = transformer.rotary()
@@ -216,3 +217,19 @@ class LlamaGenState:
         else:
             self.cache.select(rows)
         self.lengths = self.lengths[rows]
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale[rows]
+
+    def join(self, other: LlamaGenState) -> None:
+        """Take in the rows of another state, see `arvision.contracts.TakesRows`.
+
+        Raises:
+            StateError: one of them has null rows beside its rows and the other has none.
+        """
+        if self._is_doubled != other._is_doubled:
+            raise StateError("rows with guidance and rows without it: expected one of them")
+        own, others = len(self.lengths), len(other.lengths)
+        self.cache.join(other.cache, interleaved(own, others, 1 + self._is_doubled))
+        self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._tree = None

@@ -17,6 +17,7 @@ from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import resolve_class
+from ..pixels import read_pixels
 from .autoencoder import MARAutoencoder
 from .convert import token_side
 from .law import MARHead
@@ -152,6 +153,17 @@ class MAR:
             classes, null = classes.repeat(2), torch.cat([null, ~null])
         condition = enter(self.transformer, "embed_classes", classes, null)
         return MARState(self.transformer, condition, order)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        rows, columns = self.grid
+        return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -200,6 +200,17 @@ class NextStep:
         tokens = enter(self.tokenizer, "encode_pixels", pixels)
         return (rows, columns), tokens[0].to(self.device)
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        rows, columns = self.grid
+        return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
+
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Latents [B, N, D] to pixels [B, 3, H, W] in [-1, 1].

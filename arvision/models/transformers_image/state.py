@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...decoding.cache import KVCache
-from ...decoding.logits import guide
+from ...decoding.cache import KVCache, interleaved
+from ...decoding.logits import guide, joined_scales
 from ...decoding.transformers_cache import CacheView, TextSizes
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
@@ -47,7 +47,7 @@ class Row:
         return cls(ids, torch.arange(len(ids), device=ids.device)[None], len(ids))
 
 
-def combine(logits: Tensor, branches: int, scale: float) -> Tensor:
+def combine(logits: Tensor, branches: int, scale: Any) -> Tensor:
     """Guided logits [B, T, V] out of those of all cache rows, [branches * B, T, V].
 
     One branch is taken as it is. Two are the conditional and the null rows. Three are these and,
@@ -86,7 +86,8 @@ class ImageState:
         guidance_scale: float,
     ) -> None:
         self._model, self._layout = model, model.layout
-        self._branches, self._scale = branches, guidance_scale
+        self._branches = branches
+        self._scale: Any = guidance_scale
         device = model.device
         self._num_prompt = max(len(row.ids) for row in rows)
         self._is_open = torch.zeros(len(rows), self._num_prompt, dtype=torch.bool)
@@ -342,6 +343,33 @@ class ImageState:
         self.cache.select(every)
         self._next = self._next[every]
         self.lengths = self.lengths[rows]
+        if isinstance(self._scale, Tensor):
+            self._scale = self._scale[rows]
+
+    def join(self, other: ImageState) -> None:
+        """Take in the rows of another state, see `arvision.contracts.TakesRows`.
+
+        The shorter prompts get padding in front, which nothing looks at.
+
+        Raises:
+            StateError: they have other numbers of rows for each image.
+        """
+        if self._branches != other._branches:
+            raise StateError(
+                f"{other._branches} rows of each image beside {self._branches}: expected as many"
+            )
+        longest = max(self._num_prompt, other._num_prompt)
+        for state in (self, other):
+            state.cache.shift(longest - state._num_prompt)
+        own, others = len(self.lengths), len(other.lengths)
+        order = interleaved(own, others, self._branches)
+        self.cache.join(other.cache, order)
+        self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
+        self._next = torch.cat([self._next, other._next])[order]
+        self._num_prompt = longest
+        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._tree = self._expansion = None
 
 
 def check_numbers(logits: Tensor) -> None:

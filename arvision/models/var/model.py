@@ -16,7 +16,7 @@ from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import resolve_class
-from ..pixels import check_codes
+from ..pixels import check_codes, read_pixels
 from .state import VARRun
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
@@ -161,6 +161,17 @@ class VAR:
         if isinstance(guidance_scale, Sequence) or guidance_scale == 0:
             return listed
         return [1 + (guidance_scale - 1) * scale / max(1, num - 1) for scale in range(num)]
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels."""
+        side = self.scales[-1] * self.tokenizer.downsample_factor
+        return side, side
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

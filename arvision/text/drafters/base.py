@@ -64,11 +64,11 @@ class TextDrafter:
         """Active row `row` has `new` tokens, which `histories[row]` already ends with."""
 
     def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
-        """See `arvision.decoding.loop.Hears`."""
+        """See `arvision.decoding.drafter.Hears`."""
         return ()
 
     def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
-        """Write down what became final; see `arvision.decoding.loop.Hears`."""
+        """Write down what became final; see `arvision.decoding.drafter.Hears`."""
         self._is_told = True
         self._fresh = [own + more for own, more in zip(self._fresh, new, strict=True)]
 
