@@ -202,7 +202,8 @@ class FeedsAnywhere(Protocol):
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Guided logits [B, T, V] of what follows tokens [B, T] at positions [B, T].
 
-        Row t is the law of position `positions[b, t] + 1`. What is fed stays where it is until the
+        `positions` lie on the host or where the tokens are. Row t is the law of position
+        `positions[b, t] + 1`. What is fed stays where it is until the
         position is fed again; candidate t looks at the conditions, at itself, and at the positions
         that `visible` [B, T, N] marks (fed earlier, or in the same call), so the caller alone says
         what counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or

@@ -136,3 +136,14 @@ class FixedWindow:
 
     def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """Nothing to adapt."""
+
+
+def most_candidates(room: Sequence[int], least: int, can_overrun: bool, drafter: Drafter) -> int:
+    """Candidates that a pass may hold at most, where rows have `room` for more tokens and the
+    state has `least`."""
+    if not can_overrun:
+        return least
+    if isinstance(drafter, Branches) and drafter.branches:
+        return LARGEST_TREE
+    # With a draft even for the last token, an image does not depend on how long others take.
+    return max(room) + 1

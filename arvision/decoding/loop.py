@@ -27,7 +27,6 @@ from ..contracts import (
 from .drafter import (
     LARGEST_TREE,
     Attached,
-    Branches,
     Drafter,
     FixedDrafter,
     FixedWindow,
@@ -35,25 +34,16 @@ from .drafter import (
     Joins,
     NoDrafter,
     WindowPolicy,
+    most_candidates,
 )
 from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import Front, KeepsGiven, read_beginning
-from .noise import Noise
 from .run import Run
 from .tree import Topology, is_no_tree
-from .verify import Round, Rule, Verdict
+from .verify import Round, Rule, Verdict, first_round
 
-
-__all__ = [
-    "LARGEST_TREE",
-    "Drafter",
-    "FixedWindow",
-    "NoDrafter",
-    "StopCheck",
-    "TokenLoop",
-    "WindowPolicy",
-    "decode_tokens",
-]
+__all__ = ["LARGEST_TREE", "Drafter", "FixedWindow", "NoDrafter", "TokenLoop", "WindowPolicy"]
+__all__ += ["StopCheck", "decode_tokens"]
 
 StopCheck = Callable[[Sequence[int], Sequence[Sequence[int]]], "tuple[list[int], list[bool]]"]
 """Ends rows before their last token: rows of the batch and the new tokens of each, to how many of
@@ -199,7 +189,7 @@ class TokenLoop:
                 drafter.keep(rows.given)
             logits, hidden = read_beginning(state, rows.given, logits, hidden)
         shape = self._shape if shape is None else shape
-        prefill = _prefill_chain(logits, shape, rows.noise, rows.lengths, hidden)
+        prefill = first_round(logits, shape, rows.noise, rows.lengths, hidden)
         run.watch_laws(prefill.target_logp)
         rows.learn(drafter, prefill, self._rule(prefill), rows.num_read)
         rows.leave(drafter)
@@ -230,7 +220,8 @@ class TokenLoop:
         run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        most = _most(room, rows, self._can_overrun, drafter)
+        least = min(*room, rows.frozen_room)
+        most = most_candidates(room, least, self._can_overrun, drafter)
         num = max(1, self._policy.next(rows.num_active, most))
         run.noise.reserve(run.num_tokens - min(room) + num)
         run.next_pass(rows.active)
@@ -273,28 +264,6 @@ class TokenLoop:
         self._policy.observe(num, verdict.given or (), room)
         rows.commit(verdict, num, front)
         rows.leave(drafter)
-
-
-def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
-    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
-    if not can_overrun:
-        return min(*room, rows.frozen_room)
-    if isinstance(drafter, Branches) and drafter.branches:
-        return LARGEST_TREE
-    # With a draft even for the last token, an image does not depend on how long others take.
-    return max(room) + 1
-
-
-def _prefill_chain(
-    logits: Tensor,
-    shape: Callable[[Tensor], Tensor],
-    noise: Noise,
-    lengths: Tensor,
-    hidden: Tensor | None,
-) -> Round:
-    """A chain without drafts: the prefill's law of the first token that is drawn."""
-    laws, positions = shape(logits)[:, None], lengths[:, None]
-    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
 
 
 class _Rows:

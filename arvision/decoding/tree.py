@@ -120,7 +120,8 @@ def check_placed(
         )
     if visible.shape != (*shape, num_tokens):
         raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
-    if bool(((positions < -1) | (positions >= num_tokens)).any()):
+    known = (positions if positions.is_cpu else positions.cpu()).numpy()
+    if ((known < -1) | (known >= num_tokens)).any():
         raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
 
 

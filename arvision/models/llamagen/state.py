@@ -166,6 +166,7 @@ class LlamaGenState:
         batch, num_tokens = len(self.lengths), self._transformer.num_tokens
         shape = (batch, tokens.shape[-1])
         check_placed(tokens, positions, visible, shape, num_tokens)
+        positions = positions.to(tokens.device)
         is_padding = positions < 0
         # Padding is written where no mask ever looks.
         slots = torch.where(is_padding, self.cache.capacity - 1, positions + self._num_conditions)

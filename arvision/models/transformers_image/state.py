@@ -261,7 +261,8 @@ class ImageState:
         batch, num_tokens = len(self.lengths), self._layout.num_tokens
         shape = (batch, tokens.shape[-1])
         check_placed(tokens, positions, visible, shape, num_tokens)
-        numbers = positions.cpu().numpy()
+        numbers = (positions if positions.is_cpu else positions.cpu()).numpy()
+        positions = positions.to(tokens.device)
         # Nothing hangs on the last token, so it stands for padding here.
         expansion = self._layout.expand(np.where(numbers < 0, num_tokens - 1, numbers))
         own = positions.new_tensor(
