@@ -101,7 +101,7 @@ class Run:
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
-        self._is_no_tree = self._is_broken
+        self._is_no_tree: Tensor | None = None
         if self.given is not None:
             self._take_given(tuple(entry))
 
@@ -204,7 +204,7 @@ class Run:
 
     def watch_tree(self, is_wrong: Tensor) -> None:
         """Remember whether a drafter's parents are no tree, one bool; `read` tells."""
-        self._is_no_tree = self._is_no_tree | is_wrong
+        self._is_no_tree = is_wrong if self._is_no_tree is None else self._is_no_tree | is_wrong
 
     def check(self, going: Tensor | None = None) -> int:
         """Stop at numbers that no model should give.
@@ -233,7 +233,9 @@ class Run:
         Raises:
             InputError: a law or a latent was NaN or infinite, or a drafter's tree none.
         """
-        wrong = self._is_broken.long() + 2 * self._is_no_tree.long()
+        wrong = self._is_broken.long()
+        if self._is_no_tree is not None:
+            wrong = wrong + 2 * self._is_no_tree.long()
         parts = [wrong.view(1), *(part.flatten() for part in wanted)]
         found = torch.cat(parts).tolist()
         if found[0] >= 2:
