@@ -45,6 +45,28 @@ class Drafter(Protocol):
         ...
 
 
+class NoDrafter:
+    """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    has_fixed_shapes = True
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """No drafts, [B, 0]."""
+        return TokenTree(tokens[:, :0])
+
+    def observe(self, chain: Round, verdict: Verdict) -> None:
+        """Nothing to learn."""
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing to drop."""
+
+    def join(self, other: NoDrafter) -> None:
+        """Nothing to take in."""
+
+
 @runtime_checkable
 class Attached(Protocol):
     """A drafter that looks at the prompts, or drafts with the help of the target's own state."""
@@ -102,28 +124,6 @@ class WindowPolicy(Protocol):
         ...
 
 
-class NoDrafter:
-    """Drafts nothing: the loop is then plain autoregressive sampling."""
-
-    has_fixed_shapes = True
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """Nothing to prepare."""
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """No drafts, [B, 0]."""
-        return TokenTree(tokens[:, :0])
-
-    def observe(self, chain: Round, verdict: Verdict) -> None:
-        """Nothing to learn."""
-
-    def select(self, rows: Tensor) -> None:
-        """Nothing to drop."""
-
-    def join(self, other: NoDrafter) -> None:
-        """Nothing to take in."""
-
-
 class FixedWindow:
     """The same number of candidates in every pass."""
 
@@ -136,14 +136,3 @@ class FixedWindow:
 
     def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """Nothing to adapt."""
-
-
-def most_candidates(room: Sequence[int], least: int, can_overrun: bool, drafter: Drafter) -> int:
-    """Candidates that a pass may hold at most, where rows have `room` for more tokens and the
-    state has `least`."""
-    if not can_overrun:
-        return least
-    if isinstance(drafter, Branches) and drafter.branches:
-        return LARGEST_TREE
-    # With a draft even for the last token, an image does not depend on how long others take.
-    return max(room) + 1

@@ -72,6 +72,7 @@ def decode_rows(
             "(see arvision.contracts.FeedsAnywhere)"
         )
     run.begin(logits.device)
+    run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
     active = np.arange(run.batch)
     laws = shape(logits)

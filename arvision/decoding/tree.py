@@ -230,6 +230,12 @@ class Topology:
         laws = torch.nn.functional.pad(self.laws + 1, (1, 0))
         return Topology(ahead, ancestors, laws, self.num_levels + 1)
 
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Laws, depths and ancestors as bits, as `arvision.kernels.verify.follow` takes them."""
+        order = torch.arange(self.laws.shape[-1], device=self.laws.device)
+        return self.laws, self.depths, (self.ancestors.long() << order).sum(-1)
+
     @property
     def parents(self) -> tuple[Any, ...]:
         """T integers, -1 for the last known token; lists of them where rows have their own."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...contracts import Conditions, TokenModel
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
-from ...decoding.noise import draw
+from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
@@ -119,10 +119,14 @@ class DraftTree(TextDrafter):
             self.expansion not in DRAWN or max(self.branching) > 1
         )
 
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch begins."""
+        super().start(noise, vocab_size, num_tokens)
+        self._known = [0] * len(noise)
+
     def begin(self, state: Any) -> None:
         """Prefill the draft."""
 
-        self._known = [0] * len(self.histories)
         read = self.histories if self._context is None else self._context(self.histories)
         shape = self.shaping if self.shaping.temperature else Shaping()
 
