@@ -200,7 +200,7 @@ class _Rows:
 
     def begin(self, logp: Tensor) -> None:
         """Draw the first token of every image from its law [B, V]."""
-        self.noise.reserve(self.num_rows * self.columns)
+        self.noise.reserve([0] * len(self.counts), self.num_rows * self.columns)
         positions = torch.zeros_like(self.images)[:, None]
         self._known[0, :, :1] = gumbel_draw(logp[:, None], positions, self.noise)
         self.counts[:, 0] = 1
