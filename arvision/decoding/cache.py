@@ -308,6 +308,18 @@ class KVCache:
         self._host_lengths = [length + num for length in self._host_lengths]
         self._reach(self.capacity + num)
 
+    def widen(self, capacity: int) -> None:
+        """Have room for `capacity` positions, where there is less."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self._stored = self.keys, self.values
+        if self._closed is not None:
+            self._closed = torch.nn.functional.pad(self._closed, (0, more))
+        self._reach(capacity)
+
     def _open(self) -> Tensor:
         """[R, 1, 1, S], a mask that closes nothing."""
         return self.keys.new_zeros(len(self.lengths), 1, 1, self.capacity)
