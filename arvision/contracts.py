@@ -285,8 +285,9 @@ class ScaleState(Protocol):
 class Prunes(Protocol):
     """A scale state that can leave tokens out."""
 
-    def next_pruned(self, share: float) -> Tensor:
-        """`ScaleState.next` with a share of the tokens restored in every layer, not computed."""
+    def next_pruned(self, share: float, whole: tuple[int, int] = (0, 0)) -> Tensor:
+        """`ScaleState.next` with a share of the tokens restored in every layer, not computed; all are
+        computed in the first and last layers, as many as `whole` says."""
         ...
 
     def next_reference(self) -> Tensor:
@@ -369,8 +370,18 @@ class LatentState(Protocol):
 class KeepsFeatures(Protocol):
     """A latent state that can reuse features of earlier passes."""
 
-    def keep_features(self, refresh: int, reuse_guidance: bool) -> None:
-        """Compute everything anew every `refresh` passes only; see `LatentPlan`."""
+    def keep_features(
+        self,
+        refresh: int,
+        reuse_guidance: bool,
+        first: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        """Compute everything anew every `refresh` passes only, and in the first ones; see `LatentPlan`.
+
+        `shares` are the shares of the places that each pass computes in between; None for those
+        alone that must be.
+        """
         ...
 
 

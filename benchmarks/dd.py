@@ -1,6 +1,6 @@
 """What do students of Distilled Decoding give for their one or two passes?
 
-python -m benchmarks.dd [--images 1000] [--part quality|time]
+python -m benchmarks.dd [--images 1000] [--part quality|time] [--only llamagen-fashion-t2i] [--runs runs]
 
 For each teacher and student, on the same classes: passes, agreement with the teacher's tokens for the
 same noise, Frechet distance of the project's classifier features (not FID) from the real test images
@@ -8,7 +8,8 @@ and from an independent run of the teacher, class consistency, precision and rec
 many test images). Beside them the teacher again and the baselines of the paper: "skip", the teacher stops early and
 the rest is drawn from the marginal law of each position given the class; "one step, independent", all
 tokens are drawn from these marginals (taken from the teacher's own samples, so that this is the best
-sampler of its kind). Time: wall time per image at batch 1, decoder excluded and included, medians of
+sampler of its kind); and "untrained", the student before its training. A teacher of captions is asked for
+"a <garment>". A student that is not in the package is looked for in --runs. Time: wall time per image at batch 1, decoder excluded and included, medians of
 alternating rounds.
 
 Paper: Liu et al., "Distilled Decoding 1", 2024, table 1 (LlamaGen-L 217.8x, VAR-d16 6.3x at one step).
@@ -17,6 +18,7 @@ Paper: Liu et al., "Distilled Decoding 1", 2024, table 1 (LlamaGen-L 217.8x, VAR
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +28,22 @@ import arvision
 from arvision import get_sampler
 from arvision.eval import frechet_from_features, precision_recall, to_uint8
 from arvision.eval.classifier import class_consistency, load_classifier
+from arvision.folders import embedded_models
+from arvision.training.captions import GARMENTS
 from arvision.training.data import load_fashion
+from arvision.training.distill import student_family
 
 from .common import alternate, load, save, summary
 
-STUDENTS = {"llamagen-fashion": "llamagen-fashion-dd", "var-fashion": "var-fashion-dd"}
-SKIPS = {"llamagen-fashion": (26, 39), "var-fashion": (1, 2)}
+STUDENTS = {
+    "llamagen-fashion": "llamagen-fashion-dd",
+    "llamagen-fashion-t2i": "llamagen-fashion-t2i-dd",
+    "var-fashion": "var-fashion-dd",
+}
+SKIPS = {"llamagen-fashion": (26, 39), "llamagen-fashion-t2i": (26, 39), "var-fashion": (1, 2)}
 """Units that the teacher leaves out, in the proportions of the paper's table."""
 
-MIXED = {"llamagen-fashion": (4, 11), "var-fashion": (3,)}
+MIXED = {"llamagen-fashion": (4, 11), "llamagen-fashion-t2i": (4, 11), "var-fashion": (3,)}
 """Steps beyond the student's own, with teacher."""
 
 
@@ -44,13 +53,17 @@ class Study:
     Args:
         name: of the teacher.
         num: images of a draw.
+        runs: where students are that the package lacks.
     """
 
-    def __init__(self, name: str, num: int) -> None:
+    def __init__(self, name: str, num: int, runs: Path) -> None:
         images, _ = load_fashion("test")  # first: a missing data set shows before hours of work
         self.name, self.classes = name, torch.arange(num) % 10
         self.pipe = arvision.load(name, device="cpu")
-        self.student = arvision.load(STUDENTS[name], device="cpu")
+        student = STUDENTS[name]
+        known = student in embedded_models()
+        self.student = arvision.load(student if known else runs / student, device="cpu")
+        self.is_text = self.pipe.transformer.config.get("caption_dim") is not None
         self.laws = {key: self.pipe.config[key] for key in ("temperature", "top_k", "top_p")}
         self.ends = (0, *self.student.model.unit_ends)
         self.classifier = load_classifier()
@@ -65,11 +78,29 @@ class Study:
         for part in torch.arange(len(self.classes)).split(batch_size):
             out = sampler(
                 pipe.model,
-                self.classes[part].tolist(),
+                self.asked(self.classes[part]),
                 seeds=[(seed, image) for image in part.tolist()],
                 guidance_scale=pipe.config["guidance_scale"],
             )
             parts.append(out.tokens)
+        return torch.cat(parts)
+
+    def asked(self, classes: Tensor) -> list[Any]:
+        """Classes, or captions of them."""
+        labels = classes.tolist()
+        return [f"a {GARMENTS[k][0]}" for k in labels] if self.is_text else labels
+
+    def untrained(self) -> Tensor:
+        """Tokens of the student before its training, in one step."""
+        family = student_family(self.pipe)
+        config = self.student.transformer.config
+        own = {"intermediate_size": config["intermediate_size"]} if self.is_text else {}
+        torch.manual_seed(0)
+        student = family.from_teacher(self.pipe.model, config["timesteps"], **own)
+        parts = []
+        for part in torch.arange(len(self.classes)).split(125):
+            seeds = [(0, image) for image in part.tolist()]
+            parts.append(self.dd(1)(student, self.asked(self.classes[part]), seeds=seeds).tokens)
         return torch.cat(parts)
 
     def dd(self, steps: int) -> Any:
@@ -127,6 +158,7 @@ class Study:
         rows.append(
             {"sampler": "one step, independent", "passes": 1} | self.measure(self.independent(0))
         )
+        rows.append({"sampler": "untrained", "passes": 1} | self.measure(self.untrained()))
         own = range(1, len(self.student.model.timesteps) + 1)
         for steps in (*own, *MIXED[self.name]):
             tokens = self.draw(self.student, self.dd(steps), seed=0)
@@ -145,12 +177,12 @@ class Study:
             "dd, steps=1": (self.student, self.dd(1)),
             "dd, steps=2": (self.student, self.dd(2)),
         }
-        tasks = {}
+        tasks, asked = {}, self.asked(torch.tensor([3]))
         for label, (pipe, sampler) in runs.items():
             model, scale = pipe.model, pipe.config["guidance_scale"]
             for decodes in (False, True):
                 tasks[label + (", decoded" if decodes else "")] = _task(
-                    model, sampler, scale, decodes
+                    model, sampler, scale, decodes, asked
                 )
         found = {label: summary(seconds) for label, seconds in alternate(tasks, rounds).items()}
         for label, row in found.items():
@@ -162,9 +194,9 @@ class Study:
         return found
 
 
-def _task(model: Any, sampler: Any, scale: float, decodes: bool) -> Any:
+def _task(model: Any, sampler: Any, scale: float, decodes: bool, asked: list[Any]) -> Any:
     def run() -> None:
-        out = sampler(model, [3], seeds=[(0, 3)], guidance_scale=scale)
+        out = sampler(model, asked, seeds=[(0, 3)], guidance_scale=scale)
         if decodes:
             model.decode(out.tokens if out.embeddings is None else out.embeddings)
 
@@ -177,10 +209,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--part", choices=("all", "quality", "time"), default="all")
+    parser.add_argument("--only", choices=tuple(STUDENTS))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
     record = load("dd")
-    for name in STUDENTS:
-        study = Study(name, options.images if options.part != "time" else 20)
+    for name in [options.only] if options.only else STUDENTS:
+        study = Study(name, options.images if options.part != "time" else 20, options.runs)
         mine = record.setdefault(name, {})
         if options.part != "time":
             mine |= {"images": options.images, "quality": study.quality()}

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from .common import RESULTS, load
+from .image_systems import table as image_systems_table
 from .text_systems import TABLE
 from .trees import law_table, trees_table
 
@@ -251,6 +252,7 @@ def main() -> None:
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
         ("text", "text_systems", systems_table),
+        ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")
     path = SAMPLERS_PAGE.with_name("trees.md")

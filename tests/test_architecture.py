@@ -95,6 +95,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
+    "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
+    | {"pipeline", "samplers"}
+    | GROUND,
     "testing": {"models"} | GROUND,
 }
 SEES_ALL = {"cli", "__init__"}

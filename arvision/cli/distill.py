@@ -11,11 +11,16 @@ import typer
 
 from .output import expanded, tell
 
+MOST_PROMPTS = 1 << 28
+"""Bytes of a file of captions."""
+
 EPILOG = """Examples:
 
 arvision distill --teacher llamagen-fashion --out runs/llamagen-fashion-dd
 
 arvision distill --teacher var-fashion --out runs/var-fashion-dd --num-pairs 40000 --timesteps 0,3
+
+arvision distill --teacher llamagen-fashion-t2i --out runs/t2i --prompts captions.txt
 
 arvision distill --teacher llamagen-fashion --method dd2 --init llamagen-fashion-dd --out runs/dd2
 
@@ -51,9 +56,19 @@ def distill(
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the schedule.")] = None,
     vector_weight: Annotated[float | None, typer.Option(help="Of the regression term.")] = None,
     picture_weight: Annotated[float | None, typer.Option(help="Of the decoder's term.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Captions of a text teacher, one per line.", callback=expanded),
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Width of the student's feed-forward layers.")
+    ] = None,
     init: Annotated[
         str | None,
-        typer.Option(help="dd2: a trained student to start from; dd1 makes one if left."),
+        typer.Option(
+            help="A trained student to start from: for dd2 of this teacher (dd1 makes one if left), "
+            "for dd1 of any."
+        ),
     ] = None,
     score_steps: Annotated[int | None, typer.Option(help="dd2: optimiser steps.")] = None,
     card_samples: Annotated[int | None, typer.Option(help="Samples to measure on.")] = None,
@@ -65,7 +80,7 @@ def distill(
     import torch
 
     from ..errors import check_count
-    from ..files import check_out
+    from ..files import check_out, read_regular
     from ..samplers.base import parse_value
     from ..training.distill import DistillSettings
     from ..training.distill import distill as run
@@ -84,6 +99,8 @@ def distill(
         "shard_size": shard_size,
         "vector_weight": vector_weight,
         "picture_weight": picture_weight,
+        "prompts": None if prompts is None else read_regular(prompts, MOST_PROMPTS).splitlines(),
+        "intermediate_size": intermediate_size,
         "init": init,
         "num_card": card_samples,
         "timesteps": None if timesteps is None else parse_value(f"[{timesteps}]"),

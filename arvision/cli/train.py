@@ -17,6 +17,8 @@ arvision train --recipe llamagen-fashion --out runs/llamagen-fashion
 
 arvision train --recipe llamagen-fashion-t2i --out runs/llamagen-fashion
 
+arvision train --recipe llamagen-fashion-t2i-dd --out runs/llamagen-fashion-t2i-dd
+
 arvision train --recipe llamagen-fashion-draft --out runs/llamagen-fashion
 
 arvision train --recipe var-fashion --out runs/var-fashion

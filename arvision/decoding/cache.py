@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import StateError
 from ..kernels.compaction import compact_
+from ..kernels.tree_attention import carry, look
 
 LARGEST_TABLE = 2048
 """Positions up to which a cache keeps a table of what each may look at; it grows with the square."""
@@ -78,6 +79,11 @@ class KVCache:
             self._causal.masked_fill_(order > order[:, None], float("-inf"))
 
     @property
+    def _columns(self) -> Tensor | None:
+        """[R, S] bool, false where nothing ever looks; None where all is open."""
+        return None if self._closed is None else self._closed[:, 0, 0] == 0
+
+    @property
     def num_pending(self) -> int:
         """Candidates written and neither kept nor forgotten yet."""
         return self._num
@@ -108,6 +114,12 @@ class KVCache:
             StateError: a tree does not fit. A chain may run past the end: what runs over
                 shares the last slot, and nothing before it can see that.
         """
+        slots, mask = self._begin(num, ancestors)
+        if mask is not None:
+            carry(mask, look(self.keys, self.lengths, ancestors, num, self._columns))
+        return slots, mask
+
+    def _begin(self, num: int, ancestors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         self._num, self._is_chain = num, ancestors is None
         offsets = self._order[:num] if num <= self.capacity else torch.arange(num)
         slots = self.lengths[:, None] + offsets
@@ -154,7 +166,8 @@ class KVCache:
         """
         self._num, self._slots, self._end = 0, slots.clamp(max=self.capacity - 1), visible
         mask = self._ragged_mask(self._slots, visible)
-        return mask if self._closed is None else mask + self._closed[..., :visible]
+        mask = mask if self._closed is None else mask + self._closed[..., :visible]
+        return carry(mask, look(self.keys, slots[:, 0], None, slots.shape[1], self._columns))
 
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""

@@ -127,38 +127,74 @@ def grouped_log_ratio(
     return log_ratio
 
 
-def neighbour_log_ratio(codebook: Tensor, num_neighbours: int, max_tv: float) -> LogRatio:
-    """log((p(x) + e(x)) / q(x)), e being probability lent by the codes nearest to the draft x.
+Lend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Laws of target and draft [..., V] and drafts [...] to probability lent to each draft [...]."""
 
-    With M(x) the mass of p on the `num_neighbours` codes nearest to x, and Z = TV(p, q),
-    e(x) = min(M(x), delta, delta * (q(x) - p(x))+ / Z). The law of the step then differs from p by
+BOUNDS = {
+    "step": "the law of the whole step differs from the target's by the limit at most",
+    "draft": "what each draft is lent is the limit at most (LANTERN)",
+    "factor": "each draft's probability grows by the limit as a factor at most (LANTERN++)",
+}
 
-        TV = sum over x of min((q(x) - p(x))+, e(x)) <= delta,
 
-    because what the lenient test keeps beyond min(p, q) is taken, in proportion, from the residual
-    (p - q)+. The third bound is ours: capping M(x) by delta for each draft alone, as published,
-    bounds the law seen from one draft, and sums to more over all drafts.
+def neighbour_loan(
+    codebook: Tensor, num_neighbours: int, limit: float, bound: str = "step"
+) -> Lend:
+    """Probability e(x) that a draft x borrows from the `num_neighbours` codes nearest to it.
+
+    With M(x) the mass of p on these codes, Z = TV(p, q) and delta the limit:
+
+    - "step": e(x) = min(M(x), delta, delta * (q(x) - p(x))+ / Z). The law of the step then differs from
+      p by TV = sum over x of min((q(x) - p(x))+, e(x)) <= delta, because what the lenient test keeps
+      beyond min(p, q) is taken, in proportion, from the residual (p - q)+. This bound is ours.
+    - "draft": the mass of the nearest codes, taken in as far as it stays within delta. Seen from one
+      draft p moves by delta at most; summed over all drafts the step can move further.
+    - "factor": the same, as far as p(x) + e(x) <= delta * p(x); unlikely drafts borrow little.
 
     Args:
         codebook: [V, D], rows of unit length.
         num_neighbours: k; 0 relaxes nothing.
-        max_tv: delta in [0, 1]; 0 relaxes nothing.
+        limit: delta: in [0, 1], or a factor >= 1.
+        bound: a name in `BOUNDS`.
+
+    Raises:
+        InputError: an unknown bound.
+
+    Papers: Jang et al., "LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative
+    Decoding", 2024, section 4 ("draft"); Park et al., "LANTERN++: Enhancing Relaxed Speculative Decoding
+    with Static Tree Drafting for Visual Auto-regressive Models", 2025 ("factor").
     """
+    if bound not in BOUNDS:
+        raise unknown_name("bound", bound, BOUNDS)
+
+    def lend(target: Tensor, draft: Tensor, drafts: Tensor) -> Tensor:
+        place = drafts[..., None]
+        likeness = (codebook[drafts] @ codebook.T).scatter_(-1, place, float("-inf"))
+        nearest = likeness.topk(min(num_neighbours, target.shape[-1] - 1), dim=-1).indices
+        mass = target.gather(-1, nearest)
+        if bound == "step":
+            surplus = (draft - target).clamp(min=0)
+            tiny = torch.finfo(surplus.dtype).tiny
+            share = surplus.gather(-1, place)[..., 0] / surplus.sum(-1).clamp(min=tiny)
+            return torch.minimum(mass.sum(-1).clamp(max=limit), limit * share)
+        own = target.gather(-1, place)
+        most = own * (limit - 1) if bound == "factor" else torch.full_like(own, limit)
+        return mass.masked_fill(mass.cumsum(-1) > most, 0).sum(-1)
+
+    return lend
+
+
+def neighbour_log_ratio(
+    codebook: Tensor, num_neighbours: int, limit: float, bound: str = "step"
+) -> LogRatio:
+    """log((p(x) + e(x)) / q(x)), e being what `neighbour_loan` lends to the draft x."""
+    lend = neighbour_loan(codebook, num_neighbours, limit, bound)
 
     def log_ratio(chain: Round) -> Tensor:
         assert chain.draft_logp is not None
-        drafts = chain.drafts[..., None]
         target = chain.target_logp[:, :-1].exp()
-        surplus = (chain.draft_logp.exp() - target).clamp(min=0)
-        likeness = codebook[chain.drafts] @ codebook.T
-        likeness.scatter_(-1, drafts, float("-inf"))
-        nearest = likeness.topk(min(num_neighbours, target.shape[-1] - 1), dim=-1).indices
-        mass = target.gather(-1, nearest).sum(-1).clamp(max=max_tv)
-        share = surplus.gather(-1, drafts)[..., 0] / surplus.sum(-1).clamp(
-            min=torch.finfo(surplus.dtype).tiny
-        )
-        lent = torch.minimum(mass, max_tv * share.to(mass.dtype))
+        lent = lend(target, chain.draft_logp.exp().to(target.dtype), chain.drafts)
         lenient = torch.logaddexp(_logp(chain), lent.log())
-        return lenient - chain.draft_logp.gather(-1, drafts)[..., 0]
+        return lenient - chain.draft_logp.gather(-1, chain.drafts[..., None])[..., 0]
 
     return log_ratio

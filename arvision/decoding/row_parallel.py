@@ -9,6 +9,10 @@ left behind is not looked at until it is written again.
 The first token of a row is predicted by the last one of the row above. Where that is not known
 yet, the latest known token of that row stands in for it, at its place; the real one is fed, and its
 keys and values replaced, as soon as it is known.
+
+With an adaptive lead the first token of a row is a guess at first. It is asked for again with every
+further token of the row above, and judged by rejection sampling: law p_k saw k tokens above, the next
+one k + 1. The row goes on when the guess stands, or when the row above is whole.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenModel
 from ..errors import InputError
-from .noise import Noise
+from .noise import Noise, draw
 from .run import Run
 from .verify import gumbel_draw, num_final
 
@@ -34,6 +38,7 @@ def decode_rows(
     lead: int,
     window: int,
     shape: Callable[[Tensor], Tensor],
+    adapts: bool = False,
 ) -> Samples:
     """Draw one image per condition, several rows at a time.
 
@@ -48,6 +53,8 @@ def decode_rows(
             always finished before the second starts.
         window: candidates per row and pass, the last known token included; 1 drafts nothing.
         shape: guided logits to log-probabilities.
+        adapts: whether `lead` is where a row's first token is guessed, and more are needed until it
+            stands; without drafts (`window` 1) only.
 
     Returns:
         Tokens [B, N] and the statistics of `arvision.decoding.loop.decode_tokens`; `windows` are
@@ -64,7 +71,9 @@ def decode_rows(
             "(see arvision.contracts.FeedsAnywhere)"
         )
     run.begin(logits.device)
+    run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
+    known.first = _FirstTokens(known.counts, model.grid[1], logits) if adapts else None
     active = torch.arange(run.batch, device=logits.device)
     laws = shape(logits)
     run.watch_laws(laws)
@@ -167,6 +176,7 @@ class _Rows:
         self.stands_in = torch.zeros(batch, self.num_rows, dtype=torch.bool, device=device)
         self.guesses = torch.zeros(batch, num, dtype=torch.int64, device=device)
         self.has_guess = torch.zeros(batch, num, dtype=torch.bool, device=device)
+        self.first: _FirstTokens | None = None
 
     def begin(self, logp: Tensor) -> None:
         """Draw the first token of every image from its law [B, V]."""
@@ -183,6 +193,8 @@ class _Rows:
         self.noise = self.noise.select(images)
         for name in ("tokens", "counts", "written", "stands_in", "guesses", "has_guess"):
             setattr(self, name, getattr(self, name)[images])
+        if self.first is not None:
+            self.first = self.first.select(images)
 
     def is_going(self) -> Tensor:
         """[B, G] bool, rows that may draw tokens now; the first row is drawn alone."""
@@ -213,9 +225,10 @@ class _Rows:
         fed[:, 0] = self.roots()[images, rows]
         # Rows that have just been completed replace what stood in for their last token.
         is_whole = self.counts.roll(1, dims=1) == self.columns
-        again, again_rows = (self.stands_in & is_whole).nonzero(as_tuple=True)
+        # Those that have no token yet feed it as their root.
+        again, again_rows = (self.stands_in & is_whole & (self.counts > 0)).nonzero(as_tuple=True)
         again_slots = again_rows * self.columns - 1
-        self.stands_in[again, again_rows] = False
+        self.stands_in &= ~is_whole
         self.stands_in[images, rows] |= (counts == 0) & ~is_whole[images, rows]
         wide = images[:, None].expand_as(slots)
         entries = torch.stack(
@@ -259,6 +272,10 @@ class _Rows:
             laws[wide[is_fed], plan.places[is_fed]], wide[is_fed], positions[is_fed]
         )
         accepted = torch.minimum(num_final(plan.drafts == drawn[:, :-1]), plan.nums)
+        if self.first is not None:
+            places = (images, rows, laws[images, plan.places[:, 0]])
+            drawn[:, 0], stands = self.first.judge(*places, drawn[:, 0], self.counts, self.noise)
+            accepted = accepted * stands
         is_final = offsets < accepted[:, None]
         where = (wide[is_final], positions[is_final])
         self.tokens[where] = drawn[is_final]
@@ -301,6 +318,65 @@ class _Rows:
         where = (images[chain], ahead[chain, place])
         self.guesses[where] = self._draw(prior[chain], *where)
         self.has_guess[where] = True
+
+
+class _FirstTokens:
+    """Guesses of the first token of each row, with an adaptive lead.
+
+    Args:
+        counts: [B, G], gives the sizes.
+        columns: of the image.
+        logits: [B, V], gives the vocabulary.
+    """
+
+    def __init__(self, counts: Tensor, columns: int, logits: Tensor) -> None:
+        self.columns = columns
+        self.tokens = torch.full_like(counts, -1)
+        self.logp = logits.new_zeros(*counts.shape, logits.shape[-1])
+
+    def select(self, images: Tensor) -> _FirstTokens:
+        """Keep the given images."""
+        self.tokens, self.logp = self.tokens[images], self.logp[images]
+        return self
+
+    def judge(
+        self,
+        images: Tensor,
+        rows: Tensor,
+        logp: Tensor,
+        drawn: Tensor,
+        counts: Tensor,
+        noise: Noise,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [K] of the places that a pass asked for, and which of them are final.
+
+        Args:
+            images: [K], whose place it is.
+            rows: [K].
+            logp: [K, V], its law.
+            drawn: [K], a draw from it.
+            counts: [B, G], final tokens before the pass; only first places are judged.
+            noise: of the B images.
+        """
+        is_first = (counts[images, rows] == 0) & (rows > 0)
+        above = counts[images, rows - 1]
+        guess = self.tokens[images, rows]
+        was_guessed = is_first & (guess >= 0)
+        before, own = self.logp[images, rows], noise.select(images)
+        place = (rows * self.columns)[:, None]
+        tried, fresh = (
+            own.uniform(place, purpose, above[:, None])[:, 0] for purpose in ("accept", "recover")
+        )
+        chosen = guess.clamp(min=0)[:, None]
+        ratio = (logp - before).gather(1, chosen)[:, 0]
+        stands = was_guessed & (tried.log() < ratio)
+        residual = (logp.exp() - before.exp()).clamp(min=0)
+        again = draw(residual, fresh)
+        tokens = torch.where(was_guessed, torch.where(stands, guess, again), drawn)
+        is_final = ~is_first | stands | (above == self.columns)
+        self.tokens[images[is_first], rows[is_first]] = tokens[is_first]
+        self.logp[images[is_first], rows[is_first]] = logp[is_first]
+        return tokens, is_final
 
 
 def _pack(entries: Tensor, batch: int) -> tuple[Tensor, Tensor]:

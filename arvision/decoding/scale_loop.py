@@ -31,6 +31,7 @@ class ScalePlan:
         prune: share of the tokens of the last scales that each layer restores from the last whole
             scale instead of computing them.
         prune_scales: number of last scales that are pruned.
+        prune_whole: numbers of first and of last layers that compute all tokens all the same.
         more_smooth: mix the codes of likely tokens into each position instead of taking one.
 
     Raises:
@@ -39,12 +40,18 @@ class ScalePlan:
 
     prune: float = 0.0
     prune_scales: int = 2
+    prune_whole: Sequence[int] = (0, 0)
     more_smooth: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune < 1:
             raise InputError(f"prune {self.prune!r}: expected a share, 0 <= prune < 1")
         check_count("prune_scales", self.prune_scales)
+        whole = self.prune_whole
+        if len(whole) != 2 or not all(type(num) is int and num >= 0 for num in whole):
+            raise InputError(
+                f"prune_whole {whole!r}: expected two numbers of layers, the first and the last ones"
+            )
 
     @property
     def is_plain(self) -> bool:
@@ -112,7 +119,8 @@ def decode_scales(
                 states[-1].catch_up(run.tokens[:, :done])
         state = states[-1]
         share = plan.share(scale, num_scales)
-        logits = _logits(state, share, plan.is_reference(scale, num_scales))
+        is_reference = plan.is_reference(scale, num_scales)
+        logits = _logits(state, share, is_reference, tuple(plan.prune_whole))
         if scale == 0:
             run.begin(logits.device, logits.shape[2:-1])
             images = torch.arange(run.batch, device=logits.device)[:, None]
@@ -149,13 +157,13 @@ def _embeddings(vectors: list[Tensor], num_tokens: int) -> Tensor | None:
     return out
 
 
-def _logits(state: Any, share: float, is_reference: bool) -> Tensor:
+def _logits(state: Any, share: float, is_reference: bool, whole: Any) -> Tensor:
     """Guided logits of the next scale, a share of whose tokens is pruned."""
     if share == 0 and not is_reference:
         return state.next()
     if not isinstance(state, Prunes):
         raise InputError("prune: this model computes all tokens, expected 0")
-    return state.next_reference() if is_reference else state.next_pruned(share)
+    return state.next_reference() if is_reference else state.next_pruned(share, whole)
 
 
 def smooth_codes(

@@ -52,20 +52,14 @@ class TokenPruner:
 
     A part keeps the rows that lie furthest from their mean; for the others stands what the same part
     added at the last scale that was computed as a whole, interpolated to the new size. Pruned tokens
-    leave no keys and values behind. Both halves of a guided batch keep the same tokens, chosen by
-    the conditional one.
-
-    Args:
-        batch: B; rows beyond are null rows.
+    leave no keys and values behind. Every row, conditional or null, keeps tokens of its own.
 
     Paper: Guo et al., "FastVAR: Linear Visual Autoregressive Modeling via Cached Token Pruning",
-    2025, section 4 (pivotal token selection, cached token restoration). The authors' code chooses
-    for each row alone and leaves the first and last few layers whole.
+    2025, section 4 (pivotal token selection, cached token restoration).
     """
 
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
-        self._share = 0.0
+    def __init__(self) -> None:
+        self._share, self._whole = 0.0, (0, 0)
         self._keeps = False
         self._size = (1, 1)
         self._memory: dict[Hashable, Tensor] = {}
@@ -75,9 +69,16 @@ class TokenPruner:
         """Whether there is a scale to restore tokens from."""
         return bool(self._memory)
 
-    def begin(self, size: tuple[int, int], share: float = 0.0, keeps: bool = False) -> None:
-        """Before a scale: its height and width, the share to prune, whether to keep its parts."""
-        self._size, self._share, self._keeps = size, share, keeps
+    def begin(
+        self,
+        size: tuple[int, int],
+        share: float = 0.0,
+        keeps: bool = False,
+        whole: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Before a scale: its height and width, the share to prune, whether to keep its parts, and how
+        many of the first and last layers compute all tokens."""
+        self._size, self._share, self._keeps, self._whole = size, share, keeps, whole
 
     def num_kept(self) -> int:
         """Tokens of the scale that every part computes."""
@@ -87,21 +88,27 @@ class TokenPruner:
     def __call__(self, name: Hashable, x: Tensor, part: Part) -> Tensor:
         """See `Compute`."""
         height, width = self._size
-        if self._share == 0:
+        if self._share == 0 or not self._prunes(name):
             out = part(x, None)
             if self._keeps:
                 last = out[:, -height * width :]
                 self._memory[name] = last.mT.unflatten(2, self._size)
             return out
-        half = x[: self._batch]
-        energy = (half - half.mean(1, keepdim=True)).square().sum(-1)
+        energy = (x - x.mean(1, keepdim=True)).square().sum(-1)
         places = energy.topk(self.num_kept(), dim=1).indices.sort(dim=1).values
-        places = places.repeat(len(x) // self._batch, 1)
         index = places[..., None].expand(-1, -1, x.shape[2])
         fresh = part(x.gather(1, index), places)
         coarse = self._memory[name].float()
-        restored = F.interpolate(coarse, size=self._size, mode="bilinear").flatten(2).mT
+        restored = F.interpolate(coarse, size=self._size, mode="area").flatten(2).mT
         return restored.to(fresh.dtype).scatter(1, index, fresh)
+
+    def _prunes(self, name: Hashable) -> bool:
+        """Whether the layer of a part (layer, ...) is not one of those that stay whole."""
+        if self._whole == (0, 0):
+            return True
+        layers = [key[0] for key in self._memory if isinstance(key, tuple)]
+        layer = name[0] if isinstance(name, tuple) else 0
+        return self._whole[0] <= layer <= max(layers) - self._whole[1]
 
 
 class ScaleNetwork(Protocol):
@@ -149,7 +156,7 @@ class NextScaleState:
         self._network = network
         self._ends = list(accumulate((h * w for h, w in network.sizes), initial=0))
         self._cache = ScaleCache()
-        self._pruner = TokenPruner(network.batch)
+        self._pruner = TokenPruner()
         self._unread: list[Tensor] = []
         self._is_waiting = False
         self.canvas = network.blank()
@@ -197,20 +204,21 @@ class NextScaleState:
         return self._next(0.0, keeps=True)
 
     @torch.no_grad()
-    def next_pruned(self, share: float) -> Tensor:
+    def next_pruned(self, share: float, whole: tuple[int, int] = (0, 0)) -> Tensor:
         """As `next`, without computing a share of the tokens in any layer. Lossy.
 
         Args:
             share: of the scale's tokens, 0 < share < 1.
+            whole: first and last layers that compute all tokens.
 
         Raises:
             StateError: as `next`, or no scale was drawn with `next_reference`.
         """
         if not self._pruner.has_memory:
             raise StateError("next_pruned without next_reference at a coarser scale")
-        return self._next(share, keeps=False)
+        return self._next(share, keeps=False, whole=whole)
 
-    def _next(self, share: float, keeps: bool) -> Tensor:
+    def _next(self, share: float, keeps: bool, whole: tuple[int, int] = (0, 0)) -> Tensor:
         if self._is_waiting:
             raise StateError("next before feed: the last scale waits for its tokens")
         if self.scale == len(self._network.sizes):
@@ -222,7 +230,7 @@ class NextScaleState:
             self._unread = []
             mask = block_mask(self._network.sizes, inputs.device)
             mask = mask[: inputs.shape[1], : inputs.shape[1]]
-        self._pruner.begin(self._network.sizes[self.scale], share, keeps)
+        self._pruner.begin(self._network.sizes[self.scale], share, keeps, whole)
         self.computed_tokens += inputs.shape[1] if share == 0 else self._pruner.num_kept()
         self._is_waiting = True
         return self._network.logits(

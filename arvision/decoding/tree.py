@@ -176,6 +176,12 @@ class Topology:
         table = table[..., : int(is_child.sum(-1).max())]
         return torch.where(table < num, table, -1)
 
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Laws, depths and ancestors as bits, as `arvision.kernels.verify.follow` takes them."""
+        order = torch.arange(self.laws.shape[-1], device=self.laws.device)
+        return self.laws, self.depths, (self.ancestors.long() << order).sum(-1)
+
     @property
     def parents(self) -> tuple[Any, ...]:
         """T integers, -1 for the last known token; lists of them where rows have their own."""
@@ -314,6 +320,20 @@ def _shared(parents: np.ndarray, device: torch.device) -> Tensor | None:
 def with_root(parents: Tensor) -> Tensor:
     """Parents of the last known token and of the candidates behind it, [1 + T] or [B, 1 + T]."""
     return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
+
+
+def layout_of(
+    tree: TokenTree, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Topology | None]:
+    """How a pass is laid out: parents [1 + T] of the root and the drafts, how far behind the known
+    tokens each law stands [1 + T], and the topology of the drafts; None for a chain, and the first
+    two [B, 1 + T] where rows have trees of their own."""
+    above = tree.parents
+    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
+        return None, None, None
+    shape = topology_of(above.to(device), tree.num_levels)
+    root = torch.zeros_like(shape.depths[..., :1])
+    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def without_padding(tree: TokenTree) -> TokenTree:

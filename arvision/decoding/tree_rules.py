@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .noise import draw
 from .tree import topology
-from .verify import Round, Verdict
+from .verify import Round, Rule, Verdict
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,15 @@ def _subtract(left: Tensor, taken: Tensor, where: Tensor) -> Tensor:
     return torch.where(changed, residual / total.where(total > 0, 1.0), left)
 
 
-def _in_turn(siblings: Siblings, replaces: bool) -> tuple[Tensor, Tensor]:
-    """Try siblings one after another; `replaces` says whether q keeps the ones tried."""
+def _in_turn(
+    siblings: Siblings,
+    replaces: bool,
+    lend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Try siblings one after another; `replaces` says whether q keeps the ones tried.
+
+    `lend` says what each borrows beyond its own probability (lossy), see `arvision.decoding.relaxed.Lend`.
+    """
     left, draft = siblings.target, siblings.draft
     accepted = torch.full_like(siblings.tokens[:, 0], -1)
     for place in range(siblings.tokens.shape[1]):
@@ -113,6 +120,8 @@ def _in_turn(siblings: Siblings, replaces: bool) -> tuple[Tensor, Tensor]:
         point = torch.zeros_like(left).scatter_(1, token, 1.0) if draft is None else None
         q = draft if point is None else point
         assert q is not None
+        if lend is not None:
+            probability = probability + lend(left, q, token[:, 0])
         passes = is_tried & (uniform * q.gather(1, token)[:, 0] < probability)
         accepted = accepted.where(~passes, place)
         fails = is_tried & ~passes
@@ -145,3 +154,8 @@ def without_replacement(batch: Round) -> Verdict:
     Without Replacement", 2024, section 3.2.
     """
     return walk(batch, lambda siblings: _in_turn(siblings, replaces=False))
+
+
+def lenient(lend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
+    """`without_replacement` with borrowed probability: lossy, see `arvision.decoding.relaxed`."""
+    return lambda batch: walk(batch, lambda siblings: _in_turn(siblings, False, lend))

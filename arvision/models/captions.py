@@ -150,6 +150,36 @@ def text_features(conditions: Conditions, captions: CaptionEncoder | None) -> li
     return features
 
 
+def padded_features(
+    conditions: Conditions,
+    captions: CaptionEncoder | None,
+    shape: tuple[int, int],
+    place: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Features [B, L, C] of each condition, padded on the left, and the rows that count [B, L] bool.
+
+    Args:
+        conditions: captions or text features.
+        captions: None for a model without a text encoder.
+        shape: L and C.
+        place: a tensor of the device and type that are wanted.
+
+    Raises:
+        InputError: see `text_features`; or features of another shape.
+    """
+    length, width = shape
+    features = place.new_zeros(len(conditions), length, width)
+    valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=place.device)
+    for row, found in enumerate(text_features(conditions, captions)):
+        if found.dim() != 2 or found.shape[1] != width or not 1 <= len(found) <= length:
+            raise InputError(
+                f"caption features {tuple(found.shape)}: expected [T, {width}] with T in 1..{length}"
+            )
+        features[row, length - len(found) :] = found.to(features)
+        valid[row, length - len(found) :] = True
+    return features, valid
+
+
 def _holds_features(condition: Any) -> bool:
     """Whether that is features with a mask, and no more."""
     is_prompt = isinstance(condition, Prompt) and are_features(condition.prompt)

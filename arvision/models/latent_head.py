@@ -66,7 +66,11 @@ class ResBlock(nn.Module):
 
     def forward(self, h: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """[..., w] to [..., w]."""
-        return h + gate * self.mlp(self.in_ln(h) * scale + shift)
+        return h + gate * self.think(h, shift, scale)
+
+    def think(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """What the block adds before its gate."""
+        return self.mlp(self.in_ln(h) * scale + shift)
 
 
 class FinalLayer(nn.Module):
@@ -130,6 +134,25 @@ class HeadNetwork(nn.Module):
             h = block(h, *parts)
         return self.final_layer(h, *modulations[-1])
 
+    def run_keeping(self, x: Tensor, modulations: Modulations) -> tuple[Tensor, list[Tensor]]:
+        """As `run`, and what `run_kept` needs of each block [..., w]."""
+        h = self.input_proj(x)
+        kept = []
+        for number, (block, parts) in enumerate(
+            zip(self.res_blocks, modulations[:-1], strict=True)
+        ):
+            found = block.think(h, *parts[:2]) if number == 0 else block(h, *parts) - h
+            h = h + (parts[2] * found if number == 0 else found)
+            kept.append(found)
+        return self.final_layer(h, *modulations[-1]), kept
+
+    def run_kept(self, x: Tensor, modulations: Modulations, kept: list[Tensor]) -> Tensor:
+        """As `run`, with what the blocks added at another step: the first one's through its new gate."""
+        h = self.input_proj(x)
+        for number, (found, parts) in enumerate(zip(kept, modulations[:-1], strict=True)):
+            h = h + (parts[2] * found if number == 0 else found)
+        return self.final_layer(h, *modulations[-1])
+
     def forward(self, x: Tensor, times: Tensor, z: Tensor) -> Tensor:
         """Latents [M, D], times [M] and conditions [M, C] to [M, num_outputs * D]."""
         return self.run(x, self.modulate(self.time_embed(times) + self.cond_embed(z)))
@@ -170,6 +193,26 @@ class SteppedHead:
     def at(self, x: Tensor, row: int) -> Tensor:
         """Outputs [G, M, O] for `x` [M, D] at a step."""
         return self._run(x, self._step_modulations(row))
+
+    def lazily(self, x: Tensor, row: int, is_fresh: bool) -> Tensor:
+        """As `at`, but computed as a whole in fresh steps only; an approximation.
+
+        In between the blocks add what they added at the last fresh step, and the branches beyond the
+        first stand as far from it as they stood there.
+        """
+        modulations = self._step_modulations(row)
+        x = x.to(self._times.dtype)
+        if is_fresh:
+            out, self._kept = self._run_part(
+                "run_keeping", torch.cat([x] * self.num_branches, dim=-2), modulations
+            )
+            out = torch.stack(out.chunk(self.num_branches, dim=-2))
+            self._distance = out - out[:1]
+            return out
+        num = len(x)
+        own = [tuple(part[:num] for part in parts) for parts in modulations]
+        out = self._run_part("run_kept", x, own, [part[:num] for part in self._kept])
+        return out + self._distance
 
     def along(self, states: Tensor) -> Tensor:
         """Outputs [G, K, M, O] for `states` [K, M, D], row i at step i, in one call."""

@@ -28,7 +28,7 @@ class VectorHead(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, C] and the class row [B, 1, C] to [B, N, D]."""
+        """[B, N, C] and one conditioning row [B, 1, C] to [B, N, D]."""
         shift, scale = (self.scale_shift_table[None] + condition).chunk(2, dim=1)
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
@@ -118,9 +118,27 @@ class Student:
         """Logits [B, N, V] and vectors [B, N, D] of all positions from one pass.
 
         Args:
-            conditions: one per image, class ids or names.
+            conditions: one per image.
             vectors: [B, N, D], codes of the first `known` units, then noise.
             known: one of `timesteps`.
+
+        Raises:
+            InputError: no conditions, or one that the model does not know.
+        """
+        condition, *mask = self.describe(conditions)
+        counts = torch.full((len(conditions),), known, device=self.device)
+        return self.transformer(condition, vectors, counts, *mask)
+
+    def start_from(self, other: Student) -> None:
+        """Take over the weights of a trained student, perhaps of another teacher, wherever shapes allow."""
+        own, given = self.transformer.state_dict(), other.transformer.state_dict()
+        fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+        self.transformer.load_state_dict(fitting, strict=False)
+
+    def describe(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        """What the network is told of conditions: class ids [B] here, more in a family with captions.
+
+        The first goes before the vectors, the others (a mask) behind the numbers of known units.
 
         Raises:
             InputError: no conditions, or one that the model does not know.
@@ -129,5 +147,4 @@ class Student:
             raise InputError("no conditions: expected at least one")
         num_classes = self.transformer.config["num_classes"]
         ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        classes = torch.tensor(ids, device=self.device)
-        return self.transformer(classes, vectors, torch.full_like(classes, known))
+        return (torch.tensor(ids, device=self.device),)

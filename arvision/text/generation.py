@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..contracts import Stats
+from ..decoding.drafter import NoDrafter
 from ..decoding.logits import Shaping
-from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
+from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, as_integer, check_count, shown

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..contracts import Edit
 from ..decoding.cache import KVCache
+from ..decoding.transformers_attention import all_open, kernels_in, spread
 from ..decoding.transformers_cache import CacheView, TextSizes
 from ..decoding.tree import check_parents, check_path, topology_of
 from ..errors import InputError, StateError
@@ -228,11 +229,9 @@ class HFState:
             raise StateError(f"{num} candidates do not fit: the cache has room for {room} more")
         slots, mask = self.cache.begin(num, None if shape is None else shape.ancestors)
         if mask is None:
-            # Without a mask some networks would make one of their own.
-            mask = torch.zeros(1, 1, 1, int(slots[0, 0]) + 1, dtype=self.cache.keys.dtype)
-            mask = mask.to(tokens.device)
+            mask = all_open(self.cache)
         positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
-        seen_by = self._by_kind(mask.expand(len(tokens), -1, -1, -1), positions)
+        seen_by = self._by_kind(spread(mask, len(tokens)), positions)
         positions = positions.clamp(max=self.model.sizes.num_positions - 1)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if embeddings is not None or self.pseudo is not None:
@@ -240,7 +239,8 @@ class HFState:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         inputs |= {"attention_mask": seen_by, "position_ids": positions.expand(len(tokens), -1)}
-        with alone(self._network):
+        called = self._network if self._is_altered else self.model.called
+        with alone(self._network), kernels_in(self._network, called, mask):
             logits, hidden = self._pass(**inputs, **self._options)
         if keep is not None:
             logits = logits if self._keeps_logits else logits[:, keep]

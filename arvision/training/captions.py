@@ -8,10 +8,14 @@ measured on tops (ink in the outer columns beside the body), width on trousers, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..eval.classifier import classify
+from .data import load_fashion
 
 GARMENTS: dict[int, tuple[str, ...]] = {
     0: ("t-shirt", "tee"),
@@ -125,3 +129,50 @@ def vocabulary() -> list[str]:
     texts += [*BRIGHTNESS, *SLEEVES, *WIDTHS, *TEMPLATES]
     words = {word for text in texts for word in re.findall(r"[a-z-]+", text)}
     return sorted(words | {"an", "the", "of", "pair", "with", "sleeves", "short", "long"})
+
+
+def every_caption() -> list[str]:
+    """All captions with at most brightness and one other attribute, in a fixed order."""
+    others = {
+        label: ("", *(SLEEVES if label in (0, 2, 4, 6) else WIDTHS if label in (1, 3, 8) else ()))
+        for label in GARMENTS
+    }
+    found = [
+        template.format(" ".join(filter(None, (tone, other, name))))
+        for template in TEMPLATES
+        for tone in ("", *BRIGHTNESS)
+        for label, names in GARMENTS.items()
+        for other in others[label]
+        for name in names
+    ]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return [found[k] for k in order.tolist()]
+
+
+def training_captions(seed: int = 0) -> list[str]:
+    """A caption of each of the 60,000 training images, in their order."""
+    images, labels = load_fashion("train")
+    write, generator = CaptionWriter(measure(images, labels)), torch.Generator().manual_seed(seed)
+    return [write(index, generator) for index in range(len(labels))]
+
+
+def caption_figures(draw: Callable[[list[str]], Tensor], num: int) -> dict[str, float]:
+    """Share of samples that show the "garment" and the "brightness" of their caption.
+
+    Args:
+        draw: captions to pictures [B, 3, 32, 32] uint8.
+        num: samples; garments take turns, and brightness after each round.
+    """
+    labels = torch.arange(num) % len(GARMENTS)
+    tones = torch.arange(num) // len(GARMENTS) % len(BRIGHTNESS)
+    images = draw(
+        [
+            f"a {BRIGHTNESS[tone]} {GARMENTS[label][0]}"
+            for label, tone in zip(labels.tolist(), tones.tolist(), strict=True)
+        ]
+    )
+    grey = images.float().mean(1).round().to(torch.uint8)
+    return {
+        "garment": float((classify(images).argmax(-1) == labels).double().mean()),
+        "brightness": float((measure_brightness(grey) == tones).double().mean()),
+    }

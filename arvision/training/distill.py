@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ from ..models import FAMILIES
 from ..networks import bare
 from ..pipeline import ARPipeline
 from ..samplers import get_sampler
-from .distill_objective import DistillObjective, PictureLoss, agreement
+from .captions import training_captions
+from .distill_objective import Described, DistillObjective, PictureLoss, agreement
 from .loop import MOST_BATCH, FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
-from .score_distill import ScoreObjective, ScoreSettings, TeacherScores, log_likelihood
+from .score_distill import (
+    ScoreObjective,
+    ScoreSettings,
+    TeacherScores,
+    TrainedFeatures,
+    log_likelihood,
+)
 from .students import draw_sheet, publish_student
 
 METHODS = ("dd1", "dd2")
@@ -49,7 +56,10 @@ class DistillSettings:
             family's own choice.
         fit: of the training.
         vector_weight: of the squared error of the predicted vectors, see `DistillObjective`.
-        init: method "dd2": a trained student to start from; None to make one by "dd1" first.
+        prompts: captions of a text-conditional teacher, which take turns.
+        intermediate_size: width of the student's feed-forward layers; None for its teacher's.
+        init: a trained student to start from. "dd1": perhaps of another teacher, whose weights it takes
+            wherever shapes allow; "dd2": of this teacher, None to make one by "dd1" first.
         score: method "dd2": see `ScoreSettings`.
         score_fit: method "dd2": of that training.
         picture_weight: of a loss on decoded pictures, pixels and, where the pictures are 32x32,
@@ -73,6 +83,8 @@ class DistillSettings:
     )
     vector_weight: float = 0.1
     picture_weight: float = 0.0
+    prompts: Sequence[str] | None = None
+    intermediate_size: int | None = None
     init: str | Path | None = None
     score: ScoreSettings = ScoreSettings()
     score_fit: FitConfig = FitConfig(
@@ -102,6 +114,17 @@ class DistillSettings:
             raise InputError(f"timesteps {steps!r}: expected integers such as 0,20")
 
 
+FASHION_TEXT = DistillSettings(
+    num_pairs=15_000,
+    num_held_out=360,
+    timesteps=(0, 20),
+    intermediate_size=368,
+    init="llamagen-fashion-dd",
+)
+"""Of `llamagen-fashion-t2i-dd`: narrow layers keep it below 6 MB, and the class-conditional teacher's
+student knows most of what it must learn."""
+
+
 def distill(
     teacher: str | Path,
     out: str | Path,
@@ -115,10 +138,10 @@ def distill(
     Pairs of noise and tokens lie in `out/pairs`, checkpoints and the log of the training in
     `out/dd1` (and `out/dd2`), a sheet of teacher and student in `out/samples.png`, the finished
     student in `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share
-    both the pairs and the training of "dd1".
+    the pairs and both trainings.
 
     Args:
-        teacher: embedded name or folder of a class-conditional token or scale model.
+        teacher: embedded name or folder of a token model (of classes or captions) or a scale model.
         out: folder, see above.
         settings: see `DistillSettings`.
         method: "dd1", from pairs; "dd2", from the teacher's scores, which turns a student of "dd1"
@@ -130,11 +153,12 @@ def distill(
         tokens (scales), "agreement_by_position" from noise alone, "chance" (how often the teacher
         agrees with itself on other noise of the same class). "dd2": "log_likelihood" of a token
         under the teacher, "before" and "after", and of the teacher's own. Both: "class_consistency"
-        of samples where the classes are those of Fashion-MNIST.
+        of samples where the classes are those of Fashion-MNIST, "garment" and "brightness" (shares of
+        samples that show what the caption says) where the captions are.
 
     Raises:
-        InputError: an unknown method, a teacher of another kind, a student of another teacher, or
-            several processes for "dd2", or another run that works in `out`.
+        InputError: an unknown method, a teacher of another kind, captions that are missing or have no
+            effect, a student of another teacher, or another run that works in `out`.
         CheckpointError: pairs or checkpoints of another teacher or other settings.
 
     Papers: Liu et al., "Distilled Decoding 1: One-step Sampling of Image Auto-regressive Models with
@@ -144,8 +168,6 @@ def distill(
         raise unknown_name("method", method, METHODS)
     settings = settings or DistillSettings()
     processes, out = PartialState(), user_path(out)
-    if method == "dd2" and processes.num_processes > 1:
-        raise InputError(f"method 'dd2' with {processes.num_processes} processes: expected one")
     is_main = processes.is_main_process
     with working_in(out) if is_main else contextlib.nullcontext():
         return _distill(teacher, out, settings, method, progress)
@@ -160,14 +182,20 @@ def _distill(
     family = student_family(pipe)
     config = pipe.config
     laws = {name: config[name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-    run = _Run(pipe, PairSettings(**laws), settings, out, progress)
+    asked = conditions_of(pipe, settings.prompts)
+    run = _Run(pipe, asked, PairSettings(**laws), settings, out, progress)
     name = str(teacher) if (Path(teacher).name == str(teacher)) else str(Path(teacher).resolve())
     figures: dict[str, Any] = {"teacher": name, "method": method}
     if method == "dd2" and settings.init is not None:
         student = _given_student(settings.init, family, pipe)
     else:
         torch.manual_seed(settings.fit.seed)  # layers that the teacher lacks start at random
-        student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name)
+        sizes = {"intermediate_size": settings.intermediate_size}
+        sizes = {key: value for key, value in sizes.items() if value is not None}
+        student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name, **sizes)
+        if settings.init is not None:
+            student.start_from(_any_student(settings.init, family))
+            figures["init"] = str(settings.init)
         student = student.to(processes.device)
         figures |= run.from_pairs(student)
     if method == "dd2":
@@ -179,20 +207,76 @@ def _distill(
     return publish_student(student, pipe, folder, figures, settings.num_card)
 
 
+def run_student_recipe(
+    name: str,
+    out: Path,
+    steps: int | None,
+    num_pairs: int | None,
+    num_card: int,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Make `llamagen-fashion-t2i-dd`: distil the text-conditional teacher along captions of the data.
+
+    Args:
+        name: of the recipe, which is the teacher's with "-dd".
+        out: see `distill`.
+        steps: at most so many; None for the recipe's own number.
+        num_pairs: likewise.
+        num_card: samples that the card is measured on.
+        progress: show bars.
+    """
+    settings = FASHION_TEXT
+    fit = replace(settings.fit, steps=min(steps or settings.fit.steps, settings.fit.steps))
+    pairs = min(num_pairs or settings.num_pairs, settings.num_pairs)
+    held = min(settings.num_held_out, pairs)
+    settings = replace(settings, fit=fit, num_pairs=pairs, num_held_out=held, num_card=num_card)
+    settings = replace(settings, prompts=training_captions())
+    return distill(name.removesuffix("-dd"), out, settings, progress=progress)
+
+
+def conditions_of(pipe: ARPipeline, prompts: Sequence[str] | None) -> Sequence[Any]:
+    """What a teacher is asked for in turn: its classes, or the given captions.
+
+    Raises:
+        InputError: captions for a teacher of classes, or none for one that takes captions.
+    """
+    num_classes = bare(pipe.transformer).config.get("num_classes")
+    if num_classes is not None:
+        if prompts is not None:
+            raise InputError("prompts: the teacher is class-conditional, leave them out")
+        return range(num_classes)
+    if prompts is None or not len(prompts):
+        raise InputError("the teacher takes captions: expected prompts, a list or one per line")
+    if isinstance(prompts, str) or not all(isinstance(each, str) for each in prompts):
+        raise InputError("prompts: expected a list of captions")
+    return list(prompts)
+
+
+def _any_student(path: str | Path, family: Any) -> Any:
+    """A trained student of a family, in float32.
+
+    Raises:
+        InputError: another kind of model.
+    """
+    student = load(path, device="cpu").model
+    if not isinstance(student, family):
+        raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
+    student.transformer.float()
+    return student
+
+
 def _given_student(path: str | Path, family: Any, teacher: ARPipeline) -> Any:
     """A trained student of this teacher.
 
     Raises:
         InputError: another kind of model, or another codebook or grid.
     """
-    student = load(path, device="cpu").to(teacher.device).model
-    if not isinstance(student, family):
-        raise InputError(f"init {path}: a {type(student).__name__}, expected a {family.__name__}")
+    student = _any_student(path, family).to(teacher.device)
     try:
         check_teacher(teacher.model, student)
     except InputError as error:
         raise InputError(f"init {path}: a student of another teacher: {error}") from error
-    student.transformer.float()
     return student
 
 
@@ -202,6 +286,7 @@ class _Run:
     def __init__(
         self,
         pipe: ARPipeline,
+        conditions: Sequence[Any],
         laws: PairSettings,
         settings: DistillSettings,
         out: Path,
@@ -210,7 +295,7 @@ class _Run:
         self.pipe, self.laws, self.settings, self.out = pipe, laws, settings, out
         self.progress, self.processes = progress, PartialState()
         self.teacher: Any = pipe.model
-        self.num_classes: int = pipe.transformer.config["num_classes"]
+        self.conditions = conditions
 
     def from_pairs(self, student: Any) -> dict[str, Any]:
         """Train a student on the teacher's pairs; its figures."""
@@ -218,7 +303,7 @@ class _Run:
         total = settings.num_pairs + settings.num_held_out
         generate_pairs(
             self.teacher,
-            self.num_classes,
+            self.conditions,
             self.laws,
             self.out / "pairs",
             total,
@@ -227,25 +312,24 @@ class _Run:
             progress=self.progress and processes.is_main_process,
         )
         processes.wait_for_everyone()
-        pairs = read_pairs(self.teacher, self.laws, self.out / "pairs", total)
+        pairs = read_pairs(self.teacher, self.conditions, self.laws, self.out / "pairs", total)
         torch.manual_seed(settings.fit.seed)
         student.tokenizer.requires_grad_(False)
         known = Pairs(pairs.labels[: settings.num_pairs], pairs.tokens[: settings.num_pairs])
+        seed, picture = self.laws.seed, _picture(student, settings)
         objective = DistillObjective(
-            student, known, self.laws.seed, settings.vector_weight, *_picture(student, settings)
+            student, known, self.conditions, seed, settings.vector_weight, *picture
         )
         held = torch.arange(settings.num_pairs, total)
-        log = self._fit(
-            objective, settings.fit, "dd1", student, (self.laws.seed, held, pairs.tokens[held])
-        )
+        log = self._fit(objective, settings.fit, "dd1", student, (seed, held, pairs.tokens[held]))
         figures = {
             "pairs": settings.num_pairs,
             "seconds": log[-1]["seconds"],
             "agreement": {},
-            "chance": _chance(pairs, held),
+            "chance": _chance(pairs, self.conditions, held),
         }
         for step in student.timesteps:
-            found = agreement(student, pairs, held, self.laws.seed, step)
+            found = agreement(student, pairs, self.conditions, held, seed, step)
             begin = (0, *student.unit_ends)[step]
             figures["agreement"][str(step)] = float(found[begin:].mean())
             if step == 0:
@@ -256,19 +340,26 @@ class _Run:
         """Train a student on the teacher's scores; the one-step student, and its figures."""
         settings = self.settings
         torch.manual_seed(settings.score_fit.seed)
-        scores = TeacherScores(self.teacher, self.laws.shaping(), self.laws.guidance_scale)
-        sizes = (student.num_tokens, scores.num_classes, scores.feature_dim)
+        shaping, scale = self.laws.shaping(), self.laws.guidance_scale
+        scores = TeacherScores(self.teacher, shaping, scale, self.conditions)
         objective = ScoreObjective(
-            student.transformer, scores, student.codebook.detach(), sizes, settings.score
+            student.transformer,
+            scores,
+            student.codebook.detach(),
+            (student.num_tokens, len(self.conditions), scores.feature_dim),
+            settings.score,
+            described=Described(student, self.conditions),
+            trunk=TrainedFeatures(self.teacher) if settings.score.trains_features else None,
         )
         # From now on all positions are decoded from the vectors, in one pass.
         student.transformer.register_to_config(split=0, timesteps=[0])
-        student = type(student)(student.transformer, student.tokenizer, student.class_names)
+        student.split = 0
+        student.timesteps = (0,)
         images = torch.arange(settings.num_held_out)
         own = self._own_tokens(images)
         judged = {
             "before": self._likelihood(student, scores, images),
-            "teacher": _mean_likelihood(scores, images % self.num_classes, own),
+            "teacher": _mean_likelihood(scores, images % len(self.conditions), own),
         }
         log = self._fit(objective, settings.score_fit, "dd2", student, (HELD_OUT_SEED, images, own))
         judged["after"] = self._likelihood(student, scores, images)
@@ -279,7 +370,7 @@ class _Run:
         parts = [
             teacher_tokens(
                 self.teacher,
-                (part % self.num_classes).tolist(),
+                self._asked(part),
                 [(HELD_OUT_SEED, image) for image in part.tolist()],
                 self.laws,
             )
@@ -288,11 +379,13 @@ class _Run:
         return torch.cat(parts)
 
     def _likelihood(self, student: Any, scores: TeacherScores, images: Tensor) -> float:
-        labels = images % self.num_classes
-        drawn = get_sampler("dd", steps=1)(
-            student, labels.tolist(), seeds=[(HELD_OUT_SEED, image) for image in images.tolist()]
-        )
-        return _mean_likelihood(scores, labels, drawn.tokens)
+        seeds = [(HELD_OUT_SEED, image) for image in images.tolist()]
+        drawn = get_sampler("dd", steps=1)(student, self._asked(images), seeds=seeds)
+        return _mean_likelihood(scores, images % len(self.conditions), drawn.tokens)
+
+    def _asked(self, images: Tensor) -> list[Any]:
+        """The conditions of the images with these numbers."""
+        return [self.conditions[k] for k in (images % len(self.conditions)).tolist()]
 
     def _fit(
         self,
@@ -313,7 +406,7 @@ class _Run:
                 are on the sheet.
         """
         seed, images, own = shown[0], shown[1][:SHEET_IMAGES], shown[2][:SHEET_IMAGES]
-        labels = (images % self.num_classes).tolist()
+        asked = self._asked(images)
         seeds = [(seed, image) for image in images.tolist()]
 
         def on_log(line: dict[str, Any]) -> None:
@@ -321,7 +414,7 @@ class _Run:
             if due and self.processes.is_main_process:
                 was_training = student.transformer.training
                 student.transformer.eval()
-                draw_sheet(student, own, labels, seeds, self.out / "samples.png")
+                draw_sheet(student, own, asked, seeds, self.out / "samples.png")
                 student.transformer.train(was_training)
 
         return fit(objective, config, self.out / name, progress=self.progress, on_log=on_log)
@@ -367,10 +460,18 @@ def _picture(student: Any, settings: DistillSettings) -> tuple[Any, ...]:
     return PictureLoss(student.decode_vectors, known), settings.picture_weight
 
 
-def _chance(pairs: Pairs, held: Tensor) -> float:
-    """Share of tokens that two images of a class have in common."""
-    num_classes = int(pairs.labels.max()) + 1
-    first, second = held[:-num_classes], held[num_classes:]
-    if len(first) == 0:
+def _chance(pairs: Pairs, conditions: Sequence[Any], held: Tensor) -> float:
+    """Share of tokens that a held-out image has in common with another one of its condition."""
+    alike: dict[Any, list[int]] = {}
+    for image, label in enumerate(pairs.labels.tolist()):
+        alike.setdefault(conditions[label], []).append(image)
+    others = []
+    for image in held.tolist():
+        group = alike[conditions[int(pairs.labels[image])]]
+        other = group[group.index(image) - 1]
+        if other != image:
+            others.append((image, other))
+    if not others:
         return float("nan")
+    first, second = torch.tensor(others).T
     return float((pairs.tokens[first] == pairs.tokens[second]).double().mean())

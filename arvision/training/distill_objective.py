@@ -7,14 +7,14 @@ are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loop import Chance, Objective
+from .loop import Chance, Objective, full_precision
 from .pairs import Pairs, pair_noise
 
 
@@ -47,6 +47,29 @@ class PictureLoss:
         return loss
 
 
+class Described:
+    """What a student is told of numbered conditions.
+
+    Args:
+        model: a student, see `arvision.models.student.Student.describe`.
+        conditions: classes or captions.
+    """
+
+    def __init__(self, model: Any, conditions: Sequence[Any]) -> None:
+        self.model, self.conditions = model, conditions
+        captions = getattr(model, "captions", None)
+        self.beside = () if captions is None else (captions.text_encoder,)
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, ...]:
+        """Of the conditions with these numbers [B]."""
+        with full_precision(labels.device):
+            return self.model.describe(self.of(labels))
+
+    def of(self, labels: Tensor) -> list[Any]:
+        """The conditions with these numbers [B]."""
+        return [self.conditions[label] for label in labels.tolist()]
+
+
 class DistillObjective(Objective):
     """Cross-entropy on the teacher's tokens, from all noise and from the codes of the first ones.
 
@@ -54,8 +77,9 @@ class DistillObjective(Objective):
 
     Args:
         model: a student in training, see `arvision.contracts.StudentModel`; its `transformer` takes
-            `(class_ids, vectors [B, N, D], known units [B])` to logits and vectors.
+            `(condition, vectors [B, N, D], known units [B])` to logits and vectors.
         pairs: of the teacher.
+        conditions: of the pairs.
         seed: of the pairs' noise.
         vector_weight: of the squared error of the predicted vectors, per number, in units of the
             codebook's variance.
@@ -67,6 +91,7 @@ class DistillObjective(Objective):
         self,
         model: Any,
         pairs: Pairs,
+        conditions: Sequence[Any],
         seed: int,
         vector_weight: float = 0.1,
         picture: PictureLoss | None = None,
@@ -75,6 +100,8 @@ class DistillObjective(Objective):
         super().__init__()
         self.student: nn.Module = model.transformer
         self.pairs, self.seed = pairs, seed
+        self.described = Described(model, conditions)
+        self.beside = self.described.beside
         self.num_items = len(pairs.tokens)
         self.timesteps = torch.tensor(model.timesteps)
         self.ends = torch.tensor((0, *model.unit_ends))
@@ -94,14 +121,16 @@ class DistillObjective(Objective):
         known = self.timesteps[chosen]
         codes = self.codes[tokens]
         is_known = torch.arange(tokens.shape[1]) < self.ends[known][:, None]
-        given = (self.pairs.labels[indices], torch.where(is_known[..., None], codes, noise), known)
-        return {"given": given, "tokens": tokens, "codes": codes, "is_known": is_known}
+        given = torch.where(is_known[..., None], codes, noise)
+        asked = {"labels": self.pairs.labels[indices], "given": given, "known": known}
+        return asked | {"tokens": tokens, "codes": codes, "is_known": is_known}
 
     def loss(self, inputs: dict[str, Any], chance: Chance) -> dict[str, Tensor]:
         """Loss, and the share of tokens that are the teacher's."""
         tokens, codes, is_known = (inputs[name] for name in ("tokens", "codes", "is_known"))
-        known = inputs["given"][2]
-        logits, vectors = self.student(*inputs["given"])
+        known = inputs["known"]
+        condition, *mask = self.described(inputs["labels"])
+        logits, vectors = self.student(condition, inputs["given"], known, *mask)
         right = (logits.argmax(-1) == tokens).float()
         error = (vectors - codes)[~is_known].square().mean() / self.variance
         loss = F.cross_entropy(logits[~is_known], tokens[~is_known]) + self.vector_weight * error
@@ -124,13 +153,20 @@ def _mean(values: Tensor, chosen: Tensor) -> Tensor:
 
 @torch.no_grad()
 def agreement(
-    model: Any, pairs: Pairs, images: Tensor, seed: int, known: int = 0, batch_size: int = 250
+    model: Any,
+    pairs: Pairs,
+    conditions: Sequence[Any],
+    images: Tensor,
+    seed: int,
+    known: int = 0,
+    batch_size: int = 250,
 ) -> Tensor:
     """Share of images [N] (float64, by position) whose token is the teacher's for the same noise.
 
     Args:
         model: a student.
         pairs: of the teacher.
+        conditions: of the pairs.
         images: [M] int64, which pairs to look at; those that no student was trained on.
         seed: of the pairs' noise.
         known: units taken from the teacher; these count as equal.
@@ -140,10 +176,10 @@ def agreement(
     codes = model.codebook.float().cpu()
     end = (0, *model.unit_ends)[known]
     for part in images.split(batch_size):
-        tokens = pairs.tokens[part]
+        tokens, asked = pairs.tokens[part], [conditions[k] for k in pairs.labels[part].tolist()]
         vectors = pair_noise(seed, part, tokens.shape[1], codes.shape[1])
         vectors[:, :end] = codes[tokens[:, :end]]
-        logits, _ = model.predict(pairs.labels[part].tolist(), vectors.to(model.device), known)
+        logits, _ = model.predict(asked, vectors.to(model.device), known)
         guess = logits.argmax(-1).cpu()
         guess[:, :end] = tokens[:, :end]
         total += (guess == tokens).double().sum(0)

@@ -2,6 +2,7 @@
 
 Stages, each resumable: samples of the target with their laws; a common start; a short pilot of each
 divergence; the final run of the one whose drafts were accepted most; a calibration of its confidence.
+Part of each batch may be the draft's own samples (on-policy), with the target's laws along them.
 
 Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge Distillation", 2023.
 """
@@ -9,6 +10,7 @@ Paper: Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from torch import Tensor
 from ..decoding.draft_model import MEASURED, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
+from ..decoding.teacher_forcing import teacher_forced
 from ..errors import InputError, unknown_name
 from ..files import write_json
 from ..models.llamagen import LlamaGen, LlamaGenTransformer
-from .llamagen_samples import Drawn, draw_from_target, together
+from .captions import every_caption
+from .llamagen_samples import SMALLEST_LOGP, Drawn, draw_from_target, plain_tokens, together
 from .loop import Chance, FitConfig, Objective, shortened
 from .stages import Stage, run_stages, stage_seconds
 
@@ -54,18 +58,30 @@ def divergence(name: str, logp: Tensor, logq: Tensor) -> Tensor:
 
 
 class DraftObjective(Objective):
-    """Divergence of the guided draft from the guided target along the target's samples.
+    """Divergence of the guided draft from the guided target along samples of the target, or its own.
 
     Args:
-        transformer: the draft, class-conditional.
-        drawn: samples and laws.
+        transformer: the draft.
+        drawn: samples of the target, and laws.
         divergence: a name in `DIVERGENCES`.
+        target: of a text-conditional draft, whose text encoder it shares, or with `on_policy`.
+        conditions: what the samples' labels number; None for classes.
+        on_policy: share of each batch in whose place the draft draws samples of its own, anew in each
+            step; the target's laws along them are what it learns from.
 
     Raises:
         InputError: an unknown divergence, or a draft of another size than the samples.
     """
 
-    def __init__(self, transformer: LlamaGenTransformer, drawn: Drawn, divergence: str) -> None:
+    def __init__(
+        self,
+        transformer: LlamaGenTransformer,
+        drawn: Drawn,
+        divergence: str,
+        target: LlamaGen | None = None,
+        conditions: Sequence[Any] | None = None,
+        on_policy: float = 0.0,
+    ) -> None:
         super().__init__()
         if divergence not in DIVERGENCES:
             raise unknown_name("divergence", divergence, DIVERGENCES)
@@ -77,13 +93,26 @@ class DraftObjective(Objective):
             )
         self.transformer, self.drawn, self.divergence = transformer, drawn, divergence
         self.num_items = len(drawn.tokens)
+        self.target, self.on_policy = target, on_policy
+        captions = None if target is None else target.captions
+        texts = () if captions is None else (captions.text_encoder, captions.text_tokenizer)
+        self.model = LlamaGen(transformer, None, *texts)
+        self.conditions = range(transformer.config["num_classes"] or 0)
+        if conditions is not None:
+            self.conditions = conditions
+        if target is not None:
+            self.beside = (target.transformer, *texts[:1])
+
+    def asked(self, labels: Tensor) -> list[Any]:
+        """The conditions with these numbers [B]."""
+        return [self.conditions[label] for label in labels.tolist()]
 
     def laws(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Guided log-probabilities [B, N, V] of target and draft along samples."""
-        embed = self.transformer.cls_embedding
-        null = torch.full_like(drawn.labels, self.transformer.config["num_classes"])
-        rows = embed(torch.cat([drawn.labels, null]))
-        logits = self.transformer.teacher_forced(rows, drawn.tokens.repeat(2, 1))
+        rows, null, valid = self.model.rows(self.asked(drawn.labels))
+        mask = None if valid is None else valid.repeat(2, 1)
+        both = torch.cat([rows, null])
+        logits = self.transformer.teacher_forced(both, drawn.tokens.repeat(2, 1), mask)
         guided = guide(*logits.chunk(2), drawn.scales[:, None, None])  # pyright: ignore
         return drawn.logp.float(), guided.log_softmax(-1)
 
@@ -93,20 +122,50 @@ class DraftObjective(Objective):
 
     def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Mean divergence per token, and the mean probability of acceptance (1 - TV)."""
-        logp, logq = self.laws(Drawn(**inputs))
+        drawn = Drawn(**inputs)
+        count = round(self.on_policy * len(drawn.tokens))
+        if count:
+            own = self._own(drawn.rows(slice(0, count)), chance)
+            drawn = together([own, drawn.rows(slice(count, None))])
+        logp, logq = self.laws(drawn)
         loss = divergence(self.divergence, logp, logq).mean()
         overlap = torch.minimum(logp, logq.detach()).exp().sum(-1).mean()
         return {"loss": loss, "acceptance": overlap}
 
+    @torch.no_grad()
+    def _own(self, drawn: Drawn, chance: Chance) -> Drawn:
+        """Samples of the draft in the place of others, with the target's laws along them."""
+        assert self.target is not None
+        asked, parts = self.asked(drawn.labels), []
+        numbers = chance.randint(1 << 31, len(asked)).tolist()
+        for scale in drawn.scales.unique().tolist():
+            index = (drawn.scales == scale).nonzero()[:, 0]
+            some = [asked[k] for k in index.tolist()]
+            tokens = plain_tokens(
+                self.model, some, [(numbers[k], 0) for k in index.tolist()], scale
+            )
+            logits = teacher_forced(self.target, some, tokens, scale)
+            logp = logits.log_softmax(-1).clamp(min=SMALLEST_LOGP).to(drawn.logp.dtype)
+            parts.append(Drawn(tokens, logp, drawn.labels[index], drawn.scales[index]))
+        return together(parts)
+
 
 @torch.no_grad()
-def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> dict[str, Any]:
+def measure(
+    transformer: LlamaGenTransformer,
+    drawn: Drawn,
+    seed: int = 0,
+    target: LlamaGen | None = None,
+    conditions: Sequence[Any] | None = None,
+) -> dict[str, Any]:
     """Drafts along samples that were not trained on, and what would become of them.
 
     Args:
         transformer: the draft.
         drawn: samples of the target with their laws.
         seed: of the drafts.
+        target: of a text-conditional draft.
+        conditions: of the samples; None for classes.
 
     Returns:
         By coupling, "acceptance" [M, N] (a probability, or 0 and 1 under Gumbel coupling) and
@@ -115,7 +174,7 @@ def measure(transformer: LlamaGenTransformer, drawn: Drawn, seed: int = 0) -> di
     found: dict[str, dict[str, list[Tensor]]] = {
         name: {"acceptance": [], "features": []} for name in MEASURED
     }
-    objective = DraftObjective(transformer.eval(), drawn, "forward_kl")
+    objective = DraftObjective(transformer.eval(), drawn, "forward_kl", target, conditions)
     for index in torch.arange(len(drawn.tokens)).split(64):
         part = drawn.rows(index)
         logp, logq = objective.laws(part)
@@ -190,11 +249,14 @@ class _Work:
     def best(self) -> str:
         """The divergence whose pilot's drafts were accepted most.
 
-        Judged where drafts are used most: the first of the guidance scales, both couplings alike.
+        Judged by the task: the first of the guidance scales, and the coupling that drafts are for
+        (both alike where the training names none).
         """
+        coupling = self.training.coupling
+        judges = MEASURED if coupling is None else [coupling]
         scale = f"at guidance {next(iter(self.training.samples)):g}"
         sums = {
-            name: sum(found[f"{coupling} {scale}"] for coupling in MEASURED)
+            name: sum(found[f"{each} {scale}"] for each in judges)
             for name, found in self.pilots.items()
         }
         return max(sums, key=lambda name: sums[name])
@@ -218,7 +280,15 @@ class DraftStage(Stage[_Work]):
         draft = LlamaGenTransformer(**sizes | work.training.sizes)
         if self.start is not None:
             draft.load_state_dict(work.drafts[self.start].state_dict())
-        return DraftObjective(draft, work.drawn, self.divergence or work.best())
+        training = work.training
+        return DraftObjective(
+            draft,
+            work.drawn,
+            self.divergence or work.best(),
+            work.target,
+            training.conditions,
+            training.on_policy if self.divergence is None else 0.0,
+        )
 
     def finish(self, work: _Work, objective: DraftObjective) -> None:
         """The draft."""
@@ -231,7 +301,8 @@ class PilotStage(DraftStage):
 
     def finish(self, work: _Work, objective: DraftObjective) -> None:
         """The measured acceptance."""
-        measured = measure(objective.transformer, work.held_out)
+        more = (work.target, work.training.conditions)
+        measured = measure(objective.transformer, work.held_out, 0, *more)
         work.pilots[objective.divergence] = acceptance_figures(measured, work.held_out.scales)
 
 
@@ -245,6 +316,10 @@ class DraftTraining:
         held_out: the first samples of each scale, kept for measuring.
         batch_size: of sampling.
         divergences: the ones to try.
+        coupling: under which drafts will be judged, "gumbel" or "independent": the divergence whose
+            pilot does best there is taken; None for both alike.
+        conditions: captions of a text-conditional target, which take turns; None for classes.
+        on_policy: share of the draft's own samples in the batches of the final run.
         start_fit: common start of the pilots, with the first of the divergences.
         pilot_fit: settings of a pilot.
         final_fit: settings of the final run, which begins where the common start ended.
@@ -262,6 +337,9 @@ class DraftTraining:
     held_out: int = 256
     batch_size: int = 128
     divergences: tuple[str, ...] = ("forward_kl", "reverse_kl", "total_variation")
+    coupling: str | None = None
+    conditions: Sequence[str] | None = None
+    on_policy: float = 0.0
     start_fit: FitConfig = FitConfig(
         steps=400, batch_size=32, learning_rate=2e-3, mixed_precision="bf16"
     )
@@ -276,6 +354,10 @@ class DraftTraining:
         for name in self.divergences:
             if name not in DIVERGENCES:
                 raise unknown_name("divergence", name, DIVERGENCES)
+        if self.coupling is not None and self.coupling not in MEASURED:
+            raise unknown_name("coupling", self.coupling, MEASURED)
+        if not 0 <= self.on_policy <= 1:
+            raise InputError(f"on_policy {self.on_policy}: expected a share in [0, 1]")
         if not self.divergences or any(n <= self.held_out for n in self.samples.values()):
             raise InputError(
                 f"{self.samples} samples with {self.held_out} held out and divergences "
@@ -317,18 +399,18 @@ def train_draft(
     """Distil a draft of `target`; every stage resumes from what lies in `out`.
 
     Args:
-        target: a class-conditional model.
+        target: a class- or text-conditional model.
         out: takes the samples, the checkpoints and `figures.json`.
         training: settings.
         progress: show bars on stderr.
 
     Raises:
-        InputError: a target that is not class-conditional, or sizes that do not fit.
+        InputError: captions that are missing or have no effect, or sizes that do not fit.
         CheckpointError: `out` holds checkpoints of other settings.
     """
     training = training or DraftTraining()
-    if target.transformer.is_text_conditional:
-        raise InputError("the target is text-conditional: expected a class-conditional model")
+    if target.transformer.is_text_conditional != (training.conditions is not None):
+        raise InputError("conditions: expected captions with a text-conditional target, else None")
     held_out, drawn = [], []
     for scale, num in training.samples.items():
         part = draw_from_target(
@@ -337,6 +419,7 @@ def train_draft(
             {scale: num},
             batch_size=training.batch_size,
             progress=progress,
+            conditions=training.conditions,
         )
         held_out.append(part.rows(slice(0, training.held_out)))
         drawn.append(part.rows(slice(training.held_out, None)))
@@ -344,9 +427,10 @@ def train_draft(
     stages = training.stages()
     run_stages(stages, work, out, progress=progress)
     final = work.drafts["final"]
-    measured = measure(final, work.held_out)
+    measured = measure(final, work.held_out, 0, target, training.conditions)
     figures = {
         "divergence": work.best(),
+        "on_policy": training.on_policy,
         "pilots": work.pilots,
         "acceptance": acceptance_figures(measured, work.held_out.scales),
         "parameters": final.num_parameters(),
@@ -394,5 +478,17 @@ DRAFT_RECIPES = {
             "summary": "Draft model for llamagen-fashion, a sixth of its size: tokens, no images",
             "draft_for": "llamagen-fashion",
         },
-    )
+    ),
+    "llamagen-fashion-t2i-draft": DraftRecipe(
+        target="llamagen-fashion-t2i",
+        card={
+            "kind": "token",
+            "conditions": "text",
+            "summary": "Draft model for llamagen-fashion-t2i, a sixth of its size: tokens, no images",
+            "draft_for": "llamagen-fashion-t2i",
+        },
+        training=DraftTraining(
+            conditions=every_caption(), samples={3.0: 8192, 1.0: 1024}, on_policy=0.5
+        ),
+    ),
 }

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -155,10 +155,12 @@ class Objective(nn.Module):
 
     Attributes:
         beside: frozen modules that the loss uses; they move along, but are neither trained nor saved.
+        uses_all: whether every step uses every trained parameter, which several processes must know.
     """
 
     num_items: int
     beside: Sequence[nn.Module] = ()
+    uses_all: bool = True
 
     def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
         """Data and random numbers of the samples `indices` [B], all on the CPU."""
@@ -261,7 +263,7 @@ def fit(
         CheckpointError: the checkpoint belongs to another configuration, or is damaged.
         InputError: another run works in the folder.
     """
-    accelerator = _accelerator(config.mixed_precision)
+    accelerator = _accelerator(config.mixed_precision, objective.uses_all)
     home = objective.device
     with working_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         # Before the optimiser is made: a move may replace the parameters.
@@ -333,11 +335,12 @@ def _fit(
     return log
 
 
-def _accelerator(mixed_precision: str) -> Accelerator:
+def _accelerator(mixed_precision: str, uses_all: bool = True) -> Accelerator:
     """One of this precision, though an earlier fit of the process may have had another."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision)
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=not uses_all)
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[parallel])
 
 
 def _parameter_groups(objective: Objective, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,14 +1,15 @@
 """Pairs to distil from: the noise of an image, and the tokens that the teacher makes of it.
 
-With `arvision.decoding.flow` a teacher is a function from (class, Gaussian noise) to tokens. The noise
-is itself a function of (seed, image), so a pair is a class and tokens; whoever knows the seed can
-compute the noise again. Pairs lie in shards, each complete in itself.
+With `arvision.decoding.flow` a teacher is a function from (condition, Gaussian noise) to tokens. The
+noise is itself a function of (seed, image), so a pair is the number of a condition and tokens; whoever
+knows the seed can compute the noise again. Pairs lie in shards, each complete in itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..contracts import ScaleModel, codebook_of
+from ..decoding.drafter import NoDrafter
 from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, flow_noise, flow_pick, flow_rule
 from ..decoding.logits import Shaping
-from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.loop import FixedWindow, decode_tokens
 from ..decoding.noise import Noise
 from ..decoding.run import Run
 from ..decoding.scale_loop import decode_scales
@@ -57,7 +59,8 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Classes [M] int64 and the teacher's tokens [M, N] int64; pair k is image k of the seed."""
+    """Numbers of conditions [M] int64 (the classes of a class-conditional teacher) and the teacher's
+    tokens [M, N] int64; pair k is image k of the seed."""
 
     labels: Tensor
     tokens: Tensor
@@ -67,6 +70,8 @@ def teacher_hash(model: Any) -> str:
     """SHA-256 of the teacher's weights and codebook, as float32, in hexadecimal."""
     digest = hashlib.sha256()
     parts = {**model.transformer.state_dict(), "codebook": model.codebook}
+    if getattr(model, "captions", None) is not None:
+        parts |= model.captions.text_encoder.state_dict(prefix="text_encoder.")
     for name in sorted(parts):
         tensor = parts[name].detach().cpu().float().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -75,9 +80,9 @@ def teacher_hash(model: Any) -> str:
 
 
 def teacher_tokens(
-    model: Any, labels: list[int], seeds: list[tuple[int, int]], settings: PairSettings
+    model: Any, conditions: Sequence[Any], seeds: list[tuple[int, int]], settings: PairSettings
 ) -> Tensor:
-    """What the teacher makes of the noise of the images `seeds`, [B, N] int64.
+    """What the teacher makes of the noise of the images `seeds`, [B, N] int64, for their conditions.
 
     Raises:
         InputError: a model without a codebook.
@@ -86,13 +91,13 @@ def teacher_tokens(
     if codebook is None:
         raise InputError("the teacher has no codebook, so noise cannot flow to its codes")
     flow_map = FlowMap(codebook, settings.num_evaluations)
-    run = Run(len(labels), model.num_tokens, seeds, guidance_scale=settings.guidance_scale)
+    run = Run(len(conditions), model.num_tokens, seeds, guidance_scale=settings.guidance_scale)
     shape = settings.shaping()
     if isinstance(model, ScaleModel):
-        return decode_scales(model, labels, run, shape=shape, pick=flow_pick(flow_map)).tokens
+        return decode_scales(model, conditions, run, shape=shape, pick=flow_pick(flow_map)).tokens
     return decode_tokens(
         model,
-        labels,
+        conditions,
         run,
         drafter=NoDrafter(),
         rule=flow_rule(flow_map),
@@ -111,7 +116,7 @@ def pair_noise(seed: int, images: Tensor, num_tokens: int, width: int) -> Tensor
 @torch.no_grad()
 def generate_pairs(
     model: Any,
-    num_classes: int,
+    conditions: Sequence[Any],
     settings: PairSettings,
     folder: Path,
     num: int,
@@ -126,10 +131,10 @@ def generate_pairs(
 
     Args:
         model: teacher, a token or scale model with a codebook.
-        num_classes: classes take turns.
+        conditions: classes or captions, which take turns.
         settings: see `PairSettings`.
         folder: of the shards `pairs-<first>-<size>.safetensors`.
-        num: pairs wanted; classes take turns.
+        num: pairs wanted.
         shard_size: pairs of a shard, which are also one batch of the teacher.
         process: (rank, world size): processes take turns at the shards.
         progress: show a bar on stderr.
@@ -138,7 +143,7 @@ def generate_pairs(
         CheckpointError: a shard of another teacher, other settings, or a damaged one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    header = _header(model, settings)
+    header = _header(model, conditions, settings)
     starts = range(0, num, shard_size)[process[0] :: process[1]]
     for first in tqdm(starts, disable=not progress, desc="pairs", unit="shard"):
         path = folder / f"pairs-{first:07d}-{shard_size}.safetensors"
@@ -146,25 +151,28 @@ def generate_pairs(
             _read_shard(path, header)
             continue
         images = torch.arange(first, first + shard_size)
-        labels = images % num_classes
+        labels = images % len(conditions)
         seeds = [(settings.seed, image) for image in images.tolist()]
-        tokens = teacher_tokens(model, labels.tolist(), seeds, settings)
+        asked = [conditions[label] for label in labels.tolist()]
+        tokens = teacher_tokens(model, asked, seeds, settings)
         content = {"labels": labels.int(), "tokens": tokens.cpu().int()}
         with replacing(path, durable=True) as temporary:
             save_file(content, temporary, metadata=header | {"sha256": _digest(content)})
 
 
-def read_pairs(model: Any, settings: PairSettings, folder: Path, num: int) -> Pairs:
+def read_pairs(
+    model: Any, conditions: Sequence[Any], settings: PairSettings, folder: Path, num: int
+) -> Pairs:
     """The first `num` pairs of a folder, in the order of their images.
 
     Raises:
         CheckpointError: no shards, too few, a gap between them, a damaged shard, or one of another
-            teacher or other settings.
+            teacher, other captions or other settings.
     """
     paths = sorted(folder.glob("pairs-*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no pair shards (pairs-*.safetensors)")
-    header = _header(model, settings)
+    header = _header(model, conditions, settings)
     labels, tokens, known = [], [], 0
     for path in paths:
         first = int(path.stem.split("-")[1])
@@ -179,8 +187,11 @@ def read_pairs(model: Any, settings: PairSettings, folder: Path, num: int) -> Pa
     raise CheckpointError(f"{folder}: {known} pairs, expected {num}")
 
 
-def _header(model: Any, settings: PairSettings) -> dict[str, str]:
-    return {"teacher": teacher_hash(model), "settings": json.dumps(asdict(settings))}
+def _header(model: Any, conditions: Sequence[Any], settings: PairSettings) -> dict[str, str]:
+    header = {"teacher": teacher_hash(model), "settings": json.dumps(asdict(settings))}
+    if isinstance(conditions[0], str):  # classes are their own numbers
+        header["captions"] = hashlib.sha256("\n".join(conditions).encode()).hexdigest()
+    return header
 
 
 def _digest(content: dict[str, Tensor]) -> str:

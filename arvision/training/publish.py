@@ -14,11 +14,11 @@ from ..api import load, sample
 from ..card import DEMONSTRATION, FASHION, megabytes, settings_in_words, write_card
 from ..decoding.draft_model import MEASURED
 from ..errors import InputError, check_count, unknown_name
-from ..eval.classifier import class_consistency, classify
+from ..eval.classifier import class_consistency
 from ..eval.pixels import to_uint8
 from ..files import making_folder
 from ..pipeline import ARPipeline
-from .captions import BRIGHTNESS, GARMENTS, measure_brightness
+from .captions import caption_figures, every_caption
 from .classifier import train_classifier
 from .data import CLASS_NAMES, fashion_folder, load_fashion, to_pixels
 from .llamagen_draft import DRAFT_RECIPES, DraftRecipe, DraftResult, train_draft
@@ -28,6 +28,10 @@ from .stages import Recipe, stage_seconds
 
 MOST_CARD = 1_000_000
 """Samples that a card is measured on, at most."""
+
+
+STUDENT_RECIPES = ("llamagen-fashion-t2i-dd",)
+"""Students whose recipe is more than one command of `arvision distill`."""
 
 
 def publish(parts: dict[str, Any], folder: Path, card: dict[str, Any], settings: dict) -> None:
@@ -83,7 +87,7 @@ def run_recipe(
         InputError: no such recipe, no data set for it, or `card_samples` of a classifier, whose
             card is measured on the test images.
     """
-    known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, "fashion-classifier"]
+    known = [*RECIPES, *DRAFT_RECIPES, *MAR_DRAFT_RECIPES, *STUDENT_RECIPES, "fashion-classifier"]
     if name not in known:
         raise unknown_name("recipe", name, known)
     if name not in DRAFT_RECIPES:  # those learn from their target's own samples
@@ -105,6 +109,10 @@ def run_recipe(
         target = load(draft.target, device="cpu")
         result = train_draft(target.model, out / "draft", draft.training, progress=progress)
         return publish_draft(result, out / name, draft, draft.target, min(100, card_samples))
+    if name in STUDENT_RECIPES:
+        from .distill import run_student_recipe  # which publishes through this file
+
+        return run_student_recipe(name, out, steps, num_images, card_samples, progress=progress)
     if name in MAR_DRAFT_RECIPES:
         small = MAR_DRAFT_RECIPES[name].shortened(*limits) if is_short else MAR_DRAFT_RECIPES[name]
         pipe = load(str(small.target), device="cpu")
@@ -160,16 +168,14 @@ def measure_model(folder: Path, num: int = 1000) -> dict[str, Any]:
         images = draw(pipe, labels.tolist())
         figures["class_consistency"] = float(class_consistency(images, labels))
     else:
-        labels = torch.arange(num) % len(GARMENTS)
-        tones = torch.arange(num) // len(GARMENTS) % len(BRIGHTNESS)
-        prompts = [
-            f"a {BRIGHTNESS[tone]} {GARMENTS[label][0]}"
-            for label, tone in zip(labels.tolist(), tones.tolist(), strict=True)
-        ]
-        images = draw(pipe, prompts)
-        figures["garment"] = float((classify(images).argmax(-1) == labels).double().mean())
-        grey = images.float().mean(1).round().to(torch.uint8)
-        figures["brightness"] = float((measure_brightness(grey) == tones).double().mean())
+        drawn = []
+
+        def kept(prompts: list[str]) -> Tensor:
+            drawn.append(draw(pipe, prompts))
+            return drawn[0]
+
+        figures |= caption_figures(kept, num)
+        images = drawn[0]
     real = test[:, None].expand(-1, 3, -1, -1)
     figures["real_test_images"] = float(class_consistency(real, test_labels))
     distances = nearest_training_distance(images, training)
@@ -269,7 +275,10 @@ def publish_draft(
         name: pipe.config[name] for name in ("class_names", "guidance_scale", "num_threads")
     }
     settings["calibration"] = result.calibration
-    publish({"transformer": result.transformer}, folder, recipe.card, settings)
+    parts = {"transformer": result.transformer}
+    if pipe.text_encoder is not None:
+        parts |= {"text_encoder": pipe.text_encoder, "text_tokenizer": pipe.text_tokenizer}
+    publish(parts, folder, recipe.card, settings)
     draft = load(folder, device="cpu")
     figures = dict(result.figures)
     for coupling in MEASURED:
@@ -281,8 +290,10 @@ def publish_draft(
 def _draft_figures(pipe: ARPipeline, draft: ARPipeline, coupling: str, num: int) -> dict[str, Any]:
     """Acceptance over `num` images, each alone, so that no chain is longer for a neighbour's sake."""
     totals = {"drafted": 0, "accepted": 0, "forward_passes": 0, "tokens": 0}
+    names = pipe.config["class_names"]
+    prompts = range(len(names)) if names else every_caption()
     for k in range(num):
-        prompt = k % len(pipe.config["class_names"])
+        prompt = prompts[k % len(prompts)]
         stats = sample(
             pipe,
             prompt,
@@ -316,7 +327,8 @@ def _card_draft(folder: Path, recipe: DraftRecipe, figures: dict[str, Any], num:
         "Recipe": f"`arvision train --recipe {folder.name} --out runs/{recipe.target}` (settings in "
         "`arvision/training/llamagen_draft.py`): the guided draft is fitted to the guided target "
         f"(DistillSpec) with the divergence `{figures['divergence']}`, whose drafts were accepted "
-        f"most in short pilots ({first}: {pilots}).",
+        f"most in short pilots ({first}: {pilots}); {figures['on_policy']:.0%} of the final run's batches "
+        "are its own samples.",
         "Wall time": f"{_minutes(figures['seconds'], 1)}, besides the sampling (one thread of a "
         "shared two-core CPU).",
         "Size": f"{figures['parameters']:,} parameters, 1/{ratio:.1f} of the target's; "

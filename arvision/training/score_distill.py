@@ -6,13 +6,15 @@ same for the student's own codes; the student moves to where the two agree.
 
 Paper: Liu et al., "Distilled Decoding 2: One-step Sampling of Image Auto-regressive Models with
 Conditional Score Distillation", 2025, sections 3-4; the loss is that of Zhou et al., "Score identity
-Distillation", 2024, with alpha 1. Its code is unpublished. Here the guidance network is a head on the
-teacher's own features, which stay as they are, and the student starts from a trained one.
+Distillation", 2024, with alpha 1. Its code is unpublished. As there the guidance network is a copy of
+the teacher, trained as a whole, with a small head in the place of its last layer; here it can also be
+that head alone on features that stay the teacher's. The student starts from a trained one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from ..decoding.logits import Shaping
 from ..decoding.student import nearest_code
 from ..decoding.teacher_forcing import teacher_forced
 from ..models.latent_head import HeadNetwork
+from ..networks import bare
+from .distill_objective import Described
 from .loop import Chance, Objective, full_precision
 from .pairs import pair_noise
 
@@ -38,6 +42,9 @@ class ScoreSettings:
         guidance_updates: updates of the guidance network for one of the student (5 in the paper).
         student_rate: learning rate of the student, as a share of the guidance network's.
         width, depth: of the guidance network's blocks.
+        trains_features: whether a copy of the teacher learns along beneath the head, as in the paper;
+            false for a head on the teacher's own features, which costs a third less.
+        feature_rate: learning rate of that copy, as a share of the head's.
     """
 
     warmup: int = 200
@@ -45,22 +52,27 @@ class ScoreSettings:
     student_rate: float = 0.1
     width: int = 256
     depth: int = 3
+    trains_features: bool = True
+    feature_rate: float = 0.1
 
 
 class TeacherScores:
     """A teacher's laws and features behind given tokens.
 
     Args:
-        model: a class-conditional token or scale model with a codebook.
+        model: a token or scale model with a codebook.
         shaping: from guided logits to laws.
         guidance_scale: of the teacher.
+        conditions: classes or captions, which are told by their numbers.
     """
 
-    def __init__(self, model: Any, shaping: Shaping, guidance_scale: float) -> None:
+    def __init__(
+        self, model: Any, shaping: Shaping, guidance_scale: float, conditions: Sequence[Any]
+    ) -> None:
         self.model, self.shaping, self.guidance_scale = model, shaping, guidance_scale
+        self.conditions = conditions
         network = model.transformer
         self._output: nn.Module = network.output if hasattr(network, "output") else network.head
-        self.num_classes: int = network.config["num_classes"]
         self.feature_dim: int = network.config["hidden_size"]
 
     @torch.no_grad()
@@ -69,16 +81,16 @@ class TeacherScores:
         seen: list[Tensor] = []
         hook = self._output.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
-            logits = self._logits(labels.tolist(), tokens)
+            logits = self._logits([self.conditions[k] for k in labels.tolist()], tokens)
         finally:
             hook.remove()
         features = torch.cat([part.view(len(part), -1, part.shape[-1]) for part in seen], dim=1)
         return self.shaping(logits.float()), features[: len(labels)].float()
 
-    def _logits(self, labels: list[int], tokens: Tensor) -> Tensor:
+    def _logits(self, conditions: list[Any], tokens: Tensor) -> Tensor:
         if not isinstance(self.model, ScaleModel):
-            return teacher_forced(self.model, labels, tokens, self.guidance_scale)
-        scales: Any = self.model.start(labels, self.guidance_scale)
+            return teacher_forced(self.model, conditions, tokens, self.guidance_scale)
+        scales: Any = self.model.start(conditions, self.guidance_scale)
         parts, begin = [], 0
         while begin < tokens.shape[1]:
             parts.append(scales.next())
@@ -86,6 +98,35 @@ class TeacherScores:
             scales.feed(tokens[:, begin:end])
             begin = end
         return torch.cat(parts, dim=1)
+
+
+class TrainedFeatures(nn.Module):
+    """A copy of the teacher's network that learns along; features behind given tokens.
+
+    Args:
+        model: the teacher, a token or scale model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(bare(model.transformer)).float().requires_grad_(True)
+        self._output: nn.Module = (
+            self.network.output if hasattr(self.network, "output") else self.network.head
+        ).requires_grad_(False)
+        self._views = model.tokenizer.views if isinstance(model, ScaleModel) else None
+
+    def forward(self, tokens: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features [B, N, C] of tokens [B, N]; `condition` and `mask` are what a student is told."""
+        seen: list[Tensor] = []
+        hook = self._output.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            if self._views is not None:
+                self.network.teacher_forced(condition, self._views(tokens))
+            else:
+                self.network.teacher_forced(self.network.cls_embedding(condition), tokens, mask)
+        finally:
+            hook.remove()
+        return seen[0]
 
 
 def denoised_mean(logp: Tensor, codes: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -106,13 +147,17 @@ class ScoreObjective(Objective):
     """Losses of the guidance network and, every so often, of the student.
 
     Args:
-        student: `(class_ids, noise [B, N, D], known [B])` to logits and vectors [B, N, D].
+        student: `(condition, noise [B, N, D], known [B], ...)` to logits and vectors [B, N, D].
         scores: `(labels, tokens)` to laws and features, see `TeacherScores`.
         codes: [V, D].
-        sizes: numbers of tokens, classes and features.
+        sizes: numbers of tokens, conditions and features.
         settings: see `ScoreSettings`.
         seed: of the student's noise; image k has the identity (seed, k).
+        described: what the student is told of the labels; None for the labels themselves.
+        trunk: learns along beneath the guidance network's head; None for the features of `scores`.
     """
+
+    uses_all = False
 
     codes: Tensor
     steps_done: Tensor
@@ -127,10 +172,15 @@ class ScoreObjective(Objective):
         sizes: tuple[int, int, int],
         settings: ScoreSettings,
         seed: int = 1,
+        described: Described | None = None,
+        trunk: TrainedFeatures | None = None,
     ) -> None:
         super().__init__()
+        self.trunk = trunk
         self.student, self.scores, self.settings, self.seed = student, scores, settings, seed
-        self.num_tokens, self.num_classes, feature_dim = sizes
+        self.num_tokens, self.num_conditions, feature_dim = sizes
+        self.described = described
+        self.beside = () if described is None else described.beside
         self.register_buffer("codes", codes.float(), persistent=False)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
         self.guidance = HeadNetwork(codes.shape[1], feature_dim, settings.width, settings.depth)
@@ -138,16 +188,17 @@ class ScoreObjective(Objective):
 
     def rate_share(self, name: str) -> float:
         """Learning rate of a parameter, as a share of the run's."""
-        return self.settings.student_rate if name.startswith("student.") else 1.0
+        shares = {"student": self.settings.student_rate, "trunk": self.settings.feature_rate}
+        return shares.get(name.split(".")[0], 1.0)
 
     def after_step(self, step: int) -> None:
         """Remember how far the run is."""
         self.steps_done.fill_(step + 1)
 
     def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """A class and noise of its own for each image."""
+        """A condition and noise of its own for each image."""
         noise = pair_noise(self.seed, indices, self.num_tokens, self.codes.shape[1])
-        return {"labels": indices % self.num_classes, "noise": noise}
+        return {"labels": indices % self.num_conditions, "noise": noise}
 
     def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Losses of the guidance network and, where it is its turn, of the student."""
@@ -156,9 +207,12 @@ class ScoreObjective(Objective):
         moves = is_warm and step % settings.guidance_updates == 0
         labels, noise = inputs["labels"], inputs["noise"]
         with torch.set_grad_enabled(moves):
-            vectors = self.student(labels, noise, torch.zeros_like(labels))[1].float()
+            condition, *mask = (labels,) if self.described is None else self.described(labels)
+            vectors = self.student(condition, noise, torch.zeros_like(labels), *mask)[1].float()
         tokens = nearest_code(vectors.detach(), self.codes)
         logp, features = self.scores(labels, tokens)
+        if self.trunk is not None:
+            features = self.trunk(tokens, condition, *mask).float()
         with full_precision(vectors.device):
             x, t = self._noisy(vectors.detach(), chance)
             goal = vectors.detach()
@@ -169,7 +223,7 @@ class ScoreObjective(Objective):
             loss = error.square().mean()
             figures = {"guidance": loss, "log_likelihood": log_likelihood(logp, tokens)}
             if moves:
-                figures["student"] = self._student_loss(vectors, logp, features, chance)
+                figures["student"] = self._student_loss(vectors, logp, features.detach(), chance)
                 loss = loss + figures["student"]
         return {"loss": loss, **figures}
 

@@ -146,7 +146,7 @@ def test_pruning_as_a_plain_loop_over_the_layers(case):
             far = (x - x.mean(1, keepdim=True)).square().sum(-1)[0]
             kept = far.argsort(descending=True)[:64].sort().values
             added = torch.nn.functional.interpolate(
-                memory[layer, name].float(), size=(16, 16), mode="bilinear"
+                memory[layer, name].float(), size=(16, 16), mode="area"
             )
             added = added.double().flatten(2).mT.clone()
             added[:, kept] = part(x[:, kept], kept)

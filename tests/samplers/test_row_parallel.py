@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from arvision import InputError, get_sampler
+from arvision.decoding.noise import Noise
+from arvision.decoding.row_parallel import _FirstTokens
+from arvision.decoding.verify import gumbel_draw
 from arvision.testing import TableModel, tiny_llamagen
 
 SIDE = 6
@@ -180,3 +183,49 @@ def test_bad_input(model, name):
             get_sampler(name, local_window=value)
     with pytest.raises(InputError, match="window 0"):
         get_sampler("pjd", window=0)
+    with pytest.raises(InputError, match="window 'wide'"):
+        get_sampler("zipar", window="wide")
+
+
+def test_an_adaptive_window_of_a_whole_row_is_plain_sampling(model):
+    out = run("zipar", model, window="adaptive", local_window=SIDE)
+    assert torch.equal(out.tokens, run("ar", model).tokens)
+
+
+def test_an_adaptive_window_is_one_per_row(model):
+    out = run("zipar", model, 8, window="adaptive")
+    least = run("zipar", model, 8, local_window=1).stats.forward_passes
+    assert least < out.stats.forward_passes <= run("ar", model, 8).stats.forward_passes
+    leads = set()
+    for commit in torch.tensor(out.stats.commit_pass).view(-1, SIDE, SIDE):
+        assert (commit.diff(dim=1) == 1).all()
+        found = commit[2:, 0] - commit[1:-1, 0]
+        # A guess needs one more token above to be judged.
+        assert found.min() >= 2
+        leads |= set(found.tolist())
+    assert len(leads) > 1
+    alone = get_sampler("zipar", window="adaptive")(model, [2], seeds=[(7, 5)], guidance_scale=2.0)
+    assert torch.equal(alone.tokens[0], out.tokens[5]), "a function of the identity"
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_guesses_that_were_judged_have_the_newest_law(spoilt):
+    """Rejection sampling from p_k to p_k+1; a guess that always stays keeps the older law."""
+    num, generator = 20_000, torch.Generator().manual_seed(0)
+    older, newer = torch.randn(2, 5, generator=generator).log_softmax(-1)
+    counts = torch.tensor([[4, 2, 0]]).expand(num, -1)
+    first = _FirstTokens(counts, 4, older.expand(num, -1))
+    images, rows = torch.arange(num), torch.full((num,), 2)
+    noise = Noise([(3, k) for k in range(num)])
+    guess = gumbel_draw(older.expand(num, 1, 5), rows[:, None], noise)[:, 0]
+    same, final = first.judge(images, rows, older.expand(num, 5), guess, counts, noise)
+    assert torch.equal(same, guess)
+    assert not final.any()
+    counts = counts + torch.tensor([0, 1, 0])
+    law = older if spoilt else newer
+    judged, final = first.judge(images, rows, law.expand(num, 5), guess, counts, noise)
+    share = torch.bincount(judged, minlength=5) / num
+    error = (share - newer.exp()).abs().max()
+    assert error > 0.02 if spoilt else error < 0.02  # five standard deviations
+    overlap = float(torch.minimum(older.exp(), law.exp()).sum())
+    assert float(final.double().mean()) == pytest.approx(overlap, abs=0.02)

@@ -1,5 +1,6 @@
 """`arvision distill` in miniature: pairs, training, resuming, publishing, bad shards."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 import arvision
 from arvision.cli import app
 from arvision.errors import CheckpointError, InputError
+from arvision.models import LlamaGenStudent
 from arvision.pipeline import ARPipeline
 from arvision.testing import tiny_llamagen
 from arvision.training.distill import DistillSettings, distill
+from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
 from arvision.training.loop import FitConfig
 
 FIT = FitConfig(
@@ -125,3 +128,71 @@ def test_the_command_with_a_loss_on_pictures(teacher, tmp_path):
     assert set(json.loads(result.stdout.splitlines()[-1])["agreement"]) == {"0", "3"}
     log = json.loads((tmp_path / "dd1" / "log.jsonl").read_text().splitlines()[-1])
     assert log["picture"] > 0
+
+
+CAPTIONS = [
+    f"a {tone} {garment}" for tone in ("dark", "light") for garment in ("boot", "bag", "tee")
+]
+
+
+@pytest.fixture(scope="module")
+def text_teacher(tmp_path_factory):
+    """A folder with a tiny random teacher that takes captions."""
+    folder = tmp_path_factory.mktemp("teacher") / "words"
+    model = tiny_llamagen(sharpness=3.0, num_classes=None, caption_dim=16, caption_length=6)
+    parts = {"text_tokenizer": build_text_tokenizer()}
+    parts["text_encoder"] = build_text_encoder(len(parts["text_tokenizer"]), 16, 0)
+    ARPipeline.from_model(model, guidance_scale=1.5, **parts).save_pretrained(folder)
+    return folder
+
+
+def test_a_student_of_captions(text_teacher, done, tmp_path):
+    settings = dataclasses.replace(SETTINGS, prompts=CAPTIONS, init=str(done[0] / "tiny-dd"))
+    figures = distill(text_teacher, tmp_path, settings, progress=False)
+    assert figures["agreement"]["0"] > 1.25 * figures["chance"]
+    student = arvision.load(tmp_path / "words-dd")
+    drawn = student([CAPTIONS[0], "a wide bag"], seed=3, progress=False)
+    assert (drawn.stats.forward_passes, drawn.stats.lossless) == (1, False)
+    alone = student("a wide bag", seed=[(3, 1)], progress=False)
+    assert torch.equal(alone.tokens[0], drawn.tokens[1])
+    other = student("a dark tee", seed=[(3, 1)], progress=False)
+    assert not torch.equal(alone.tokens, other.tokens)
+    taught = arvision.sample(
+        str(text_teacher), "a dark tee", "ar", noise="flow", seed=3, progress=False
+    )
+    options = {"steps": 6, "teacher": str(text_teacher), "seed": 3, "progress": False}
+    mixed = arvision.sample(student, "a dark tee", "dd", **options)
+    assert torch.equal(mixed.tokens[:, :5], taught.tokens[:, :5])
+    changed = dataclasses.replace(settings, prompts=CAPTIONS[:-1])
+    with pytest.raises(CheckpointError, match="a pair shard with captions"):
+        distill(text_teacher, tmp_path, changed, progress=False)
+    with pytest.raises(InputError, match="3: expected a caption"):
+        student(3, progress=False)
+
+
+def test_the_padding_of_captions_and_the_other_words_do_not_matter(text_teacher):
+    """Behind padding the network computes what it computes without."""
+    teacher = arvision.load(text_teacher).model
+    student = LlamaGenStudent.from_teacher(teacher, (0,), intermediate_size=24)
+    features, valid = student.describe(["a dark boot"])
+    vectors, known = (
+        torch.randn(1, 16, student.codebook.shape[1]),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    noisy = torch.where(valid[..., None], features, torch.randn_like(features))
+    found = [student.transformer(rows, vectors, known, valid) for rows in (features, noisy)]
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
+    wide = LlamaGenStudent.from_teacher(teacher, (0,))
+    ratio = student.transformer.num_parameters() / wide.transformer.num_parameters()
+    assert ratio < 0.95
+
+
+def test_bad_captions(teacher, text_teacher, tmp_path):
+    with pytest.raises(InputError, match="the teacher takes captions: expected prompts"):
+        distill(text_teacher, tmp_path / "a")
+    with pytest.raises(InputError, match="prompts: the teacher is class-conditional"):
+        distill(teacher, tmp_path / "b", DistillSettings(prompts=["a boot"]))
+    chosen = DistillSettings(prompts=["a boot"], intermediate_size=9999)
+    with pytest.raises(InputError, match="intermediate_size 9999: the teacher has"):
+        distill(text_teacher, tmp_path / "c", chosen)

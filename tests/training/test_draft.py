@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from arvision import InputError, get_sampler
 from arvision.decoding.draft_model import Calibration
+from arvision.decoding.teacher_forcing import teacher_forced
+from arvision.models.llamagen import LlamaGen, LlamaGenTransformer
 from arvision.testing import tiny_llamagen
 from arvision.training.llamagen_draft import (
     DIVERGENCES,
@@ -16,10 +19,12 @@ from arvision.training.llamagen_draft import (
     DraftTraining,
     calibrate,
     divergence,
+    measure,
     train_draft,
 )
-from arvision.training.llamagen_samples import draw_from_target
-from arvision.training.loop import FitConfig
+from arvision.training.llamagen_samples import Drawn, draw_from_target
+from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
+from arvision.training.loop import Chance, FitConfig
 
 SMALL = FitConfig(steps=12, batch_size=16, learning_rate=5e-3, warmup=2, save_every=6, log_every=6)
 
@@ -136,5 +141,69 @@ def test_bad_input(target, training, tmp_path):
     with pytest.raises(InputError, match="4 laws over 64 tokens: expected"):
         DraftObjective(tiny_llamagen(grid=(2, 2)).transformer, drawn, "forward_kl")
     text = tiny_llamagen(num_classes=None, caption_dim=8, caption_length=4)
-    with pytest.raises(InputError, match="expected a class-conditional model"):
+    with pytest.raises(InputError, match="conditions: expected captions with a text-conditional"):
         train_draft(text, tmp_path, training)
+    with pytest.raises(InputError, match="on_policy 2: expected a share"):
+        DraftTraining(on_policy=2)
+    with pytest.raises(InputError, match="unknown coupling 'greedy'"):
+        DraftTraining(coupling="greedy")
+
+
+CAPTIONS = ["a dark boot", "a light bag", "a tee"]
+
+
+@pytest.fixture(scope="module")
+def text_target():
+    model = tiny_llamagen((4, 4), sharpness=2.0, num_classes=None, caption_dim=16, caption_length=6)
+    words = build_text_tokenizer()
+    encoder = build_text_encoder(len(words), 16, 0)
+    return LlamaGen(model.transformer, model.tokenizer, encoder, words)
+
+
+def test_a_draft_of_captions_with_samples_of_its_own(text_target, training, tmp_path):
+    once = dataclasses.replace(
+        training, conditions=CAPTIONS, on_policy=0.5, divergences=("reverse_kl",), samples={3.0: 96}
+    )
+    done = train_draft(text_target, tmp_path, once, progress=False)
+    assert done.figures["on_policy"] == 0.5
+    draft = LlamaGen(done.transformer, None, *_texts(text_target))
+    out = get_sampler("draft", max_draft=3).bind(draft=draft)(
+        text_target, CAPTIONS[:2], seeds=[0, 1], guidance_scale=3.0
+    )
+    plain = get_sampler("ar")(text_target, CAPTIONS[:2], seeds=[0, 1], guidance_scale=3.0)
+    assert torch.equal(out.tokens, plain.tokens), "exact under Gumbel coupling"
+    # A trained draft is accepted more often than one with the start's weights.
+    drawn = draw_from_target(
+        text_target, tmp_path, {3.0: 32}, batch_size=32, progress=False, conditions=CAPTIONS
+    )
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in done.transformer.config.items() if not k.startswith("_")}
+    fresh = LlamaGenTransformer(**sizes)
+    found = [
+        float(measure(net, drawn, 0, text_target, CAPTIONS)["independent"]["acceptance"].mean())
+        for net in (fresh, done.transformer)
+    ]
+    assert found[1] > found[0]
+
+
+def _texts(model):
+    return model.captions.text_encoder, model.captions.text_tokenizer
+
+
+def test_own_samples_are_the_drafts_and_carry_the_targets_laws(target):
+    draft = tiny_llamagen(grid=(4, 4), sharpness=2.0, seed=1, num_layers=1)
+    drawn = Drawn(
+        torch.zeros(4, 16, dtype=torch.int64),
+        torch.zeros(4, 16, 64),
+        torch.tensor([0, 1, 2, 0]),
+        torch.tensor([3.0, 1.0, 3.0, 1.0]),
+    )
+    objective = DraftObjective(draft.transformer, drawn, "forward_kl", target, on_policy=1.0)
+    own = objective._own(drawn, Chance(torch.Generator().manual_seed(1), torch.device("cpu")))
+    assert own.scales.tolist() == [1.0, 1.0, 3.0, 3.0]
+    assert own.labels.tolist() == [1, 0, 0, 2]
+    numbers = torch.randint(1 << 31, (4,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = get_sampler("ar")(draft, [0, 2], seeds=[numbers[0], numbers[2]], guidance_scale=3.0)
+    assert torch.equal(own.tokens[2:], plain.tokens)
+    laws = teacher_forced(target, [0, 2], plain.tokens, 3.0).log_softmax(-1)
+    torch.testing.assert_close(own.logp[2:], laws.clamp(min=-40.0))

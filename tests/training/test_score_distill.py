@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import nn
 
 import arvision.training.score_distill as module
+from arvision.decoding.logits import Shaping
 from arvision.decoding.student import nearest_code
+from arvision.models import (
+    VAR,
+    LlamaGenStudent,
+    VARStudent,
+    VARTokenizer,
+    VARTransformer,
+)
+from arvision.pipeline import ARPipeline
+from arvision.testing import tiny_llamagen
+from arvision.training.distill_objective import Described
 from arvision.training.loop import FitConfig, fit
 from arvision.training.pairs import pair_noise
-from arvision.training.score_distill import ScoreObjective, ScoreSettings, denoised_mean
+from arvision.training.score_distill import (
+    ScoreObjective,
+    ScoreSettings,
+    TeacherScores,
+    TrainedFeatures,
+    denoised_mean,
+)
 
 CODES = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.2, 0.3]])
 
@@ -127,3 +148,74 @@ def test_nothing_moves_the_student_before_the_guidance_is_warm(tmp_path):
     config = FitConfig(steps=5, batch_size=8, weight_decay=0.0)
     fit(objective, config, tmp_path / "run", progress=False)
     assert all(map(torch.equal, kept, student.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "captions", "var"])
+def test_the_guidance_network_learns_as_a_whole(kind):
+    """Its trunk gives the teacher's features at first, and moves; the teacher and its head do not."""
+    if kind == "var":
+        net = VARTransformer(
+            patch_nums=(1, 2), codebook_size=8, z_channels=4, hidden_size=16, num_layers=1,
+            num_heads=2, num_classes=3,
+        )  # fmt: skip
+        tokenizer = VARTokenizer(
+            patch_nums=(1, 2), codebook_size=8, z_channels=4, ch=32, ch_mult=(1,), num_res_blocks=1
+        )
+        model, num = VAR(net, tokenizer), 5
+    else:
+        captions = {"num_classes": None, "caption_dim": 8, "caption_length": 4}
+        model = tiny_llamagen((2, 2), **(captions if kind == "captions" else {}))
+        num = 4
+    vocab = model.vocab_size
+    conditions = [torch.randn(2, 8), torch.randn(3, 8)] if kind == "captions" else range(2)
+    scores = TeacherScores(model, Shaping(), 1.0, conditions)
+    family = VARStudent if kind == "var" else LlamaGenStudent
+    student = family.from_teacher(model, (0,))
+    described = Described(student, conditions)
+    trunk = TrainedFeatures(model)
+    labels, tokens = torch.tensor([0, 1]), torch.randint(vocab, (2, num))
+    condition, *mask = described(labels)
+    given = scores(labels, tokens)[1]
+    torch.testing.assert_close(trunk(tokens, condition, *mask), given, rtol=1e-3, atol=1e-4)
+    settings = ScoreSettings(warmup=2, guidance_updates=1, width=16, depth=1)
+    objective = ScoreObjective(
+        student.transformer,
+        scores,
+        student.codebook.detach(),
+        (num, 2, given.shape[-1]),
+        settings,
+        described=described,
+        trunk=trunk,
+    )
+    kept = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    teacher = {name: p.detach().clone() for name, p in model.transformer.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        objective(torch.arange(4), generator)["loss"].backward()
+        optimizer.step()
+        objective.after_step(step)
+    moved = {n for n, p in objective.named_parameters() if not torch.equal(p, kept[n])}
+    assert any(name.startswith("trunk.network") for name in moved)
+    assert any(name.startswith("student.") for name in moved)
+    assert all(torch.equal(p, teacher[n]) for n, p in model.transformer.named_parameters())
+    assert objective.rate_share("trunk.network.norm.weight") == settings.feature_rate
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Under `accelerate launch`: one student, figures from the main process alone."""
+    teacher, first = tmp_path / "tiny", tmp_path / "one"
+    ARPipeline.from_model(tiny_llamagen((2, 2)), guidance_scale=1.0).save_pretrained(teacher)
+    options = "--num-pairs 40 --num-held-out 10 --steps 4 --batch-size 8 --timesteps 0 --quiet"
+    options += " --score-steps 4 --method dd2 --card-samples 4"
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no --main_process_port 29611 -m arvision.cli"
+    command = f"{launch} distill --teacher {teacher} --out {first} {options}"
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (first / "tiny-dd" / "card.json").exists()
+    assert (first / "dd2" / "checkpoint.pt").exists()

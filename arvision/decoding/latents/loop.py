@@ -23,6 +23,16 @@ from .chain import (
 
 ORDERS = ("random", "raster")
 
+LAZY_SHARES = (
+    (20 / 64, 1.0),
+    (25 / 64, 0.5),
+    (30 / 64, 0.4),
+    (35 / 64, 0.15),
+    (40 / 64, 0.12),
+    (1.0, 0.05),
+)
+"""Share of the places that LazyMAR computes up to a part of the passes, from its released code."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPlan:
@@ -37,6 +47,11 @@ class LatentPlan:
         last_noise: also add noise in the last step of a chain.
         refresh: passes until everything is computed anew; in between the model reuses features.
         reuse_guidance: in between also reuse the distance of the unconditional condition.
+        refresh_first: passes at the start that compute everything.
+        refresh_share: share of the places that passes in between compute, those that changed most
+            among them; "published" for `LAZY_SHARES`; None for the newest and next places alone.
+        head_refresh: steps of a chain until the head is computed anew; in between it reuses what its
+            blocks added and how far guidance moved it.
         final_head_steps: steps of the last iteration's chains; their number falls evenly with the
             latents drawn. None for all steps throughout.
 
@@ -51,12 +66,28 @@ class LatentPlan:
     last_noise: bool = False
     refresh: int = 1
     reuse_guidance: bool = False
+    refresh_first: int = 0
+    refresh_share: float | str | None = None
+    head_refresh: int = 1
     final_head_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_iter is not None:
             check_count("num_iter", self.num_iter)
         check_count("refresh", self.refresh)
+        check_count("head_refresh", self.head_refresh)
+        if type(self.refresh_first) is not int or self.refresh_first < 0:
+            raise InputError(f"refresh_first {self.refresh_first!r}: expected an integer >= 0")
+        if self.refresh == 1 and (self.refresh_first or self.refresh_share is not None):
+            raise InputError(
+                "refresh_first, refresh_share with refresh 1: expected refresh above 1"
+            )
+        share = self.refresh_share
+        is_share = isinstance(share, int | float) and 0 <= share <= 1
+        if share is not None and share != "published" and not is_share:
+            raise InputError(
+                f'refresh_share {share!r}: expected a share in [0, 1], "published", or None'
+            )
         if self.final_head_steps is not None:
             check_count("final_head_steps", self.final_head_steps)
         if self.order not in ORDERS:
@@ -91,6 +122,13 @@ class LatentPlan:
         Paper: Zhao et al., "DiSA: Diffusion Step Annealing in Autoregressive Image Generation",
         2025 (the linear schedule).
         """
+        if self.head_refresh > 1:
+            keeping = getattr(head, "keeping", None)
+            if keeping is None:
+                raise InputError(
+                    f"head_refresh {self.head_refresh}: this head keeps nothing, expected 1"
+                )
+            head = keeping(self.head_refresh)
         final, most = self.final_head_steps, head.num_steps
         if final is None:
             return [head] * len(ends)
@@ -103,6 +141,16 @@ class LatentPlan:
         counts = [round(most + (final - most) * start / last) for start in starts]
         made = {count: with_steps(count) for count in set(counts)}
         return [made[count] for count in counts]
+
+    def shares(self, num_passes: int) -> list[float] | None:
+        """Share of the places that each pass computes, see `refresh_share`."""
+        share = self.refresh_share
+        if share is None:
+            return None
+        if share != "published":
+            return [float(share)] * num_passes
+        found = (step / num_passes for step in range(num_passes))
+        return [next(value for end, value in LAZY_SHARES if step < end) for step in found]
 
     def scales(self, ends: Sequence[int], guidance_scale: float) -> list[float]:
         """Guidance scale of each iteration."""
@@ -147,7 +195,8 @@ def decode_latents(
     if plan.refresh > 1:
         if not isinstance(state, KeepsFeatures):
             raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
-        state.keep_features(plan.refresh, plan.reuse_guidance)
+        shares = plan.shares(len(ends))
+        state.keep_features(plan.refresh, plan.reuse_guidance, plan.refresh_first, shares)
     images = torch.arange(run.batch, device=order.device)[:, None]
     head_steps = 0
     for start, end, scale, head in zip([0, *ends[:-1]], ends, scales, heads, strict=True):

@@ -14,7 +14,7 @@ from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
-from ..captions import CaptionEncoder, text_features
+from ..captions import CaptionEncoder, padded_features
 from ..conditions import resolve_class
 from ..pixels import check_codes, read_pixels
 from .state import LlamaGenState
@@ -139,10 +139,7 @@ class LlamaGen:
         check_guidance_scale(guidance_scale)
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
-        if self.transformer.is_text_conditional:
-            rows, null, valid = self._caption_rows(conditions)
-        else:
-            rows, null, valid = self._class_rows(conditions)
+        rows, null, valid = self.rows(conditions)
         if guidance_scale == 0:
             rows = null
         elif guidance_scale != 1:
@@ -150,6 +147,11 @@ class LlamaGen:
             valid = None if valid is None else torch.cat([valid, valid])
         state = LlamaGenState(self.transformer, rows, valid, guidance_scale, len(conditions))
         return state, state.prefill()
+
+    def rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Conditioning rows [B, P, C], null rows like them, and which count [B, P] bool (None for all)."""
+        is_text = self.transformer.is_text_conditional
+        return self._caption_rows(conditions) if is_text else self._class_rows(conditions)
 
     def _class_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
         num_classes = self.transformer.config["num_classes"]
@@ -160,17 +162,9 @@ class LlamaGen:
 
     def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
         config = self.transformer.config
-        length, width = config["caption_length"], config["caption_dim"]
-        features = torch.zeros(len(conditions), length, width, device=self.device, dtype=self.dtype)
-        valid = torch.zeros(len(conditions), length, dtype=torch.bool, device=self.device)
-        for row, found in enumerate(text_features(conditions, self.captions)):
-            if found.dim() != 2 or found.shape[1] != width or not 1 <= len(found) <= length:
-                raise InputError(
-                    f"caption features {tuple(found.shape)}: expected [T, {width}] with T in "
-                    f"1..{length}"
-                )
-            features[row, length - len(found) :] = found.to(features)
-            valid[row, length - len(found) :] = True
+        shape = (config["caption_length"], config["caption_dim"])
+        place = torch.empty(0, device=self.device, dtype=self.dtype)
+        features, valid = padded_features(conditions, self.captions, shape, place)
         rows, null = enter(self.transformer, "caption_rows", features)
         return rows, null, valid
 

@@ -39,6 +39,11 @@ class KeptKeys:
             target.scatter_(2, at, part)
         return kept[0][:, :, : self._num_slots], kept[1][:, :, : self._num_slots]
 
+    def values(self, num_rows: int) -> Tensor:
+        """A copy of the values [R, H, S, d] of the first rows, after a first `merge`."""
+        assert self._both is not None
+        return self._both[1][:num_rows, :, : self._num_slots].clone()
+
 
 Kept = tuple[KeptKeys, Tensor]
 """What a block keeps, and the slots [R, T] of the rows that it is given."""
@@ -92,5 +97,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, kept: Kept | None = None) -> Tensor:
         """[R, T, C] to [R, T, C]; see `Attention`."""
-        x = x + self.attn(self.norm1(x), mask, kept)
+        return self.think(self.attend(x, mask, kept))
+
+    def attend(self, x: Tensor, mask: Tensor | None = None, kept: Kept | None = None) -> Tensor:
+        """The first half."""
+        return x + self.attn(self.norm1(x), mask, kept)
+
+    def think(self, x: Tensor) -> Tensor:
+        """The second half."""
         return x + self.mlp(self.norm2(x))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...errors import StateError
 from ...networks import enter
 from .transformer import KeptFeatures, MARTransformer, span_of
+
+NUM_OTHERS = 15
+"""Places, beside the newest and the next ones, that are computed at least where places are chosen."""
 
 
 class MARState:
@@ -27,20 +33,31 @@ class MARState:
         self._latents = condition.new_zeros(len(order), num, dim)
         self._known = torch.zeros_like(order, dtype=torch.bool)
         self._refresh, self._keeps_guidance = 1, False
+        self._first, self._shares = 0, None
         self._asked = self._computed = 0
         self._kept: KeptFeatures | None = None
 
-    def keep_features(self, refresh: int, guidance: bool = False) -> None:
+    def keep_features(
+        self,
+        refresh: int,
+        guidance: bool = False,
+        first: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         """Reuse features between the calls of `condition`; an approximation.
 
         Args:
             refresh: calls until everything is computed anew.
             guidance: also keep, in between, how far the unconditional z is from the conditional one.
+            first: calls at the start in which everything is computed.
+            shares: for each call the share of the places that all decoder blocks compute, the newest
+                and next ones and those that changed most; None for the newest and next ones alone.
 
         Source: Yan et al., "LazyMAR: Accelerating Masked Autoregressive Models via Feature
         Caching", 2025, section 3 (token cache and condition cache).
         """
         self._refresh, self._keeps_guidance = refresh, guidance
+        self._first, self._shares = first, shares
 
     def _next(self, count: int) -> Tensor:
         left = self._order.shape[1] - int(self.lengths.max())
@@ -52,7 +69,7 @@ class MARState:
     def condition(self, count: int) -> Tensor:
         """Conditions z [B, count, Dz] of the next positions of the order."""
         positions = self._next(count)
-        if self._asked % self._refresh:
+        if self._asked >= self._first and (self._asked - self._first) % self._refresh:
             z = self._updated(positions)
         else:
             if self._refresh > 1:
@@ -72,6 +89,12 @@ class MARState:
         halves = len(self._condition)
         rows = 1 if self._keeps_guidance else halves
         fed = self._order[:, self._computed : int(self.lengths.max())]
+        changed: dict[str, Any] = {}
+        if self._shares is not None:
+            total = self._transformer.num_buffer + self._transformer.num_tokens
+            least = fed.shape[1] + positions.shape[1] + NUM_OTHERS
+            num = min(total, max(least, int(total * self._shares[self._asked])))
+            changed = {"condition": self._condition[:rows].flatten(0, 1), "num": num}
         z = enter(
             self._transformer,
             "update",
@@ -80,6 +103,7 @@ class MARState:
             self._known.repeat(rows, 1),
             positions.repeat(rows, 1),
             self._kept,
+            **changed,
         )
         z = torch.cat(z.chunk(rows), dim=-1)
         if rows < halves:

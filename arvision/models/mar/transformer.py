@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -27,12 +28,20 @@ class KeptFeatures:
 
     Args:
         transformer: whose.
+
+    Attributes:
+        inputs: [R, P + N, W], what the decoder's first block was given; None before a full pass.
+        probe: index of the decoder block whose values tell which places have changed: the fourth in
+            decoders of 12 blocks and more, as published, and a quarter of the way in shorter ones.
     """
+
+    inputs: Tensor | None = None
 
     def __init__(self, transformer: MARTransformer) -> None:
         slots = transformer.num_buffer + transformer.num_tokens
         self.encoder = [KeptKeys(slots) for _ in transformer.encoder_blocks]
         self.decoder = [KeptKeys(slots) for _ in transformer.decoder_blocks]
+        self.probe = min(3, len(self.decoder) // 4)
 
 
 class MARTransformer(Network):
@@ -153,6 +162,7 @@ class MARTransformer(Network):
         if kept is not None:
             slots = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             held = kept.decoder, slots
+            kept.inputs = x
         x = self._run(self.decoder_blocks, x, None, held)
         return self.decoder_norm(x)[:, self.num_buffer :] + self.diffusion_pos_embed_learned
 
@@ -164,11 +174,15 @@ class MARTransformer(Network):
         known: Tensor,
         queries: Tensor,
         kept: KeptFeatures,
+        condition: Tensor | None = None,
+        num: int | None = None,
     ) -> Tensor:
         """Conditions z [R, Q, W] at `queries`, all features but those of a few places kept.
 
         Computed are the latents that became known and the queries; they see what other places were
-        in the pass before. An approximation: other places do not see what became known.
+        in the pass before. An approximation: other places do not see what became known. With `num` also
+        the buffer, and in the decoder all places up to the probe (see `KeptFeatures`), behind it the
+        `num` places whose values there are least like those of the pass before.
 
         Args:
             latents: [R, M, D] that became known since the last pass.
@@ -176,20 +190,66 @@ class MARTransformer(Network):
             known: [R, N] bool, these included.
             queries: [R, Q] int64, unknown places.
             kept: from `forward`; updated. It may hold more rows, of which the first are taken.
+            condition: [R, W], see `forward`; with `num`.
+            num: places that all decoder blocks compute, latents that became known and queries included.
 
         Source: Yan et al., "LazyMAR: Accelerating Masked Autoregressive Models via Feature
         Caching", 2025, section 3.2 (the token cache).
         """
         slots = self.num_buffer + places
         x = self.z_proj(latents) + self.encoder_pos_embed_learned[0][slots]
+        if num is not None:
+            assert condition is not None
+            buffer = condition[:, None] + self.encoder_pos_embed_learned[:, : self.num_buffer]
+            first = torch.arange(self.num_buffer, device=x.device).expand(len(x), -1)
+            x, slots = torch.cat([buffer, x], dim=1), torch.cat([first, slots], dim=1)
         mask = self._with_buffer(known)
         x = self._run(self.encoder_blocks, self.z_proj_ln(x), mask, (kept.encoder, slots))
         x = self.decoder_embed(self.encoder_norm(x))
+        if num is not None:
+            x = x + self.decoder_pos_embed_learned[0][slots]
+            forced = self.num_buffer + torch.cat([places, queries], dim=1)
+            z = self._decode_changed(x, slots, forced, kept, num)
+            at = (self.num_buffer + queries)[..., None].expand(-1, -1, z.shape[-1])
+            return self.decoder_norm(z.gather(1, at)) + self.diffusion_pos_embed_learned[0][queries]
         unknown = self.mask_token.to(x.dtype).expand(*queries.shape, -1)
         slots = torch.cat([slots, self.num_buffer + queries], dim=1)
         x = torch.cat([x, unknown], dim=1) + self.decoder_pos_embed_learned[0][slots]
         x = self._run(self.decoder_blocks, x, None, (kept.decoder, slots))[:, places.shape[1] :]
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][queries]
+
+    def _decode_changed(
+        self, x: Tensor, slots: Tensor, forced: Tensor, kept: KeptFeatures, num: int
+    ) -> Tensor:
+        """Features [R, P + N, W] behind the decoder; right at `forced` and the other computed places.
+
+        Args:
+            x: [R, T, W], new inputs of the decoder.
+            slots: [R, T], where.
+            forced: [R, F], places that are computed in any case.
+            kept: of the pass before.
+            num: places computed behind the probe.
+        """
+        assert kept.inputs is not None
+        inputs = kept.inputs[: len(x)]
+        inputs.scatter_(1, slots[..., None].expand_as(x), x)
+        every = torch.arange(inputs.shape[1], device=x.device).expand(len(x), -1)
+        blocks, probe = list(self.decoder_blocks), kept.probe
+        held = list(zip(blocks, kept.decoder, strict=True))
+        h = inputs.clone()
+        for block, keys in held[:probe]:
+            h = block(h, None, (keys, every))
+        block, keys = held[probe]
+        before = keys.values(len(h))
+        h = block.attend(h, None, (keys, every))
+        likeness = F.cosine_similarity(keys.values(len(h)), before, dim=-1).mean(1)
+        likeness = likeness.scatter(1, forced, -2.0)
+        chosen = likeness.topk(num, largest=False).indices.sort(dim=1).values
+        place = chosen[..., None].expand(-1, -1, h.shape[-1])
+        part = block.think(h.gather(1, place))
+        for block, keys in held[probe + 1 :]:
+            part = block(part, None, (keys, chosen))
+        return h.scatter(1, place, part)
 
     @staticmethod
     def _run(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
 from ...decoding.logits import guide, joined_scales
+from ...decoding.transformers_attention import all_open, spread
 from ...decoding.transformers_cache import CacheView, TextSizes
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
@@ -107,7 +108,6 @@ class ImageState:
         self._seen = CacheView(self.cache)
         self._offsets = model.layout.offsets.to(device)
         self._next = torch.tensor([row.next for row in rows], device=device)
-        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
         self._parents: Tensor | None = None
         self._expansion: Expansion | None = None
         self.lengths = torch.zeros(len(rows) // branches, dtype=torch.int64, device=device)
@@ -183,8 +183,7 @@ class ImageState:
         width = num if expansion is None else expansion.own.shape[1]
         _, mask = self.cache.begin(width, ancestors)
         if mask is None:
-            # Without a mask some networks would make one of their own.
-            mask = self._nothing_barred[..., : self.cache.host_lengths[0] + 1]
+            mask = all_open(self.cache)
         codes, forced = self._fed(tokens, expansion)
         hidden = self._run(codes, forced, torch.from_numpy(places), mask)
         if expansion is not None:
@@ -230,7 +229,7 @@ class ImageState:
         positions = self._next[:, None] + offsets
         forced = None if forced is None else self._spread(forced.expand(len(codes), -1))
         inputs = self._model.inputs(self._spread(codes), forced)
-        return self._model.run(inputs, positions, mask.expand(rows, -1, -1, -1), self._seen)
+        return self._model.run(inputs, positions, spread(mask, rows), self._seen)
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -51,7 +51,7 @@ class ARSampler(TokenSampler):
     smooth function of its noise, which students of Distilled Decoding learn (see `dd`).
 
     Law: exact; for continuous models, of the model with that schedule; lossy with `prune`,
-    `more_smooth`, `refresh` or `final_head_steps`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
+    `more_smooth`, `refresh`, `head_refresh` or `final_head_steps`. Cost: N - 1 passes after the prefill; one pass per scale; `num_iter` passes.
     Models: all.
 
     Args:
@@ -64,6 +64,8 @@ class ARSampler(TokenSampler):
         prune: scale models: share of the tokens of the last scales that each layer does not compute
             but restores from the last whole scale (FastVAR), which is lossy; 0 for none.
         prune_scales: scale models: number of last scales that are pruned.
+        prune_whole: scale models: numbers of first and of last layers that are not pruned; FastVAR's
+            code has (3, 4) for Infinity's 32.
         more_smooth: scale models: mix likely codes into smoother pictures, for display; lossy.
         num_iter: continuous models: iterations, 1 to the number of latents; None for one latent at
             a time.
@@ -77,6 +79,12 @@ class ARSampler(TokenSampler):
             only those of the newest and the next latents (LazyMAR's token cache). Lossy above 1.
         reuse_guidance: continuous models, with `refresh`: in between also leave out the
             unconditional rows and reuse their distance from the conditional ones. Lossy.
+        refresh_first: continuous models, with `refresh`: first iterations that compute everything.
+        refresh_share: continuous models, with `refresh`: share of the places that iterations in between
+            compute, those that changed most among them; "published" for LazyMAR's schedule; None for
+            the newest and next latents alone.
+        head_refresh: continuous models: denoising steps until the head is computed as a whole; in
+            between it reuses what its blocks added (LazyMAR). Lossy above 1.
         final_head_steps: continuous models: denoising steps of the last latents; the number falls
             evenly from the model's own as the image is drawn (DiSA). Lossy; None for all steps.
 
@@ -95,6 +103,7 @@ class ARSampler(TokenSampler):
         noise: str = "gumbel",
         prune: float = 0.0,
         prune_scales: int = 2,
+        prune_whole: Sequence[int] = (0, 0),
         more_smooth: bool = False,
         num_iter: int | None = None,
         order: str = "random",
@@ -102,17 +111,28 @@ class ARSampler(TokenSampler):
         last_noise: bool = False,
         refresh: int = 1,
         reuse_guidance: bool = False,
+        refresh_first: int = 0,
+        refresh_share: float | str | None = None,
+        head_refresh: int = 1,
         final_head_steps: int | None = None,
     ) -> None:
         self.check_shaping()
         if noise not in ("gumbel", "flow"):
             raise InputError(f"noise {noise!r}: expected 'gumbel' or 'flow'")
-        self._scales = ScalePlan(prune=prune, prune_scales=prune_scales, more_smooth=more_smooth)
+        self._scales = ScalePlan(
+            prune=prune,
+            prune_scales=prune_scales,
+            prune_whole=prune_whole,
+            more_smooth=more_smooth,
+        )
         self._latents = LatentPlan(
             num_iter=num_iter,
             order=order,
             guidance_schedule=guidance_schedule,
             refresh=refresh,
+            refresh_first=refresh_first,
+            refresh_share=refresh_share,
+            head_refresh=head_refresh,
             final_head_steps=final_head_steps,
         )
 
@@ -120,7 +140,8 @@ class ARSampler(TokenSampler):
     def is_exact(self) -> bool:
         """Whether every token is drawn from the model's own law."""
         plan = self._latents
-        return self._scales.is_plain and plan.refresh == 1 and plan.final_head_steps is None
+        whole = plan.refresh == plan.head_refresh == 1 and plan.final_head_steps is None
+        return self._scales.is_plain and whole
 
     def foreign(self, kind: str) -> dict[str, Any]:
         """Options that models of `kind` do not have and that are set here, to their defaults."""

@@ -19,6 +19,9 @@ def draw_latents(
     last_noise: bool,
     refresh: int,
     reuse_guidance: bool,
+    refresh_first: int,
+    refresh_share: float | str | None,
+    head_refresh: int,
     final_head_steps: int | None,
 ) -> Samples:
     """Draw sets of latents; for the options see `ARSampler`."""
@@ -30,6 +33,9 @@ def draw_latents(
         last_noise=last_noise,
         refresh=refresh,
         reuse_guidance=reuse_guidance,
+        refresh_first=refresh_first,
+        refresh_share=refresh_share,
+        head_refresh=head_refresh,
         final_head_steps=final_head_steps,
     )
     return decode_latents(model, conditions, run, plan=plan)

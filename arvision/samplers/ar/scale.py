@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...contracts import Conditions, Samples, ScaleModel, Schedule
 from ...decoding.flow import flow_map_of, flow_pick
 from ...decoding.logits import Shaping, per_scale
@@ -21,6 +23,7 @@ def draw_scales(
     noise: str,
     prune: float,
     prune_scales: int,
+    prune_whole: Sequence[int],
     more_smooth: bool,
 ) -> Samples:
     """Draw scale by scale; for the options see `ARSampler`."""
@@ -33,5 +36,10 @@ def draw_scales(
             for value in per_scale("temperature", temperature, len(model.scales))
         ],
         pick=gumbel_draw if noise == "gumbel" else flow_pick(flow_map_of(model)),
-        plan=ScalePlan(prune=prune, prune_scales=prune_scales, more_smooth=more_smooth),
+        plan=ScalePlan(
+            prune=prune,
+            prune_scales=prune_scales,
+            prune_whole=prune_whole,
+            more_smooth=more_smooth,
+        ),
     )
