@@ -218,14 +218,21 @@ class TokenLoop:
         self.rows.end(places)
         self.rows.leave(self._drafter)
 
+    def _most(self, room: Sequence[int]) -> int:
+        """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
+        if not self._can_overrun:
+            return min(*room, self.rows.frozen_room)
+        if self._can_branch and cast(Branches, self._drafter).branches:
+            return LARGEST_TREE
+        # With a draft even for the last token, an image does not depend on how long others take.
+        return max(room) + 1
+
     def round(self) -> None:
         """Draft, ask the model, decide and commit; finished images leave."""
         run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        branches = self._can_branch and cast(Branches, drafter).branches
-        most = _most(room, rows, self._can_overrun, branches)
-        num = max(1, self._policy.next(rows.num_active, most))
+        num = max(1, self._policy.next(rows.num_active, self._most(room)))
         rows.reserve(num)
         run.next_pass(None if rows.is_whole else rows.active)
         # Of images that entered later, a round has another number.
@@ -271,16 +278,6 @@ class TokenLoop:
         rows.leave(drafter)
 
 
-def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, branches: bool) -> int:
-    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
-    if not can_overrun:
-        return min(*room, rows.frozen_room)
-    if branches:
-        return LARGEST_TREE
-    # With a draft even for the last token, an image does not depend on how long others take.
-    return max(room) + 1
-
-
 def _prefill_chain(
     logits: Tensor,
     shape: Callable[[Tensor], Tensor],
@@ -308,8 +305,7 @@ class _Rows:
         self.images = list(range(run.batch) if places is None else places)
         self.active = torch.tensor(self.images, device=run.tokens.device)
         self.noise = run.noise if places is None else run.noise.select(self.active)
-        self.is_whole = places is None
-        """Whether these are all images of the run, in its order."""
+        self.is_whole = places is None  # all images of the run, in its order
         self.given = run.given
         self.num_read = [0] * len(self.images)
         if run.given is not None:
