@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "sheet": set(),
     "folders": {"errors", "files", "needed"},
     "inputs": {"errors", "contracts", "decoding", "models"},
-    "image_pipeline": {"pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
+    "image_pipeline": {"editing", "pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
     "glm_pipeline": {"drawing", "image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
     | {"components", "folders", "headers", "hub", "needed"}

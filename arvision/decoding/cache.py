@@ -29,6 +29,7 @@ class KVCache:
         num_heads: key/value heads H.
         capacity: positions S that a row can hold.
         head_dim: D.
+        value_dim: width of the values where it is another one; None for D.
         device: of the cache.
         dtype: of the cache.
         open_columns: [R, P] bool, false where the first P positions must never be looked at
@@ -45,11 +46,12 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        value_dim: int | None = None,
         open_columns: Tensor | None = None,
     ) -> None:
-        shape = (num_layers, num_rows, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (num_layers, num_rows, num_heads, capacity)
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, value_dim or head_dim, device=device, dtype=dtype)
         # Rows that leave make room here for those that join.
         self._stored: tuple[Tensor, ...] = (self.keys, self.values)
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -295,6 +297,18 @@ class KVCache:
         self.lengths = self.lengths + num
         self._host_lengths = [length + num for length in self._host_lengths]
         self._reach(self.capacity + num)
+
+    def widen(self, capacity: int) -> None:
+        """Have room for `capacity` positions, where there is less."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self._stored = self.keys, self.values
+        if self._closed is not None:
+            self._closed = torch.nn.functional.pad(self._closed, (0, more))
+        self._reach(capacity)
 
     def _open(self) -> Tensor:
         """[R, 1, 1, S], a mask that closes nothing."""

@@ -45,6 +45,28 @@ class Drafter(Protocol):
         ...
 
 
+class NoDrafter:
+    """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    has_fixed_shapes = True
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """No drafts, [B, 0]."""
+        return TokenTree(tokens[:, :0])
+
+    def observe(self, chain: Round, verdict: Verdict) -> None:
+        """Nothing to learn."""
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing to drop."""
+
+    def join(self, other: NoDrafter) -> None:
+        """Nothing to take in."""
+
+
 @runtime_checkable
 class Attached(Protocol):
     """A drafter that looks at the prompts, or drafts with the help of the target's own state."""

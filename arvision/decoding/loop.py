@@ -27,30 +27,8 @@ from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import Front, KeepsGiven, read_beginning
 from .noise import Noise
 from .run import Run
-from .tree import TokenTree, Topology, is_chain, topology_of, with_root
+from .tree import layout_of
 from .verify import Round, Rule, Verdict
-
-
-class NoDrafter:
-    """Drafts nothing: the loop is then plain autoregressive sampling."""
-
-    has_fixed_shapes = True
-
-    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
-        """Nothing to prepare."""
-
-    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
-        """No drafts, [B, 0]."""
-        return TokenTree(tokens[:, :0])
-
-    def observe(self, chain: Round, verdict: Verdict) -> None:
-        """Nothing to learn."""
-
-    def select(self, rows: Tensor) -> None:
-        """Nothing to drop."""
-
-    def join(self, other: NoDrafter) -> None:
-        """Nothing to take in."""
 
 
 class FixedWindow:
@@ -202,6 +180,7 @@ class TokenLoop:
         if places is not None:
             run.reopen(places, seeds)
         rows = _Rows(run, state, self._stop, places)
+        rows.reserve(1)
         drafter.start(rows.noise, model.vocab_size, run.num_tokens)
         if isinstance(drafter, Attached):
             drafter.attach(state, conditions)
@@ -232,21 +211,30 @@ class TokenLoop:
         # Asked once: a protocol's answer takes as long as a small operator.
         self._tells_hidden = isinstance(state, TellsHidden)
         self._can_overrun = isinstance(state, Overruns) and state.allows_overrun
+        self._can_branch = isinstance(drafter, Branches)
 
     def drop(self, places: Sequence[int]) -> None:
         """Draw the images in these places no further."""
         self.rows.end(places)
         self.rows.leave(self._drafter)
 
+    def _most(self, room: Sequence[int]) -> int:
+        """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
+        if not self._can_overrun:
+            return min(*room, self.rows.frozen_room)
+        if self._can_branch and cast(Branches, self._drafter).branches:
+            return LARGEST_TREE
+        # With a draft even for the last token, an image does not depend on how long others take.
+        return max(room) + 1
+
     def round(self) -> None:
         """Draft, ask the model, decide and commit; finished images leave."""
         run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        most = _most(room, rows, self._can_overrun, drafter)
-        num = max(1, self._policy.next(rows.num_active, most))
-        run.noise.reserve(run.num_tokens - min(room) + num)
-        run.next_pass(rows.active)
+        num = max(1, self._policy.next(rows.num_active, self._most(room)))
+        rows.reserve(num)
+        run.next_pass(None if rows.is_whole else rows.active)
         # Of images that entered later, a round has another number.
         number: Any = run.passes[rows.active][:, None] if self._is_mixed else run.num_passes
         front = rows.front
@@ -255,12 +243,13 @@ class TokenLoop:
         tree = drafter.propose(known, lengths, num - 1, number)
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
-        root = known.gather(1, lengths[:, None] - 1)
-        parents, offsets, branches = _layout(tree, lengths.device)
-        positions = lengths[:, None] + offsets
+        parents, offsets, topology = layout_of(tree, lengths.device)
+        positions = rows.places(num) if offsets is None else lengths[:, None] + offsets
         if rows.given is not None:
             tree = rows.given.fill(tree, positions[:, 1:])
-        fed = torch.cat([root, tree.tokens.clamp(min=0)], dim=1)
+        fed = rows.roots(known)
+        if num > 1:
+            fed = torch.cat([fed, tree.tokens.clamp(min=0)], dim=1)
         if front is not None:
             fed = front.feed(known, lengths, fed)
             parents = None if parents is None else front.parents(parents)
@@ -272,13 +261,13 @@ class TokenLoop:
         else:
             logits = state.extend(fed) if parents is None else state.extend(fed, parents)
         hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
-        hidden, logits = None if hidden is None else hidden[rows.in_state], logits[rows.in_state]
+        hidden, logits = None if hidden is None else rows.gather(hidden), rows.gather(logits)
         if front is not None:
             logits = front.pick(logits, num)
             hidden = None if hidden is None else front.pick(hidden, num)
         laws = self._shape(logits)
         run.watch_laws(laws)
-        batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, branches, hidden)
+        batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, topology, hidden)
         judged = batch
         if rows.given is not None:
             judged = replace(batch, target_logp=rows.given.pin(laws, positions))
@@ -287,28 +276,6 @@ class TokenLoop:
         drafter.observe(batch, verdict)
         rows.commit(verdict, num, front)
         rows.leave(drafter)
-
-
-def _most(room: Sequence[int], rows: _Rows, can_overrun: bool, drafter: Drafter) -> int:
-    """Candidates that a pass may hold at most, where rows have `room` for more tokens."""
-    if not can_overrun:
-        return min(*room, rows.frozen_room)
-    if isinstance(drafter, Branches) and drafter.branches:
-        return LARGEST_TREE
-    # With a draft even for the last token, an image does not depend on how long others take.
-    return max(room) + 1
-
-
-def _layout(tree: TokenTree, device: torch.device) -> tuple[Tensor | None, Tensor, Topology | None]:
-    """How a pass is laid out: parents [1 + T] of the root and the drafts (None for a chain), how
-    far behind the known tokens each law stands [1 + T], and the topology of the drafts; the first
-    two [B, 1 + T] where rows have trees of their own."""
-    above = tree.parents
-    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
-        return None, torch.arange(tree.tokens.shape[1] + 1, device=device), None
-    shape = topology_of(above.to(device), tree.num_levels)
-    root = torch.zeros_like(shape.depths[..., :1])
-    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
 
 
 def _prefill_chain(
@@ -338,7 +305,7 @@ class _Rows:
         self.images = list(range(run.batch) if places is None else places)
         self.active = torch.tensor(self.images, device=run.tokens.device)
         self.noise = run.noise if places is None else run.noise.select(self.active)
-        self._is_whole = places is None
+        self.is_whole = places is None  # all images of the run, in its order
         self.given = run.given
         self.num_read = [0] * len(self.images)
         if run.given is not None:
@@ -364,7 +331,7 @@ class _Rows:
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.images, self.room = self.images + other.images, self.room + other.room
         self._skipped = self._skipped + other._skipped
-        self._going, self._is_whole = self._going + other._going, False
+        self._going, self.is_whole = self._going + other._going, False
         self.num_in_state += other.num_in_state
 
     def end(self, places: Sequence[int]) -> None:
@@ -374,7 +341,33 @@ class _Rows:
     def known(self) -> tuple[Tensor, Tensor]:
         """Tokens [B', N] and lengths [B'] of the active rows."""
         tokens = self.run.tokens
-        return (tokens if self._is_whole else tokens[self.active]), self.lengths
+        return (tokens if self.is_whole else tokens[self.active]), self.lengths
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all images of the run are being drawn and stand at the same place."""
+        return self.is_whole and len(set(self.room)) == 1
+
+    def reserve(self, num: int) -> None:
+        """Nothing but the noise of the next `num` positions of each row is asked for now."""
+        self.noise.reserve([self.run.num_tokens - room for room in self.room], num)
+
+    def places(self, num: int) -> Tensor:
+        """The `num` positions behind the known tokens, [B', num]."""
+        if self.is_even:
+            return self.noise.places(self.run.num_tokens - self.room[0], num)
+        return self.lengths[:, None] + torch.arange(num, device=self.lengths.device)
+
+    def roots(self, known: Tensor) -> Tensor:
+        """The last known token of each active row, [B', 1], of tokens [B', N]."""
+        if not self.is_even:
+            return known.gather(1, self.lengths[:, None] - 1)
+        length = self.run.num_tokens - self.room[0]
+        return known[:, length - 1 : length]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The active rows [B', ...] of what the state says of all of its rows."""
+        return rows if isinstance(self.in_state, slice) else rows[self.in_state]
 
     @property
     def front(self) -> Front | None:
@@ -422,18 +415,19 @@ class _Rows:
             num_read: given tokens of each row that were read before its first round.
         """
         run, counts, tokens = self.run, verdict.counts, verdict.tokens
-        counts = torch.minimum(counts, run.num_tokens - self.lengths)
         stopped = [False] * self.num_active
-        if self._stop is None:
-            (given,) = run.read(counts)
-        else:
-            given, read = run.read(counts, tokens)
+        found, *read = run.read(*([counts] if self._stop is None else [counts, tokens]))
+        given = list(map(min, found, self.room))
+        if self._stop is not None:
             width = tokens.shape[1]
-            new = [read[row * width :][:count] for row, count in enumerate(given)]
-            stays, stopped = self._stop(self.images, new)
-            if stays != given:
-                given, counts = stays, torch.tensor(stays, device=counts.device)
-        run.record_rows(self.active, self.lengths, tokens, counts)
+            new = [read[0][row * width :][:count] for row, count in enumerate(given)]
+            given, stopped = self._stop(self.images, new)
+        if given != found:
+            counts = torch.tensor(given, device=counts.device)
+        if self.is_even and len(set(given)) == 1:
+            run.record_block(run.num_tokens - self.room[0], tokens, given[0])
+        else:
+            run.record_rows(self.active, self.lengths, tokens, counts)
         self.room = [room - count for room, count in zip(self.room, given, strict=True)]
         moved, told, known = counts, given, None
         if self.given is not None:
@@ -446,7 +440,11 @@ class _Rows:
                 known = [count + more for count, more in zip(known, num_read, strict=True)]
         self.lengths = self.lengths + moved
         self._going = [room > 0 and not end for room, end in zip(self.room, stopped, strict=True)]
-        run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
+        if self.is_whole:
+            run.lengths = self.lengths
+            run.tell(moved, told, tokens=run.tokens, lengths=run.lengths)
+        else:
+            run.report(moved, self.active, told, tokens=run.tokens, lengths=run.lengths)
         return Verdict(tokens, counts, verdict.path, given, known)
 
     def commit(self, verdict: Verdict, num: int, front: Front | None) -> None:
@@ -491,7 +489,7 @@ class _Rows:
             self.in_state = self.in_state[keep]
             self.frozen_room = self.run.num_tokens - 1 - int(self._state.lengths.max())
         self.active, self.lengths = self.active[keep], self.lengths[keep]
-        self.images, self._is_whole = [self.images[place] for place in places], False
+        self.images, self.is_whole = [self.images[place] for place in places], False
         self.room = [self.room[place] for place in places]
         self._skipped = [self._skipped[place] for place in places]
         self.given = None if self.given is None else self.given.select(places)

@@ -71,6 +71,7 @@ def decode_rows(
             "(see arvision.contracts.FeedsAnywhere)"
         )
     run.begin(logits.device)
+    run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
     known.first = _FirstTokens(known.counts, model.grid[1], logits) if adapts else None
     active = torch.arange(run.batch, device=logits.device)

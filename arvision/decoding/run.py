@@ -100,7 +100,7 @@ class Run:
         self.passes = torch.zeros_like(self.lengths)
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
-        self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
+        self._is_broken = torch.zeros(1, dtype=torch.bool, device=device)
         if self.given is not None:
             self._take_given(tuple(entry))
 
@@ -181,6 +181,12 @@ class Run:
         self._tokens[rows, places] = tokens.to(self._tokens.dtype)
         self._commit_pass[rows, places] = self.num_passes if number is None else number
 
+    def record_block(self, start: int, tokens: Tensor, count: int) -> None:
+        """`record_rows` of all images at once: the first `count` of tokens [B, K], at `start`."""
+        places = slice(start, start + count)
+        self._tokens[:, places] = tokens[:, :count]
+        self._commit_pass[:, places] = self.num_passes
+
     def count(self, images: Tensor, counts: Tensor) -> None:
         """Keep the books of a pass that gave `counts` [A] tokens of `images` [A]; reads nothing."""
         self.lengths.index_add_(0, images, counts)
@@ -228,7 +234,7 @@ class Run:
         Raises:
             InputError: a law or a latent was NaN or infinite.
         """
-        parts = [self._is_broken.long().view(1), *(part.flatten() for part in wanted)]
+        parts = [self._is_broken, *(part.flatten() for part in wanted)]
         found = torch.cat(parts).tolist()
         if found[0]:
             raise InputError(

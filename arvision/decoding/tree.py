@@ -322,6 +322,20 @@ def with_root(parents: Tensor) -> Tensor:
     return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
 
 
+def layout_of(
+    tree: TokenTree, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Topology | None]:
+    """How a pass is laid out: parents [1 + T] of the root and the drafts, how far behind the known
+    tokens each law stands [1 + T], and the topology of the drafts; None for a chain, and the first
+    two [B, 1 + T] where rows have trees of their own."""
+    above = tree.parents
+    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
+        return None, None, None
+    shape = topology_of(above.to(device), tree.num_levels)
+    root = torch.zeros_like(shape.depths[..., :1])
+    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
+
+
 def without_padding(tree: TokenTree) -> TokenTree:
     """A tree that all rows share, without the candidates that no row has."""
     used = (tree.tokens >= 0).any(0)

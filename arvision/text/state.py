@@ -50,6 +50,9 @@ class HFState:
         lengths: [B] int64, committed new tokens.
         hidden: [B, T, C], input of the output layer at each candidate of the last call (after the
             prefill: [B, 1, C], at the prompts' ends).
+        features: [B, T, F C], what went into each of the F layers `model.watched` at each candidate
+            of the last call (after the prefill: at the prompts' tokens, padded on the right), side
+            by side; layer L of L is the output layer. None where nothing is watched.
         pseudo: [K, C] embeddings of the tokens V, V + 1, ... V + K - 1, which some drafters feed
             besides those of the vocabulary; None for none.
     """
@@ -69,6 +72,7 @@ class HFState:
             sizes.head_dim,
             device=device,
             dtype=model.network.get_input_embeddings().weight.dtype,
+            value_dim=sizes.value_dim,
         )
         self._seen = CacheView(self.cache)
         accepts = inspect.signature(self._network.forward).parameters
@@ -78,6 +82,8 @@ class HFState:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
+        self.features: Tensor | None = None
+        self._watched = model.watched
         self._parents: Tensor | None = None
         self._is_draft = self._is_altered = False
         self._prefixes = model.prefixes
@@ -93,6 +99,7 @@ class HFState:
 
         tokens, lengths = pad_right(prompts)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        features: list[Tensor] = []
         for start in range(0, tokens.shape[1], PREFILL_PIECE):
             piece = tokens[:, start : start + PREFILL_PIECE]
             counts = (lengths - start).clamp(0, piece.shape[1])
@@ -105,11 +112,14 @@ class HFState:
                 torch.arange(piece.shape[1]).to(counts).expand(len(counts), -1), counts
             )
             assert self.hidden is not None
+            if self.features is not None:
+                features.append(self.features)
             place = torch.searchsorted(ends, lengths[rows] - 1 - start)
             found.append((rows, logits[rows, place], self.hidden[rows, place]))
         order = torch.cat([rows for rows, _, _ in found]).argsort()
         self.hidden = torch.cat([hidden for _, _, hidden in found])[order][:, None]
         logits = torch.cat([logits for _, logits, _ in found])[order]
+        self.features = torch.cat(features, dim=1) if features else None
         if self._prefixes is None:
             return logits
         return self._prefixes(logits[:, None], tokens[:, :0], None)[:, 0]
@@ -239,9 +249,10 @@ class HFState:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         inputs |= {"attention_mask": seen_by, "position_ids": positions.expand(len(tokens), -1)}
-        called = self._network if self._is_altered else self.model.called
-        with alone(self._network), kernels_in(self._network, called, mask):
-            logits, hidden = self._pass(**inputs, **self._options)
+        with alone(self._network), self._watching():
+            called = self._network if self._is_altered else self.model.called
+            with kernels_in(self._network, called, mask):
+                logits, hidden = self._pass(**inputs, **self._options)
         if keep is not None:
             logits = logits if self._keeps_logits else logits[:, keep]
             hidden = hidden if hidden.shape[1] == logits.shape[1] else hidden[:, keep]
@@ -270,6 +281,17 @@ class HFState:
         finally:
             hook.remove()
         return logits, seen[0]
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep what goes into the watched layers in the pass within this block."""
+        if not self._watched or self._is_draft:
+            yield
+            return
+        seen: dict[int, Tensor] = {}
+        with self._altered(), watching(self._network, self._watched, seen):
+            yield
+        self.features = torch.cat([seen[layer] for layer in self._watched], dim=-1)
 
     @contextmanager
     def _altered(self) -> Iterator[None]:
@@ -352,6 +374,8 @@ class HFState:
             self._prefixes.select(rows)
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
+        if self.features is not None:
+            self.features = self.features[rows]
 
 
 def find_layers(network: Any) -> tuple[nn.Module, str]:
@@ -368,6 +392,44 @@ def find_layers(network: Any) -> tuple[nn.Module, str]:
         f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
         "all of them, to skip some or to edit what they see"
     )
+
+
+@contextmanager
+def watching(network: Any, layers: Sequence[int], seen: dict[int, Tensor]) -> Iterator[None]:
+    """Within this block, what goes into each of `layers` [B, T, C] is put into `seen`.
+
+    Args:
+        network: a language model of transformers.
+        layers: numbers of layers; that of all layers together is the output layer.
+        seen: filled by passes.
+
+    Raises:
+        InputError: a network without a list of layers.
+    """
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            seen[layer] = arguments[0] if arguments else options["hidden_states"]
+
+        return hook
+
+    def last(_: nn.Module, __: Any, out: Any) -> None:
+        # Not the output layer's own input, which passes may cut down to the places that are asked.
+        seen[len(stack)] = out[0]
+
+    owner, name = find_layers(network)
+    stack = getattr(owner, name)
+    handles = [
+        network.get_decoder().register_forward_hook(last)
+        if layer == len(stack)
+        else stack[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
+        for layer in set(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

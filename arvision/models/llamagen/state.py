@@ -104,8 +104,7 @@ class LlamaGenState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        ancestors = None
-        steps = torch.arange(num, device=tokens.device)
+        ancestors = steps = None
         if parents is not None:
             check_parents(parents, num)
             shape = topology_of(parents)
@@ -114,16 +113,16 @@ class LlamaGenState:
                 ancestors, steps = self._doubled(ancestors), self._doubled(steps)
         self._parents = parents
         _, mask = self.cache.begin(num, ancestors)
-        last = len(self._rotary) - 1
-        if self.cache.is_uniform:
-            first = self.cache.host_lengths[0]
-            if parents is None and first + num <= last + 1:
-                rotary = self._rotary[first : first + num]
-            else:
-                rotary = self._rotary[(first + steps).clamp(max=last)]
-        else:
-            rotary = self._rotary[(self.cache.lengths[:, None] + steps).clamp(max=last)]
-        return self._run(tokens, rotary, mask)
+        return self._run(tokens, self._turns(num, steps), mask)
+
+    def _turns(self, num: int, depths: Tensor | None) -> Tensor:
+        """The rotary table's entries of candidates at `depths` [T] or [R, T]; None for a chain."""
+        first, last = self.cache.host_lengths[0], len(self._rotary) - 1
+        if depths is None and self.cache.is_uniform and first + num <= last + 1:
+            return self._rotary[first : first + num]
+        behind = torch.arange(num, device=self._rotary.device) if depths is None else depths
+        begin = first if self.cache.is_uniform else self.cache.lengths[:, None]
+        return self._rotary[(begin + behind).clamp(max=last)]
 
     @torch.no_grad()
     def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -297,6 +297,13 @@ class Chameleon(TransformersImageModel):
                 "path of a vqgan.ckpt"
             )
 
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to codes [B, N], by the network's own encoder."""
+        vq = self.base.model.vqmodel
+        found = vq.encode(pixels.to(vq.quantize.embedding.weight)).image_tokens
+        return found.view(len(pixels), -1)
+
     def pixels(self, tokens: Tensor) -> Tensor:
         """Through the decoder."""
         rows, columns = self.grid or (0, 0)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import TransformersImageModel
 
 TREE_ROOM = 64
-"""Cache positions beyond the last token, so that a tree fits near the end of an image."""
+"""Cache positions beyond the last token that a tree may take near the end of an image."""
 
 IMAGE_GUIDANCE = 1.2
 """Weight of the images of a prompt, where it is guided by images and text apart (Chameleon)."""
@@ -99,7 +99,8 @@ class ImageState:
             sizes.num_layers,
             len(rows),
             sizes.num_kv_heads,
-            self._num_prompt + model.layout.num_places + TREE_ROOM,
+            # One more than is looked at: padding and what runs past the end is written there.
+            self._num_prompt + model.layout.num_places + 1,
             sizes.head_dim,
             device=device,
             dtype=model.dtype,
@@ -181,6 +182,8 @@ class ImageState:
         places = self._layout.place(numbers) if expansion is None else expansion.places
         ancestors = None if shape is None else self._ancestors(shape)
         width = num if expansion is None else expansion.own.shape[1]
+        if ancestors is not None and max(self.cache.host_lengths) + width > self.cache.capacity:
+            self.cache.widen(self._num_prompt + self._layout.num_places + TREE_ROOM)
         _, mask = self.cache.begin(width, ancestors)
         if mask is None:
             mask = all_open(self.cache)
@@ -340,13 +343,14 @@ class ImageState:
         longest = max(self._num_prompt, other._num_prompt)
         for state in (self, other):
             state.cache.shift(longest - state._num_prompt)
+        for state, beside in ((self, other), (other, self)):
+            state.cache.widen(beside.cache.capacity)
         own, others = len(self.lengths), len(other.lengths)
         order = interleaved(own, others, self._branches)
         self.cache.join(other.cache, order)
         self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
         self._next = torch.cat([self._next, other._next])[order]
         self._num_prompt = longest
-        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
         self.lengths = torch.cat([self.lengths, other.lengths])
         self._parents = self._expansion = None
 

@@ -50,6 +50,10 @@ class TextDrafter:
         self.histories = [[] for _ in range(len(noise))]
         self._seen = [0] * len(noise)
 
+    def watches(self, model: Any) -> tuple[int, ...]:
+        """The layers of the target whose inputs it drafts from, see `HFState.features`."""
+        return ()
+
     def attach(self, state: Any, conditions: Conditions) -> None:
         """The prompts were read; `state` is the target's."""
         self.histories = [torch.as_tensor(ids).tolist() for ids in conditions]
@@ -181,6 +185,18 @@ class Combined(TextDrafter):
     def parts(self) -> tuple[TextDrafter, TextDrafter]:
         """Both drafters."""
         return self.first, self.second
+
+    def watches(self, model: Any) -> tuple[int, ...]:
+        """What its parts draft from.
+
+        Raises:
+            InputError: two parts that look at different layers.
+        """
+        found = {part.watches(model) for part in self.parts} - {()}
+        if len(found) > 1:
+            names = " and ".join(type(part).__name__ for part in self.parts)
+            raise InputError(f"{names} look at different layers: expected one such drafter")
+        return found.pop() if found else ()
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch begins."""
