@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving load --seconds 120
     python -m benchmarks.serving batching --pictures 96
-    python -m benchmarks.serving memory --pictures 5000
+    python -m benchmarks.serving memory --pictures 5000 --model tiny
 
 The server is a process of its own (`arvision serve`), the load comes from this one. Beside the clock
 stand the CPU seconds of the server's process, which other work on the machine changes less.
@@ -18,6 +18,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +29,31 @@ import numpy as np
 import psutil
 
 PATH = "/v1/images/generations"
-CLASSES = 10
+CLASSES = 3
+"""Of the models that are served, the first ones."""
+
+MAKE = """
+import sys
+from arvision import ARPipeline
+from arvision.testing import tiny_llamagen
+ARPipeline.from_model(tiny_llamagen()).save_pretrained(sys.argv[1])
+"""
+"""Makes a tiny model in a folder, in a process whose memory is given back."""
 
 
 @contextlib.contextmanager
 def server(model: str, *options: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A server in a process of its own: its address and its process."""
+    """A server in a process of its own, its address and its process; model "tiny" is made for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        if model == "tiny":
+            subprocess.run([sys.executable, "-c", MAKE, folder], check=True)
+            model = folder
+        with _process(model, *options) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _process(model: str, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "arvision.cli", "serve", "--model", model, "--port", "0"]
     started = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
