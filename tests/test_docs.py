@@ -95,3 +95,15 @@ def test_commands_in_the_readme_are_known():
         for word in words:
             if word.startswith("--"):
                 assert word.split("=")[0] in options, f"{word} in: arvision {line}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ARPipeline" in (tmp_path / "site" / "api" / "index.html").read_text()
