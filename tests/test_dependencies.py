@@ -17,6 +17,9 @@ EXTRAS = {
     "matplotlib": "plot",
     "scipy": "eval",
     "timm": "eval",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
     "torch_fidelity": "eval",
     "torchao": "quantize",
     "torchmetrics": "eval",
@@ -54,6 +57,7 @@ refused("equivalence", lambda: __import__("arvision.eval.equivalence"))
 refused("compare", lambda: run("compare", "--model", "llamagen-fashion", "--prompt", "bag"))
 open("model.gguf", "w").close()
 refused("torchao", lambda: pipe.quantize("int8"))
+refused("serve", lambda: __import__("arvision.serving"))
 refused("gguf", lambda: arvision.generate("model.gguf", "Hello"))
 print([m for m in sys.modules if m in OPTIONAL])
 """
@@ -96,6 +100,7 @@ def said(tmp_path_factory) -> dict[str, str]:
         ("clip", "torchmetrics", "eval"),
         ("equivalence", "scipy", "eval"),
         ("compare", "matplotlib", "plot"),
+        ("serve", "fastapi", "serve"),
         ("gguf", "gguf", "text"),
         ("torchao", "torchao", "quantize"),
     ],

@@ -14,7 +14,19 @@ import typer
 
 from .. import __version__
 from ..errors import ArvisionError, DiskError, one_line
-from . import bench, compare, convert, distill, doctor, generate, models, sample, train, train_draft
+from . import (
+    bench,
+    compare,
+    convert,
+    distill,
+    doctor,
+    generate,
+    models,
+    sample,
+    serve,
+    train,
+    train_draft,
+)
 from . import eval as evaluation
 
 app = typer.Typer(
@@ -28,6 +40,7 @@ app = typer.Typer(
 sample.add_to(app)
 generate.add_to(app)
 compare.add_to(app)
+serve.add_to(app)
 bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)

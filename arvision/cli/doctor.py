@@ -36,9 +36,13 @@ def doctor(
     for entry in found["devices"]:
         tell(f"{entry['device']:16} {entry['name']}")
     tell(f"\noperations on {found['device']}:")
+    if found["device"] != "cpu":
+        tell("(proved by Triton's interpreter and compiler; the speed on a GPU was not measured)")
     for name, entry in found["operations"].items():
         tell(f"{name:16} {entry['implementation']:10} {entry['reason']}")
         tell(f"{'':27} {entry['summary']}")
+        if "used_by" in entry:
+            tell(f"{'':27} for {entry['used_by']}")
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     import torch
 
     from ..errors import InputError
-    from ..kernels.dispatch import OPS, explain
+    from ..kernels.dispatch import OPS, USED_BY, explain
 
     devices = [{"device": "cpu", "name": platform.processor() or platform.machine()}]
     for index in range(torch.cuda.device_count()):
@@ -69,6 +73,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "implementation": choice.implementation,
             "reason": choice.reason,
             "summary": summary,
+            "used_by": USED_BY[name],
         }
     operations["linear"] = _linear(wanted)
     operations["step"] = _step(wanted)

@@ -148,8 +148,7 @@ class JacobiDrafter:
         """First drafts [B, k] of positions `lengths + places`, drawn from laws [B, 1 or k, V]."""
         positions = lengths[:, None] + places
         if self._share_noise:
-            noise = self._noise.gumbel(positions, self._vocab_size, law.dtype)
-            return (law + noise).argmax(-1)
+            return self._noise.best(law, positions)
         uniforms = self._noise.uniform(positions, "init", round_number)
         return draw(law.exp().expand(-1, len(places), -1), uniforms)
 

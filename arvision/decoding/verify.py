@@ -85,10 +85,22 @@ class Verdict:
 Rule = Callable[[Round], Verdict]
 
 
+def first_round(
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
+) -> Round:
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
+    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
+
+
 def num_final(passes: Tensor) -> Tensor:
     """Final tokens [B] along chains: the drafts that pass, [B, m], up to the first that does not,
     and the token in the place of that one (or the bonus)."""
-    return passes.long().cumprod(dim=1).sum(dim=1) + 1
+    return passes.cumprod(dim=1, dtype=torch.int64).sum(dim=1) + 1
 
 
 def follow(batch: Round, choice: Tensor) -> Verdict:
@@ -98,10 +110,16 @@ def follow(batch: Round, choice: Tensor) -> Verdict:
         batch: a chain or a tree.
         choice: [B, m + 1] int64, the token chosen under each law.
     """
-    if batch.topology is None:
+    shape = batch.topology
+    if choice.shape[1] == 1:
+        return Verdict(choice, torch.ones_like(choice[:, 0]))
+    if shape is None and dispatch.stays(choice):
         return Verdict(choice, num_final(batch.drafts == choice[:, :-1]))
-    laws = batch.topology.laws.expand(batch.drafts.shape)
-    return deepest(batch, batch.drafts == choice.gather(1, laws), choice)
+    if shape is not None and dispatch.stays(choice):
+        laws = shape.laws.expand(batch.drafts.shape)
+        return deepest(batch, batch.drafts == choice.gather(1, laws), choice)
+    tree, levels = (None, 0) if shape is None else (shape.packed, shape.num_levels)
+    return Verdict(*kernel.follow(batch.drafts, choice, tree, levels))
 
 
 def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
@@ -119,23 +137,8 @@ def deepest(batch: Round, passes: Tensor, choice: Tensor) -> Verdict:
         kept = torch.arange(passes.shape[1], device=counts.device) < counts[:, None] - 1
         tokens = torch.where(kept, batch.drafts, choice[:, :-1])
         return Verdict(torch.cat([tokens, choice[:, -1:]], dim=1), counts)
-    num, levels = passes.shape[1], topology.num_levels
-    if num == 0:
-        return Verdict(choice, torch.ones_like(choice[:, 0]), choice[:, :0])
-    reached = ~(topology.ancestors & ~passes[:, None]).any(-1)
-    length = (topology.depths + 1) * reached
-    counts, last = length.max(dim=1)
-    own = topology.ancestors.expand(len(choice), num, num)
-    on_path = own[torch.arange(len(choice), device=last.device), last] & (counts > 0)[:, None]
-    # The places of a path, in order, are the ancestors of its last one, sorted by depth.
-    path = choice.new_zeros(len(choice), levels + 1)
-    depth = torch.where(on_path, topology.depths, levels)
-    path.scatter_(1, depth, torch.arange(num, device=depth.device).expand_as(depth))
-    path = path[:, :levels]
-    end = torch.where(counts > 0, last + 1, 0)[:, None]
-    tokens = torch.cat([batch.drafts.gather(1, path), choice[:, :1]], dim=1)
-    tokens = tokens.scatter(1, counts[:, None], choice.gather(1, end))
-    return Verdict(tokens, counts + 1, path)
+    shape = topology.ancestors, topology.depths, topology.num_levels
+    return Verdict(*reference.walk_down(batch.drafts, choice, passes, *shape))
 
 
 def greedy(batch: Round) -> Verdict:
@@ -148,6 +151,8 @@ def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
 
     A position may also hold d laws of V values each, [B, T, d, V]: all d V numbers are its own.
     """
+    if logp.dim() == 3:
+        return noise.best(logp, positions)
     numbers = noise.gumbel(positions, logp.shape[2:].numel(), logp.dtype)
     return (logp + numbers.view(logp.shape)).argmax(-1)
 
@@ -162,7 +167,8 @@ def coupled_draw(batch: Round, logp: Tensor) -> Tensor:
         logp: [B, m + 1, V].
     """
     shape = batch.topology
-    if shape is None or shape.num_levels == batch.drafts.shape[1]:
+    is_spread = shape is None or shape.num_levels == batch.drafts.shape[1]
+    if shape is None or is_spread or not dispatch.stays(logp):
         return gumbel_draw(logp, batch.positions, batch.noise)
     first, levels = batch.positions[:, :1], torch.arange(shape.num_levels + 1, device=logp.device)
     numbers = batch.noise.gumbel(first + levels, logp.shape[2], logp.dtype)
@@ -179,16 +185,12 @@ def gumbel_coupling(batch: Round) -> Verdict:
     drafted, as a chain or as a tree. Two successive laws agree on a token with probability
     >= (1 - TV) / (1 + TV).
     """
-    law = batch.target_logp
-    if batch.topology is not None or law.is_cpu:
-        return follow(batch, coupled_draw(batch, law))
-    gumbel = batch.noise.gumbel(batch.positions, law.shape[-1], law.dtype)
-    return Verdict(*kernel.verify_gumbel(batch.drafts, law, gumbel))
+    return follow(batch, coupled_draw(batch, batch.target_logp))
 
 
 def _core(laws: Tensor) -> Any:
     """What judges a chain: on a CPU the reference itself, elsewhere what `kernels.verify` chooses."""
-    if not laws.is_cpu:
+    if not dispatch.stays(laws):
         return kernel
     dispatch.LAST["verify"] = dispatch.ON_CPU
     return reference

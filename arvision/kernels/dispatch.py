@@ -12,6 +12,8 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +26,24 @@ BACKENDS = ("auto", "reference", "triton")
 OPS = {
     "tree_attention": "few queries with an ancestor mask against a long key/value cache",
     "sampling": "guidance, temperature, top-k, top-p and a draw, without sorting",
-    "verify": "acceptance and residual sampling over a window of drafts",
+    "verify": "what stays of a window or a tree of drafts, and what comes next",
     "compaction": "accepted keys and values to the front of their area",
     "philox": "Philox4x32-10, counter-based random bits",
     "nearest_code": "index of the nearest codebook row",
 }
 """Every operation that has a reference and a Triton implementation."""
+
+USED_BY = {
+    "tree_attention": "windows, trees, ragged and padded rows of LlamaGen, and of the language and image "
+    "models of transformers in layers that attend to everything through PyTorch's SDPA; one candidate "
+    "behind rows of one length, prompts, VAR, Infinity, MAR and NextStep-1 keep to SDPA",
+    "sampling": "every model with a vocabulary: LlamaGen, VAR, Infinity, transformers' models",
+    "verify": "chains of every model with a vocabulary; trees under Gumbel coupling and greedy",
+    "compaction": "trees of LlamaGen and of transformers' models",
+    "philox": "every model, for noise that stands in memory",
+    "nearest_code": "the LlamaGen tokenizer's encoder",
+}
+"""Which models and passes call each operation."""
 
 _logger = logging.getLogger(__name__)
 LAST: dict[str, Choice] = {}
@@ -56,6 +70,29 @@ class Choice:
 
 ON_CPU = Choice("reference", "Triton does not compile for cpu tensors")
 """What runs on a CPU wherever nobody asks for something else."""
+
+
+_taken: str | None = None
+
+
+@contextmanager
+def taking(backend: str) -> Iterator[None]:
+    """Within this block `"auto"` means `backend` where that runs, in the whole process: for tests.
+
+    With "triton" CPU tensors take the way of CUDA tensors, through Triton's interpreter: what models
+    and samplers do on a GPU then runs without one. With "reference" a GPU runs what a CPU does.
+    """
+    global _taken
+    before, _taken = _taken, backend
+    try:
+        yield
+    finally:
+        _taken = before
+
+
+def stays(tensor: Tensor) -> bool:
+    """Whether `tensor` lies where references run whatever its shape, so that nobody need ask."""
+    return tensor.is_cpu and _taken != "triton"
 
 
 @functools.cache
@@ -97,9 +134,13 @@ def explain(device: torch.device | str, backend: str = "auto", limit: str | None
         raise unknown_name("backend", backend, BACKENDS)
     if backend == "reference":
         return Choice("reference", "asked for")
-    if device.type == "cpu" and backend == "auto":
+    if backend == "auto" and _taken == "reference":
+        return Choice("reference", "asked for")
+    if device.type == "cpu" and backend == "auto" and _taken != "triton":
         # The interpreter is for tests, and never chosen by itself.
         return ON_CPU
+    if backend == "auto" and torch.compiler.is_compiling():
+        return Choice("reference", "torch.compile makes kernels of its own")
     obstacle = _obstacle(device) or limit
     if backend == "triton":
         if triton_version() is None:
@@ -126,7 +167,8 @@ def choose(name: str, tensor: Tensor, backend: str = "auto", limit: str | None =
         limit: see `explain`.
     """
     choice = explain(tensor.device, backend, limit)
-    if backend == "auto" and tensor.device.type == "cuda" and not choice.is_triton:
+    is_odd = backend == "auto" and tensor.device.type == "cuda" and not choice.is_triton
+    if is_odd and _taken is None and not torch.compiler.is_compiling():
         _warn_once(f"{name} runs its reference on {tensor.device.type}: {choice.reason}")
     LAST[name] = choice
     return choice

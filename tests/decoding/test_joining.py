@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from image_networks import (
@@ -145,7 +147,7 @@ def test_rows_with_guidance_do_not_join_rows_without():
 
 
 def test_the_room_of_rows_that_left_is_used_again():
-    model = tiny_llamagen()
+    model: Any = tiny_llamagen()
     sampler = get_sampler("sjd", window=4)
     run = Run(2, model.num_tokens, [0, 0])
     loop = TokenLoop(model, run, rule=sampler.rule(model), shape=Shaping(), policy=FixedWindow(1))

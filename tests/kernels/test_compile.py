@@ -31,6 +31,7 @@ from arvision.kernels.nearest_code import triton as nearest_code
 from arvision.kernels.philox import triton as philox
 from arvision.kernels.sampling import triton as sampling
 from arvision.kernels.sampling.reference import Shaping
+from arvision.kernels.tree_attention import Sight
 from arvision.kernels.tree_attention import triton as tree_attention
 from arvision.kernels.verify import triton as verify
 
@@ -86,9 +87,15 @@ def run_verify(coupling: str, dtype: torch.dtype) -> None:
     launch(*chain(dtype), *uniforms, coupling)
 
 
-def run_verify_gumbel(dtype: torch.dtype) -> None:
-    drafts, _, target = chain(dtype)
-    verify.verify_gumbel(drafts, target, torch.zeros_like(target))
+def run_follow(num: int, is_tree: bool) -> None:
+    drafts, choice = torch.zeros(2, num, dtype=torch.int64), torch.zeros(2, num + 1).long()
+    parts = torch.zeros(3, 2, num, dtype=torch.int64)
+    verify.follow(drafts, choice, tuple(parts) if is_tree else None, num)  # pyright: ignore
+
+
+def run_draw(dtype: torch.dtype) -> None:
+    positions = torch.zeros(2, 33, dtype=torch.int64)
+    sampling.draw_gumbel(law(2, 33, 16384, dtype=dtype), positions[:, :3], positions)
 
 
 def run_attention(dtype: torch.dtype, width: int, heads: int, shared: int, padded: bool) -> None:
@@ -98,7 +105,8 @@ def run_attention(dtype: torch.dtype, width: int, heads: int, shared: int, padde
     is_open = torch.ones(2, 120, dtype=torch.bool) if padded else None
     ancestors = torch.ones(32, 32, dtype=torch.bool).tril()
     lengths = torch.full((2,), 700)
-    tree_attention.tree_attention(queries, keys, keys, lengths, ancestors, is_open, 0.1)
+    sight = Sight.of(lengths, ancestors, 32, is_open)
+    tree_attention.tree_attention(queries, keys, keys, sight, 0.1)
 
 
 def run_sampling(kind: str, dtype: torch.dtype, how: Shaping) -> None:
@@ -137,10 +145,14 @@ CASES: dict[str, Any] = {
     "verify maximal float32": lambda: run_verify("maximal", F32),
     "verify maximal float64": lambda: run_verify("maximal", F64),
     "verify independent float32": lambda: run_verify("independent", F32),
-    "verify gumbel float32": lambda: run_verify_gumbel(F32),
+    "verify chain": lambda: run_follow(32, False),
+    "verify tree of 31": lambda: run_follow(31, True),
+    "verify tree of 64": lambda: run_follow(64, True),
     "sampling shape bf16": lambda: run_sampling("shape", BF16, CUT),
     "sampling shape float32 greedy": lambda: run_sampling("shape", F32, Shaping(temperature=0)),
     "sampling gumbel bf16": lambda: run_sampling("gumbel", BF16, Shaping()),
+    "sampling draw float32": lambda: run_draw(F32),
+    "sampling draw float64": lambda: run_draw(F64),
     "sampling inverse fp16": lambda: run_sampling("inverse", FP16, CUT),
     "nearest_code float32 8": lambda: run_nearest(F32, 8, "euclidean"),
     "nearest_code bf16 32": lambda: run_nearest(BF16, 32, "inner"),

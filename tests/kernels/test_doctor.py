@@ -15,6 +15,7 @@ def test_every_operation_and_version_is_told(cli):
     for name in OPS:
         assert told["operations"][name]["implementation"] == "reference"
         assert told["operations"][name]["reason"] == "Triton does not compile for cpu tensors"
+        assert told["operations"][name]["used_by"]
     assert told["versions"]["torch"] == torch.__version__
     assert told["devices"][0]["device"] == "cpu"
 

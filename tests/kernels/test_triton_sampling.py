@@ -118,3 +118,31 @@ def test_a_vocabulary_of_several_programs(device, monkeypatch):
     identity = torch.randint(1 << 32, (2, 4), device=device)
     ours = sample_gumbel(logits, identity, top_k=300, backend="triton")
     assert ours.equal(sample_gumbel(logits, identity, top_k=300, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 37, 2500])
+def test_noise_is_made_where_it_is_used(device, dtype, size):
+    logp = torch.randn(3, 5, size, device=device, dtype=dtype).log_softmax(-1)
+    logp = logp.masked_fill(torch.rand_like(logp) < 0.2, float("-inf"))
+    logp[..., 0] = 0.0
+    words = torch.randint(1 << 32, (3, 3), device=device)
+    positions = torch.randint(50, (3, 5), device=device)
+    positions[:, 1] = positions[:, 0]
+    for law in (logp, logp[:, :1], logp.transpose(0, 1).contiguous().transpose(0, 1)):
+        ours = sampling.draw_gumbel(law, words, positions, backend="triton")
+        assert ours.equal(sampling.draw_gumbel(law, words, positions, backend="reference"))
+    # One law at one position has one draw, whoever asks.
+    assert ours[:, 0].equal(ours[:, 1]) or not logp[:, 0].equal(logp[:, 1])
+
+
+def test_noise_over_several_programs(device, monkeypatch):
+    from arvision.kernels.sampling import triton
+
+    monkeypatch.setattr(triton, "SPLIT", 64)
+    monkeypatch.setattr(triton, "BLOCK", 64)
+    logp = torch.randn(2, 2, 150, device=device).log_softmax(-1)
+    words, positions = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device), torch.eye(2).long()
+    given = (logp, words, positions.to(device))
+    ours = sampling.draw_gumbel(*given, backend="triton")
+    assert ours.equal(sampling.draw_gumbel(*given, backend="reference"))

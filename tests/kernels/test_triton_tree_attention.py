@@ -3,7 +3,7 @@ import torch
 
 from arvision import InputError
 from arvision.kernels.dispatch import is_interpreted
-from arvision.kernels.tree_attention import tree_attention
+from arvision.kernels.tree_attention import Sight, tree_attention
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -50,7 +50,9 @@ def test_stretches_merge_to_the_whole(device, num_splits):
     from arvision.kernels.tree_attention.triton import tree_attention as run
 
     given = problem(device, torch.float32, 4, 2, 16)
-    ours = run(*given, None, 0.25, num_splits=num_splits)
+    queries, keys, values, lengths, tree = given
+    sight = Sight.of(lengths, tree, 4, None)
+    ours = run(queries, keys, values, sight, 0.25, num_splits=num_splits)
     torch.testing.assert_close(ours, tree_attention(*given, backend="reference"), rtol=0, atol=2e-6)
 
 
@@ -90,3 +92,17 @@ def test_what_triton_does_not_take(device):
     short = problem(device, torch.float64, 2, 1, 8)
     with pytest.raises(InputError, match=r"no torch\.float64"):
         tree_attention(*short, backend="triton")
+
+
+def test_a_chain_that_runs_past_the_end(device):
+    """What runs over is not there; nobody asks for what it says."""
+    queries, keys, values, _, _ = problem(device, torch.float32, 6, 1, 16, lengths=(10, 20))
+    lengths, chain = torch.tensor([10, 20], device=device), torch.ones(6, 6, device=device).tril()
+    chain = chain.bool()
+    ours = tree_attention(
+        queries, keys[:, :, :23], values[:, :, :23], lengths, chain, backend="triton"
+    )
+    expected = tree_attention(queries, keys, values, lengths, chain, backend="reference")
+    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours[1, :, :3], expected[1, :, :3], rtol=0, atol=2e-6)
+    assert ours.isfinite().all()

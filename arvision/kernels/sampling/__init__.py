@@ -16,7 +16,7 @@ from ..dispatch import choose
 from . import reference
 from .reference import Shaping, guide
 
-__all__ = ["Shaping", "guide", "sample_gumbel", "sample_inverse", "shape"]
+__all__ = ["Shaping", "draw_gumbel", "guide", "sample_gumbel", "sample_inverse", "shape"]
 
 MAX_SIZE = 1 << 30
 
@@ -91,6 +91,41 @@ def sample_gumbel(
 
         return triton.sample_gumbel(*given)
     return reference.sample_gumbel(*given)
+
+
+def draw_gumbel(logp: Tensor, words: Tensor, positions: Tensor, *, backend: str = "auto") -> Tensor:
+    """argmax(log p + g) of laws that stand in memory; the Gumbel numbers never do.
+
+    They are those of `sample_gumbel` for `use` 0, so that candidates at one position (siblings in a
+    tree) share theirs.
+
+    Args:
+        logp: [B, T, V] float32 or float64, or [B, 1, V] for one law at all positions.
+        words: [B, 3] int64: seed's low and high word, image.
+        positions: [B, T] int64.
+        backend: see `arvision.kernels.dispatch`.
+
+    Returns:
+        [B, T] int64.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+    """
+    batch, num = positions.shape
+    if logp.dim() != 3 or len(logp) != batch or logp.shape[1] not in (1, num):
+        raise InputError(
+            f"logp {tuple(logp.shape)}: expected [{batch}, {num}, V] or [{batch}, 1, V]"
+        )
+    if words.shape != (batch, 3):
+        raise InputError(f"words {tuple(words.shape)}: expected [{batch}, 3]")
+    limit = None
+    if logp.dtype not in (torch.float32, torch.float64):
+        limit = f"a draw takes laws in float32 or float64, not {logp.dtype}"
+    if choose("sampling", logp, backend, limit).is_triton:
+        from . import triton
+
+        return triton.draw_gumbel(logp, words, positions)
+    return reference.draw_gumbel(logp, words, positions)
 
 
 def sample_inverse(

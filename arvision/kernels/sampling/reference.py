@@ -54,7 +54,7 @@ class Shaping:
             Log-probabilities [..., V], -inf where a token was cut; float32, or float64 for float64
             logits. A row with NaN, with +inf or without a finite logit is NaN.
         """
-        if logits.is_cpu:
+        if dispatch.stays(logits):
             dispatch.LAST["sampling"] = dispatch.ON_CPU
             return shape(logits, self, null_logits, guidance_scale)
         from . import shape as dispatched
@@ -70,7 +70,9 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     Paper: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits as the
     official LlamaGen sampler does.
     """
-    return null + scale * (conditional - null)
+    if isinstance(scale, Tensor):
+        return null + scale * (conditional - null)
+    return (conditional - null).mul_(scale).add_(null)
 
 
 def shape(
@@ -108,13 +110,22 @@ def sample_gumbel(
 ) -> Tensor:
     """See `arvision.kernels.sampling.sample_gumbel`."""
     logp = shape(logits, how, null_logits, guidance_scale)
-    size = logp.shape[1]
-    lanes = torch.arange(-(-size // 4), device=logp.device)
-    low, high, image, position = (word[:, None] for word in identity.unbind(1))
-    last = torch.tensor(use & 0xFFFFFFFF, device=logp.device)
-    words = philox4x32((image, position, lanes, last), (low, high)).flatten(1)[:, :size]
-    gumbel = -(-((words.double() + 0.5) * 2.0**-32).log()).log()
-    return (logp + gumbel.to(logp.dtype)).argmax(dim=1)
+    numbers = gumbel(identity[:, :3], identity[:, 3:], logp.shape[1], use)[:, 0]
+    return (logp + numbers.to(logp.dtype)).argmax(dim=1)
+
+
+def gumbel(words: Tensor, positions: Tensor, size: int, use: int = 0) -> Tensor:
+    """Gumbel numbers [B, T, V] float64 of images `words` [B, 3] at positions [B, T]."""
+    lanes = torch.arange(-(-size // 4), device=words.device)
+    low, high, image = (word[:, None, None] for word in words.unbind(1))
+    last = torch.tensor(use & 0xFFFFFFFF, device=words.device)
+    bits = philox4x32((image, positions[..., None], lanes, last), (low, high)).flatten(2)
+    return -(-((bits[..., :size].double() + 0.5) * 2.0**-32).log()).log()
+
+
+def draw_gumbel(logp: Tensor, words: Tensor, positions: Tensor) -> Tensor:
+    """See `arvision.kernels.sampling.draw_gumbel`."""
+    return (logp + gumbel(words, positions, logp.shape[2]).to(logp.dtype)).argmax(-1)
 
 
 def sample_inverse(

@@ -2,7 +2,7 @@
 
 `_cut` finds, for each row, what is kept: all logits above a value, and of those equal to it the
 ones up to an index. Then one of three kernels uses that: `_write` writes the law, `_gumbel` and
-`_inverse` draw from it.
+`_inverse` draw from it. `_draw` draws from laws that were written.
 """
 
 # Type checkers see neither a launch nor what becomes of a constexpr.
@@ -188,6 +188,22 @@ def _write(
 
 
 @triton.jit
+def _noise(words, position, use, first, BLOCK: tl.constexpr):
+    """Gumbel numbers [BLOCK] float64 of tokens `first`, `first` + 1, ..."""
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    low = zero + tl.load(words).to(tl.uint32)
+    high = zero + tl.load(words + 1).to(tl.uint32)
+    image = zero + tl.load(words + 2).to(tl.uint32)
+    where = zero + position.to(tl.uint32)
+    purpose = (zero + use).to(tl.uint32)
+    lane = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    w0, w1, w2, w3 = philox_impl(image, where, lane, purpose, low, high)
+    bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    uniform = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
 def _gumbel(
     cond, null, tops, cuts, lasts, log_sums, identity, use, scores, tokens, size, scale,
     temperature, num_splits,
@@ -195,12 +211,6 @@ def _gumbel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
-    zero = tl.zeros([BLOCK // 4], tl.uint32)
-    low = zero + tl.load(identity + row * 4).to(tl.uint32)
-    high = zero + tl.load(identity + row * 4 + 1).to(tl.uint32)
-    image = zero + tl.load(identity + row * 4 + 2).to(tl.uint32)
-    position = zero + tl.load(identity + row * 4 + 3).to(tl.uint32)
-    purpose = (zero + use).to(tl.uint32)
     best = tl.full([], float("-inf"), tl.float32)
     index = tl.zeros([], tl.int64)
     for start in range(0, SPLIT, BLOCK):
@@ -210,17 +220,38 @@ def _gumbel(
             cond, null, tops, cuts, lasts, log_sums, row, token, size, scale, temperature,
             GUIDED, TEMPERED,
         )  # fmt: skip
-        lane = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-        w0, w1, w2, w3 = philox_impl(image, position, lane, purpose, low, high)
-        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-        uniform = (words.to(tl.float64) + 0.5) * 2.3283064365386963e-10
-        score = logp + (-tl.log(-tl.log(uniform))).to(tl.float32)
+        noise = _noise(identity + row * 4, tl.load(identity + row * 4 + 3), use, first, BLOCK)
+        score = logp + noise.to(tl.float32)
         top = tl.max(score, 0)
         where = tl.min(tl.where(score == top, token, 1 << 40), 0)
         index = tl.where(top > best, where, index)
         best = tl.maximum(top, best)
     tl.store(scores + row * num_splits + split, best)
     tl.store(tokens + row * num_splits + split, index)
+
+
+@triton.jit
+def _draw(
+    logp, words, positions, scores, tokens, num, size, stride_b, stride_t, num_splits,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    law = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    base = logp + (law // num) * stride_b + (law % num) * stride_t
+    position = tl.load(positions + law)
+    best = tl.full([], float("-inf"), DTYPE)
+    index = tl.zeros([], tl.int64)
+    for start in range(0, SPLIT, BLOCK):
+        first = split * SPLIT + start
+        token = first + tl.arange(0, BLOCK)
+        score = tl.load(base + token, mask=token < size, other=float("-inf"))
+        score += _noise(words + law // num * 3, position, 0, first, BLOCK).to(DTYPE)
+        top = tl.max(score, 0)
+        where = tl.min(tl.where(score == top, token, 1 << 40), 0)
+        index = tl.where(top > best, where, index)
+        best = tl.maximum(top, best)
+    tl.store(scores + law * num_splits + split, best)
+    tl.store(tokens + law * num_splits + split, index)
 
 
 @triton.jit
@@ -325,6 +356,29 @@ def sample_gumbel(
             num_splits, SPLIT=split, **cut.options,
         )  # fmt: skip
     return tokens.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+
+
+def draw_gumbel(logp: Tensor, words: Tensor, positions: Tensor) -> Tensor:
+    """See `arvision.kernels.sampling.draw_gumbel`."""
+    batch, num = positions.shape
+    size = logp.shape[2]
+    if logp.stride(2) != 1:
+        logp = logp.contiguous()
+    block = max(16, min(BLOCK // 2, triton.next_power_of_2(size)))
+    split = max(block, min(SPLIT // 2, triton.next_power_of_2(size)))
+    splits = triton.cdiv(size, split)
+    scores = torch.empty(batch * num, splits, device=logp.device, dtype=logp.dtype)
+    tokens = torch.empty(batch * num, splits, device=logp.device, dtype=torch.int64)
+    if batch * num:
+        dtype = tl.float64 if logp.dtype == torch.float64 else tl.float32
+        stride_t = 0 if logp.shape[1] == 1 else logp.stride(1)
+        _draw[(batch * num, splits)](
+            logp, words.contiguous(), positions.contiguous(), scores, tokens, num, size,
+            logp.stride(0), stride_t, splits, DTYPE=dtype, BLOCK=block, SPLIT=split,
+        )  # fmt: skip
+    if splits == 1:
+        return tokens.view(batch, num)
+    return tokens.gather(1, scores.argmax(1, keepdim=True)).view(batch, num)
 
 
 def sample_inverse(

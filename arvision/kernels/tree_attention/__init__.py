@@ -5,20 +5,27 @@ group; a second kernel merges the stretches by their log-sum-exp. The ancestor m
 integer per candidate.
 
 The reference is PyTorch's own attention under a dense mask, which reads all of it; on a CPU that is
-the fast path, too, and what the models call. FlexAttention takes such a mask as blocks, and compiles
-for each shape of the tree. `benchmarks/kernels.py` measures the three side by side.
+the fast path, too. FlexAttention takes such a mask as blocks, and compiles for each shape of the
+tree. `benchmarks/kernels.py` measures the three side by side.
+
+Models call `attend`: a cache hangs a `Sight` on the mask of a pass where the kernel may run, and the
+mask that arrives with it at a layer is the very one that the cache made.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
-from ..dispatch import choose
+from ..dispatch import choose, explain, stays
 from . import reference
 
-__all__ = ["tree_attention"]
+__all__ = ["Sight", "attend", "carry", "look", "sight_of", "spread", "tree_attention"]
 
 MAX_CANDIDATES = 64
 MAX_WIDTH = 256
@@ -89,22 +96,151 @@ def tree_attention(
         raise InputError(
             f"open_columns {tuple(open_columns.shape)}: expected [{batch}, P <= {keys.shape[2]}]"
         )
-    given = (queries, keys, values, lengths, ancestors, open_columns)
     factor = width**-0.5 if scale is None else scale
-    if choose("tree_attention", queries, backend, _limit(queries, keys, values)).is_triton:
+    limit = _limit(num, width, queries.dtype) or _gradients(queries, keys, values)
+    if choose("tree_attention", queries, backend, limit).is_triton:
         from . import triton
 
-        return triton.tree_attention(*given, factor)
+        sight = Sight.of(lengths, ancestors, num, open_columns)
+        return triton.tree_attention(queries, keys, values, sight, factor)
+    given = (queries, keys, values, lengths, ancestors, open_columns)
     return reference.tree_attention(*given, factor)
 
 
-def _limit(queries: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    if queries.shape[2] > MAX_CANDIDATES:
-        return f"tree_attention takes at most {MAX_CANDIDATES} candidates, not {queries.shape[2]}"
-    if queries.shape[3] > MAX_WIDTH:
-        return f"tree_attention takes heads of width <= {MAX_WIDTH}, not {queries.shape[3]}"
-    if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"tree_attention takes no {queries.dtype}"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (queries, keys, values)):
+@dataclass(frozen=True)
+class Sight:
+    """What the candidates of a pass look at, packed once for all layers.
+
+    Attributes:
+        lengths: [B] int64, committed length of each row.
+        bits: [B, T] int64, bit u of candidate t set where it looks at candidate u.
+        open_columns: [B, P] int8, 0 where one of the first P slots is padding; None for no padding.
+    """
+
+    lengths: Tensor
+    bits: Tensor
+    open_columns: Tensor | None
+
+    @classmethod
+    def of(
+        cls, lengths: Tensor, ancestors: Tensor | None, num: int, open_columns: Tensor | None
+    ) -> Sight:
+        """Pack arguments of `tree_attention`; `ancestors` None for a chain of `num` candidates."""
+        order = torch.arange(num, device=lengths.device)
+        if ancestors is None:
+            ancestors = order <= order[:, None]
+        bits = (ancestors.expand(len(lengths), num, num).long() << order).sum(-1)
+        padding = None if open_columns is None else open_columns.to(torch.int8).contiguous()
+        return cls(lengths.contiguous(), bits, padding)
+
+    def fits(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether a layer's tensors are those of the pass: some layers cut or widen them first."""
+        rows, _, num, _ = queries.shape
+        return keys.shape == values.shape and len(keys) == rows and self.bits.shape == (rows, num)
+
+
+def look(
+    keys: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor | None,
+    num: int,
+    open_columns: Tensor | None = None,
+) -> Sight | None:
+    """What a cache hangs on the mask of its pass; None where the kernel would not run.
+
+    Args:
+        keys: [..., D], of the cache.
+        lengths: [B] int64.
+        ancestors: [T, T] or [B, T, T] bool; None for a chain.
+        num: T.
+        open_columns: [B, P], see `tree_attention`.
+    """
+    if stays(keys) or torch.compiler.is_compiling():
+        return None
+    if not explain(keys.device, limit=_limit(num, keys.shape[-1], keys.dtype)).is_triton:
+        return None
+    return Sight.of(lengths, ancestors, num, open_columns)
+
+
+def carry(mask: Tensor, sight: Sight | None) -> Tensor:
+    """`mask`, which then leads `attend` to the kernel; as it is without a sight."""
+    if sight is not None:
+        named: Any = mask
+        named.sight = sight
+    return mask
+
+
+def sight_of(mask: Any) -> Sight | None:
+    """What hangs on a mask; None where nothing does."""
+    return getattr(mask, "sight", None)
+
+
+def spread(mask: Tensor, rows: int) -> Tensor:
+    """A mask [R or 1, 1, T, S] for all rows, [rows, 1, T, S], with what hangs on it."""
+    return carry(mask.expand(rows, -1, -1, -1), sight_of(mask))
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of a layer: the kernel where the mask carries a `Sight`, else PyTorch's.
+
+    Without a mask PyTorch's flash attention reads the cache once, in parallel pieces, so that the
+    kernel has nothing to win: one candidate behind rows of one length comes so.
+
+    Args:
+        queries: [B, Hq, T, D].
+        keys: [B, Hkv, S, D], see `tree_attention`.
+        values: [B, Hkv, S, D].
+        mask: [B or 1, 1, T, S] additive or bool; None for everything.
+        is_causal: a causal mask instead.
+        scale: of the scores; None for D ** -0.5.
+
+    Returns:
+        [B, Hq, T, D].
+    """
+    sight = None if torch.compiler.is_compiling() else sight_of(mask)
+    if sight is not None:
+        limit = _gradients(queries, keys, values)
+        if choose("tree_attention", queries, "auto", limit).is_triton:
+            from . import triton
+
+            factor = queries.shape[-1] ** -0.5 if scale is None else scale
+            return triton.tree_attention(queries, keys, values, sight, factor)
+    group = queries.shape[1] // keys.shape[1]
+    if group == 1:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale
+        )
+    # The queries that share a key head become further query positions of that head.
+    rows, heads, num, width = queries.shape
+    if is_causal:
+        mask = torch.ones(num, keys.shape[2], dtype=torch.bool, device=keys.device).tril()
+        mask = mask[None, None]
+    if mask is not None:
+        mask = mask.repeat(1, 1, group, 1)
+    stacked = queries.reshape(rows, keys.shape[1], group * num, width)
+    out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, num, width)
+
+
+def _limit(num: int, width: int, dtype: torch.dtype) -> str | None:
+    if num > MAX_CANDIDATES:
+        return f"tree_attention takes at most {MAX_CANDIDATES} candidates, not {num}"
+    if width > MAX_WIDTH:
+        return f"tree_attention takes heads of width <= {MAX_WIDTH}, not {width}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"tree_attention takes no {dtype}"
+    return None
+
+
+def _gradients(*tensors: Tensor) -> str | None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "tree_attention gives no gradients"
     return None

@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from . import Sight
+
 
 @triton.jit
 def _attend(
     queries, keys, values, lengths, bits, open_columns, partial, log_sums,
-    num, group, width, num_heads, num_open, stretch, num_splits, scale,
+    num, group, width, num_heads, num_slots, num_open, stretch, num_splits, scale,
     q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
     PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +39,8 @@ def _attend(
     seen = tl.load(bits + batch * num + candidate, mask=is_member, other=0)
     length = tl.load(lengths + batch)
     begin = split * stretch
-    end = tl.minimum(begin + stretch, length + num)
+    # A chain may run past the end of the cache: what runs over is not there.
+    end = tl.minimum(begin + stretch, tl.minimum(length + num, num_slots))
 
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -116,9 +122,7 @@ def tree_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    lengths: Tensor,
-    ancestors: Tensor,
-    open_columns: Tensor | None,
+    sight: Sight,
     scale: float,
     num_splits: int | None = None,
 ) -> Tensor:
@@ -143,19 +147,18 @@ def tree_attention(
     stretch = triton.cdiv(columns, splits) * block_n
     splits = triton.cdiv(num_slots, stretch)
 
-    order = torch.arange(num, device=queries.device)
-    bits = (ancestors.expand(batch, num, num).long() << order).sum(-1)
     float32 = {"device": queries.device, "dtype": torch.float32}
     partial = torch.empty(units, splits, members, width, **float32)
     log_sums = torch.empty(units, splits, members, **float32)
     out = torch.empty(queries.shape, device=queries.device, dtype=queries.dtype)
-    padding = bits if open_columns is None else open_columns.to(torch.int8).contiguous()
-    num_open = 0 if open_columns is None else open_columns.shape[1]
+    padding = sight.open_columns
+    num_open = 0 if padding is None else padding.shape[1]
     _attend[(units, tiles, splits)](
-        queries, keys, values, lengths.contiguous(), bits, padding, partial, log_sums,
-        num, group, width, keys.shape[1], num_open, stretch, splits, float(scale),
+        queries, keys, values, sight.lengths, sight.bits, sight.bits if padding is None else padding,
+        partial, log_sums, num, group, width, keys.shape[1], num_slots, num_open, stretch, splits,
+        float(scale),
         *queries.stride(), *keys.stride(), *values.stride(),
-        PADDED=open_columns is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        PADDED=padding is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         num_stages=2, num_warps=num_warps,
     )  # fmt: skip
     _merge[(units, triton.cdiv(members, 16))](

@@ -1,4 +1,5 @@
-"""Acceptance and residual sampling over a window of drafts, one program per position."""
+"""What stays of drafts: acceptance and residual sampling over a window, one program per position, and
+the walk down a chain or a tree, one program per row."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from ...errors import InputError, unknown_name
 from ..dispatch import choose
 from . import reference
 
-__all__ = ["COUPLINGS", "verify", "verify_gumbel"]
+__all__ = ["COUPLINGS", "follow", "verify"]
 
 COUPLINGS = ("maximal", "independent")
 MAX_WINDOW = 1024
+MAX_TREE = 64
 
 
 def verify(
@@ -76,35 +78,48 @@ def verify(
     return reference.verify(*given, coupling)
 
 
-def verify_gumbel(
-    drafts: Tensor, target_logp: Tensor, gumbel: Tensor, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """argmax(log p + g) at every position, final through the first that differs from its draft.
+def follow(
+    drafts: Tensor,
+    choice: Tensor,
+    tree: tuple[Tensor, Tensor, Tensor] | None = None,
+    num_levels: int = 0,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Walk down the drafts as long as they are what was chosen.
 
     Args:
         drafts: [B, m] int64, -1 where a row has none.
-        target_logp: [B, m + 1, V] float32 or float64.
-        gumbel: like `target_logp`, standard Gumbel numbers.
-        backend: see `arvision.kernels.dispatch`.
+        choice: [B, m + 1] int64, the token chosen under each law.
+        tree: of the drafts: which law judges each, how deep it stands, and which are its ancestors
+            (itself included) as bits of one integer, each [m] or [B, m] int64; None for a chain.
+        num_levels: of the tree, at least its largest depth plus one.
+        backend: see `arvision.kernels.dispatch`; Triton takes trees of at most 64 drafts.
 
     Returns:
-        Tokens [B, m + 1] and counts [B], both int64.
+        Tokens [B, m + 1], counts [B] and None for a chain; for a tree tokens [B, levels + 1],
+        counts and the path [B, levels] of the longest way down. `tokens[b, :counts[b]]` and
+        `path[b, :counts[b] - 1]` mean something.
 
     Raises:
-        InputError: shapes or dtypes that do not fit together.
+        InputError: shapes that do not fit together.
     """
-    batch, window = drafts.shape
-    _check_laws(target_logp, batch, window)
-    if gumbel.shape != target_logp.shape or gumbel.dtype != target_logp.dtype:
-        raise InputError(
-            f"gumbel {tuple(gumbel.shape)} {gumbel.dtype}: expected "
-            f"{tuple(target_logp.shape)} {target_logp.dtype}"
-        )
-    if choose("verify", target_logp, backend, _limit(target_logp, window)).is_triton:
+    batch, num = drafts.shape
+    if choice.shape != (batch, num + 1):
+        raise InputError(f"choice {tuple(choice.shape)}: expected [{batch}, {num + 1}]")
+    for name, part in zip(("laws", "depths", "ancestors"), tree or (), strict=False):
+        if part.shape not in ((num,), (batch, num)):
+            raise InputError(f"{name} {tuple(part.shape)}: expected [{num}] or [{batch}, {num}]")
+    limit = None
+    if tree is not None and num > MAX_TREE:
+        limit = f"verify takes trees of at most {MAX_TREE} drafts, not {num}"
+    elif num > MAX_WINDOW:
+        limit = f"verify takes windows of at most {MAX_WINDOW} drafts, not {num}"
+    if choose("verify", drafts, backend, limit).is_triton:
         from . import triton
 
-        return triton.verify_gumbel(drafts, target_logp, gumbel)
-    return reference.verify_gumbel(drafts, target_logp, gumbel)
+        return triton.follow(drafts, choice, tree, num_levels)
+    return reference.follow(drafts, choice, tree, num_levels)
 
 
 def _check_laws(target_logp: Tensor, batch: int, window: int) -> None:

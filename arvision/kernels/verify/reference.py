@@ -39,10 +39,56 @@ def verify(
     return torch.cat([tokens, fresh[:, -1:]], dim=1), counts
 
 
-def verify_gumbel(drafts: Tensor, target_logp: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor]:
-    """See `arvision.kernels.verify.verify_gumbel`."""
-    tokens = (target_logp + gumbel).argmax(-1)
-    return tokens, first_change(drafts, tokens)
+def follow(
+    drafts: Tensor,
+    choice: Tensor,
+    tree: tuple[Tensor, Tensor, Tensor] | None,
+    num_levels: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `arvision.kernels.verify.follow`."""
+    if tree is None:
+        return choice, first_change(drafts, choice), None
+    laws, depths, bits = tree
+    passes = (drafts == choice.gather(1, laws.expand(drafts.shape))) & (drafts >= 0)
+    order = torch.arange(drafts.shape[1], device=drafts.device)
+    ancestors = ((bits[..., None] >> order) & 1) != 0
+    return walk_down(drafts, choice, passes, ancestors, depths, num_levels)
+
+
+def walk_down(
+    drafts: Tensor,
+    choice: Tensor,
+    passes: Tensor,
+    ancestors: Tensor,
+    depths: Tensor,
+    num_levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The longest path of drafts that all pass, and the token chosen where it ends.
+
+    Args:
+        drafts: [B, m].
+        choice: [B, m + 1], the token that follows each place if the path ends there.
+        passes: [B, m] bool.
+        ancestors: [m, m] or [B, m, m] bool, each draft's and itself.
+        depths: [m] or [B, m].
+        num_levels: at least the largest depth plus one.
+    """
+    batch, num = passes.shape
+    if num == 0:
+        return choice, torch.ones_like(choice[:, 0]), choice[:, :0]
+    reached = ~(ancestors & ~passes[:, None]).any(-1)
+    counts, last = ((depths + 1) * reached).max(dim=1)
+    own = ancestors.expand(batch, num, num)
+    on_path = own[torch.arange(batch, device=last.device), last] & (counts > 0)[:, None]
+    # The places of a path, in order, are the ancestors of its last one, sorted by depth.
+    path = choice.new_zeros(batch, num_levels + 1)
+    depth = torch.where(on_path, depths, num_levels)
+    path.scatter_(1, depth, torch.arange(num, device=depth.device).expand_as(depth))
+    path = path[:, :num_levels]
+    end = torch.where(counts > 0, last + 1, 0)[:, None]
+    tokens = torch.cat([drafts.gather(1, path), choice[:, :1]], dim=1)
+    tokens = tokens.scatter(1, counts[:, None], choice.gather(1, end))
+    return tokens, counts + 1, path
 
 
 def log_ratio(drafts: Tensor, draft_logp: Tensor, target_logp: Tensor) -> Tensor:

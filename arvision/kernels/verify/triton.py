@@ -83,23 +83,6 @@ def _settle(
 
 
 @triton.jit
-def _argmax(logp, gumbel, tokens, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    law = tl.program_id(0).to(tl.int64)
-    best = tl.full([], float("-inf"), DTYPE)
-    index = tl.zeros([], tl.int64)
-    for start in range(0, size, BLOCK):
-        token = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = token < size
-        score = tl.load(logp + law * size + token, mask=inside, other=float("-inf"))
-        score += tl.load(gumbel + law * size + token, mask=inside, other=0.0)
-        top = tl.max(score, 0)
-        first = tl.min(tl.where(score == top, token, 1 << 40), 0)
-        index = tl.where(top > best, first, index)
-        best = tl.maximum(top, best)
-    tl.store(tokens + law, index)
-
-
-@triton.jit
 def _count(drafts, tokens, counts, window, BLOCK_M: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -107,6 +90,37 @@ def _count(drafts, tokens, counts, window, BLOCK_M: tl.constexpr):
     token = tl.load(tokens + row * (window + 1) + at, mask=at < window, other=-2)
     changed_at = tl.where(draft == token, BLOCK_M, at)
     tl.store(counts + row, tl.minimum(tl.min(changed_at, 0), window) + 1)
+
+
+@triton.jit
+def _walk(
+    drafts, choice, laws, depths, bits, tokens, path, counts,
+    num, levels, l_b, d_b, a_b, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    node = tl.arange(0, BLOCK_M).to(tl.int64)
+    is_node = node < num
+    draft = tl.load(drafts + row * num + node, mask=is_node, other=-1)
+    law = tl.load(laws + row * l_b + node, mask=is_node, other=0)
+    depth = tl.load(depths + row * d_b + node, mask=is_node, other=0)
+    above = tl.load(bits + row * a_b + node, mask=is_node, other=0)
+    token = tl.load(choice + row * (num + 1) + law, mask=is_node, other=-2)
+    passes = (draft == token) & (draft >= 0) & is_node
+    one = tl.full([BLOCK_M], 1, tl.int64)
+    # Bits of different drafts: a sum sets them, and may wrap into the sign.
+    passed = tl.sum(tl.where(passes, one << node, 0), 0)
+    reached = passes & ((above & passed) == above)
+    length = tl.where(reached, depth + 1, 0)
+    count = tl.max(length, 0)
+    last = tl.min(tl.where(length == count, node, BLOCK_M), 0)
+    is_last = (node == last) & (count > 0)
+    chain = tl.sum(tl.where(is_last, above, 0), 0)
+    on_path = ((chain >> node) & 1) != 0
+    bonus = tl.load(choice + row * (num + 1) + tl.where(count > 0, last + 1, 0))
+    tl.store(path + row * levels + depth, node, mask=on_path)
+    tl.store(tokens + row * (levels + 1) + depth, draft, mask=on_path)
+    tl.store(tokens + row * (levels + 1) + count, bonus)
+    tl.store(counts + row, count + 1)
 
 
 def verify(
@@ -135,19 +149,33 @@ def verify(
     return tokens, counts
 
 
-def verify_gumbel(drafts: Tensor, target_logp: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor]:
-    """See `arvision.kernels.verify.verify_gumbel`."""
-    tokens, counts = _results(drafts)
-    batch, window = drafts.shape
+def follow(
+    drafts: Tensor,
+    choice: Tensor,
+    tree: tuple[Tensor, Tensor, Tensor] | None,
+    num_levels: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `arvision.kernels.verify.follow`."""
+    batch, num = drafts.shape
+    counts = torch.empty(batch, dtype=torch.int64, device=drafts.device)
+    drafts, choice = drafts.contiguous(), choice.contiguous()
+    if tree is None:
+        if batch:
+            block_m = triton.next_power_of_2(num + 1)
+            _count[(batch,)](drafts, choice, counts, num, BLOCK_M=block_m)
+        return choice, counts, None
+    if num == 0:
+        return choice, counts.fill_(1), choice[:, :0]
+    tokens = choice.new_zeros(batch, num_levels + 1)
+    path = choice.new_zeros(batch, num_levels)
+    parts = [part.contiguous() for part in tree]
+    strides = [num if part.dim() == 2 else 0 for part in parts]
     if batch:
-        dtype = tl.float64 if target_logp.dtype == torch.float64 else tl.float32
-        _argmax[(batch * (window + 1),)](
-            target_logp.contiguous(), gumbel.contiguous(), tokens, target_logp.shape[2],
-            DTYPE=dtype, BLOCK=_block(target_logp),
+        _walk[(batch,)](
+            drafts, choice, *parts, tokens, path, counts, num, num_levels, *strides,
+            BLOCK_M=max(2, triton.next_power_of_2(num)), num_warps=2,
         )  # fmt: skip
-        block_m = triton.next_power_of_2(window + 1)
-        _count[(batch,)](drafts.contiguous(), tokens, counts, window, BLOCK_M=block_m)
-    return tokens, counts
+    return tokens, counts, path
 
 
 def _block(logp: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...kernels.linear import Linear
+from ...kernels.tree_attention import attend
 from ...networks import Entered, entry, place_of
 from ...schema import Layers, Positive, Side, Size
 from ..network import Network
@@ -98,29 +99,8 @@ class Attention(nn.Module):
         v = v.view(rows, num, groups, dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        if groups == heads:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        else:
-            out = _grouped_attention(q, k, v, mask, is_causal)
+        out = attend(q, k, v, mask, is_causal=is_causal)
         return self.wo(out.transpose(1, 2).reshape(rows, num, heads * dim))
-
-
-def _grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """Attention of [R, H, T, D] queries to [R, G, S, D] keys, G < H, without repeating the keys.
-
-    The H/G queries that share a key head become further query positions of that head.
-    """
-    rows, heads, num, dim = q.shape
-    groups = k.shape[1]
-    if is_causal:
-        mask = torch.ones(num, k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        mask = mask.repeat(1, 1, heads // groups, 1)
-    q = q.reshape(rows, groups, heads // groups * num, dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.reshape(rows, heads, num, dim)
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...contracts import Conditions
 from ...decoding.logits import check_guidance_scale
+from ...decoding.transformers_attention import kernels_in
 from ...decoding.transformers_cache import CacheView
 from ...errors import InputError, check_count
 from ...networks import compiled_like
@@ -194,13 +195,14 @@ class TransformersImageModel:
         self, inputs: dict[str, Any], positions: Tensor, mask: Tensor, cache: CacheView
     ) -> Tensor:
         """Hidden states [R, S, C]; positions [A, R, S], mask [R, 1, S, ...]."""
-        return self._called_body(
-            **inputs,
-            position_ids=positions if len(positions) > 1 else positions[0],
-            attention_mask=mask,
-            cache=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with kernels_in(self.base, self._called_body, mask):
+            return self._called_body(
+                **inputs,
+                position_ids=positions if len(positions) > 1 else positions[0],
+                attention_mask=mask,
+                cache=cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""

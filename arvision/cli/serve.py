@@ -1,0 +1,72 @@
+"""`arvision serve`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+EPILOG = """Examples:
+
+arvision serve --model llamagen-fashion
+
+curl -s http://127.0.0.1:8000/v1/images/generations -H "Content-Type: application/json" -d '{"prompt": "sneaker", "seed": 7}'
+
+arvision serve --model zai-org/GLM-Image --port 30001
+
+ARVISION_TOKEN=secret arvision serve --model ./janus --host 0.0.0.0 --batch 32 --queue 256
+
+SIGTERM and Ctrl+C draw what was ordered, take nothing new, and end. For many GPUs see docs/serving.md.
+"""
+
+TOKEN = "ARVISION_TOKEN"
+"""Environment variable of the bearer token, which a command line would show to everybody."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve", epilog=EPILOG)(serve)
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 for all of the machine's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Of the model in requests.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at a time, at most.")] = 16,
+    queue: Annotated[int, typer.Option(help="Pictures that wait, at most.")] = 128,
+    images: Annotated[int, typer.Option(help="Pictures of a request, at most.")] = 10,
+    prompt_length: Annotated[int, typer.Option(help="Characters of a prompt, at most.")] = 4000,
+    timeout: Annotated[float, typer.Option(help="Seconds of a request, at most.")] = 300.0,
+    batching: Annotated[
+        str, typer.Option(help="auto, continuous (nothing else), or arrival.")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+) -> None:
+    """Serve a model over HTTP; ARVISION_TOKEN in the environment asks requests for that token."""
+    from .. import load
+    from ..errors import InputError
+    from ..folders import parse_device, parse_dtype
+    from ..serving import Limits, Studio
+    from ..serving.server import listen, run
+
+    limits = Limits(
+        batch=batch,
+        queue=queue,
+        images=images,
+        prompt=prompt_length,
+        timeout=timeout,
+        batching=batching,
+    )
+    token = os.environ.get(TOKEN)
+    if token is not None and not token.strip():
+        raise InputError(f"{TOKEN} is empty: expected a token, or no such variable")
+    # A port in use is told before anything is loaded.
+    socket = listen(host, port)
+    place = parse_device(device)
+    pipe = load(model, device=place, dtype=parse_dtype(dtype, place))
+    run(Studio(pipe, name or model, limits), socket, token)
