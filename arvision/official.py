@@ -95,7 +95,7 @@ def _llamagen(pipe: ARPipeline) -> Draw:
         num = num or pipe.model.num_tokens
         laws = {name: settings.get(name, plain) for name, plain in LAWS.items()}
         generate(network, ids, num, cfg_scale=settings["guidance_scale"], **laws)
-        return num
+        return num - 1  # the first token comes with the prompt
 
     return draw
 

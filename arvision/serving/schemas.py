@@ -69,7 +69,9 @@ class GenerateBody(BaseModel):
 
     input_ids: Ids | Annotated[list[Ids], Field(min_length=1, max_length=256)]
     image_data: list[ImageData] | Annotated[list[list[ImageData]], Field(max_length=256)]
-    sampling_params: SamplingParams | list[SamplingParams] = Field(default_factory=lambda: SamplingParams())
+    sampling_params: SamplingParams | list[SamplingParams] = Field(
+        default_factory=lambda: SamplingParams()
+    )
 
 
 def error_body(
