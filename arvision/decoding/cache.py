@@ -151,6 +151,11 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
+    def begin_unmasked(self, num: int) -> None:
+        """Make room for the first `num` positions of all rows, whose mask the caller has."""
+        self._num, self._is_chain, self._slots = num, True, None
+        self._first, self._end = 0, num
+
     def begin_fixed(self, slots: Tensor, visible: int) -> Tensor:
         """Make room for chains at slots that only the device knows; nothing is read back.
 
