@@ -42,8 +42,9 @@ Schedule: TypeAlias = float | Sequence[float]
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
-"accepted" (tokens that the pass made final, of each image that took part)}; the token loop adds
-"tokens" [B, N] and "lengths" [B]. A true answer stops the run."""
+"accepted" (tokens that the pass made final, of each image that took part), "drawn" (a function: all
+tokens so far and which are final, [B, N, ...] and [B, N])}; the token loop adds "tokens" [B, N] and
+"lengths" [B]. A true answer stops the run."""
 
 
 class Stats(dict[str, Any]):
@@ -124,6 +125,27 @@ class Advances(Protocol):
 
 
 @runtime_checkable
+class AdvancesAlong(Protocol):
+    """A state that takes trees and paths of the loop's own making without asking its device."""
+
+    def extend_along(self, tokens: Tensor, tree: Any) -> Tensor:
+        """`TokenState.extend`, which does not look for bad numbers or parents either.
+
+        Args:
+            tokens: [B, T].
+            tree: `Topology` of the candidates, None for a chain.
+        """
+        ...
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep candidates `path[b, :counts[b]]` ([B, K] and [B] int64) and forget the rest.
+
+        `given` are the counts on the host.
+        """
+        ...
+
+
+@runtime_checkable
 class TakesFixedChains(Protocol):
     """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
 
@@ -181,7 +203,8 @@ class FeedsAnywhere(Protocol):
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Guided logits [B, T, V] of what follows tokens [B, T] at positions [B, T].
 
-        Row t is the law of position `positions[b, t] + 1`. What is fed stays where it is until the
+        `positions` lie on the host or where the tokens are. Row t is the law of position
+        `positions[b, t] + 1`. What is fed stays where it is until the
         position is fed again; candidate t looks at the conditions, at itself, and at the positions
         that `visible` [B, T, N] marks (fed earlier, or in the same call), so the caller alone says
         what counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or
@@ -212,6 +235,15 @@ class Encodes(Protocol):
 
     def tokens_of(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to the tokens of all images, as `decode` takes them."""
+        ...
+
+
+@runtime_checkable
+class DecodesPart(Protocol):
+    """A model that makes pictures of tokens of which some are not drawn yet."""
+
+    def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:
+        """Tokens [B, N, ...], final where `is_final` [B, N], to pixels [B, 3, H, W], about [-1, 1]."""
         ...
 
 
@@ -246,7 +278,7 @@ class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
     A state may offer more, which samplers use where it exists: `DropsRows`, `TakesRows`, `Advances`,
-    `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
+    `AdvancesAlong`, `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
     `TellsCost`, `TellsCalibration`.
     """
 

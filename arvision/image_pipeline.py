@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .contracts import Schedule
+from .editing import read_edit
 from .errors import InputError, unknown_name
 from .inputs import as_prompts, check_images
 from .models import Chameleon, Emu3, GlmImage, ImagePrompt, Janus, TransformersImageModel
@@ -18,6 +19,7 @@ from .models.transformers_image import emu3
 from .models.transformers_image.network import base_of
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
+from .schema import Side
 
 FAMILIES: dict[str, type[TransformersImageModel]] = {
     str(family.network_class): family for family in (Chameleon, Emu3, GlmImage, Janus)
@@ -87,7 +89,7 @@ class ImageModelPipeline(ARPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         negative_prompt: str | None = None,
-        num_threads: int | None = None,
+        num_threads: Side | None = None,
         draft: str | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)
@@ -195,6 +197,9 @@ class ImageModelPipeline(ARPipeline):
         width: int | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
+        mask_image: Any = None,
+        known_tokens: Any = None,
+        blend: bool = False,
         num_images_per_prompt: int = 1,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -210,7 +215,11 @@ class ImageModelPipeline(ARPipeline):
             negative_prompt: what guidance leads away from, one for all prompts or one each; "" for
                 none.
             image: source images: for one prompt a picture or a list, for more a list with a picture
-                or a list for each.
+                or a list for each. With `mask_image` it is the picture to edit, see
+                `ARPipeline.__call__`.
+            mask_image: white is redrawn, black is kept; see there.
+            known_tokens: tokens that are kept, -1 where one is drawn; see there.
+            blend: paste what is redrawn into the image; see there.
             num_images_per_prompt: images of each prompt.
             temperature: None for the sampler's own value.
             top_k: likewise.
@@ -221,13 +230,23 @@ class ImageModelPipeline(ARPipeline):
             InputError: any argument out of range, or that the model does not know, before it is
                 called.
         """
-        prompts = self._prompts(prompt, negative_prompt, image, call.get("guidance_scale"))
+        sources = image if mask_image is None else None
+        prompts = self._prompts(prompt, negative_prompt, sources, call.get("guidance_scale"))
         num_sources = max(len(one.images) for one in prompts)
         num = check_images(len(prompts), num_images_per_prompt)
         conditions = [one for one in prompts for _ in range(num)]
         model = self.model.at_size(height, width, num_sources)
         law = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return self._draw(model, conditions, law=law, **call)
+        edit = read_edit(
+            model,
+            len(prompts),
+            len(conditions),
+            image=None if mask_image is None else image,
+            mask_image=mask_image,
+            known_tokens=known_tokens,
+            blend=blend,
+        )
+        return self._draw(model, conditions, law=law, edit=edit, **call)
 
     def _prompts(
         self, prompt: Any, negative: Any, image: Any, guidance_scale: Any

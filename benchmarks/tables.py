@@ -199,15 +199,18 @@ def text_table(record: dict[str, Any]) -> str:
 
 def systems_table(record: dict[str, Any]) -> str:
     """Every text-side system: where it lives, tokens per pass by kind of prompt, lossless or not."""
-    kinds = list(next(iter(record["systems"].values())))
+    kinds = [k for k in next(iter(record["systems"].values())) if k != "milliseconds"]
     lines = [
-        f"| system | where | tokens per pass: {' / '.join(kinds)} | lossless |",
-        "| --- | --- | --- | --- |",
+        f"| system | where | tokens per pass: {' / '.join(kinds)} | ms per token | lossless |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for system, where, name, is_lossless in TABLE:
         found = record["systems"].get(name)
-        cells = "for images" if found is None else " / ".join(f"{found[k]:.2f}" for k in kinds)
-        lines.append(f"| {system} | {where} | {cells} | {is_lossless} |")
+        missing = "for images" if name is None else "not measured"
+        cells = missing if found is None else " / ".join(f"{found[k]:.2f}" for k in kinds)
+        spent = (found or {}).get("milliseconds")
+        time = "" if spent is None else f"{spent:.0f}"
+        lines.append(f"| {system} | {where} | {cells} | {time} | {is_lossless} |")
     return (
         "\n".join(lines)
         + f"\n\n{record['per_kind']} prompts of each kind, {record['tokens']} tokens "

@@ -1,13 +1,14 @@
-"""What does every text-side system give on a real language model? Tokens per pass, no times.
+"""What does every text-side system give on a real language model? Tokens per pass, and time per token.
 
 pip install -e ".[bench]"; python -m benchmarks.text_systems [--tokens 40] [--per-kind 2] [--runs runs/text-systems]
 python -m benchmarks.text_systems --tokens 128 --per-kind 8 --kinds chat --only token_recycling     prints alone
+python -m benchmarks.text_systems --only suffix          puts one row into the record, if its sizes are the record's
 
 SmolLM2-135M-Instruct, batch 1, prompts of each kind of `benchmarks.text_prompts`. What needs training
 is fitted first by `arvision.training` on the model's own answers to prompts that are not measured
-(settings below; small on purpose: minutes on two cores), and kept in --runs, so that a second call only
-measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
-pass are over all prompts of a kind, the pass that reads the prompt left out.
+(settings below; small on purpose: minutes on two cores) when it is first asked for, and kept in --runs, so that
+a second call only measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
+pass are over all prompts of a kind, the pass that reads the prompt left out; time is per token, over all prompts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
 
-from .common import save
+from .common import load, save
 from .text import model_file
 from .text_prompts import PROMPTS
 
@@ -51,6 +53,7 @@ FITS: dict[str, dict[str, Any]] = {
     "hydra": {"steps": 250, "batch_size": 128},
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
+    "eagle3": {"steps": 250},
     "ppd": {},
     "hidden_transfer": {},
     "model": {},
@@ -70,6 +73,7 @@ CAPITALS = (
 
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
+    ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
@@ -98,6 +102,7 @@ TABLE = (
         "nested_exit",
         "yes",
     ),
+    ("EAGLE-3", "`train-draft --kind eagle3`", "eagle3", "yes"),
     ("Medusa", "`train-draft --kind medusa`", "medusa", "yes"),
     ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),
     ("Clover", "`train-draft --kind clover`", "clover", "yes"),
@@ -161,9 +166,12 @@ TABLE = (
 """System, where it lives, its name in the record (None where it does not run on text), lossless."""
 
 
-def fit_all(runs: Path) -> None:
-    """Fit what is not in `runs` yet; the answers are made once."""
-    runs.mkdir(parents=True, exist_ok=True)
+def fitted(runs: Path, kind: str) -> Path:
+    """The folder of a draft of some kind, fitted if that was not done yet; answers are made once."""
+    out = runs / kind
+    if (out / "fitted.json").exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
     prompts, marked = runs / "prompts.txt", runs / "marked.jsonl"
     asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
     prompts.write_text("\n".join(asked))
@@ -174,42 +182,41 @@ def fit_all(runs: Path) -> None:
             lines.append(ask | {"answer": reply.format(country, right)})
             lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
     marked.write_text("\n".join(map(json.dumps, lines)))
-    for kind, settings in FITS.items():
-        out = runs / kind
-        if (out / "fitted.json").exists():
-            continue
-        out.mkdir(exist_ok=True)
-        if kind != "judge" and (runs / "answers.json").exists():
-            shutil.copy(runs / "answers.json", out / "answers.json")
-        source = marked if kind == "judge" else prompts
-        figures = fit_draft(
-            str(model_file()),
-            source,
-            out,
-            kind,
-            answer_tokens=64,
-            dtype=torch.bfloat16,
-            progress=False,
-            **settings,
-        )
-        if (out / "answers.json").exists():
-            shutil.copy(out / "answers.json", runs / "answers.json")
-        (out / "fitted.json").write_text(json.dumps(figures))
-        print("fitted", kind, figures, flush=True)
+    if kind != "judge" and (runs / "answers.json").exists():
+        shutil.copy(runs / "answers.json", out / "answers.json")
+    figures = fit_draft(
+        str(model_file()),
+        marked if kind == "judge" else prompts,
+        out,
+        kind,
+        answer_tokens=None if kind == "judge" else 64,
+        dtype=torch.bfloat16,
+        progress=False,
+        **FITS[kind],
+    )
+    if (out / "answers.json").exists():
+        shutil.copy(out / "answers.json", runs / "answers.json")
+    (out / "fitted.json").write_text(json.dumps(figures))
+    print("fitted", kind, figures, flush=True)
+    return out
 
 
 def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name to the arguments of `generate`, made anew for each prompt."""
-    draft = as_draft(str(runs / "model"), tokens, "cpu", torch.float32)
+
+    @cache
+    def draft() -> Any:
+        return as_draft(str(fitted(runs, "model")), tokens, "cpu", torch.float32)
 
     def tree(expansion: str, **options: Any) -> DraftTree:
-        return DraftTree(draft, expansion=expansion, **options)
+        return DraftTree(draft(), expansion=expansion, **options)
 
     chain = {"branching": (1, 1, 1, 1)}
     greedy = {
         name: lambda name=name: {"drafter": name}
         for name in (
             "prompt_lookup",
+            "suffix",
             "input_copy",
             "trigram",
             "token_recycling",
@@ -223,13 +230,14 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     pseudo = {
         kind: lambda kind=kind: {
             "drafter": "pseudo",
-            "drafter_options": {"module": str(runs / kind)},
+            "drafter_options": {"module": str(fitted(runs, kind))},
         }
         for kind in ("ppd", "hidden_transfer")
     }
 
     def heads(kind: str, **options: Any) -> dict[str, Any]:
-        return {"drafter": "heads", "drafter_options": {"heads": str(runs / kind), **options}}
+        folder = str(fitted(runs, kind))
+        return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
 
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
@@ -238,6 +246,10 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         **greedy,
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
         **pseudo,
+        "eagle3": lambda: {
+            "drafter": "eagle3",
+            "drafter_options": {"head": str(fitted(runs, "eagle3"))},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
@@ -249,7 +261,7 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "judge": lambda: {
             "drafter": tree("chain"),
             "rule": "judge",
-            "rule_options": {"head": runs / "judge"},
+            "rule_options": {"head": fitted(runs, "judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
         "chain rule": lambda: drawn("independent", "independent", **chain),
@@ -270,7 +282,7 @@ def measure(
     for name, arguments in systems(runs, tokens).items():
         if only and name not in only:
             continue
-        row = {}
+        row, seconds, total = {}, 0.0, 0
         for kind in kinds:
             made = passes = 0
             for message in PROMPTS[kind][:per_kind]:
@@ -283,9 +295,10 @@ def measure(
                     **arguments(),
                 )
                 made, passes = made + out.stats.tokens - 1, passes + out.stats.forward_passes
+                seconds, total = seconds + out.stats.seconds, total + out.stats.tokens
             row[kind] = made / max(1, passes)
-        rows[name] = row
-        print(name, {kind: round(value, 2) for kind, value in row.items()}, flush=True)
+        rows[name] = row | {"milliseconds": 1e3 * seconds / max(1, total)}
+        print(name, {kind: round(value, 2) for kind, value in rows[name].items()}, flush=True)
     return rows
 
 
@@ -299,11 +312,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fit_all(options.runs)
     sizes = {"tokens": options.tokens, "per_kind": options.per_kind}
     rows = measure(options.runs, **sizes, kinds=options.kinds, only=options.only)
-    if not options.only and options.kinds == list(PROMPTS):
-        save("text_systems", sizes | {"systems": rows})
+    record = load("text_systems")
+    if options.kinds == list(PROMPTS) and (not options.only or sizes.items() <= record.items()):
+        kept = record.get("environments", {}), record["systems"] if options.only else {}
+        found = sizes | {"environments": kept[0], "systems": kept[1] | rows}
+        save("text_systems", found, parts=rows)
 
 
 if __name__ == "__main__":

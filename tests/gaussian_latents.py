@@ -93,7 +93,7 @@ class GaussianState:
         places = self.order[:, int(self.lengths[0]) :][:, :count]
         self.known = self.known.scatter(1, places, True)
         where = places[..., None].expand_as(latents)
-        self.latents = self.latents.double().scatter(1, where, latents)
+        self.latents = self.latents.double().scatter(1, where, latents.double())
         self.lengths = self.lengths + count
 
 

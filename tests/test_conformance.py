@@ -7,6 +7,7 @@ import torch
 
 import arvision
 from arvision import InputError, get_sampler
+from arvision.decoding.noise import Noise
 from arvision.testing import tiny_llamagen
 
 TOKEN_SAMPLERS = [str(name) for name in arvision.list_samplers() if name.drives == "token"]
@@ -118,3 +119,28 @@ def test_stopping_from_the_callback(model):
     out = get_sampler("ar")(model, [0], seeds=[0], on_step=lambda step, figures: step == 4)
     assert out.stats.forward_passes == 4
     assert out.tokens[0, 5:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*TOKEN_SAMPLERS, "sjd:tree=drift", "sjd:tree=static:coupling=maximal", "sjd:init=above"],
+)
+def test_every_number_of_a_run_is_that_of_its_position(model, name, monkeypatch):
+    """What a run keeps of its noise is forgotten on the way: nothing may ask for it later."""
+    asked = []
+    kept = Noise.gumbel
+
+    def checked(self, positions, num, dtype=torch.float64):
+        found = kept(self, positions, num, dtype)
+        alone = kept(Noise(self._words[:, [0, 2]].tolist()), positions, num, dtype)
+        asked.append(torch.equal(found, alone))
+        return found
+
+    monkeypatch.setattr(Noise, "gumbel", checked)
+    for window in (3, 16):
+        sampler = make(name, model)
+        if isinstance(sampler.config.get("window"), int):
+            sampler = sampler.with_options(window=window)
+        sampler(model, [0, 1, 2, 0], seeds=[(9, k) for k in range(4)], guidance_scale=3.0)
+    assert all(asked)
+    assert asked or name in ("gsd", "lantern", "sjd:tree=static:coupling=maximal")

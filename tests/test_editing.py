@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gaussian_latents import GaussianModel
 from PIL import Image
+from tiny_pipelines import tiny
 
 from arvision import InputError, get_sampler
 from arvision.contracts import Samples
 from arvision.decoding.given import Given
 from arvision.decoding.logits import Shaping
-from arvision.testing import DroppingTableModel, TableModel, law_p_value, tiny_llamagen
+from arvision.testing import (
+    DroppingTableModel,
+    ScaleTable,
+    TableModel,
+    law_p_value,
+    tiny_llamagen,
+)
 
 SEEDS = [(5, 0), (5, 1), (5, 2)]
 
@@ -260,3 +268,120 @@ def test_the_command_edits_a_picture_that_it_wrote(tmp_path, cli):
     done = cli(*edit)
     assert done.returncode == 2
     assert "mask_image of 20x20 pixels: expected 32x32" in done.stderr
+
+
+def known_law(model: ScaleTable, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The law of all tokens of a scale model after given ones, [V^N], see `ScaleTable.joint`."""
+    law, done = torch.ones(1, dtype=torch.float64), 0
+    for table in model.tables:
+        laws = Shaping()(table).exp().flatten(1, -2)
+        for place in range(laws.shape[1]):
+            own = laws[:, place]
+            if mask[done + place]:
+                point = torch.nn.functional.one_hot(values[done + place], model.vocab_size)
+                own = point.double().expand_as(own)
+            law = (law[:, None] * own.repeat_interleave(len(law) // len(laws), dim=0)).flatten()
+        done += laws.shape[1]
+    return law
+
+
+@pytest.mark.parametrize("name", ["ar", "code"])
+def test_scales_follow_the_law_after_given_tokens(name):
+    num, model = 6000, ScaleTable(vocab_size=3, scales=(1, 2), seed=2)
+    sampler = get_sampler("ar")
+    if name == "code":  # its first scale is another model's: given here, it is nobody's
+        sampler = get_sampler("code", draft=ScaleTable(vocab_size=3, scales=(1, 2)), draft_scales=1)
+    values = torch.tensor([2, 0, 1, 1, 2])
+    for mask in ([1, 0, 1, 0, 0], [1, 0, 0, 0, 0], *([[0, 1, 0, 0, 1]] if name == "ar" else [])):
+        given = Given(values.expand(num, -1), torch.tensor(mask).bool().expand(num, -1))
+        seeds = [(4, image) for image in range(num)]
+        out = sampler(model, [None] * num, seeds=seeds, guidance_scale=1.0, given=given)
+        law = known_law(model, values, torch.tensor(mask))
+        assert law_p_value(model.number(out.tokens), law) > 1e-3 / 5
+        assert out.stats.forward_passes == 2 - mask[0]
+
+
+@pytest.mark.parametrize("name", ["ar", "ar:num_iter=2", "csjd", "cspd"])
+def test_latents_follow_the_law_given_others_anywhere(name):
+    """Latent i is normal around the mean plus `pull` times the sum of what is known."""
+    num, pull = 4000, 0.5
+    model: Any = GaussianModel(0.3, 0.7, num_tokens=3, pull=pull)
+    options: dict[str, Any] = {"last_noise": True} if name.startswith("ar") else {"window": 2}
+    if name == "cspd":
+        draft: Any = GaussianModel(0.1, 0.8, num_tokens=3, pull=pull)
+        options = {"draft": draft, "criterion": "trajectory", "context": "batched", "max_draft": 2}
+    sampler = get_sampler(name, **options)
+    values = torch.tensor([[0.0], [0.0], [2.0]])
+    mask = torch.tensor([False, False, True])
+    given = Given(values.expand(num, -1, -1), mask.expand(num, -1))
+    seeds = [(9, image) for image in range(num)]
+    out = sampler(model, [None] * num, seeds=seeds, guidance_scale=1.0, given=given)
+    assert bool((out.tokens[:, 2] == 2).all())
+    drawn = out.tokens[:, :2, 0].double()
+    # Each of the two is first in half of the images; the mean of both together is known exactly.
+    first = 0.3 + pull * 2.0
+    expected = (first + (first + pull * first)) / 2 if ":" not in name else first
+    spread = float(drawn.mean(1).std()) / num**0.5
+    assert abs(float(drawn.mean()) - expected) < 4 * spread
+    assert abs(float(drawn.mean()) - (0.3 + 0.15 / 2)) > 20 * spread  # a blind draw's
+    assert out.stats.forward_passes <= (1 if ":" in name else 2) + (name in ("csjd", "cspd"))
+
+
+@pytest.mark.parametrize("family", ["var", "infinity", "mar", "nextstep"])
+def test_other_families_edit_pictures(family):
+    pipe, prompt = tiny(family)
+    model = pipe.model
+    height, width = model.picture_size
+    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(height, width)
+    rows = model.grid[0] if family in ("mar", "nextstep") else 4
+    mask[rows // 2 * height // rows :] = 1
+    call: dict[str, Any] = {"image": pixels, "mask_image": mask, "seed": 1}
+    out = pipe(prompt, num_images_per_prompt=2, output_type="latent", **call)
+    tokens = model.tokens_of(pixels[None])
+    if family in ("mar", "nextstep"):
+        kept = slice(0, rows // 2 * model.grid[1])
+        assert torch.equal(out.tokens[:, kept], tokens[:, kept].expand(2, -1, -1))
+        assert out.stats.forward_passes == model.num_tokens - kept.stop
+    else:
+        first, second = pipe(prompt, **call, known_scales=2), out
+        assert torch.equal(first.tokens[:, :5], tokens[:, :5])
+        assert first.stats.forward_passes == len(model.scales) - 2
+        fine = model.num_tokens - 16  # the first half of the last scale, and the upper half of it
+        assert torch.equal(
+            second.tokens[:, fine : fine + 8],
+            tokens[:, fine : fine + 8].expand_as(second.tokens[:, fine : fine + 8]),
+        )
+        whole = pipe(prompt, seed=1)
+        again = pipe(prompt, seed=1, known_tokens=whole.tokens[0, :5])
+        assert torch.equal(again.tokens, whole.tokens)
+        with pytest.raises(InputError, match="expected an integer from 1 to"):
+            pipe(prompt, image=pixels, known_scales=len(model.scales), seed=0)
+
+
+def test_a_beginning_of_latents_is_continued():
+    pipe, prompt = tiny("nextstep")
+    whole = pipe(prompt, seed=1, output_type="latent")
+    begin = whole.tokens[0, :4]
+    for name in ("ar", "csjd:criterion=tolerance:tolerance=0"):
+        again = pipe(
+            prompt, seed=1, known_tokens=begin, sampler=get_sampler(name), output_type="latent"
+        )
+        torch.testing.assert_close(again.tokens, whole.tokens, atol=1e-4, rtol=1e-4)
+    holes = whole.tokens[0].clone()
+    holes[2:5] = holes[-2] = float("nan")
+    again = pipe(prompt, seed=1, known_tokens=holes, output_type="latent")
+    torch.testing.assert_close(again.tokens, whole.tokens, atol=1e-4, rtol=1e-4)
+    assert again.stats.forward_passes == 4
+    with pytest.raises(InputError, match="keeps a beginning only"):
+        pipe(prompt, seed=1, known_tokens=holes, sampler=get_sampler("csjd"))
+
+
+def test_masks_of_other_sizes_are_drawn_in_parts_where_latents_have_no_order():
+    pipe, prompt = tiny("mar")
+    pixels, masks = torch.zeros(3, 6, 6), torch.zeros(2, 6, 6)
+    masks[0, 2:], masks[1, 4:] = 1, 1
+    both = pipe([prompt] * 2, image=pixels, mask_image=list(masks), seed=3, output_type="latent")
+    assert both.stats.given == [3, 6]
+    alone = pipe(prompt, image=pixels, mask_image=masks[1], seed=[(3, 1)], output_type="latent")
+    torch.testing.assert_close(alone.tokens[0], both.tokens[1])

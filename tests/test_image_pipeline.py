@@ -204,7 +204,7 @@ def test_bad_calls_are_one_line_before_any_pass(name, prompt, call, message, pip
 def test_other_pipelines_say_what_they_do_not_take(tiny_pipeline):
     with pytest.raises(InputError, match="height 64: this model takes none"):
         arvision.sample(tiny_pipeline, 1, height=64)
-    with pytest.raises(InputError, match="image 'Image': this model takes none"):
+    with pytest.raises(InputError, match="image without mask_image: expected a mask"):
         arvision.sample(tiny_pipeline, 1, image=Image.new("RGB", (8, 8)))
 
 
@@ -259,6 +259,19 @@ def test_what_is_missing_is_told_before_any_pass(folders, tmp_path):
     assert given("a cat", seed=0, progress=False).images[0].mode == "RGB"
     for name in ("processor_config.json", "preprocessor_config.json"):
         (folder / name).unlink(missing_ok=True)
+    written = given("a cat", seed=0, output_type="latent", progress=False).tokens
+    # A tokenizer alone writes the same, and reads no pictures.
+    bare = arvision.load(folder, device="cpu", grids=[(4, 4)])
+    assert torch.equal(bare("a cat", seed=0, output_type="latent", progress=False).tokens, written)
+    with pytest.raises(InputError, match="this model has no processor but a tokenizer"):
+        bare("a cat", seed=0, output_type="latent", image=Image.new("RGB", (32, 32)))
+    bare.save_pretrained(folder / "saved")
+    again = arvision.load(folder / "saved", device="cpu")
+    assert torch.equal(again("a cat", seed=0, output_type="latent", progress=False).tokens, written)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    held = arvision.load(folder, device="cpu", grids=[(4, 4)], processor=bare.processor)
+    assert torch.equal(held("a cat", seed=0, output_type="latent", progress=False).tokens, written)
     bare = arvision.load(folder, device="cpu", grids=[(4, 4)])
     with pytest.raises(InputError, match="'a cat': this model has no processor, expected ids"):
         bare("a cat", seed=0, output_type="latent")
@@ -402,3 +415,51 @@ def test_quantised_networks(folders, pipes):
     layer = whole.vision_language_encoder.model.language_model.layers[0]
     decoder = next(whole.transformer.parameters())
     assert type(layer.self_attn.q_proj.weight) is not type(decoder) is torch.nn.Parameter
+
+
+def test_a_chameleon_encodes_pictures_and_continues_tokens(pipes):
+    pipe = pipes["chameleon"]
+    source = pipe(
+        "a cat", seed=3, progress=False
+    )  # this tiny one's pictures are smaller than real ones
+    pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    ids = (
+        pipe.transformer.get_image_tokens(pixels)
+        if hasattr(pipe.transformer, "get_image_tokens")
+        else None
+    )
+    tokens = pipe.model.tokens_of(pixels)
+    assert tokens.shape[0] == 2
+    if ids is not None:
+        assert torch.equal(pipe.model.columns.ids_of(tokens), ids)
+    again = pipe("a cat", seed=3, known_tokens=source.tokens[0, :7], progress=False)
+    assert torch.equal(again.tokens, source.tokens)
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3"])
+def test_pictures_are_edited(name, pipes):
+    pipe, size = pipes[name], PICTURE[name]
+    source = pipe("a cat", seed=3, progress=False, **size)
+    picture, sizes = source.images[0], {k: v for k, v in size.items() if k in ("height", "width")}
+    model = pipe.model.at_size(sizes.get("height"), sizes.get("width"))
+    mask = Image.new("L", picture.size)
+    rows, columns = model.grid
+    top, half = rows // 2 * picture.height // rows, rows // 2 * columns
+    mask.paste(255, (0, top, picture.width, picture.height))
+    call = {"image": picture, "mask_image": mask, "seed": 5, "progress": False, **size}
+    plain = pipe("a dog", sampler=get_sampler("ar"), **call)
+    assert plain.stats.given == [half]
+    assert plain.stats.forward_passes == model.num_tokens - half - 1
+    from arvision.models.pixels import pixels_of
+
+    assert torch.equal(plain.tokens[:, :half], model.tokens_of(pixels_of(picture))[:, :half])
+    fast = pipe("a dog", sampler=get_sampler("sjd", window=5), **call)
+    assert torch.equal(fast.tokens, plain.tokens)
+    again = pipe("a cat", seed=3, known_tokens=source.tokens[0, :half], progress=False, **size)
+    assert torch.equal(again.tokens, source.tokens)
+
+
+def test_glm_image_keeps_no_tokens_of_a_picture(pipes):
+    picture = Image.new("RGB", (64, 64))
+    with pytest.raises(InputError, match="keeps no tokens"):
+        pipes["glm"]("a cat", image=picture, mask_image=picture.convert("L"), seed=0)

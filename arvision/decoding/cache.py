@@ -29,6 +29,7 @@ class KVCache:
         num_heads: key/value heads H.
         capacity: positions S that a row can hold.
         head_dim: D.
+        value_dim: width of the values where it is another one; None for D.
         device: of the cache.
         dtype: of the cache.
         open_columns: [R, P] bool, false where the first P positions must never be looked at
@@ -45,11 +46,12 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        value_dim: int | None = None,
         open_columns: Tensor | None = None,
     ) -> None:
-        shape = (num_layers, num_rows, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (num_layers, num_rows, num_heads, capacity)
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, value_dim or head_dim, device=device, dtype=dtype)
         # Rows that leave make room here for those that join.
         self._stored: tuple[Tensor, ...] = (self.keys, self.values)
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -69,14 +71,9 @@ class KVCache:
 
     def _reach(self, capacity: int) -> None:
         """Be `capacity` positions long."""
-        device, dtype = self.keys.device, self.keys.dtype
         self.capacity = capacity
-        order = torch.arange(capacity, device=device)
-        self._order = order
+        self._order = torch.arange(capacity, device=self.keys.device)
         self._causal: Tensor | None = None
-        if capacity <= LARGEST_TABLE:
-            self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
-            self._causal.masked_fill_(order > order[:, None], float("-inf"))
 
     @property
     def _columns(self) -> Tensor | None:
@@ -154,6 +151,11 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
+    def begin_unmasked(self, num: int) -> None:
+        """Make room for the first `num` positions of all rows, whose mask the caller has."""
+        self._num, self._is_chain, self._slots = num, True, None
+        self._first, self._end = 0, num
+
     def begin_fixed(self, slots: Tensor, visible: int) -> Tensor:
         """Make room for chains at slots that only the device knows; nothing is read back.
 
@@ -171,14 +173,29 @@ class KVCache:
 
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
-        if self._causal is not None and len(slots) == 1 and self.is_uniform:
+        causal = self._causal_table()
+        if causal is not None and len(slots) == 1 and self.is_uniform:
             here = slice(self._first, self._first + slots.shape[1])
-            return self._causal[None, None, here, :visible]
+            return causal[None, None, here, :visible]
         return self._ragged_mask(slots, visible)
 
+    def _causal_table(self) -> Tensor | None:
+        """[S, S], what each position may look at, made when first asked for; None where it is large.
+
+        What is compiled or captured does not make it: it would be made again in every pass.
+        """
+        if self._causal is None and self.capacity <= LARGEST_TABLE:
+            is_caught = self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not (torch.compiler.is_compiling() or is_caught):
+                table = self.keys.new_zeros(self.capacity, self.capacity)
+                order = self._order
+                self._causal = table.masked_fill_(order > order[:, None], float("-inf"))
+        return self._causal
+
     def _ragged_mask(self, slots: Tensor, visible: int) -> Tensor:
-        if self._causal is not None:
-            return self._causal[slots, :visible][:, None]
+        causal = self._causal_table()
+        if causal is not None:
+            return causal[slots, :visible][:, None]
         mask = torch.zeros(*slots.shape, visible, device=slots.device, dtype=self.keys.dtype)
         return mask.masked_fill_(self._order[:visible] > slots[..., None], float("-inf"))[:, None]
 
@@ -233,11 +250,21 @@ class KVCache:
             kept: [R, K] int64.
             counts: [R] int64.
         """
-        order = self._order[: kept.shape[1]]
-        used = order < counts[:, None]
-        if not bool(((kept == order) | ~used).all()):
+        if not bool(self._stands(kept, counts)):
             compact_(self.keys, self.values, self.lengths, kept, counts)
         self.advance(counts, counts.tolist())
+
+    def _stands(self, kept: Tensor, counts: Tensor) -> Tensor:
+        """Whether all that is kept is where it belongs: one bool."""
+        order = self._order[: kept.shape[1]]
+        return ((kept == order) | (order >= counts[:, None])).all()
+
+    def keep(self, kept: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """`commit` with `counts` known on the host as `given`: nothing is read back."""
+        stands = self._stands(kept, counts) if kept.is_cpu else None
+        if stands is None or not stands.numpy():
+            compact_(self.keys, self.values, self.lengths, kept, counts)
+        self.advance(counts, given)
 
     def advance(self, counts: Tensor, given: Sequence[int]) -> None:
         """Keep the first `counts` [R] candidates of each row, `given` on the host."""
@@ -251,7 +278,7 @@ class KVCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         kept = (self.keys[:, rows, :, slots].clone(), self.values[:, rows, :, slots].clone())
         self.lengths = self.lengths - num
-        self._host_lengths = self.lengths.tolist()
+        self._host_lengths = [length - num for length in self._host_lengths]
         return kept
 
     def restore(self, kept: tuple[Tensor, Tensor], lengths: Tensor) -> None:
@@ -261,7 +288,7 @@ class KVCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.keys[:, rows, :, slots], self.values[:, rows, :, slots] = kept
         self.lengths, self._num = lengths, 0
-        self._host_lengths = lengths.tolist()
+        self._host_lengths = [length + num for length in self._host_lengths]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows [R'] and drop the others.
@@ -295,6 +322,18 @@ class KVCache:
         self.lengths = self.lengths + num
         self._host_lengths = [length + num for length in self._host_lengths]
         self._reach(self.capacity + num)
+
+    def widen(self, capacity: int) -> None:
+        """Have room for `capacity` positions, where there is less."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self._stored = self.keys, self.values
+        if self._closed is not None:
+            self._closed = torch.nn.functional.pad(self._closed, (0, more))
+        self._reach(capacity)
 
     def _open(self) -> Tensor:
         """[R, 1, 1, S], a mask that closes nothing."""

@@ -45,12 +45,47 @@ class Drafter(Protocol):
         ...
 
 
+class NoDrafter:
+    """Drafts nothing: the loop is then plain autoregressive sampling."""
+
+    has_fixed_shapes = True
+
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """Nothing to prepare."""
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """No drafts, [B, 0]."""
+        return TokenTree(tokens[:, :0])
+
+    def observe(self, chain: Round, verdict: Verdict) -> None:
+        """Nothing to learn."""
+
+    def select(self, rows: Tensor) -> None:
+        """Nothing to drop."""
+
+    def join(self, other: NoDrafter) -> None:
+        """Nothing to take in."""
+
+
 @runtime_checkable
 class Attached(Protocol):
     """A drafter that looks at the prompts, or drafts with the help of the target's own state."""
 
     def attach(self, state: Any, conditions: Conditions) -> None:
         """Called once, after the prefill."""
+        ...
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A drafter that works on the host, with what comes there in a round's one read."""
+
+    def asks(self, batch: Round, verdict: Verdict, /) -> Sequence[Tensor]:
+        """Integers that it wants to know of a round, besides the tokens that became final."""
+        ...
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]], /) -> None:
+        """After `observe`: the tokens of each row that became final, and what was asked for."""
         ...
 
 
@@ -87,3 +122,17 @@ class WindowPolicy(Protocol):
     def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """How many tokens a pass made final in each row, and how many the row still needed."""
         ...
+
+
+class FixedWindow:
+    """The same number of candidates in every pass."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The window, cut to what the images still need."""
+        return min(self.window, most)
+
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
+        """Nothing to adapt."""

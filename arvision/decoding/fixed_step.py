@@ -230,7 +230,7 @@ def fixed_rounds(
         policy: length of a pass.
     """
     run, candidates, windows = rows.run, 0, []
-    run.noise.reserve(2 * run.num_tokens)
+    run.noise.reserve([0] * run.batch, 2 * run.num_tokens)
     ready, step = None, None
     while rows.num_going and not run.stopped:
         rows.shrink(drafter)

@@ -8,7 +8,7 @@ same image however it is made. The bits are Philox4x32-10: the key is the seed, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +39,10 @@ MEMO_ELEMENTS = 1 << 23
 """Gumbel values kept per `Noise`: up to this many, each is computed once."""
 
 MADE_AT_ONCE = 1 << 15
-"""Of these, made in one go."""
+"""Of these, made in one go: words and doubles on the way take several times their memory."""
+
+AHEAD = 32
+"""Positions made ahead of need at most, where they are few values: a call costs as much as many."""
 
 
 def parse_seeds(seeds: Seeds) -> list[tuple[int, int]]:
@@ -73,7 +76,9 @@ class Noise:
     def __init__(self, seeds: Seeds, device: torch.device | str = "cpu") -> None:
         self._words = _words(seeds, device)
         self._memo = _Memo(self._words)
-        self._rows = torch.arange(len(self._words), device=self._words.device)
+        self._rows = torch.arange(len(self._words), device=self._words.device)[:, None]
+        self._host_rows = self._memo.every
+        self._places: tuple[Tensor, int] | None = None
 
     def __len__(self) -> int:
         return len(self._words)
@@ -85,31 +90,47 @@ class Noise:
 
     def select(self, rows: Tensor) -> Noise:
         """The noise of some of the images, rows [B']."""
-        chosen = object.__new__(Noise)
-        chosen._words, chosen._rows = self._words[rows], self._rows[rows]
-        chosen._memo = self._memo
-        return chosen
+        return self._of(self._words[rows], self._rows[rows])
 
     def replace(self, rows: Tensor, seeds: Seeds) -> None:
         """Make the numbers of other images in some rows [A]; selections made before keep theirs no longer."""
         self._words[rows] = _words(seeds, self.device)
-        self._memo.remake(rows)
+        self._memo.forget(rows.tolist())
 
     def join(self, other: Noise) -> Noise:
         """The noise of these images and, behind them, of others; both selected from the same noise."""
-        joined = object.__new__(Noise)
-        joined._words = torch.cat([self._words, other._words])
-        joined._rows = torch.cat([self._rows, other._rows])
-        joined._memo = self._memo
-        return joined
+        words = torch.cat([self._words, other._words])
+        return self._of(words, torch.cat([self._rows, other._rows]))
 
-    def reserve(self, num_positions: int) -> None:
-        """Promise that `gumbel` is asked for positions below `num_positions` until the next promise.
+    def _of(self, words: Tensor, rows: Tensor) -> Noise:
+        chosen = object.__new__(Noise)
+        chosen._words, chosen._rows, chosen._memo = words, rows, self._memo
+        chosen._places = None
+        return chosen
 
-        Without a promise `gumbel` looks at the positions it is given, which an accelerator has to
-        wait for.
+    @cached_property
+    def _host_rows(self) -> list[int]:
+        """Rows of the memo that the images stand in; those of a selection are read when asked for."""
+        return self._rows[:, 0].tolist()
+
+    def reserve(self, begins: Sequence[int], num: int) -> None:
+        """Promise what `gumbel` is asked for until the next promise.
+
+        Numbers of earlier positions are forgotten then. Without a promise `gumbel` looks at the
+        positions it is given, which an accelerator has to wait for.
+
+        Args:
+            begins: first position of each image.
+            num: positions of each.
         """
-        self._memo.promised = num_positions
+        self._memo.promise(self._host_rows, begins, num)
+
+    def places(self, begin: int, num: int) -> Tensor:
+        """Positions `begin`, `begin` + 1, ... of all images, [B, num], which `gumbel` knows again."""
+        positions = torch.arange(begin, begin + num, device=self.device).expand(len(self), -1)
+        if self._host_rows == self._memo.every:
+            self._places = positions, begin
+        return positions
 
     def uniform(
         self,
@@ -150,14 +171,19 @@ class Noise:
 
         They have no round: every pass, window and sampler sees the same ones.
         """
-        if self._memo.promised is None and positions.numel():
-            reach = int(positions.max()) + 1
-        else:
-            reach = self._memo.promised or 0
-        table = self._memo.table(reach, num, dtype)
+        memo = self._memo
+        if not memo.has_promise:
+            first, last = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
+            memo.want(dict.fromkeys(self._host_rows, (first, last + 1)))
+        table = memo.table(num, dtype)
         if table is None:
             return _gumbel(self._words, positions, num).to(dtype)
-        return table[self._rows[:, None], positions]
+        mask = table.shape[1] - 1
+        if self._places is not None and positions is self._places[0]:
+            first, width = self._places[1] & mask, positions.shape[1]
+            if first + width <= mask + 1:
+                return table[:, first : first + width]
+        return table[self._rows, positions & mask]
 
     def best(self, logp: Tensor, positions: Tensor) -> Tensor:
         """argmax(log p + g), [B, T], g being the numbers of `gumbel`.
@@ -174,40 +200,92 @@ class Noise:
 
 
 class _Memo:
-    """Gumbel numbers of the images that a run began with, computed once as long as they are few."""
+    """Gumbel numbers of the images that a run began with, at the positions that are at work.
+
+    A ring for each image: position p stands in column p modulo the length, a power of two.
+
+    Attributes:
+        wanted: the positions (first, behind the last) of each image that may be asked for.
+        has_promise: whether these were promised.
+        every: all images.
+    """
 
     def __init__(self, words: Tensor) -> None:
         self._words = words
-        self._table: Tensor | None = None
-        self.promised: int | None = None
+        self._ring: Tensor | None = None
+        self._held: dict[int, tuple[int, int]] = {}
+        self.wanted: dict[int, tuple[int, int]] = {}
+        self.has_promise = self._is_ready = False
+        self.every = list(range(len(words)))
 
-    def table(self, reach: int, num: int, dtype: torch.dtype) -> Tensor | None:
-        """Numbers [B, P, num] of at least `reach` positions; None where they are too many."""
-        made = self._table
-        is_right = made is not None and made.shape[2] == num and made.dtype == dtype
-        if made is not None and is_right and reach <= made.shape[1]:
-            return made
-        # Room for the positions to come, so that a typical image is computed in one go.
-        length = max(64, 1 << (reach - 1).bit_length())
-        if len(self._words) * length * num > MEMO_ELEMENTS:
-            return None
-        batch, device = len(self._words), self._words.device
-        self._table = torch.empty(batch, length, num, dtype=dtype, device=device)
-        self.remake(slice(None))
-        return self._table
+    def promise(self, rows: Sequence[int], begins: Sequence[int], num: int) -> None:
+        """Of these images nothing but `num` positions behind `begins` is wanted; see `Noise.reserve`."""
+        self.has_promise = True
+        self.want({r: (first, first + num) for r, first in zip(rows, begins, strict=True)})
+        if self._ring is not None:
+            self.table(self._ring.shape[2], self._ring.dtype)
 
-    def remake(self, rows: Any) -> None:
-        """Compute some rows of what is kept anew, after their words changed."""
-        table = self._table
-        if table is None:
-            return
-        words, (_, length, num) = self._words[rows], table.shape
-        every = torch.arange(length, device=words.device).expand(len(words), length)
-        # Words and doubles on the way take several times the table's memory.
-        step = max(1, MADE_AT_ONCE // (max(1, len(words)) * num))
-        for first in range(0, length, step):
-            part = slice(first, first + step)
-            table[rows, part] = _gumbel(words, every[:, part], num).to(table.dtype)
+    def want(self, positions: dict[int, tuple[int, int]]) -> None:
+        """What `table` is to hold: positions (first, behind the last) of each image."""
+        self.wanted, self._is_ready = positions, False
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """The words of some images are others now."""
+        for row in rows:
+            self._held.pop(row, None)
+        self._is_ready = False
+
+    def table(self, num: int, dtype: torch.dtype) -> Tensor | None:
+        """The rings [B, P, num] with all that is wanted; None where it is too much."""
+        ring = self._ring
+        if ring is None or ring.shape[2] != num or ring.dtype != dtype:
+            self._ring, self._held, self._is_ready = None, {}, False
+        if not self._is_ready:
+            self._is_ready = True
+            self._prepare(num, dtype)
+        return self._ring
+
+    def _prepare(self, num: int, dtype: torch.dtype) -> None:
+        """Make what is wanted and not there yet, and some of what comes next."""
+        batch = len(self._words)
+        size = max(1, batch * num)
+        widest = max((end - first for first, end in self.wanted.values()), default=1)
+        ahead = max(1, min(AHEAD, MADE_AT_ONCE // size)) if self.has_promise else 1
+        ring = self._ring
+        if ring is None or ring.shape[1] < widest:
+            fitting = [1 << (widest + more - 2).bit_length() for more in (ahead, 1)]
+            length = next((one for one in fitting if one * size <= MEMO_ELEMENTS), None)
+            self._held, self._ring = {}, None
+            if length is None:
+                return
+            ring = self._ring = self._words.new_empty(batch, length, num, dtype=dtype)
+        ahead = min(ahead, ring.shape[1] - widest + 1)
+        missing: dict[int, list[int]] = {}
+        for row, (first, end) in self.wanted.items():
+            held_from, held_to = self._held.get(row, (first, first))
+            if not held_from <= first <= held_to:
+                held_to = first
+            if end > held_to:
+                missing.setdefault(max(end - held_to, ahead), []).append(row)
+            self._held[row] = first, held_to
+        for count, rows in missing.items():
+            self._make(ring, rows, count)
+
+    def _make(self, ring: Tensor, rows: list[int], count: int) -> None:
+        """Make `count` further numbers of some images."""
+        device, num = ring.device, ring.shape[2]
+        begins = torch.tensor([self._held[row][1] for row in rows], device=device)[:, None]
+        index = torch.tensor(rows, device=device)
+        words = self._words if rows == self.every else self._words[index]
+        # Words and doubles on the way take several times the numbers' memory.
+        step = max(1, MADE_AT_ONCE // (len(rows) * num))
+        for first in range(0, count, step):
+            places = begins + torch.arange(first, min(first + step, count), device=device)
+            numbers = _gumbel(words, places, num).to(ring.dtype)
+            ring[index[:, None], places & (ring.shape[1] - 1)] = numbers
+        for row in rows:
+            begin, end = self._held[row]
+            self._held[row] = begin, end + count
 
 
 def _words(seeds: Seeds, device: torch.device | str) -> Tensor:
@@ -220,13 +298,14 @@ def _uniform(
     identities: Tensor, positions: Tensor, purpose: str, round_number: Tensor | int, num: int
 ) -> Tensor:
     """Numbers [B, T, num] for identities [B, 3] (seed low and high, image), positions [B, T]."""
-    low, high, image = (word[:, None, None] for word in identities.unbind(1))
+    low, high, image = identities.t()[..., None, None]
     lanes = torch.arange(-(-num // 4), device=positions.device)
     use = torch.as_tensor(round_number, device=positions.device) * 256 + PURPOSES[purpose]
-    use = use.expand_as(positions)[..., None] & 0xFFFFFFFF
-    words = philox4x32((image, positions[..., None], lanes, use), (low, high)).flatten(-2)
-    return ((words.double() + 0.5) * 2.0**-32)[..., :num]
+    if use.dim():
+        use = use.expand_as(positions)[..., None]
+    words = (image, positions[..., None], lanes, use & 0xFFFFFFFF)
+    return philox4x32(words, (low, high)).flatten(-2).double().add_(0.5).mul_(2.0**-32)[..., :num]
 
 
 def _gumbel(identities: Tensor, positions: Tensor, num: int) -> Tensor:
-    return -(-_uniform(identities, positions, "token", 0, num).log()).log()
+    return _uniform(identities, positions, "token", 0, num).log_().neg_().log_().neg_()

@@ -100,7 +100,9 @@ class Run:
         self.passes = torch.zeros_like(self.lengths)
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
-        self._is_broken = torch.zeros((), dtype=torch.bool, device=device)
+        self._is_placed: Tensor | None = None
+        self._is_broken = torch.zeros(1, dtype=torch.bool, device=device)
+        self._is_no_tree: Tensor | None = None
         if self.given is not None:
             self._take_given(tuple(entry))
 
@@ -155,6 +157,9 @@ class Run:
             self._tokens = self._tokens.to(tokens.dtype)
             self.tokens = self._tokens[:, :-1]
         self.tokens[images, positions] = tokens
+        if self._is_placed is None:
+            self._is_placed = torch.zeros_like(self.commit_pass, dtype=torch.bool)
+        self._is_placed[images, positions] = True
         self.commit_pass[images, positions] = self.num_passes
 
     def record_rows(
@@ -181,6 +186,12 @@ class Run:
         self._tokens[rows, places] = tokens.to(self._tokens.dtype)
         self._commit_pass[rows, places] = self.num_passes if number is None else number
 
+    def record_block(self, start: int, tokens: Tensor, count: int) -> None:
+        """`record_rows` of all images at once: the first `count` of tokens [B, K], at `start`."""
+        places = slice(start, start + count)
+        self._tokens[:, places] = tokens[:, :count]
+        self._commit_pass[:, places] = self.num_passes
+
     def count(self, images: Tensor, counts: Tensor) -> None:
         """Keep the books of a pass that gave `counts` [A] tokens of `images` [A]; reads nothing."""
         self.lengths.index_add_(0, images, counts)
@@ -200,6 +211,10 @@ class Run:
         A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells.
         """
         self._is_broken |= laws[..., 0].isnan().any()
+
+    def watch_tree(self, is_wrong: Tensor) -> None:
+        """Remember whether a drafter's parents are no tree, one bool; `read` tells."""
+        self._is_no_tree = is_wrong if self._is_no_tree is None else self._is_no_tree | is_wrong
 
     def check(self, going: Tensor | None = None) -> int:
         """Stop at numbers that no model should give.
@@ -226,10 +241,18 @@ class Run:
             The elements of each, in order.
 
         Raises:
-            InputError: a law or a latent was NaN or infinite.
+            InputError: a law or a latent was NaN or infinite, or a drafter's tree none.
         """
-        parts = [self._is_broken.long().view(1), *(part.flatten() for part in wanted)]
+        wrong = self._is_broken
+        if self._is_no_tree is not None:
+            wrong = wrong + 2 * self._is_no_tree
+        parts = [wrong, *(part.flatten() for part in wanted)]
         found = torch.cat(parts).tolist()
+        if found[0] >= 2:
+            raise InputError(
+                f"the drafter's parents in pass {self.num_passes} are no trees: expected -1 (the last "
+                "known token) or an earlier candidate"
+            )
         if found[0]:
             raise InputError(
                 f"the model gave NaN or infinity in pass {self.num_passes}: expected finite "
@@ -272,7 +295,16 @@ class Run:
             "finished": int(self.lengths.sum()) if given is None else self._num_final,
             "total": self.batch * self.num_tokens,
             "accepted": counts.tolist() if given is None else given,
+            "drawn": self.drawn,
         }
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """All tokens [B, N, ...], and which are final, [B, N] bool."""
+        is_final = self._is_placed
+        if is_final is None:
+            order = torch.arange(self.num_tokens, device=self.lengths.device)
+            is_final = order < self.lengths[:, None]
+        return self.tokens, is_final if self.given is None else is_final | self.given.mask
 
     def stats(self, **more: Any) -> Stats:
         """Statistics that every run has, and what a loop adds.

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, CountsComputed, Prunes, Samples, ScaleModel, codebook_of
+from ..contracts import (
+    Conditions,
+    CountsComputed,
+    Prunes,
+    Samples,
+    ScaleModel,
+    codebook_of,
+    device_of,
+)
 from ..errors import InputError, check_count
 from .noise import Noise
 from .run import Run
@@ -104,15 +113,17 @@ def decode_scales(
         `computed_tokens` (per image, that went through a network) where a state counts them.
 
     Raises:
-        InputError: a plan beyond the model, or a law made of NaN or infinity.
+        InputError: a plan beyond the model, given tokens with a plan that is not plain, or a law made
+            of NaN or infinity.
     """
     num_scales = len(model.scales)
+    lead = 0 if run.given is None else _num_given_scales(model, run, plan)
     shapes = list(shape) if isinstance(shape, Sequence) else [shape] * num_scales
     states: list[Any] = []
     vectors: list[Tensor] = []
-    done = 0
-    for scale in range(num_scales):
-        if scale in (0, draft_scales):
+    done = int(run.lengths.max()) if lead else 0
+    for scale in range(lead, num_scales):
+        if scale in (lead, draft_scales):
             drawer = draft if draft is not None and scale < draft_scales else model
             states.append(drawer.start(conditions, run.guidance_scale))
             if done:
@@ -123,6 +134,7 @@ def decode_scales(
         logits = _logits(state, share, is_reference, tuple(plan.prune_whole))
         if scale == 0:
             run.begin(logits.device, logits.shape[2:-1])
+        if scale == lead:
             images = torch.arange(run.batch, device=logits.device)[:, None]
         positions = torch.arange(done, done + logits.shape[1], device=logits.device)
         positions = positions.expand(run.batch, -1)
@@ -131,6 +143,8 @@ def decode_scales(
         run.next_pass()
         run.watch_laws(laws)
         drawn = pick(laws, positions, run.noise)
+        if run.given is not None:
+            drawn = run.given.over(drawn, positions)
         fed = drawn
         if plan.more_smooth:
             fed = smooth_codes(laws, positions, run.noise, model, scale / max(1, num_scales - 1))
@@ -141,10 +155,30 @@ def decode_scales(
         run.report(torch.full_like(run.lengths, logits.shape[1]))
         if run.stopped:
             break
-    more = {} if draft is None else {"draft_passes": min(run.num_passes, draft_scales)}
+    drafted = min(run.num_passes, max(0, draft_scales - lead))
+    more = {} if draft is None else {"draft_passes": drafted}
     if isinstance(states[-1], CountsComputed):
         more["computed_tokens"] = sum(state.computed_tokens for state in states)
     return run.samples(_embeddings(vectors, run.num_tokens), **more)
+
+
+def _num_given_scales(model: ScaleModel, run: Run, plan: ScalePlan) -> int:
+    """First scales of which all tokens are given in all images; they are final before the first pass.
+
+    Raises:
+        InputError: a plan that is not plain.
+    """
+    if not plan.is_plain:
+        raise InputError("given tokens with prune or more_smooth: expected neither")
+    given = run.given
+    assert given is not None
+    scales = [(size, size) if isinstance(size, int) else size for size in model.scales]
+    ends = list(accumulate(height * width for height, width in scales))
+    whole = [end for end in ends if bool(given.mask[:, :end].all())]
+    if whole:
+        run.begin(device_of(model), given.values.shape[2:])
+        run.skip([whole[-1]] * run.batch)
+    return len(whole)
 
 
 def _embeddings(vectors: list[Tensor], num_tokens: int) -> Tensor | None:

@@ -14,11 +14,17 @@ from .cache import KVCache
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Sizes of a language model that its cache and its drafters need."""
+    """Sizes of a language model that its cache and its drafters need.
+
+    Attributes:
+        head_dim: of the keys; `value_dim` of the values. Latent attention (DeepSeek) caches one
+            latent per position for keys and one for rotations for values.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     hidden_size: int
     num_positions: int
 
@@ -34,10 +40,14 @@ class TextSizes:
             text, "new_decoder_architecture", False
         ):
             kv_heads = 1
+        head_dim = value_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        if getattr(text, "kv_lora_rank", None):
+            kv_heads, head_dim, value_dim = 1, text.kv_lora_rank, text.qk_rope_head_dim
         return cls(
             num_layers=text.num_hidden_layers,
             num_kv_heads=kv_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
             hidden_size=text.hidden_size,
             num_positions=getattr(text, "max_position_embeddings", None) or 1 << 20,
         )
@@ -58,13 +68,14 @@ class CacheView(Cache):
         Raises:
             InputError: a layer whose heads are not those of the cache.
         """
-        expected = (self._inner.keys.shape[2], self._inner.keys.shape[4])
-        given = (key_states.shape[1], key_states.shape[3])
-        if given != expected or value_states.shape != key_states.shape:
+        keys, values = self._inner.keys, self._inner.values
+        expected = (keys.shape[2], keys.shape[4], values.shape[4])
+        given = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        if given != expected:
             raise InputError(
                 f"layer {layer_idx} caches {given[0]} heads of width {given[1]} (values "
-                f"{value_states.shape[3]}): expected {expected[0]} of width {expected[1]}, the "
-                "same in every layer"
+                f"{given[2]}): expected {expected[0]} of width {expected[1]} (values "
+                f"{expected[2]}), the same in every layer"
             )
         return self._inner.update(layer_idx, key_states, value_states)
 

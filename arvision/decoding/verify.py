@@ -85,10 +85,22 @@ class Verdict:
 Rule = Callable[[Round], Verdict]
 
 
+def first_round(
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
+) -> Round:
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
+    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
+
+
 def num_final(passes: Tensor) -> Tensor:
     """Final tokens [B] along chains: the drafts that pass, [B, m], up to the first that does not,
     and the token in the place of that one (or the bonus)."""
-    return passes.long().cumprod(dim=1).sum(dim=1) + 1
+    return passes.cumprod(dim=1, dtype=torch.int64).sum(dim=1) + 1
 
 
 def follow(batch: Round, choice: Tensor) -> Verdict:
@@ -99,6 +111,8 @@ def follow(batch: Round, choice: Tensor) -> Verdict:
         choice: [B, m + 1] int64, the token chosen under each law.
     """
     shape = batch.topology
+    if choice.shape[1] == 1:
+        return Verdict(choice, torch.ones_like(choice[:, 0]))
     if shape is None and dispatch.stays(choice):
         return Verdict(choice, num_final(batch.drafts == choice[:, :-1]))
     if shape is not None and dispatch.stays(choice):

@@ -41,6 +41,8 @@ class CoDeSampler(TokenSampler):
 
     needs = {"draft": ScaleModel}
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

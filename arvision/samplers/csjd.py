@@ -52,6 +52,8 @@ class CSJDSampler(BaseSampler):
     Speculative Decoding for Autoregressive Image Generation", 2024, section 3 (shared noise).
     """
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

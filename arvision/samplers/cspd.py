@@ -71,6 +71,8 @@ class CSpDSampler(BaseSampler):
 
     needs = {"draft": ContinuousModel}
 
+    keeps_given = True
+
     @register_to_config
     def __init__(
         self,

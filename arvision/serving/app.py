@@ -12,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from .. import __version__
 from ..errors import ArvisionError, one_line
 from . import images, sglang
 from .guards import Guard
@@ -39,7 +38,7 @@ def make_app(studio: Studio, token: str | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(studio.close, studio.limits.timeout)
 
-    app = FastAPI(title="arvision", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="arvision", lifespan=lifespan)
     app.state.studio = studio
     app.include_router(images.router)
     if sglang.serves(studio):

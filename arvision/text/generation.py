@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..contracts import Stats
+from ..decoding.drafter import NoDrafter
 from ..decoding.logits import Shaping
-from ..decoding.loop import Drafter, FixedWindow, NoDrafter, WindowPolicy, decode_tokens
+from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, as_integer, check_count, shown
@@ -23,6 +24,7 @@ from ..memory import Peak, check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
+from .drafters.eagle3 import is_eagle3
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
@@ -150,6 +152,7 @@ def generate(
     ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
     check_drafter(proposer, lm)
+    lm.watched = proposer.watches(lm) if isinstance(proposer, TextDrafter) else ()
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
     seeds = row_seeds(seed, len(ids))
@@ -274,7 +277,7 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
     ):
         if (user_path(folder) / file).exists():
             return found
-    return "draft_model", "draft"
+    return ("eagle3", "head") if is_eagle3(user_path(folder)) else ("draft_model", "draft")
 
 
 def list_drafters() -> dict[str, str]:
@@ -350,7 +353,8 @@ def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) ->
             f"{most} positions"
         )
     sizes, weight = model.sizes, model.network.get_input_embeddings().weight
-    per_token = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * weight.element_size()
+    width = sizes.num_kv_heads * (sizes.head_dim + sizes.value_dim)
+    per_token = sizes.num_layers * width * weight.element_size()
     check_memory(
         f"{len(ids):,} prompts of up to {longest + max_new_tokens:,} tokens",
         len(ids) * (longest + max_new_tokens) * per_token,

@@ -150,6 +150,8 @@ class HFCausalLM:
         self.tree_room = tree_room
         self.prefixes: Prefixes | None = None
         """Processors that act on the logits of the next state."""
+        self.watched: tuple[int, ...] = ()
+        """What the next state keeps of its passes, see `HFState.features`."""
         check_driven(self)
 
     @property

@@ -16,7 +16,7 @@ from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_attention import all_open, kernels_in, spread
 from ..decoding.transformers_cache import CacheView, TextSizes
-from ..decoding.tree import check_parents, check_path, topology_of
+from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
 
@@ -50,6 +50,9 @@ class HFState:
         lengths: [B] int64, committed new tokens.
         hidden: [B, T, C], input of the output layer at each candidate of the last call (after the
             prefill: [B, 1, C], at the prompts' ends).
+        features: [B, T, F C], what went into each of the F layers `model.watched` at each candidate
+            of the last call (after the prefill: at the prompts' tokens, padded on the right), side
+            by side; layer L of L is the output layer. None where nothing is watched.
         pseudo: [K, C] embeddings of the tokens V, V + 1, ... V + K - 1, which some drafters feed
             besides those of the vocabulary; None for none.
     """
@@ -69,6 +72,7 @@ class HFState:
             sizes.head_dim,
             device=device,
             dtype=model.network.get_input_embeddings().weight.dtype,
+            value_dim=sizes.value_dim,
         )
         self._seen = CacheView(self.cache)
         accepts = inspect.signature(self._network.forward).parameters
@@ -78,7 +82,9 @@ class HFState:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
-        self._parents: Tensor | None = None
+        self._tree: Topology | None = None
+        self.features: Tensor | None = None
+        self._watched = model.watched
         self._is_draft = self._is_altered = False
         self._prefixes = model.prefixes
         self._fed = self.lengths[:, None]
@@ -92,7 +98,9 @@ class HFState:
         from .model import pad_right
 
         tokens, lengths = pad_right(prompts)
+        self._prompts = [len(ids) for ids in prompts]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        features: list[Tensor] = []
         for start in range(0, tokens.shape[1], PREFILL_PIECE):
             piece = tokens[:, start : start + PREFILL_PIECE]
             counts = (lengths - start).clamp(0, piece.shape[1])
@@ -101,15 +109,19 @@ class HFState:
             # Some networks want at least one place.
             kept = ends if len(ends) else torch.zeros_like(lengths[:1])
             logits = self._run(piece, None, keep=kept)
+            check_numbers(logits)
             self.cache.commit(
                 torch.arange(piece.shape[1]).to(counts).expand(len(counts), -1), counts
             )
             assert self.hidden is not None
+            if self.features is not None:
+                features.append(self.features)
             place = torch.searchsorted(ends, lengths[rows] - 1 - start)
             found.append((rows, logits[rows, place], self.hidden[rows, place]))
         order = torch.cat([rows for rows, _, _ in found]).argsort()
         self.hidden = torch.cat([hidden for _, _, hidden in found])[order][:, None]
         logits = torch.cat([logits for _, logits, _ in found])[order]
+        self.features = torch.cat(features, dim=1) if features else None
         if self._prefixes is None:
             return logits
         return self._prefixes(logits[:, None], tokens[:, :0], None)[:, 0]
@@ -131,20 +143,34 @@ class HFState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        if parents is not None:
-            check_parents(parents, tokens.shape[1])
-        self._parents, self._is_draft = parents, False
-        logits = self._run(tokens, parents)
+        logits = self._extend(tokens, self._topology(tokens, parents))
+        check_numbers(logits)
+        return logits
+
+    def _topology(self, tokens: Tensor, parents: Tensor | None) -> Topology | None:
+        if parents is None:
+            return None
+        check_parents(parents, tokens.shape[1])
+        return topology_of(parents.to(tokens.device))
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        self._tree, self._is_draft = tree, False
+        logits = self._run(tokens, tree)
         if self._prefixes is None:
             return logits
         # No text holds a pseudo token.
         self._fed = tokens.clamp(max=self.model.vocab_size - 1)
-        return self._prefixes(logits, self._fed, parents)
+        return self._prefixes(logits, self._fed, tree)
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
         with self._altered(), edited(self._network, *edit):
-            return self.extend(tokens, parents)
+            return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()
     def draft(
@@ -168,8 +194,9 @@ class HFState:
         """
         self._is_draft = True
         hidden = self.hidden
+        tree = None if parents is None else topology_of(parents.to(tokens.device))
         with self._only(layers):
-            logits = self._run(tokens, parents, embeddings=embeddings)
+            logits = self._run(tokens, tree, embeddings=embeddings)
         if layers is not None:
             self.hidden = hidden
         return logits
@@ -196,6 +223,13 @@ class HFState:
             cache.restore(kept, lengths)
         return said[:, :-1], read[:, 1:]
 
+    def least_committed(self) -> int:
+        """New tokens that every row has committed, known without asking the device."""
+        return min(
+            length - prompt
+            for length, prompt in zip(self.cache.host_lengths, self._prompts, strict=True)
+        )
+
     @contextmanager
     def _only(self, layers: Sequence[int] | None) -> Iterator[None]:
         if layers is None:
@@ -214,18 +248,15 @@ class HFState:
     def _run(
         self,
         tokens: Tensor,
-        parents: Tensor | None,
+        shape: Topology | None,
         *,
         embeddings: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         """Run the network over candidates; logits at all of them or at places `keep` [U]."""
-        num = tokens.shape[1]
-        shape = None
-        if parents is not None:
-            shape = topology_of(parents.to(tokens.device))
-        if int(self.cache.lengths.max()) + num > self.cache.capacity:
-            room = self.cache.capacity - int(self.cache.lengths.max())
+        num, furthest = tokens.shape[1], max(self.cache.host_lengths)
+        if furthest + num > self.cache.capacity:
+            room = self.cache.capacity - furthest
             raise StateError(f"{num} candidates do not fit: the cache has room for {room} more")
         slots, mask = self.cache.begin(num, None if shape is None else shape.ancestors)
         if mask is None:
@@ -239,15 +270,14 @@ class HFState:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         inputs |= {"attention_mask": seen_by, "position_ids": positions.expand(len(tokens), -1)}
-        called = self._network if self._is_altered else self.model.called
-        with alone(self._network), kernels_in(self._network, called, mask):
-            logits, hidden = self._pass(**inputs, **self._options)
+        with alone(self._network), self._watching():
+            called = self._network if self._is_altered else self.model.called
+            with kernels_in(self._network, called, mask):
+                logits, hidden = self._pass(**inputs, **self._options)
         if keep is not None:
             logits = logits if self._keeps_logits else logits[:, keep]
             hidden = hidden if hidden.shape[1] == logits.shape[1] else hidden[:, keep]
         self.hidden = hidden
-        if bool(logits.sum().isnan()):
-            raise InputError("the model's logits hold NaN: check its weights and dtype")
         return logits
 
     def _pass(self, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -270,6 +300,17 @@ class HFState:
         finally:
             hook.remove()
         return logits, seen[0]
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep what goes into the watched layers in the pass within this block."""
+        if not self._watched or self._is_draft:
+            yield
+            return
+        seen: dict[int, Tensor] = {}
+        with self._altered(), watching(self._network, self._watched, seen):
+            yield
+        self.features = torch.cat([seen[layer] for layer in self._watched], dim=-1)
 
     @contextmanager
     def _altered(self) -> Iterator[None]:
@@ -328,11 +369,19 @@ class HFState:
         num = self.cache.num_pending
         if num == 0 or self._is_draft:
             raise StateError("commit without candidates: call extend first")
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.cache.commit(kept, counts)
         self.lengths = self.lengths + counts
         if self._prefixes is not None:
-            self._prefixes.commit(self._fed, kept, counts)
+            self._prefixes.commit(self._fed, kept, counts.tolist())
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.cache.keep(path, counts, given)
+        self.lengths = self.lengths + counts
+        if self._prefixes is not None:
+            self._prefixes.commit(self._fed, path, given)
 
     def advance(self, counts: Tensor, given: Sequence[int]) -> None:
         """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
@@ -342,16 +391,29 @@ class HFState:
         self.lengths = self.lengths + counts
         if self._prefixes is not None:
             every = torch.arange(self._fed.shape[1], device=counts.device)
-            self._prefixes.commit(self._fed, every.expand_as(self._fed), counts)
+            self._prefixes.commit(self._fed, every.expand_as(self._fed), given)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
         self.lengths = self.lengths[rows]
+        self._prompts = [self._prompts[row] for row in rows.tolist()]
         if self._prefixes is not None:
             self._prefixes.select(rows)
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
+        if self.features is not None:
+            self.features = self.features[rows]
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits that hold NaN.
+
+    Raises:
+        InputError: see above.
+    """
+    if bool(logits.sum().isnan()):
+        raise InputError("the model's logits hold NaN: check its weights and dtype")
 
 
 def find_layers(network: Any) -> tuple[nn.Module, str]:
@@ -368,6 +430,44 @@ def find_layers(network: Any) -> tuple[nn.Module, str]:
         f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
         "all of them, to skip some or to edit what they see"
     )
+
+
+@contextmanager
+def watching(network: Any, layers: Sequence[int], seen: dict[int, Tensor]) -> Iterator[None]:
+    """Within this block, what goes into each of `layers` [B, T, C] is put into `seen`.
+
+    Args:
+        network: a language model of transformers.
+        layers: numbers of layers; that of all layers together is the output layer.
+        seen: filled by passes.
+
+    Raises:
+        InputError: a network without a list of layers.
+    """
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            seen[layer] = arguments[0] if arguments else options["hidden_states"]
+
+        return hook
+
+    def last(_: nn.Module, __: Any, out: Any) -> None:
+        # Not the output layer's own input, which passes may cut down to the places that are asked.
+        seen[len(stack)] = out[0]
+
+    owner, name = find_layers(network)
+    stack = getattr(owner, name)
+    handles = [
+        network.get_decoder().register_forward_hook(last)
+        if layer == len(stack)
+        else stack[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
+        for layer in set(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

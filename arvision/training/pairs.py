@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..contracts import ScaleModel, codebook_of
+from ..decoding.drafter import NoDrafter
 from ..decoding.flow import DEFAULT_EVALUATIONS, FlowMap, flow_noise, flow_pick, flow_rule
 from ..decoding.logits import Shaping
-from ..decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ..decoding.loop import FixedWindow, decode_tokens
 from ..decoding.noise import Noise
 from ..decoding.run import Run
 from ..decoding.scale_loop import decode_scales

@@ -29,11 +29,19 @@ def test_philox_known_answers(counter, key, words):
     assert " ".join(f"{word:08x}" for word in out.tolist()) == words
 
 
-def test_numpy_and_pytorch_give_the_same_words():
-    words = torch.randint(0, ONES + 1, (6, 3 * reference.BLOCK // 2))
-    constants = torch.tensor([reference.MULTIPLIERS, reference.WEYL[::-1]])[..., None]
-    in_torch = reference._rounds(torch, words, *constants)
+@pytest.mark.parametrize("num", [1, 7, 3 * reference.BLOCK // 2])
+def test_numpy_and_pytorch_give_the_same_words(num):
+    words = torch.randint(0, ONES + 1, (6, num))
+    words[:, :1] = ONES
+    in_torch = reference._in_torch(words)
     assert in_torch.equal(philox4x32(tuple(words[:4]), tuple(words[4:])))
+    rows = words[:3, :, None], words[3:, None, :4]
+    broadcast = philox4x32((*rows[0], rows[1][0]), (*rows[1][1:],))
+    assert broadcast.shape == (num, min(4, num), 4)
+    for column in range(min(4, num)):
+        key = tuple(word[0, column] for word in rows[1][1:])
+        alone = philox4x32((*words[:3], rows[1][0][0, column]), key)
+        assert broadcast[:, column].equal(alone)
 
 
 def test_batch_order_and_calls_do_not_matter():

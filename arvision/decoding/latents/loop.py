@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples, device_of, is_causal
 from ...errors import InputError, check_count, unknown_name
-from ..noise import Noise
 from ..run import Run
 from .chain import (
     GUIDANCE_SCHEDULES,
@@ -156,12 +155,42 @@ class LatentPlan:
         """Guidance scale of each iteration."""
         return guidance_scales(list(ends), guidance_scale, self.guidance_schedule)
 
-    def orders(self, noise: Noise, model: ContinuousModel) -> Tensor:
-        """Positions [B, N] in the order of drawing, a function of each image's identity."""
-        every = torch.arange(model.num_tokens, device=noise.device).expand(len(noise), -1)
-        if self.order == "raster" or is_causal(model):
+    def orders(self, run: Run, model: ContinuousModel) -> Tensor:
+        """Positions [B, N] in the order of drawing, a function of each image's identity.
+
+        Given latents come first, unless the model is causal.
+        """
+        every = torch.arange(model.num_tokens, device=run.noise.device).expand(run.batch, -1)
+        if is_causal(model):
             return every
-        return noise.uniform(every, "order").argsort(1)
+        rank = run.noise.uniform(every, "order") if self.order == "random" else every.double()
+        if run.given is not None:
+            rank = rank.masked_fill(run.given.mask, -1)
+        return every if self.order == "raster" and run.given is None else rank.argsort(1)
+
+
+def num_given_first(run: Run, model: ContinuousModel) -> int:
+    """Given latents of each image that come before all others in the order of drawing; they are
+    counted as final.
+
+    Raises:
+        InputError: images with other numbers of them, or a causal model that is given others than
+            those at the beginning.
+    """
+    if run.given is None:
+        return 0
+    nums = set(run.given.nums)
+    if len(nums) > 1:
+        raise InputError(
+            f"images with {min(nums)} to {max(nums)} given latents: expected as many of each in a batch"
+        )
+    if is_causal(model) and run.given.num_leading != run.given.nums:
+        raise InputError(
+            "given latents behind drawn ones, which a causal model has not seen: this sampler keeps a "
+            "beginning only, expected one or sampler 'ar'"
+        )
+    run.skip(run.given.nums)
+    return nums.pop()
 
 
 @torch.no_grad()
@@ -190,7 +219,8 @@ def decode_latents(
     ends = plan.ends(model)
     scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
     run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
-    order = plan.orders(run.noise, model)
+    order, given = plan.orders(run, model), run.given
+    first = 0 if is_causal(model) else num_given_first(run, model)
     state = model.start(conditions, run.guidance_scale, order)
     if plan.refresh > 1:
         if not isinstance(state, KeepsFeatures):
@@ -198,15 +228,26 @@ def decode_latents(
         shares = plan.shares(len(ends))
         state.keep_features(plan.refresh, plan.reuse_guidance, plan.refresh_first, shares)
     images = torch.arange(run.batch, device=order.device)[:, None]
+    if first:
+        state.feed(run.tokens[images, order[:, :first]])
     head_steps = 0
     for start, end, scale, head in zip([0, *ends[:-1]], ends, scales, heads, strict=True):
+        if end <= first:
+            continue
+        start = max(start, first)
         positions = order[:, start:end]
+        if given is not None and bool(given.mask[images, positions].all()):
+            state.feed(run.tokens[images, positions])
+            run.skip([end - start] * run.batch)
+            continue
         z = state.condition(end - start)
         run.next_pass()
         numbers = chain_noise(run.noise, positions, head, "latent").to(z)
         law = head.law(z.flatten(0, 1), scale)
         path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
         drawn = path.latents.view(*positions.shape, -1)
+        if given is not None:
+            drawn = given.over(drawn, positions)
         run.watch(drawn)
         run.record(images, positions, drawn)
         run.check()

@@ -30,12 +30,14 @@ class LatentRun:
     Args:
         ledger: of the run, begun.
         order: [B, N] int64, positions in the order of drawing.
+        first: latents that are given, the first of the order; iterations up to there are not made.
         ends: latents drawn after each iteration.
     """
 
-    def __init__(self, ledger: Run, order: Tensor, ends: Sequence[int]) -> None:
-        self._ledger, self._order, self._num_iter = ledger, order, len(ends)
-        self._bounds = torch.tensor([0, *ends], device=order.device)
+    def __init__(self, ledger: Run, order: Tensor, first: int, ends: Sequence[int]) -> None:
+        bounds = [first, *(end for end in ends if end > first)]
+        self._ledger, self._order, self._num_iter = ledger, order, len(bounds) - 1
+        self._bounds = torch.tensor(bounds, device=order.device)
         self._rank = order.argsort(1)
         self._done = torch.zeros_like(ledger.lengths)
         self._rows = 0

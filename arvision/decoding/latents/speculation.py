@@ -13,7 +13,7 @@ from ...contracts import Conditions, ContinuousModel, Samples, device_of
 from ...errors import InputError
 from ..run import Run
 from .chain import Trajectory
-from .loop import LatentPlan
+from .loop import LatentPlan, num_given_first
 from .run import LatentRun, ragged
 from .verify import Slots, Verifier, join
 
@@ -105,7 +105,7 @@ def speculate_latents(
             f"max_draft {how.max_draft}: expected 1 to {model.num_tokens}, the latents"
         )
     run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
-    order = plan.orders(run.noise, model)
+    order, first = plan.orders(run, model), num_given_first(run, model)
     own_scale = run.guidance_scale if draft_guidance_scale is None else draft_guidance_scale
     verifier = Verifier(
         target=model.head,
@@ -121,6 +121,7 @@ def speculate_latents(
         model.start(conditions, run.guidance_scale, order),
         None if draft is None else draft.start(conditions, own_scale, order),
         order,
+        first,
         ends,
         (plan.scales(ends, run.guidance_scale), plan.scales(ends, own_scale)),
         verifier,
@@ -138,15 +139,18 @@ class _Rounds(LatentRun):
         target: Any,
         draft: Any,
         order: Tensor,
+        first: int,
         ends: Sequence[int],
         scales: tuple[Sequence[float], Sequence[float]],
         verifier: Verifier,
         how: Speculation,
     ) -> None:
-        super().__init__(ledger, order, ends)
+        super().__init__(ledger, order, first, ends)
         self._target, self._draft, self._how, self._verifier = target, draft, how, verifier
-        self._scales, self._draft_scales = (torch.tensor(s, device=order.device) for s in scales)
-        self._prefill = -int(-how.prefill * len(ends) // 1)
+        self._scales, self._draft_scales = (
+            torch.tensor(each[len(ends) - self._num_iter :], device=order.device) for each in scales
+        )
+        self._prefill = -int(-how.prefill * self._num_iter // 1)
         self._draft_passes = 0
         if draft is None:
             self._prefill = max(1, self._prefill)

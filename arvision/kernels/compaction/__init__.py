@@ -28,7 +28,7 @@ def compact_(
 
     Args:
         keys: [L, R, H, S, D], any dtype and strides.
-        values: like `keys`, same strides.
+        values: like `keys`; their width D may be another one (PyTorch only).
         lengths: [R] int64, committed length of each row.
         kept: [R, K] int64, candidates in their new order; entries behind a row's count are ignored.
         counts: [R] int64 in 0..K.
@@ -39,7 +39,7 @@ def compact_(
     """
     rows = keys.shape[1] if keys.dim() == 5 else -1
     shapes = (tuple(lengths.shape), tuple(kept.shape[:1]), tuple(counts.shape))
-    if keys.shape != values.shape or shapes != ((rows,),) * 3 or kept.dim() != 2:
+    if keys.shape[:-1] != values.shape[:-1] or shapes != ((rows,),) * 3 or kept.dim() != 2:
         raise InputError(
             f"keys {tuple(keys.shape)}, values {tuple(values.shape)}, lengths {shapes[0]}, kept "
             f"{tuple(kept.shape)}, counts {shapes[2]}: expected [L, R, H, S, D] twice, [R], "

@@ -70,7 +70,9 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     Paper: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, applied to logits as the
     official LlamaGen sampler does.
     """
-    return null + scale * (conditional - null)
+    if isinstance(scale, Tensor):
+        return null + scale * (conditional - null)
+    return (conditional - null).mul_(scale).add_(null)
 
 
 def shape(

@@ -204,6 +204,14 @@ class Emu3(Emu3Sequence):
         if start is not None and len(ids) > 1 and not bool((ids == start).any()):
             raise InputError(f"the prompt holds no image start ({start})")
 
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to codes [B, N], by the network's own encoder."""
+        vq = self.base.model.vqmodel
+        sizes = torch.tensor([pixels.shape[2:]] * len(pixels))
+        found = vq.encode(pixels.to(vq.quantize.embedding.weight), sizes).image_tokens
+        return torch.stack(list(found)).flatten(1)
+
     def pixels(self, tokens: Tensor) -> Tensor:
         """Through the network's own decoder."""
         rows, columns = self.grid or (0, 0)

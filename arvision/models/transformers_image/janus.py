@@ -113,6 +113,13 @@ class Janus(TransformersImageModel):
         """Codes [V, D] of unit length."""
         return F.normalize(self.base.model.vqmodel.quantize.embedding.weight.detach(), dim=-1)
 
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] to codes [B, N], by the network's own encoder."""
+        vq = self.base.model.vqmodel
+        found = vq.encode(pixels.to(vq.quantize.embedding.weight)).image_tokens
+        return found.view(len(pixels), -1)
+
     def pixels(self, tokens: Tensor) -> Tensor:
         """Through the network's own decoder."""
         vq = self.base.model.vqmodel

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ...contracts import Conditions, Samples, TokenModel
+from ...decoding.drafter import NoDrafter
 from ...decoding.flow import flow_map_of, flow_rule
 from ...decoding.logits import Shaping
-from ...decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ...decoding.loop import FixedWindow, decode_tokens
 from ...decoding.run import Run
 from ...decoding.verify import gumbel_coupling
 

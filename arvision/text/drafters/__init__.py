@@ -2,6 +2,7 @@
 
 from .base import DRAFTERS, Combined, TextDrafter, combine
 from .draft_tree import DraftTree
+from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .papers.pseudo import PseudoDrafter
@@ -9,19 +10,23 @@ from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter
 from .recycling import TokenRecycling
+from .suffix import PastOutputs, SuffixDecoding
 
 __all__ = [
     "DRAFTERS",
     "Combined",
     "DraftTree",
+    "Eagle3",
     "HeadDrafter",
     "InputCopy",
     "JacobiWindow",
     "LayerSkip",
     "NestedExit",
+    "PastOutputs",
     "PromptLookup",
     "PseudoDrafter",
     "RetrievedContext",
+    "SuffixDecoding",
     "Superposed",
     "TextDrafter",
     "TokenRecycling",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...decoding.drafter import NoDrafter
 from ...decoding.logits import Shaping
-from ...decoding.loop import FixedWindow, NoDrafter, decode_tokens
+from ...decoding.loop import FixedWindow, decode_tokens
 from ...decoding.run import Run
 from ...decoding.verify import gumbel_coupling
 from ...errors import InputError

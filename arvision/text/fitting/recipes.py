@@ -16,12 +16,13 @@ from ...schema import check_fields, read_json
 from .. import load_text_model
 from ..drafters.heads import KINDS
 from .data import Answers, answer, question_ids
+from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import SMALL_FIT, train_small_model
 
-ALL_KINDS = (*KINDS, "ppd", "hidden_transfer", "model", "judge")
+ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "judge")
 
 
 UNUSED = {
@@ -118,6 +119,8 @@ def fit_draft(
         num_guesses=num_heads,
         fit=replace(PSEUDO_FIT, **changed),
     )
+    eagle3 = Eagle3Training(num_steps=num_heads, divergence=divergence)
+    eagle3 = replace(eagle3, fit=replace(eagle3.fit, **changed))
     marked = read_marked(prompts) if kind == "judge" else []
     texts = [] if kind == "judge" else questions(prompts)
     network, tokenizer = load_text_model(model, device=device, dtype=dtype)
@@ -129,6 +132,8 @@ def fit_draft(
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
+    if kind == "eagle3":
+        return train_eagle3(network, answers, out, eagle3, progress=progress)
     if kind == "model":
         config = replace(SMALL_FIT, **changed)
         return train_small_model(
