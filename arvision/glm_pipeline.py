@@ -27,6 +27,23 @@ DECODER_SCALE = 1.5
 """Guidance of the diffusion decoder, as diffusers has it."""
 
 
+def part_bases() -> dict[str, Any]:
+    """What the class of each part of diffusers' `GlmImagePipeline` is derived from."""
+    import transformers as t
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    return {
+        "vision_language_encoder": t.PreTrainedModel,
+        "processor": t.ProcessorMixin,
+        "tokenizer": t.PreTrainedTokenizerBase,
+        "text_encoder": t.PreTrainedModel,
+        "vae": ModelMixin,
+        "transformer": ModelMixin,
+        "scheduler": SchedulerMixin,
+    }
+
+
 class GlmPipeline(ImageModelPipeline):
     """GLM-Image whole: its network draws codes, diffusers' `GlmImagePipeline` makes the picture.
 
@@ -201,6 +218,18 @@ class GlmPipeline(ImageModelPipeline):
             **call,
         )
 
+    def prior_token_ids(
+        self, tokens: Tensor, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Drawn codes as diffusers' `GlmImagePipeline` takes them: ids [B, N] of cells of 16 pixels.
+
+        Args:
+            tokens: `tokens` of a call without source images.
+            height: pixels of that call.
+            width: likewise.
+        """
+        return _prior_ids(self.model.at_size(height, width), tokens)
+
     def _render(
         self,
         model: TransformersImageModel,
@@ -214,9 +243,7 @@ class GlmPipeline(ImageModelPipeline):
         """Pictures of drawn codes, by the diffusion decoder."""
         assert isinstance(model, GlmImage)
         rows, columns = model.grids[-1]
-        priors: dict[str, Any] = {
-            "prior_token_ids": doubled(model.picture(tokens).unflatten(1, (rows, columns)))
-        }
+        priors: dict[str, Any] = {"prior_token_ids": _prior_ids(model, tokens)}
         if conditions[0].images:
             sources = [model.source_codes(one.images) for one in conditions]
             priors["image"] = [list(one.images) for one in conditions]
@@ -238,6 +265,11 @@ class GlmPipeline(ImageModelPipeline):
             **priors,
         )
         return made.images
+
+
+def _prior_ids(model: TransformersImageModel, tokens: Tensor) -> Tensor:
+    """Ids [B, N] of the cells that the diffusion decoder is given, from codes."""
+    return doubled(model.picture(tokens).unflatten(1, model.grids[-1]))
 
 
 def _generator(seed: int, image: int) -> torch.Generator:

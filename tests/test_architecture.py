@@ -44,12 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "needed": {"errors", "schema"},
     "hub": {"errors", "files", "headers", "needed"},
     "stored": {"checkpoint", "errors", "headers", "needed", "schema"},
+    "foreign": {"checkpoint", "errors", "files", "schema", "stored"},
     "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
     "samplers": {"decoding"} | GROUND,
-    "text": {"decoding"} | GROUND,
+    "text": {"decoding", "foreign"} | GROUND,
     "eval": {"folders"} | GROUND,
     "sheet": set(),
     "folders": {"errors", "files", "needed"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "image_pipeline": {"editing", "pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
     "glm_pipeline": {"drawing", "image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
-    | {"components", "folders", "headers", "hub", "needed"}
+    | {"components", "folders", "foreign", "headers", "hub", "needed"}
     | GROUND,
     "threads": set(),
     "counting": set(),
@@ -66,7 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
     "components": {"folders", "models", "samplers"} | GROUND,
     "editing": {"decoding", "models"} | GROUND,
-    "drawing": {"batches", "editing", "inputs", "models", "samplers", "threads"} | GROUND,
+    "previews": {"models"} | GROUND,
+    "drawing": {"batches", "editing", "inputs", "models", "previews", "samplers", "threads"}
+    | GROUND,
     "pipeline": {
         "card",
         "components",
@@ -95,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
-    | {"pipeline", "samplers"}
+    | {"pipeline", "previews", "samplers"}
     | GROUND,
     "testing": {"models"} | GROUND,
 }

@@ -71,14 +71,9 @@ class KVCache:
 
     def _reach(self, capacity: int) -> None:
         """Be `capacity` positions long."""
-        device, dtype = self.keys.device, self.keys.dtype
         self.capacity = capacity
-        order = torch.arange(capacity, device=device)
-        self._order = order
+        self._order = torch.arange(capacity, device=self.keys.device)
         self._causal: Tensor | None = None
-        if capacity <= LARGEST_TABLE:
-            self._causal = torch.zeros(capacity, capacity, device=device, dtype=dtype)
-            self._causal.masked_fill_(order > order[:, None], float("-inf"))
 
     @property
     def _columns(self) -> Tensor | None:
@@ -156,6 +151,11 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
+    def begin_unmasked(self, num: int) -> None:
+        """Make room for the first `num` positions of all rows, whose mask the caller has."""
+        self._num, self._is_chain, self._slots = num, True, None
+        self._first, self._end = 0, num
+
     def begin_fixed(self, slots: Tensor, visible: int, ancestors: Tensor | None = None) -> Tensor:
         """Make room for candidates at slots that only the device knows; nothing is read back.
 
@@ -181,14 +181,29 @@ class KVCache:
 
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
-        if self._causal is not None and len(slots) == 1 and self.is_uniform:
+        causal = self._causal_table()
+        if causal is not None and len(slots) == 1 and self.is_uniform:
             here = slice(self._first, self._first + slots.shape[1])
-            return self._causal[None, None, here, :visible]
+            return causal[None, None, here, :visible]
         return self._ragged_mask(slots, visible)
 
+    def _causal_table(self) -> Tensor | None:
+        """[S, S], what each position may look at, made when first asked for; None where it is large.
+
+        What is compiled or captured does not make it: it would be made again in every pass.
+        """
+        if self._causal is None and self.capacity <= LARGEST_TABLE:
+            is_caught = self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+            if not (torch.compiler.is_compiling() or is_caught):
+                table = self.keys.new_zeros(self.capacity, self.capacity)
+                order = self._order
+                self._causal = table.masked_fill_(order > order[:, None], float("-inf"))
+        return self._causal
+
     def _ragged_mask(self, slots: Tensor, visible: int) -> Tensor:
-        if self._causal is not None:
-            return self._causal[slots, :visible][:, None]
+        causal = self._causal_table()
+        if causal is not None:
+            return causal[slots, :visible][:, None]
         mask = torch.zeros(*slots.shape, visible, device=slots.device, dtype=self.keys.dtype)
         return mask.masked_fill_(self._order[:visible] > slots[..., None], float("-inf"))[:, None]
 

@@ -122,7 +122,7 @@ class ImageState:
         positions = torch.stack(
             [torch.nn.functional.pad(row.positions, (num - len(row.ids), 0)) for row in rows], dim=1
         )
-        self.cache.begin(num)
+        self.cache.begin_unmasked(num)
         order = torch.arange(num)
         sees = self._is_open[:, None] & (order <= order[:, None])
         # A row of the mask that bars everything would make all numbers NaN under eager attention.
