@@ -246,6 +246,15 @@ class ImageState:
         return self._model.run(inputs, positions, spread(mask, rows), self._seen)
 
     @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
+        own, forced, places, ends = self._layout.fixed(lengths, tokens.shape[1])
+        slots = self._spread(places + self._num_prompt)
+        mask = self.cache.begin_fixed(slots, self._num_prompt + self._layout.num_places)
+        hidden = self._run(tokens.gather(1, own), forced, places, mask)
+        return self._guided(hidden if forced is None else _gather(hidden, ends, self._branches))
+
+    @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Guided logits [B, T, V] of what follows tokens at positions of the caller's choice.
 
