@@ -366,6 +366,12 @@ class HFState:
             every = torch.arange(self._fed.shape[1], device=counts.device)
             self._prefixes.commit(self._fed, every.expand_as(self._fed), counts)
 
+    def rewind_to(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths` committed tokens of the rows, prompts included."""
+        before = self.cache.lengths
+        self.cache.cut(lengths)
+        self.lengths = self.lengths + self.cache.lengths - before
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
