@@ -155,6 +155,18 @@ def _class_of(part: str, entry: Any, name: str) -> type | None:
     raise CheckpointError(f"{name} {short(entry)} is no class that arvision loads: expected {what}")
 
 
+def sampler_class(entry: Any, name: str) -> Any:
+    """The sampler that an entry [library, class] of an index names.
+
+    Raises:
+        CheckpointError: it is none that we know; `name` is the index's in messages.
+    """
+    found = _class_of("sampler", entry, f"{name}: sampler")
+    if found is None:
+        raise CheckpointError(f"{name}: names no sampler, but the folder holds one")
+    return found
+
+
 def _known_class(part: str, library: str, name: str) -> type | None:
     if part.startswith("text_"):
         return _text_class(part, name) if library == "transformers" else None

@@ -124,6 +124,27 @@ class Advances(Protocol):
 
 
 @runtime_checkable
+class AdvancesAlong(Protocol):
+    """A state that takes trees and paths of the loop's own making without asking its device."""
+
+    def extend_along(self, tokens: Tensor, tree: Any) -> Tensor:
+        """`TokenState.extend`, which does not look for bad numbers or parents either.
+
+        Args:
+            tokens: [B, T].
+            tree: `Topology` of the candidates, None for a chain.
+        """
+        ...
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep candidates `path[b, :counts[b]]` ([B, K] and [B] int64) and forget the rest.
+
+        `given` are the counts on the host.
+        """
+        ...
+
+
+@runtime_checkable
 class TakesFixedChains(Protocol):
     """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
 
@@ -181,7 +202,8 @@ class FeedsAnywhere(Protocol):
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Guided logits [B, T, V] of what follows tokens [B, T] at positions [B, T].
 
-        Row t is the law of position `positions[b, t] + 1`. What is fed stays where it is until the
+        `positions` lie on the host or where the tokens are. Row t is the law of position
+        `positions[b, t] + 1`. What is fed stays where it is until the
         position is fed again; candidate t looks at the conditions, at itself, and at the positions
         that `visible` [B, T, N] marks (fed earlier, or in the same call), so the caller alone says
         what counts. Position -1 marks padding. A state is driven either by `extend` and `commit` or
@@ -246,7 +268,7 @@ class TokenModel(Protocol):
     """A model that draws one discrete token after another.
 
     A state may offer more, which samplers use where it exists: `DropsRows`, `TakesRows`, `Advances`,
-    `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
+    `AdvancesAlong`, `Overruns`, `TellsHidden`, `FeedsAnywhere`. So may a model: `TakesTrees`, `HasCodebook`,
     `TellsCost`, `TellsCalibration`.
     """
 

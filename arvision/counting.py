@@ -67,12 +67,12 @@ class _Operators(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Sees `tolist`, which reads without an operator."""
+    """Sees `tolist` and `cpu`, which read without an operator; views of numpy are a CPU's own."""
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self._calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._calls.num_reads += func is Tensor.tolist
+        self._calls.num_reads += func in (Tensor.tolist, Tensor.cpu)
         return func(*args, **(kwargs or {}))

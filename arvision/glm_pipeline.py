@@ -27,6 +27,23 @@ DECODER_SCALE = 1.5
 """Guidance of the diffusion decoder, as diffusers has it."""
 
 
+def part_bases() -> dict[str, Any]:
+    """What the class of each part of diffusers' `GlmImagePipeline` is derived from."""
+    import transformers as t
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    return {
+        "vision_language_encoder": t.PreTrainedModel,
+        "processor": t.ProcessorMixin,
+        "tokenizer": t.PreTrainedTokenizerBase,
+        "text_encoder": t.PreTrainedModel,
+        "vae": ModelMixin,
+        "transformer": ModelMixin,
+        "scheduler": SchedulerMixin,
+    }
+
+
 class GlmPipeline(ImageModelPipeline):
     """GLM-Image whole: its network draws codes, diffusers' `GlmImagePipeline` makes the picture.
 

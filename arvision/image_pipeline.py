@@ -19,6 +19,7 @@ from .models.transformers_image import emu3
 from .models.transformers_image.network import base_of
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
+from .schema import Side
 
 FAMILIES: dict[str, type[TransformersImageModel]] = {
     str(family.network_class): family for family in (Chameleon, Emu3, GlmImage, Janus)
@@ -88,7 +89,7 @@ class ImageModelPipeline(ARPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         negative_prompt: str | None = None,
-        num_threads: int | None = None,
+        num_threads: Side | None = None,
         draft: str | None = None,
     ) -> None:
         DiffusionPipeline.__init__(self)

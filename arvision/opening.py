@@ -12,17 +12,18 @@ from typing import Any, cast
 
 import torch
 
-from .components import quietly
+from .components import INDEX, quietly, sampler_class
 from .errors import ArvisionError, CheckpointError, InputError, unknown_name
 from .folders import find_model, parse_device, parse_dtype
-from .glm_pipeline import GlmPipeline
+from .foreign import check_parts, check_regular, few_modules
+from .glm_pipeline import GlmPipeline, part_bases
 from .headers import read_header
 from .hub import Source, fetch
 from .image_pipeline import FAMILIES, ImageModelPipeline
 from .models import ChameleonDecoder
 from .needed import WEIGHTS, index_of, needed_files, read_json
 from .pipeline import ARPipeline
-from .samplers import SAMPLERS
+from .schema import check_fields
 from .stored import check_layers, check_report
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -131,12 +132,13 @@ def _without_warnings(library: str) -> Iterator[None]:
 
 
 def _check_files(folder: Path, variant: str | None) -> None:
-    """Refuse a folder of transformers' or diffusers' that is not complete, before they see it.
+    """Refuse a folder of transformers' or diffusers' that is not complete or regular, before they see it.
 
     Raises:
         InputError: no weights of that variant.
         CheckpointError: a file is missing, cut off or no safetensors; names it.
     """
+    check_regular(folder)
     files = {p.relative_to(folder).as_posix(): None for p in folder.rglob("*") if p.is_file()}
 
     def read(name: str) -> dict[str, Any]:
@@ -157,29 +159,32 @@ def _network(folder: Path, how: dict[str, Any]) -> Any:
     import transformers
 
     content = read_json(folder / "config.json", str(folder / "config.json"))
-    written = [str(name) for name in content.get("architectures") or []]
+    named = content.get("architectures") or []
+    written = [str(name) for name in named] if isinstance(named, list) else [str(named)]
     names = [name for name in FAMILIES if name in written]
     if not names and any(name.startswith("ChameleonXLLMX") for name in written):
         names = ["ChameleonForConditionalGeneration"]  # Lumina-mGPT's name for the same layout
         content["model_type"] = "chameleon"
     if not names:
-        raise unknown_name("class of an image network", ", ".join(written) or None, FAMILIES)
+        unknown = unknown_name("class of an image network", ", ".join(written) or None, FAMILIES)
+        raise InputError(f"{folder}: {unknown}")
     cls = getattr(transformers, names[0], None)
     if cls is None:
         raise CheckpointError(
             f"{folder}: {names[0]} is not in transformers {transformers.__version__}, expected a "
             "later release"
         )
-    check_layers(folder, how.get("variant"))
-    network, report = cls.from_pretrained(
-        folder,
-        config=cls.config_class.from_dict(content),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **{name: value for name, value in how.items() if value is not None},
-    )
+    tensors = check_layers(folder, how.get("variant"))
+    with few_modules(len(tensors), str(folder / "config.json")):
+        network, report = cls.from_pretrained(
+            folder,
+            config=cls.config_class.from_dict(content),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **{name: value for name, value in how.items() if value is not None},
+        )
     check_report(report, str(folder), may_hold_more=True)
     return network.eval()
 
@@ -237,7 +242,12 @@ def _saved(
     options: Any,
 ) -> ARPipeline:
     """A folder that `ImageModelPipeline.save_pretrained` wrote."""
-    settings = {key: value for key, value in content.items() if not key.startswith("_")}
+    own = {key: value for key, value in content.items() if not key.startswith("_")}
+    try:
+        check_fields(own, ImageModelPipeline, str(folder / INDEX), only=True)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    settings, *_ = ImageModelPipeline.extract_init_dict(own)
     parts: dict[str, Any] = {"transformer": _network(folder / "transformer", how)}
     for part in ("processor", "decoder", "sampler", "transformer"):
         settings.pop(part, None)
@@ -246,19 +256,13 @@ def _saved(
     if decoder is not None or (folder / "decoder").is_dir():
         parts["decoder"] = _decoder(folder, folder / "decoder" if decoder is None else decoder)
     if (folder / "sampler").is_dir():
-        parts["sampler"] = _sampler(folder, str(content["sampler"][1]))
+        cls = sampler_class(content.get("sampler"), str(folder / INDEX))
+        parts["sampler"] = cls.from_pretrained(folder / "sampler")
     settings["options"] = {**(settings.get("options") or {}), **(options or {})} or None
     try:
         return ImageModelPipeline(**parts, **settings)
     except TypeError as error:
         raise CheckpointError(f"{folder}: model_index.json does not fit ({error})") from error
-
-
-def _sampler(folder: Path, name: str) -> Any:
-    for entry in SAMPLERS:
-        if entry.value.__name__ == name:
-            return entry.value.from_pretrained(folder / "sampler")
-    raise unknown_name("class of a sampler", name, [e.value.__name__ for e in SAMPLERS])
 
 
 def _glm(
@@ -274,6 +278,7 @@ def _glm(
 
     if decoder is not None or options is not None:
         raise InputError("decoder and options: GLM-Image's folder holds all its parts")
+    check_parts(folder, content, part_bases(), how.get("variant"))
     whole = dict(how)
     for_network = dict(how)
     if how["quantization_config"] is not None:

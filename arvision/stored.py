@@ -26,6 +26,9 @@ from .schema import Layers, check_fields, check_value, hints_of, read_json, shor
 CODE = ("auto_map", "custom_pipeline", "custom_components", "trust_remote_code")
 """Names by which a configuration asks for code of its folder."""
 
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+"""Names by which a configuration of transformers may choose a kernel of the hub, "owner/name"."""
+
 NUMBERED = re.compile(r"\.\d+\.")
 """In the key of a layer's weight."""
 
@@ -54,7 +57,28 @@ def read_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {name!r} asks for code of the folder, which is never run"
             )
+    check_kernels(content, str(path))
     return content
+
+
+def check_kernels(content: Any, name: str) -> None:
+    """Refuse a configuration that asks for kernels of a repository, which would be fetched and run.
+
+    Args:
+        content: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: see above, at any depth.
+    """
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if key.removeprefix("_").removesuffix("_internal") in IMPLEMENTATIONS:
+            chosen = list(value.values()) if isinstance(value, Mapping) else [value]
+            if any(isinstance(each, str) and "/" in each for each in chosen):
+                raise CheckpointError(
+                    f"{name}: {key} {short(value)} asks for code of a repository, which is never run"
+                )
+        check_kernels(value, name)
 
 
 def read_sizes(
@@ -167,6 +191,7 @@ def check_layers(folder: Path, variant: str | None = None) -> dict[str, Held]:
     try:
         config = read_json(path)
         check_value(config, dict, str(path))
+        check_kernels(config, str(path))
         tensors, _ = read_headers(folder, variant)
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             check_fields(part, Counts, str(path))

@@ -1,6 +1,7 @@
 """How long does a token take: a class's own generate, our `ar`, our `sjd`, at equal settings?
 
     python -m benchmarks.hf_image [--hidden 768] [--layers 12] [--side 16] [--rounds 3] [--dtype bfloat16]
+    python -m benchmarks.hf_image --memory
 
 Image networks of transformers at a middling size with random weights, one image per call, in the type
 that the weights are published in. Correctness first: greedy tokens of all three are the same (in
@@ -8,8 +9,8 @@ float64, at a small size, by the tests). Then the three take turns in one proces
 Random weights say nothing about how many tokens `sjd` accepts on a trained network; passes are given
 beside the time.
 
-Memory is counted, not estimated: the most bytes of tensors that lived at once during a call, beyond
-those before it, and the bytes of our cache. In float32 on a CPU two rows of a product cost about
+With `--memory` bytes are counted and nothing is timed: the most bytes of tensors that lived at once
+during a call, beyond those before it, and the bytes of our cache. In float32 on a CPU two rows of a product cost about
 twice as much as one (`rows`), so that a batch of two branches gains little there over two calls; in
 bfloat16 they cost the same.
 """
@@ -242,6 +243,18 @@ def peak_bytes(task: Callable[[], Any]) -> int:
     return most
 
 
+def memory(
+    name: str, model: Any, prompt: torch.Tensor, scale: float, tasks: dict[str, Callable[[], Any]]
+) -> dict[str, Any]:
+    """Bytes of our cache, and the peaks of all tasks."""
+    state, _ = model.start([prompt], scale)
+    found: dict[str, Any] = {"cache_bytes": state.cache.keys.nbytes + state.cache.values.nbytes}
+    del state
+    found["peak_bytes"] = {task: peak_bytes(run) for task, run in tasks.items()}
+    print(name, found, flush=True)
+    return found
+
+
 def rows(width: int, dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of a product with 1, 2 and 16 rows."""
     weight = torch.randn(3 * width, width).to(dtype)
@@ -274,17 +287,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return run
 
     tasks = {"generate": own, "ar": ours("ar"), "sjd": ours("sjd")}
+    if options.memory:
+        return memory(name, model, prompt, scale, tasks)
     seconds = alternate(tasks, options.rounds, time.process_time)
     num = model.num_tokens
     found: dict[str, Any] = {
         task: summary([1000 * one / num for one in own]) for task, own in seconds.items()
     }
-    if options.memory:
-        state, _ = model.start([prompt], scale)
-        found["cache_bytes"] = state.cache.keys.nbytes + state.cache.values.nbytes
-        del state
-        found["peak_bytes"] = {task: peak_bytes(run) for task, run in tasks.items()}
-        print(name, "cache", found["cache_bytes"], "peak", found["peak_bytes"], flush=True)
     found["parameters"] = sum(p.numel() for p in model.network.parameters())
     found["passes"] = {task: stats[task].forward_passes for task in ("ar", "sjd")}
     found["ar_speedup"] = found["generate"]["median"] / found["ar"]["median"]
@@ -305,10 +314,13 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--memory", action="store_true", help="count bytes too")
+    parser.add_argument("--memory", action="store_true", help="count bytes instead of seconds")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     options = parser.parse_args()
     record = {name: measure(name, options) for name in options.families}
+    if options.memory:
+        save("hf_image_memory", {"options": vars(options), "bytes": record})
+        return
     products = rows(options.hidden, getattr(torch, options.dtype))
     save(
         "hf_image",

@@ -44,12 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "needed": {"errors", "schema"},
     "hub": {"errors", "files", "headers", "needed"},
     "stored": {"checkpoint", "errors", "headers", "needed", "schema"},
+    "foreign": {"checkpoint", "errors", "files", "schema", "stored"},
     "checkpoint": {"errors", "files", "headers", "schema"},
     "kernels": {"errors"},
     "decoding": {"kernels"} | GROUND,
     "models": {"decoding", "kernels"} | GROUND,
     "samplers": {"decoding"} | GROUND,
-    "text": {"decoding"} | GROUND,
+    "text": {"decoding", "foreign"} | GROUND,
     "eval": {"folders"} | GROUND,
     "sheet": set(),
     "folders": {"errors", "files", "needed"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "image_pipeline": {"editing", "pipeline", "inputs", "models", "opening", "samplers"} | GROUND,
     "glm_pipeline": {"drawing", "image_pipeline", "pipeline", "inputs", "models"} | GROUND,
     "opening": {"pipeline", "image_pipeline", "glm_pipeline", "models", "samplers"}
-    | {"components", "folders", "headers", "hub", "needed"}
+    | {"components", "folders", "foreign", "headers", "hub", "needed"}
     | GROUND,
     "threads": set(),
     "counting": set(),

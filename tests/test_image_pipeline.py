@@ -204,7 +204,7 @@ def test_bad_calls_are_one_line_before_any_pass(name, prompt, call, message, pip
 def test_other_pipelines_say_what_they_do_not_take(tiny_pipeline):
     with pytest.raises(InputError, match="height 64: this model takes none"):
         arvision.sample(tiny_pipeline, 1, height=64)
-    with pytest.raises(InputError, match="image 'Image': this model takes none"):
+    with pytest.raises(InputError, match="image without mask_image: expected a mask"):
         arvision.sample(tiny_pipeline, 1, image=Image.new("RGB", (8, 8)))
 
 

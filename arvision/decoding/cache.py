@@ -235,11 +235,21 @@ class KVCache:
             kept: [R, K] int64.
             counts: [R] int64.
         """
-        order = self._order[: kept.shape[1]]
-        used = order < counts[:, None]
-        if not bool(((kept == order) | ~used).all()):
+        if not bool(self._stands(kept, counts)):
             compact_(self.keys, self.values, self.lengths, kept, counts)
         self.advance(counts, counts.tolist())
+
+    def _stands(self, kept: Tensor, counts: Tensor) -> Tensor:
+        """Whether all that is kept is where it belongs: one bool."""
+        order = self._order[: kept.shape[1]]
+        return ((kept == order) | (order >= counts[:, None])).all()
+
+    def keep(self, kept: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """`commit` with `counts` known on the host as `given`: nothing is read back."""
+        stands = self._stands(kept, counts) if kept.is_cpu else None
+        if stands is None or not stands.numpy():
+            compact_(self.keys, self.values, self.lengths, kept, counts)
+        self.advance(counts, given)
 
     def advance(self, counts: Tensor, given: Sequence[int]) -> None:
         """Keep the first `counts` [R] candidates of each row, `given` on the host."""
@@ -258,7 +268,7 @@ class KVCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         kept = (self.keys[:, rows, :, slots].clone(), self.values[:, rows, :, slots].clone())
         self.lengths = self.lengths - num
-        self._host_lengths = self.lengths.tolist()
+        self._host_lengths = [length - num for length in self._host_lengths]
         return kept
 
     def restore(self, kept: tuple[Tensor, Tensor], lengths: Tensor) -> None:
@@ -268,7 +278,7 @@ class KVCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.keys[:, rows, :, slots], self.values[:, rows, :, slots] = kept
         self.lengths, self._num = lengths, 0
-        self._host_lengths = lengths.tolist()
+        self._host_lengths = [length + num for length in self._host_lengths]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows [R'] and drop the others.
@@ -302,6 +312,18 @@ class KVCache:
         self.lengths = self.lengths + num
         self._host_lengths = [length + num for length in self._host_lengths]
         self._reach(self.capacity + num)
+
+    def widen(self, capacity: int) -> None:
+        """Have room for `capacity` positions, where there is less."""
+        more = capacity - self.capacity
+        if more <= 0:
+            return
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self._stored = self.keys, self.values
+        if self._closed is not None:
+            self._closed = torch.nn.functional.pad(self._closed, (0, more))
+        self._reach(capacity)
 
     def _open(self) -> Tensor:
         """[R, 1, 1, S], a mask that closes nothing."""

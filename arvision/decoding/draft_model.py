@@ -14,7 +14,7 @@ from .draft_state import FollowingState
 from .given import Given
 from .logits import Shaping
 from .noise import Noise, draw
-from .tree import TokenTree
+from .tree import TokenTree, none_left
 from .verify import OLD_COUPLINGS, Round, Verdict
 
 MEASURED = ("gumbel", "independent")
@@ -120,7 +120,8 @@ class DraftModelDrafter:
     A row stops when the predicted probability that at least one of its drafts is rejected exceeds
     `stop_threshold`. The batch goes on until its last row has stopped. With Gumbel coupling a row
     that has stopped drafts on as long as others do, which costs nothing and cannot change its
-    picture. Otherwise its chain is padded with -1, "no draft", so that what it drafts, and with it
+    picture. An accelerator is not asked whether all have stopped: there a batch drafts as far as its
+    host allows, see `_reach`, and with other couplings to the end. Otherwise its chain is padded with -1, "no draft", so that what it drafts, and with it
     its picture, does not depend on the rows beside it.
 
     Whether a position is drafted at all is decided before anything is drawn there, from what stands
@@ -166,6 +167,7 @@ class DraftModelDrafter:
         """Prefill the draft's state."""
         self._passes_before = self._passes
         self._known = [0] * len(self._conditions)
+        self._reach = 2
         self._noise, self._num_tokens = noise, num_tokens
         self._given: Given | None = None
         self._state = FollowingState(
@@ -189,6 +191,8 @@ class DraftModelDrafter:
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
         num = min(num, self._state.most(), most_room)
+        if self._coupling == "gumbel" and self._least > 0 and not tokens.is_cpu:
+            num = min(num, self._reach)
         drafts, laws = root[:, :0], []
         acceptance = torch.ones_like(lengths, dtype=law.dtype)
         while True:
@@ -204,7 +208,7 @@ class DraftModelDrafter:
                 acceptance = acceptance * self._calibration(self._coupling, features)
             is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
             # Where no row stops early, all go on to the end of the longest.
-            if place + 1 == num or (self._least > 0 and not bool(is_going.any())):
+            if place + 1 == num or (self._least > 0 and none_left(is_going)):
                 break
             law = self._state.extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
         logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)
@@ -233,6 +237,11 @@ class DraftModelDrafter:
         self._passes = self._passes_before + self._state.passes
         self._drafted = self._drafted + (chain.drafts >= 0).sum()
         self._accepted += sum(counts) - len(counts)
+        # What is drafted changes no picture under Gumbel coupling, so that a guess is good enough.
+        num = chain.drafts.shape[1]
+        if num:
+            most = max(counts) - 1
+            self._reach = 2 * num if most == num else most + 1
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

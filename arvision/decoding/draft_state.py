@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Advances, Conditions, DropsRows, Overruns, TokenModel
+from ..contracts import Advances, AdvancesAlong, Conditions, DropsRows, Overruns, TokenModel
+from .tree import Topology
 
 
 class FollowingState:
@@ -75,15 +76,21 @@ class FollowingState:
         lengths: Tensor = self.state.lengths  # pyright: ignore[reportAttributeAccessIssue]
         return self._num_tokens - 1 - int(lengths.max())
 
-    def extend(self, fed: Tensor, parents: Tensor | None = None) -> Tensor:
+    def extend(self, fed: Tensor, tree: Topology | None = None) -> Tensor:
         """Laws [B, T, V] after candidates [B, T] of the rows that are still going."""
         self.passes += 1
         spread = fed.new_zeros(len(self.state.lengths), fed.shape[1])
         # A target of a larger, padded vocabulary may have tokens that the draft cannot read.
         spread[self.rows] = fed.clamp(max=self._vocab_size - 1)
-        logits = (
-            self.state.extend(spread) if parents is None else self.state.extend(spread, parents)
-        )
+        if isinstance(self.state, AdvancesAlong) and len(fed) == len(spread):
+            logits = self.state.extend_along(spread, tree)
+        elif tree is None:
+            logits = self.state.extend(spread)
+        else:
+            laws = tree.laws
+            if not tree.is_shared:
+                laws = laws.new_zeros(spread.shape).index_copy_(0, self.rows, laws)
+            logits = self.state.extend(spread, laws - 1)
         return self._shape(logits[self.rows])
 
     def _commit(self, counts: Tensor, given: list[int], num: int) -> None:

@@ -77,6 +77,19 @@ class Attached(Protocol):
 
 
 @runtime_checkable
+class Hears(Protocol):
+    """A drafter that works on the host, with what comes there in a round's one read."""
+
+    def asks(self, batch: Round, verdict: Verdict, /) -> Sequence[Tensor]:
+        """Integers that it wants to know of a round, besides the tokens that became final."""
+        ...
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]], /) -> None:
+        """After `observe`: the tokens of each row that became final, and what was asked for."""
+        ...
+
+
+@runtime_checkable
 class Joins(Protocol):
     """A drafter that takes in the rows of another of its kind, of images of the same run."""
 
@@ -109,3 +122,17 @@ class WindowPolicy(Protocol):
     def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
         """How many tokens a pass made final in each row, and how many the row still needed."""
         ...
+
+
+class FixedWindow:
+    """The same number of candidates in every pass."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The window, cut to what the images still need."""
+        return min(self.window, most)
+
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
+        """Nothing to adapt."""

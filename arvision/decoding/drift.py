@@ -218,9 +218,9 @@ class DriftDrafter:
         above = torch.where(is_real, above, -1)
         contexts = contexts[rows, chosen]
         if self._min_share > 0:
-            # What no row has is not fed.
+            # What no row has is not fed, where a look costs no waiting.
             order = is_real.long().argsort(dim=1, descending=True, stable=True)
-            most = int(is_real.sum(1).max())
+            most = int(is_real.numpy().sum(1).max()) if is_real.is_cpu else num
             # Real candidates move to the front and keep their order, so parents still come first.
             moved = torch.empty_like(order)
             moved.scatter_(1, order, torch.arange(num, device=order.device).expand_as(order))

@@ -38,7 +38,7 @@ PURPOSES = {
 MEMO_ELEMENTS = 1 << 23
 """Gumbel values kept per `Noise`: up to this many, each is computed once."""
 
-MADE_AT_ONCE = 1 << 16
+MADE_AT_ONCE = 1 << 15
 """Of these, made in one go: words and doubles on the way take several times their memory."""
 
 AHEAD = 32

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,34 +74,36 @@ def decode_rows(
     run.begin(logits.device)
     run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
-    known.first = _FirstTokens(known.counts, model.grid[1], logits) if adapts else None
-    active = torch.arange(run.batch, device=logits.device)
+    active = np.arange(run.batch)
     laws = shape(logits)
     run.watch_laws(laws)
+    if adapts:
+        known.first = _FirstTokens(known.to_device(known.counts), known.columns, logits)
     known.begin(laws)
-    run.record(active[:, None], torch.zeros_like(active)[:, None], known.tokens[:, :1])
-    run.report(known.num_final())
-    going = known.num_final() < run.num_tokens
+    run.read()
+    every = known.images
+    run.record(every[:, None], torch.zeros_like(every)[:, None], known.tokens[:, :1])
+    run.report(torch.ones_like(every), given=known.num_final().tolist())
     candidates, windows = 0, []
-    while run.check(going) and not run.stopped:
-        if isinstance(state, DropsRows) and len(going) > int(going.sum()):
-            keep = going.nonzero()[:, 0]
-            known.select(keep)
-            active = active[keep]
-            state.select(keep)
+    while (known.num_final() < run.num_tokens).any() and not run.stopped:
+        going = np.flatnonzero(known.num_final() < run.num_tokens)
+        if isinstance(state, DropsRows) and len(going) < len(active):
+            active = active[going]
+            state.select(known.select(going))
+            going = np.arange(len(active))
         plan = known.plan()
         before = known.num_final()
-        is_at_work = before < run.num_tokens
-        run.next_pass(active[is_at_work])
-        laws = shape(state.extend_at(plan.tokens, plan.positions, plan.visible))
+        at_work = known.to_device(active[going])
+        run.next_pass(at_work)
+        fed = known.feed(plan)
+        laws = shape(state.extend_at(fed, torch.from_numpy(plan.positions), known.visible(plan)))
         run.watch_laws(laws)
-        images, positions = known.settle(plan, laws)
-        run.record(active[images], positions, known.tokens[images, positions])
+        images, positions, new = known.settle(plan, laws, run)
+        run.record(known.to_device(active[images]), known.to_device(positions), new)
         candidates += int((plan.positions >= 0).sum())
-        windows.append(plan.tokens.shape[1])
-        after = known.num_final()
-        run.report((after - before)[is_at_work], active[is_at_work])
-        going = after < run.num_tokens
+        windows.append(plan.positions.shape[1])
+        counts = (known.num_final() - before)[going]
+        run.report(known.to_device(counts), at_work, counts.tolist())
     return run.samples(candidates=candidates, windows=windows)
 
 
@@ -139,20 +142,23 @@ def lead_of(columns: int) -> int:
 
 @dataclass
 class _Pass:
-    """One pass: K chains of up to W candidates, packed into T places of each of B images."""
+    """One pass: K chains of up to W candidates, packed into T places of each of B images.
 
-    images: Tensor  # [K], whose chain it is
-    rows: Tensor  # [K]
-    nums: Tensor  # [K], candidates of each chain
-    drafts: Tensor  # [K, W - 1], behind the roots
-    tokens: Tensor  # [B, T]
-    positions: Tensor  # [B, T], -1 for padding
-    visible: Tensor  # [B, T, N]
-    places: Tensor  # [K, W], where in T each candidate stands
+    All of it is planned on the host, which knows how far every row is.
+    """
+
+    images: np.ndarray  # [K], whose chain it is
+    rows: np.ndarray  # [K]
+    is_fed: np.ndarray  # [K, W], candidates of each chain
+    sources: np.ndarray  # [2, B, T], where the tokens stand: 0 for final ones, 1 for guesses; place
+    positions: np.ndarray  # [B, T], -1 for padding
+    starts: np.ndarray  # [B, T], first position of the own chain
+    final: np.ndarray  # [B, N], positions that count besides the own chain
+    places: np.ndarray  # [K, W], where in T each candidate stands
 
 
 class _Rows:
-    """What is known of the active images, row by row.
+    """What is known of the active images, row by row: counts on the host, tokens on the device.
 
     Args:
         noise: of the B images.
@@ -165,159 +171,208 @@ class _Rows:
     def __init__(
         self, noise: Noise, grid: tuple[int, int], lead: int, window: int, device: torch.device
     ) -> None:
-        self.noise, self.lead = noise, lead
+        self.noise, self.lead, self._device = noise, lead, device
         self.num_rows, self.columns = grid
         self.window = min(window, self.columns)
         batch, num = len(noise), grid[0] * grid[1]
-        self.tokens = torch.zeros(batch, num, dtype=torch.int64, device=device)
-        self.counts = torch.zeros(batch, self.num_rows, dtype=torch.int64, device=device)
-        # Positions whose keys and values are in place, and those fed with a stand-in.
-        self.written = torch.zeros(batch, num, dtype=torch.bool, device=device)
-        self.stands_in = torch.zeros(batch, self.num_rows, dtype=torch.bool, device=device)
-        self.guesses = torch.zeros(batch, num, dtype=torch.int64, device=device)
-        self.has_guess = torch.zeros(batch, num, dtype=torch.bool, device=device)
+        # Final tokens, and guesses.
+        self._known = torch.zeros(2, batch, num, dtype=torch.int64, device=device)
+        self.counts = np.zeros((batch, self.num_rows), dtype=np.int64)
+        # Positions whose keys and values are in place, and rows that were fed with a stand-in.
+        self.written = np.zeros((batch, num), dtype=bool)
+        self.stands_in = np.zeros((batch, self.num_rows), dtype=bool)
+        self.has_guess = np.zeros((batch, num), dtype=bool)
         self.first: _FirstTokens | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, N], 0 where nothing is final."""
+        return self._known[0]
+
+    @property
+    def images(self) -> Tensor:
+        """[B], 0, 1, 2, ..."""
+        return torch.arange(len(self.counts), device=self._device)
+
+    def to_device(self, numbers: np.ndarray) -> Tensor:
+        """Numbers of the host where the tokens are."""
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device)
 
     def begin(self, logp: Tensor) -> None:
         """Draw the first token of every image from its law [B, V]."""
-        positions = torch.zeros_like(self.counts[:, :1])
-        self.tokens[:, :1] = gumbel_draw(logp[:, None], positions, self.noise)
+        self.noise.reserve([0] * len(self.counts), self.num_rows * self.columns)
+        positions = torch.zeros_like(self.images)[:, None]
+        self._known[0, :, :1] = gumbel_draw(logp[:, None], positions, self.noise)
         self.counts[:, 0] = 1
 
-    def num_final(self) -> Tensor:
+    def num_final(self) -> np.ndarray:
         """[B] final tokens."""
         return self.counts.sum(1)
 
-    def select(self, images: Tensor) -> None:
-        """Keep the given images [B'], the others are finished."""
-        self.noise = self.noise.select(images)
-        for name in ("tokens", "counts", "written", "stands_in", "guesses", "has_guess"):
+    def select(self, images: np.ndarray) -> Tensor:
+        """Keep the given images [B'], the others are finished; they, on the device."""
+        keep = self.to_device(images)
+        self.noise = self.noise.select(keep)
+        self._known = self._known[:, keep]
+        for name in ("counts", "written", "stands_in", "has_guess"):
             setattr(self, name, getattr(self, name)[images])
         if self.first is not None:
-            self.first = self.first.select(images)
+            self.first = self.first.select(keep)
+        return keep
 
-    def is_going(self) -> Tensor:
+    def is_going(self) -> np.ndarray:
         """[B, G] bool, rows that may draw tokens now; the first row is drawn alone."""
-        need = torch.full_like(self.counts[:, :-1], min(self.lead, self.columns))
+        need = np.full_like(self.counts[:, :-1], min(self.lead, self.columns))
         need[:, :1] = self.columns
-        is_ready = torch.ones_like(self.counts, dtype=torch.bool)
+        is_ready = np.ones(self.counts.shape, dtype=bool)
         is_ready[:, 1:] = self.counts[:, :-1] >= need
         return is_ready & (self.counts < self.columns)
 
-    def roots(self) -> Tensor:
-        """[B, G] last known token of each row; before a row has any, that of the row above."""
-        first = torch.arange(self.num_rows, device=self.counts.device) * self.columns
-        last = first + self.counts - 1
-        last = torch.where(self.counts == 0, last.roll(1, dims=1), last)
-        return self.tokens.gather(1, last)
+    def roots(self) -> np.ndarray:
+        """[B, G] place of the last known token of each row; before it has any, of the row above."""
+        last = np.arange(self.num_rows) * self.columns + self.counts - 1
+        return np.where(self.counts == 0, np.roll(last, 1, axis=1), last)
 
     def plan(self) -> _Pass:
         """The candidates of the next pass."""
-        images, rows = self.is_going().nonzero(as_tuple=True)
+        images, rows = self.is_going().nonzero()
         counts = self.counts[images, rows]
-        offsets = torch.arange(self.window, device=counts.device)
+        offsets = np.arange(self.window)
         slots = (rows * self.columns + counts - 1)[:, None] + offsets
-        inside = (images[:, None], slots.clamp(max=self.tokens.shape[1] - 1))
+        inside = slots.clip(max=self.written.shape[1] - 1)
         # A chain ends with its row, or before the first position that nobody has guessed yet.
-        is_fed = (offsets == 0) | self.has_guess[inside]
-        is_fed = is_fed.long().cumprod(dim=1).bool() & (counts[:, None] + offsets < self.columns)
-        fed = self.guesses[inside]
-        fed[:, 0] = self.roots()[images, rows]
+        is_fed = (offsets == 0) | self.has_guess[images[:, None], inside]
+        is_fed = np.logical_and.accumulate(is_fed, axis=1)
+        is_fed &= counts[:, None] + offsets < self.columns
+        places = np.where(offsets == 0, self.roots()[images, rows][:, None], inside)
         # Rows that have just been completed replace what stood in for their last token.
-        is_whole = self.counts.roll(1, dims=1) == self.columns
+        is_whole = np.roll(self.counts, 1, axis=1) == self.columns
         # Those that have no token yet feed it as their root.
-        again, again_rows = (self.stands_in & is_whole & (self.counts > 0)).nonzero(as_tuple=True)
+        again, again_rows = (self.stands_in & is_whole & (self.counts > 0)).nonzero()
         again_slots = again_rows * self.columns - 1
         self.stands_in &= ~is_whole
         self.stands_in[images, rows] |= (counts == 0) & ~is_whole[images, rows]
-        wide = images[:, None].expand_as(slots)
-        entries = torch.stack(
+        guessed = np.broadcast_to(offsets > 0, slots.shape)
+        starts = np.broadcast_to(slots[:, :1], slots.shape)
+        owners = np.concatenate([np.broadcast_to(images[:, None], slots.shape)[is_fed], again])
+        entries = np.stack(
             [
-                torch.cat([wide[is_fed], again]),
-                torch.cat([fed[is_fed], self.tokens[again, again_slots]]),
-                torch.cat([slots[is_fed], again_slots]),
-                torch.cat([slots[:, :1].expand_as(slots)[is_fed], again_slots]),
+                np.concatenate([guessed[is_fed], np.zeros_like(again, dtype=bool)]).astype(int),
+                np.concatenate([places[is_fed], again_slots]),
+                np.concatenate([slots[is_fed], again_slots]),
+                np.concatenate([starts[is_fed], again_slots]),
             ]
         )
-        (tokens, positions, starts), place = _pack(entries, len(self.tokens))
-        places = torch.zeros_like(slots)
-        places[is_fed] = place[: len(place) - len(again)]
-        final = self.written.clone()
+        packed, place = _pack(owners, entries, len(self.counts))
+        stands = np.zeros_like(slots)
+        stands[is_fed] = place[: len(place) - len(again)]
+        final = self.written.copy()
         final[images, slots[:, 0]] = True
         final[again, again_slots] = True
-        every = torch.arange(final.shape[1], device=final.device)
-        is_own = every >= starts[..., None]
-        visible = (every <= positions[..., None]) & (final[:, None] | is_own)
         self.written[again, again_slots] = True
-        return _Pass(images, rows, is_fed.sum(1), fed[:, 1:], tokens, positions, visible, places)
+        sources, positions, starts = packed[:2].clip(min=0), packed[2], packed[3]
+        return _Pass(images, rows, is_fed, sources, positions, starts, final, stands)
 
-    def settle(self, plan: _Pass, laws: Tensor) -> tuple[Tensor, Tensor]:
+    def feed(self, plan: _Pass) -> Tensor:
+        """Tokens [B, T] of a pass; what padding holds does not matter."""
+        kind, place = self.to_device(plan.sources)
+        return self._known[kind, self.images[:, None], place]
+
+    def visible(self, plan: _Pass) -> Tensor:
+        """[B, T, N] bool, what the candidates of a pass look at."""
+        ends = self.to_device(np.stack([plan.positions, plan.starts]))[..., None]
+        every = torch.arange(plan.final.shape[1], device=self._device)
+        return (every <= ends[0]) & (self.to_device(plan.final)[:, None] | (every >= ends[1]))
+
+    def settle(self, plan: _Pass, laws: Tensor, run: Run) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Verify the drafts, write down what is final, and guess what follows.
+
+        The one place where a pass waits for the device.
 
         Args:
             plan: the pass.
             laws: [B, T, V] log-probabilities.
+            run: the ledger.
 
         Returns:
-            Images and positions of the tokens that became final, two [M].
+            Images and positions of the tokens that became final, two [M], and these tokens.
+
+        Raises:
+            InputError: a law made of NaN or infinity.
         """
         images, rows = plan.images, plan.rows
-        offsets = torch.arange(self.window, device=laws.device)
-        begin = rows * self.columns + self.counts[images, rows]
-        positions = begin[:, None] + offsets
-        is_fed = offsets < plan.nums[:, None]
-        wide = images[:, None].expand_as(positions)
-        drawn = torch.zeros_like(positions)
-        drawn[is_fed] = self._draw(
-            laws[wide[is_fed], plan.places[is_fed]], wide[is_fed], positions[is_fed]
+        offsets = np.arange(self.window)
+        positions = (rows * self.columns + self.counts[images, rows])[:, None] + offsets
+        chain, candidate = plan.is_fed.nonzero()
+        where = np.stack(
+            [images[chain], plan.places[chain, candidate], positions[chain, candidate]]
         )
-        accepted = torch.minimum(num_final(plan.drafts == drawn[:, :-1]), plan.nums)
+        whose, place, position = self.to_device(where)
+        at, number = self.to_device(np.stack([chain, candidate]))
+        drawn = laws.new_zeros(len(images), self.window, dtype=torch.int64)
+        drawn[at, number] = self._draw(laws[whose, place], whose, position)
+        whose, row, root, nums = self.to_device(
+            np.stack([images, rows, plan.places[:, 0], plan.is_fed.sum(1)])
+        )
+        drafts = self._known[1, whose[:, None], self.to_device(self._drafted(positions))]
+        accepted = torch.minimum(num_final(drafts == drawn[:, :-1]), nums)
         if self.first is not None:
-            places = (images, rows, laws[images, plan.places[:, 0]])
-            drawn[:, 0], stands = self.first.judge(*places, drawn[:, 0], self.counts, self.noise)
+            counts = self.to_device(self.counts)
+            drawn[:, 0], stands = self.first.judge(
+                whose, row, laws[whose, root], drawn[:, 0], counts, self.noise
+            )
             accepted = accepted * stands
-        is_final = offsets < accepted[:, None]
-        where = (wide[is_final], positions[is_final])
-        self.tokens[where] = drawn[is_final]
-        self.counts[images, rows] += accepted
+        (found,) = run.read(accepted)
+        is_final = offsets < np.array(found)[:, None]
+        chain, candidate = is_final.nonzero()
+        final = images[chain], positions[chain, candidate]
+        whose, place, at, number = self.to_device(np.stack([*final, chain, candidate]))
+        new = drawn[at, number]
+        self._known[0, whose, place] = new
+        self.counts[images, rows] += found
         # The root and the accepted drafts stand in the cache; the last final token does not.
-        self.written[where[0], where[1] - 1] = True
+        self.written[final[0], final[1] - 1] = True
         if self.window > 1:
-            ends = plan.places.gather(1, plan.nums[:, None] - 1)[:, 0]
-            self._guess(plan, drawn, positions, laws[images, ends])
-        return where
+            self._guess(plan, drawn, positions, laws)
+        return *final, new
+
+    def _drafted(self, positions: np.ndarray) -> np.ndarray:
+        """[K, W - 1], where the drafts of the chains with laws at `positions` [K, W] stand."""
+        return positions[:, :-1].clip(max=self.written.shape[1] - 1)
 
     def _draw(self, laws: Tensor, images: Tensor, positions: Tensor) -> Tensor:
         """Tokens [M] of images [M] at positions [M] under laws [M, V], by the noise of these alone."""
         noise = self.noise.select(images)
         return gumbel_draw(laws[:, None], positions[:, None], noise)[:, 0]
 
-    def _guess(self, plan: _Pass, drawn: Tensor, positions: Tensor, prior: Tensor) -> None:
+    def _guess(self, plan: _Pass, drawn: Tensor, positions: np.ndarray, laws: Tensor) -> None:
         """Drafts of the next pass: what was drawn here, and draws from the chain's last law.
 
         Args:
             plan: the pass.
             drawn: [K, W] tokens drawn at `positions` [K, W].
             positions: the first one is the first that was not final before the pass.
-            prior: [K, V], law of each chain's last candidate.
+            laws: [B, T, V] of the pass.
         """
         images, rows, width = plan.images, plan.rows, self.window
-        offsets = torch.arange(width, device=drawn.device)
-        was_drawn = offsets < plan.nums[:, None]
-        wide = images[:, None].expand_as(positions)
-        self.guesses[wide[was_drawn], positions[was_drawn]] = drawn[was_drawn]
-        self.has_guess[wide[was_drawn], positions[was_drawn]] = True
+        chain, candidate = plan.is_fed.nonzero()
+        now = images[chain], positions[chain, candidate]
+        whose, place, at, number = self.to_device(np.stack([*now, chain, candidate]))
+        self._known[1, whose, place] = drawn[at, number]
+        self.has_guess[now] = True
         # The next window reaches as far as the row does.
-        first = torch.arange(self.num_rows, device=drawn.device) * self.columns
-        ahead = (first + self.counts)[..., None] + offsets[: width - 1]
-        exists = ahead < (first + self.columns)[:, None]
-        ahead = ahead.clamp(max=self.tokens.shape[1] - 1)
-        ahead, exists = ahead[images, rows], exists[images, rows]
-        wide = wide[:, : width - 1]
-        chain, place = (exists & ~self.has_guess[wide, ahead]).nonzero(as_tuple=True)
-        where = (images[chain], ahead[chain, place])
-        self.guesses[where] = self._draw(prior[chain], *where)
-        self.has_guess[where] = True
+        begin = rows * self.columns
+        ahead = (begin + self.counts[images, rows])[:, None] + np.arange(width - 1)
+        exists = ahead < (begin + self.columns)[:, None]
+        ahead = ahead.clip(max=self.written.shape[1] - 1)
+        chain, number = (exists & ~self.has_guess[images[:, None], ahead]).nonzero()
+        if len(chain) == 0:
+            return
+        new = images[chain], ahead[chain, number]
+        ends = plan.places[chain, plan.is_fed.sum(1)[chain] - 1]
+        whose, place, end = self.to_device(np.stack([*new, ends]))
+        self._known[1, whose, place] = self._draw(laws[whose, end], whose, place)
+        self.has_guess[new] = True
 
 
 class _FirstTokens:
@@ -374,30 +429,27 @@ class _FirstTokens:
         again = draw(residual, fresh)
         tokens = torch.where(was_guessed, torch.where(stands, guess, again), drawn)
         is_final = ~is_first | stands | (above == self.columns)
-        self.tokens[images[is_first], rows[is_first]] = tokens[is_first]
-        self.logp[images[is_first], rows[is_first]] = logp[is_first]
+        self.tokens[images, rows] = torch.where(is_first, tokens, guess)
+        self.logp[images, rows] = torch.where(is_first[:, None], logp, before)
         return tokens, is_final
 
 
-def _pack(entries: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _pack(images: np.ndarray, entries: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Lay M entries out by image.
 
     Args:
-        entries: [1 + C, M] int64, the first row says whose entry it is.
+        images: [M], whose entry it is.
+        entries: [C, M].
         batch: B.
 
     Returns:
-        The other rows as [C, B, T], -1 where an image has fewer entries than others (0 in the first
-        of them, tokens), and the place [M] of each entry in its image.
+        [C, B, T], -1 where an image has fewer entries than others, and the place [M] of each entry
+        in its image.
     """
-    images = entries[0]
-    order = images.argsort(stable=True)
-    num = torch.bincount(images, minlength=batch)
-    place = torch.empty_like(order)
-    place[order] = (
-        torch.arange(len(order), device=order.device) - (num.cumsum(0) - num)[images[order]]
-    )
-    packed = entries.new_full((len(entries) - 1, batch, int(num.max())), -1)
-    packed[0] = 0
-    packed[:, images, place] = entries[1:]
+    order = images.argsort(kind="stable")
+    num = np.bincount(images, minlength=batch)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order)) - (num.cumsum() - num)[images[order]]
+    packed = np.full((len(entries), batch, num.max()), -1)
+    packed[:, images, place] = entries
     return packed, place

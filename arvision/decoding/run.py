@@ -101,6 +101,7 @@ class Run:
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
         self._is_broken = torch.zeros(1, dtype=torch.bool, device=device)
+        self._is_no_tree: Tensor | None = None
         if self.given is not None:
             self._take_given(tuple(entry))
 
@@ -207,6 +208,10 @@ class Run:
         """
         self._is_broken |= laws[..., 0].isnan().any()
 
+    def watch_tree(self, is_wrong: Tensor) -> None:
+        """Remember whether a drafter's parents are no tree, one bool; `read` tells."""
+        self._is_no_tree = is_wrong if self._is_no_tree is None else self._is_no_tree | is_wrong
+
     def check(self, going: Tensor | None = None) -> int:
         """Stop at numbers that no model should give.
 
@@ -232,10 +237,18 @@ class Run:
             The elements of each, in order.
 
         Raises:
-            InputError: a law or a latent was NaN or infinite.
+            InputError: a law or a latent was NaN or infinite, or a drafter's tree none.
         """
-        parts = [self._is_broken, *(part.flatten() for part in wanted)]
+        wrong = self._is_broken
+        if self._is_no_tree is not None:
+            wrong = wrong + 2 * self._is_no_tree
+        parts = [wrong, *(part.flatten() for part in wanted)]
         found = torch.cat(parts).tolist()
+        if found[0] >= 2:
+            raise InputError(
+                f"the drafter's parents in pass {self.num_passes} are no trees: expected -1 (the last "
+                "known token) or an earlier candidate"
+            )
         if found[0]:
             raise InputError(
                 f"the model gave NaN or infinity in pass {self.num_passes}: expected finite "

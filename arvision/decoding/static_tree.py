@@ -14,6 +14,7 @@ maximal coupling, one place at a time, as in a chain.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -68,6 +69,17 @@ def static_parents(num: int, levels: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
+def sibling_numbers(parents: tuple[int, ...], device: torch.device) -> Tensor:
+    """[T] int64, which child of its parent each candidate is."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for parent in parents:
+        numbers.append(seen[parent])
+        seen[parent] += 1
+    return torch.tensor(numbers, device=device)
+
+
+@lru_cache(maxsize=64)
 def spines(parents: tuple[int, ...], levels: int, device: torch.device) -> Tensor:
     """[T + 1, levels + 1] int64: the law of each level if the walk ends at a place (0: the root).
 
@@ -114,6 +126,7 @@ class StaticTreeDrafter:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._levels = 0
+        self._known = [0] * len(noise)
         self._chain.start(noise, vocab_size, num_tokens)
 
     def attach(self, state: object, conditions: Conditions) -> None:
@@ -122,8 +135,7 @@ class StaticTreeDrafter:
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
-        room = int((tokens.shape[1] - lengths).max())
-        levels = self._levels = min(chain_length(num + 1), num, room)
+        levels = self._levels = min(chain_length(num + 1), num, tokens.shape[1] - min(self._known))
         chain = self._chain.propose(tokens, lengths, levels, round_number)
         if num == levels:
             return chain
@@ -131,12 +143,7 @@ class StaticTreeDrafter:
         shape = topology(parents, lengths.device)
         assert chain.logq is not None
         siblings = self._siblings(chain, lengths, shape.children.shape[1], round_number)
-        numbers = torch.zeros(len(parents), dtype=torch.int64, device=lengths.device)
-        seen: dict[int, int] = {}
-        for child, parent in enumerate(parents):
-            numbers[child] = seen.get(parent, 0)
-            seen[parent] = seen.get(parent, 0) + 1
-        drafts = siblings[:, shape.depths, numbers]
+        drafts = siblings[:, shape.depths, sibling_numbers(parents, lengths.device)]
         return TokenTree(drafts, chain.logq[:, shape.depths], torch.tensor(parents))
 
     def _siblings(self, chain: TokenTree, lengths: Tensor, num: int, round_number: int) -> Tensor:
@@ -155,6 +162,10 @@ class StaticTreeDrafter:
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Show the chain's drafter the places that matter to it, as a chain."""
+        if verdict.given is not None:
+            known = verdict.known or [0] * len(verdict.given)
+            moves = zip(self._known, verdict.given, known, strict=True)
+            self._known = [sum(parts) for parts in moves]
         if batch.topology is None or verdict.path is None:
             self._chain.observe(batch, verdict)
             return
@@ -179,6 +190,7 @@ class StaticTreeDrafter:
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._noise = self._noise.select(rows)
+        self._known = [self._known[row] for row in rows.tolist()]
         self._chain.select(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from ..contracts import Edit
 from ..errors import InputError, StateError
@@ -32,14 +32,20 @@ def check_parents(parents: Tensor, num: int) -> None:
             f"parents {tuple(parents.shape)}: expected [{num}], one per candidate, or that for "
             "every row"
         )
-    order = torch.arange(num, device=parents.device)
-    wrong = ((parents >= order) | (parents < -1)).nonzero()
+    known = (parents if parents.is_cpu else parents.cpu()).numpy()
+    wrong = np.argwhere((known >= np.arange(num)) | (known < -1))
     if len(wrong):
-        place = tuple(wrong[0].tolist())
+        place = tuple(wrong[0])
         raise InputError(
-            f"candidate {place[-1]} has parent {int(parents[place])}: expected -1 (the committed "
+            f"candidate {place[-1]} has parent {int(known[place])}: expected -1 (the committed "
             f"prefix) or an earlier candidate"
         )
+
+
+def is_no_tree(parents: Tensor) -> Tensor:
+    """What `check_parents` refuses, told where the parents lie: one bool."""
+    order = torch.arange(parents.shape[-1], device=parents.device)
+    return ((parents >= order) | (parents < -1)).any()
 
 
 def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, batch: int) -> None:
@@ -73,6 +79,20 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
         raise StateError("kept is not a path: each kept candidate must follow its parent")
 
 
+def none_left(mask: Tensor) -> bool:
+    """Whether no entry is true and the rest of some work may be left undone.
+
+    Seen on a CPU alone: an accelerator would have to be waited for, and does the rest.
+    """
+    is_seen = mask.is_cpu and not torch.compiler.is_compiling()
+    return is_seen and not mask.numpy().any()
+
+
+def listed(parents: Tensor) -> tuple[int, ...]:
+    """Parents [T] on the host, where they mostly lie."""
+    return tuple((parents if parents.is_cpu else parents.cpu()).numpy().tolist())
+
+
 def is_chain(parents: Sequence[int]) -> bool:
     """Whether parents are -1, 0, 1, ...: a tree without branches."""
     return all(parent == place - 1 for place, parent in enumerate(parents))
@@ -100,7 +120,8 @@ def check_placed(
         )
     if visible.shape != (*shape, num_tokens):
         raise InputError(f"visible {tuple(visible.shape)}: expected {[*shape, num_tokens]}")
-    if bool(((positions < -1) | (positions >= num_tokens)).any()):
+    known = (positions if positions.is_cpu else positions.cpu()).numpy()
+    if ((known < -1) | (known >= num_tokens)).any():
         raise InputError(f"positions: expected -1 (padding) or 0..{num_tokens - 1}")
 
 
@@ -131,6 +152,8 @@ class TokenTree:
         edit: what the pass should change inside the network, for states that are `Editable`.
         num_levels: levels of the deepest tree, where rows have their own and the drafter knows; None
             to take T for it.
+        most_children: the most of any candidate, likewise.
+        rows: tokens and parents of each row on the host, without padding, where they were made there.
     """
 
     tokens: Tensor
@@ -138,10 +161,23 @@ class TokenTree:
     parents: Tensor | None = None
     edit: Edit | None = None
     num_levels: int | None = None
+    most_children: int | None = None
+    rows: Sequence[tuple[list[int], list[int]]] | None = None
 
     def __post_init__(self) -> None:
-        if self.parents is not None:
+        # What lies on an accelerator is looked at there, and read with the round's verdict.
+        if self.parents is not None and self.parents.is_cpu and not torch.compiler.is_compiling():
             check_parents(self.parents, self.tokens.shape[1])
+
+    def topology(self, device: torch.device) -> Topology | None:
+        """How the candidates hang together; None for a chain."""
+        above = self.parents
+        if above is None:
+            return None
+        if above.dim() == 2:
+            return topology_of(above.to(device), self.num_levels, self.most_children)
+        own = listed(above)
+        return None if is_chain(own) else topology(own, device)
 
 
 @dataclass(frozen=True)
@@ -157,12 +193,16 @@ class Topology:
             t + 1 for the one after candidate t.
         num_levels: the largest depth of a candidate plus one, or more: where rows have trees of
             their own, as many as their drafter tells of, else T. Padding may stand deeper.
+        listed: parents on the host, of a topology that rows share; None where rows have their own.
+        most_children: of any candidate or more, where rows have their own and the drafter knows.
     """
 
     depths: Tensor
     ancestors: Tensor
     laws: Tensor
     num_levels: int
+    listed: tuple[int, ...] | None = None
+    most_children: int | None = None
 
     @cached_property
     def children(self) -> Tensor:
@@ -170,11 +210,25 @@ class Topology:
         laws, num = self.laws, self.laws.shape[-1]
         if num == 0:
             return laws.new_full((*laws.shape[:-1], 1, 1), -1)
-        is_child = one_hot(laws, num + 1).transpose(-1, -2) > 0  # [..., T + 1, T]
         order = torch.arange(num, device=laws.device)
+        is_child = laws[..., None, :] == torch.arange(num + 1, device=laws.device)[:, None]
         table = torch.where(is_child, order, num).sort(-1).values
-        table = table[..., : int(is_child.sum(-1).max())]
+        if self.listed is not None:
+            table = table[..., : max(Counter(self.listed).values())]
+        elif self.most_children is not None:
+            table = table[..., : self.most_children]
         return torch.where(table < num, table, -1)
+
+    @cached_property
+    def rooted(self) -> Topology:
+        """The same with the last known token in front, as candidate 0."""
+        if self.listed is not None:
+            return topology((-1, *(parent + 1 for parent in self.listed)), self.laws.device)
+        ancestors = torch.nn.functional.pad(self.ancestors, (1, 0, 1, 0))
+        ancestors[..., 0] = True
+        ahead = torch.nn.functional.pad(self.depths + 1, (1, 0))
+        laws = torch.nn.functional.pad(self.laws + 1, (1, 0))
+        return Topology(ahead, ancestors, laws, self.num_levels + 1)
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +239,7 @@ class Topology:
     @property
     def parents(self) -> tuple[Any, ...]:
         """T integers, -1 for the last known token; lists of them where rows have their own."""
-        return tuple((self.laws - 1).tolist())
+        return tuple((self.laws - 1).tolist()) if self.listed is None else self.listed
 
     @property
     def is_shared(self) -> bool:
@@ -207,24 +261,28 @@ def topology(parents: tuple[int, ...], device: torch.device) -> Topology:
         ancestors=torch.from_numpy(mask).to(device),
         laws=torch.tensor(parents, dtype=torch.int64, device=device) + 1,
         num_levels=int(depths.max()) + 1 if num else 0,
+        listed=parents,
     )
 
 
-def topology_of(parents: Tensor, num_levels: int | None = None) -> Topology:
+def topology_of(
+    parents: Tensor, num_levels: int | None = None, most_children: int | None = None
+) -> Topology:
     """The `Topology` of parents [T], or of one tree for every row, [B, T].
 
     That of one tree is made once. Those of rows are made where the parents lie, and nothing is read
-    from there: `num_levels` is their number of levels, where it is known.
+    from there: `num_levels` and `most_children` are as in `TokenTree`.
     """
     if parents.dim() == 1:
-        return topology(tuple(parents.tolist()), parents.device)
+        return topology(listed(parents), parents.device)
     num = parents.shape[1]
-    above = one_hot(parents + 1, num + 1)[..., 1:].float()
+    above = (parents[..., None] == torch.arange(num, device=parents.device)).float()
     reach = above + torch.eye(num, device=parents.device)
     for _ in range(max(0, num - 1).bit_length()):
         reach = (reach @ reach).clamp(max=1)  # paths of twice as many steps
     ancestors = reach > 0
-    return Topology(ancestors.sum(-1) - 1, ancestors, parents + 1, num_levels or num)
+    depths = ancestors.sum(-1) - 1
+    return Topology(depths, ancestors, parents + 1, num_levels or num, most_children=most_children)
 
 
 def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
@@ -300,6 +358,10 @@ def join_rows(rows: Sequence[tuple[list[int], list[int]]], device: torch.device)
         torch.from_numpy(drafts).to(device),
         parents=_shared(parents, device),
         num_levels=max(map(_num_levels, (above for _, above in rows))),
+        rows=rows,
+        most_children=max(Counter(above).most_common(1)[0][1] for above in parents.tolist())
+        if num
+        else None,
     )
 
 
@@ -322,30 +384,20 @@ def with_root(parents: Tensor) -> Tensor:
     return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
 
 
-def layout_of(
-    tree: TokenTree, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, Topology | None]:
-    """How a pass is laid out: parents [1 + T] of the root and the drafts, how far behind the known
-    tokens each law stands [1 + T], and the topology of the drafts; None for a chain, and the first
-    two [B, 1 + T] where rows have trees of their own."""
-    above = tree.parents
-    if above is None or (above.dim() == 1 and is_chain(above.tolist())):
-        return None, None, None
-    shape = topology_of(above.to(device), tree.num_levels)
-    root = torch.zeros_like(shape.depths[..., :1])
-    return with_root(shape.laws - 1), torch.cat([root, shape.depths + 1], dim=-1), shape
+def without_padding(drafts: np.ndarray, parents: np.ndarray, device: torch.device) -> TokenTree:
+    """A tree that all rows share, without the candidates that no row has.
 
-
-def without_padding(tree: TokenTree) -> TokenTree:
-    """A tree that all rows share, without the candidates that no row has."""
-    used = (tree.tokens >= 0).any(0)
-    if bool(used.all()):
-        return tree
-    keep = used.nonzero()[:, 0]
-    parents = tree.parents
-    if parents is not None:
-        renumbered = (used.cumsum(0) - 1).cpu()
-        own = parents[keep.cpu()]
-        parents = torch.where(own < 0, own, renumbered[own.clamp(min=0)])
-    logq = None if tree.logq is None else tree.logq[:, keep]
-    return TokenTree(tree.tokens[:, keep], logq, parents)
+    Args:
+        drafts: [B, T] int64, -1 for none.
+        parents: [T] int64.
+        device: of the result.
+    """
+    keep = np.flatnonzero((drafts >= 0).any(0))
+    number = np.full(len(parents) + 1, -1)  # its last entry is that of parent -1
+    number[keep] = np.arange(len(keep))
+    drafts, own = np.ascontiguousarray(drafts[:, keep]), number[parents[keep]]
+    return TokenTree(
+        torch.from_numpy(drafts).to(device),
+        parents=torch.from_numpy(own),
+        rows=[(row, own.tolist()) for row in drafts.tolist()],
+    )

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from .noise import draw
-from .tree import topology
+from .tree import none_left, topology
 from .verify import Round, Rule, Verdict
 
 
 @dataclass(frozen=True)
 class Siblings:
-    """The drafts tried at one place, of the rows that have come that far.
+    """The drafts tried at one place of every row.
 
     Attributes:
-        tokens: [A, C] int64, in the order in which they are tried.
-        valid: [A, C] bool.
-        target: [A, V] float64, the target's law.
-        draft: [A, V] float64, the law that they were drawn from; None for chosen ones.
-        uniforms: [A, C] in (0, 1).
+        tokens: [B, C] int64, in the order in which they are tried.
+        valid: [B, C] bool; none in a row that has ended further up.
+        target: [B, V] float64, the target's law.
+        draft: [B, V] float64, the law that they were drawn from; None for chosen ones.
+        uniforms: [B, C] in (0, 1).
     """
 
     tokens: Tensor
@@ -41,11 +41,15 @@ class Siblings:
 
 
 Step = Callable[[Siblings], "tuple[Tensor, Tensor]"]
-"""Siblings to which of them is accepted, [A] int64 (-1 for none), and the residual [A, V]."""
+"""Siblings to which of them is accepted, [B] int64 (-1 for none), and the residual [B, V]."""
 
 
 def walk(batch: Round, step: Step) -> Verdict:
-    """Walk down a tree (or a chain), one place after another, as `step` decides."""
+    """Walk down a tree (or a chain), one place after another, as `step` decides.
+
+    All rows take every step, in fixed shapes and without a read; those that have ended change
+    nothing.
+    """
     drafts, num = batch.drafts, batch.drafts.shape[1]
     shape = batch.topology or topology(tuple(range(-1, num - 1)), drafts.device)
     table = shape.children.expand(len(drafts), -1, -1)
@@ -55,46 +59,40 @@ def walk(batch: Round, step: Step) -> Verdict:
     counts = torch.ones_like(tokens[:, 0])
     rows = torch.arange(len(drafts), device=drafts.device)
     law = torch.zeros_like(rows)
+    going = counts.bool()
     for level in range(levels + 1):
-        if len(rows) == 0:
+        if none_left(going):
             break
         target = batch.target_logp[rows, law].double().exp()
         position = batch.positions[rows, law][:, None]
-        noise = batch.noise if len(rows) == len(drafts) else batch.noise.select(rows)
         children = table[rows, law]
         found = children.clamp(min=0)
-        tried = drafts[rows[:, None], found] if num else found
-        valid = (children >= 0) & (tried >= 0)
-        accepted = torch.full_like(rows, -1)
-        residual = target
-        if num and bool(valid.any()):
-            first = children[:, 0].clamp(min=0)
-            draft = batch.draft_logp
+        accepted, residual = torch.full_like(rows, -1), target
+        if num:
+            tried, draft = drafts.gather(1, found), batch.draft_logp
             siblings = Siblings(
                 tokens=tried.clamp(min=0),
-                valid=valid,
+                valid=(children >= 0) & (tried >= 0) & going[:, None],
                 target=target,
-                draft=None if draft is None else draft[rows, first].double().exp(),
-                uniforms=noise.uniform(position, "accept", batch.number, width)[:, 0],
+                draft=None if draft is None else draft[rows, found[:, 0]].double().exp(),
+                uniforms=batch.noise.uniform(position, "accept", batch.number, width)[:, 0],
             )
             accepted, residual = step(siblings)
-        goes_on = accepted >= 0
-        ends = ~goes_on
-        if bool(ends.any()):
-            uniforms = noise.uniform(position, "recover", batch.number)[:, 0]
-            tokens[rows[ends], level] = draw(residual[ends], uniforms[ends])
-            counts[rows[ends]] = level + 1
-        rows, accepted = rows[goes_on], accepted[goes_on]
-        node = children[goes_on].gather(1, accepted[:, None])[:, 0]
-        if level < levels:
-            tokens[rows, level] = drafts[rows, node]
-            path[rows, level] = node
-        law = node + 1
+        goes_on = going & (accepted >= 0)
+        drawn = draw(residual, batch.noise.uniform(position, "recover", batch.number)[:, 0])
+        counts = torch.where(going, level + 1, counts)
+        node = found.gather(1, accepted.clamp(min=0)[:, None])[:, 0]
+        new = drawn
+        if num and level < levels:
+            new = torch.where(goes_on, drafts.gather(1, node[:, None])[:, 0], drawn)
+            path[:, level] = torch.where(goes_on, node, path[:, level])
+        tokens[:, level] = torch.where(going, new, tokens[:, level])
+        law, going = torch.where(goes_on, node + 1, law), goes_on
     return Verdict(tokens, counts, None if batch.topology is None else path)
 
 
 def _subtract(left: Tensor, taken: Tensor, where: Tensor) -> Tensor:
-    """norm(max(left - taken, 0)) [A, V] in rows `where`; an empty residual leaves what was."""
+    """norm(max(left - taken, 0)) [B, V] in rows `where`; an empty residual leaves what was."""
     residual = (left - taken).clamp(min=0)
     total = residual.sum(-1, keepdim=True)
     changed = where[:, None] & (total > 0)

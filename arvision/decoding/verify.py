@@ -85,6 +85,18 @@ class Verdict:
 Rule = Callable[[Round], Verdict]
 
 
+def first_round(
+    logits: Tensor,
+    shape: Callable[[Tensor], Tensor],
+    noise: Noise,
+    lengths: Tensor,
+    hidden: Tensor | None,
+) -> Round:
+    """A chain without drafts: the prefill's law of the first token that is drawn."""
+    laws, positions = shape(logits)[:, None], lengths[:, None]
+    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
+
+
 def num_final(passes: Tensor) -> Tensor:
     """Final tokens [B] along chains: the drafts that pass, [B, m], up to the first that does not,
     and the token in the place of that one (or the bonus)."""

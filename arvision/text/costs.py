@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contracts import Conditions, Sampler
 from ..decoding.costs import MEASURING
-from ..decoding.loop import Attached, Drafter
+from ..decoding.drafter import Attached, Drafter, Hears
 from ..decoding.noise import Noise
 from ..decoding.tree import TokenTree
 from ..decoding.verify import Round, Verdict
@@ -52,6 +52,16 @@ class Resting:
         """Learn from a pass."""
         if not self._rests:
             self._inner.observe(batch, verdict)
+
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """See `arvision.decoding.drafter.Hears`."""
+        is_at_work = isinstance(self._inner, Hears) and not self._rests
+        return self._inner.asks(batch, verdict) if is_at_work else ()
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """See `arvision.decoding.drafter.Hears`."""
+        if isinstance(self._inner, Hears) and not self._rests:
+            self._inner.hear(new, told)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

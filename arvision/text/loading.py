@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 
 from ..errors import CheckpointError, InputError, optional
 from ..files import user_path
-from ..stored import check_layers, check_report
+from ..foreign import check_regular, few_modules
+from ..schema import read_json
+from ..stored import check_kernels, check_layers, check_report
 
 
 def load_text_model(
@@ -49,14 +52,20 @@ def load_text_model(
     elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
         raise InputError(f"model {str(name)!r}: no such folder")
     try:
-        if path.is_dir() and any(path.glob("*.safetensors")):
-            check_layers(path)
+        counted: Any = contextlib.nullcontext()
+        if path.is_dir():
+            check_regular(path)
+            if (path / "config.json").exists():
+                check_kernels(read_json(path / "config.json"), str(path / "config.json"))
+            if any(path.glob("*.safetensors")):
+                counted = few_modules(len(check_layers(path)), str(path / "config.json"))
         # transformers would ask at the terminal whether it may run a stranger's code.
         options["trust_remote_code"] = False
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, **options
-        )
+        with counted:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or "auto", output_loading_info=True, **options
+            )
         network, report = loaded
         if "gguf_file" not in options:
             check_report(report, f"model {str(name)!r}", may_hold_more=True)

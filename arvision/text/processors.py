@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoding.tree import Topology
 from ..errors import InputError
 
 REFUSED = {
@@ -42,52 +43,60 @@ class Prefixes:
 
     Attributes:
         processors: for each row, what is called with ids [1 or R, L] and scores [1 or R, V].
-        texts: ids of each row, prompt and committed tokens, padding of the prompt included.
+        texts: ids of each row, prompt and committed tokens, padding of the prompt included: a list,
+            and from the first pass on a tensor where the candidates are.
         batch: R, the rows that a processor was made for: those of transformers may hold something
             for each row of their batch, so it is shown R copies and its own row is taken.
         rows: which of these rows are still going.
     """
 
     processors: Sequence[Callable[..., Any]]
-    texts: list[list[int]]
+    texts: list[Any]
     batch: int = 1
     rows: list[int] | None = None
 
-    def __call__(self, logits: Tensor, tokens: Tensor, parents: Tensor | None) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, tree: Topology | None) -> Tensor:
         """Processed logits [B, T, V] of candidates [B, T]; with T = 0, logits [B, 1, V] of what
         follows the texts."""
-        if parents is None:
-            parents = torch.arange(-1, tokens.shape[1] - 1)
-        trees = parents.expand(tokens.shape).tolist()
+        chain = tuple(range(-1, tokens.shape[1] - 1))
+        parents = chain if tree is None else tree.parents
         changed = []
-        for row, (own, above) in enumerate(zip(tokens.tolist(), trees, strict=True)):
-            paths: list[list[int]] = []
-            for place, token in enumerate(own):
-                before = self.texts[row] if above[place] < 0 else paths[above[place]]
-                paths.append([*before, token])
+        for row, own in enumerate(tokens):
+            text = self._text(row, logits.device)
+            above = parents if tree is None or tree.is_shared else parents[row]
+            paths: list[Tensor] = []
+            for place, parent in enumerate(above):
+                before = text if parent < 0 else paths[parent]
+                paths.append(torch.cat([before, own[place : place + 1]]))
             changed.append(
                 torch.stack(
                     [
                         self._process(row, ids, logits[row, place])
-                        for place, ids in enumerate(paths or [self.texts[row]])
+                        for place, ids in enumerate(paths or [text])
                     ]
                 )
             )
         return torch.stack(changed)
 
-    def _process(self, row: int, ids: list[int], logits: Tensor) -> Tensor:
+    def _text(self, row: int, device: torch.device) -> Tensor:
+        """What stands before the candidates of a row; it stays where these are."""
+        text = self.texts[row]
+        if not isinstance(text, Tensor):
+            text = self.texts[row] = torch.tensor(text, dtype=torch.int64, device=device)
+        return text
+
+    def _process(self, row: int, ids: Tensor, logits: Tensor) -> Tensor:
         number = row if self.rows is None else self.rows[row]
-        copies = torch.tensor(ids, device=logits.device).expand(self.batch, -1)
+        copies = ids.expand(self.batch, -1)
         # transformers hands processors float32, whatever the model computes in.
         scores = logits.float().expand(self.batch, -1).clone()
         return self.processors[number](copies, scores)[number if self.batch > 1 else 0]
 
-    def commit(self, tokens: Tensor, kept: Tensor, counts: Tensor) -> None:
-        """Candidates `kept[b, :counts[b]]` of `tokens` [B, T] become final."""
-        for text, own, places, count in zip(
-            self.texts, tokens.tolist(), kept.tolist(), counts.tolist(), strict=True
-        ):
-            text += [own[place] for place in places[:count]]
+    def commit(self, tokens: Tensor, kept: Tensor, given: Sequence[int]) -> None:
+        """Candidates `kept[b, :given[b]]` of `tokens` [B, T] become final."""
+        for row, count in enumerate(given):
+            text = self._text(row, tokens.device)
+            self.texts[row] = torch.cat([text, tokens[row, kept[row, :count]]])
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""

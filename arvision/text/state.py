@@ -16,7 +16,7 @@ from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_attention import all_open, kernels_in, spread
 from ..decoding.transformers_cache import CacheView, TextSizes
-from ..decoding.tree import check_parents, check_path, topology_of
+from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
 
@@ -82,9 +82,9 @@ class HFState:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
         self.pseudo: Tensor | None = None
+        self._tree: Topology | None = None
         self.features: Tensor | None = None
         self._watched = model.watched
-        self._parents: Tensor | None = None
         self._is_draft = self._is_altered = False
         self._prefixes = model.prefixes
         self._fed = self.lengths[:, None]
@@ -98,6 +98,7 @@ class HFState:
         from .model import pad_right
 
         tokens, lengths = pad_right(prompts)
+        self._prompts = [len(ids) for ids in prompts]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         features: list[Tensor] = []
         for start in range(0, tokens.shape[1], PREFILL_PIECE):
@@ -108,6 +109,7 @@ class HFState:
             # Some networks want at least one place.
             kept = ends if len(ends) else torch.zeros_like(lengths[:1])
             logits = self._run(piece, None, keep=kept)
+            check_numbers(logits)
             self.cache.commit(
                 torch.arange(piece.shape[1]).to(counts).expand(len(counts), -1), counts
             )
@@ -141,20 +143,34 @@ class HFState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        if parents is not None:
-            check_parents(parents, tokens.shape[1])
-        self._parents, self._is_draft = parents, False
-        logits = self._run(tokens, parents)
+        logits = self._extend(tokens, self._topology(tokens, parents))
+        check_numbers(logits)
+        return logits
+
+    def _topology(self, tokens: Tensor, parents: Tensor | None) -> Topology | None:
+        if parents is None:
+            return None
+        check_parents(parents, tokens.shape[1])
+        return topology_of(parents.to(tokens.device))
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        self._tree, self._is_draft = tree, False
+        logits = self._run(tokens, tree)
         if self._prefixes is None:
             return logits
         # No text holds a pseudo token.
         self._fed = tokens.clamp(max=self.model.vocab_size - 1)
-        return self._prefixes(logits, self._fed, parents)
+        return self._prefixes(logits, self._fed, tree)
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
         with self._altered(), edited(self._network, *edit):
-            return self.extend(tokens, parents)
+            return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()
     def draft(
@@ -178,8 +194,9 @@ class HFState:
         """
         self._is_draft = True
         hidden = self.hidden
+        tree = None if parents is None else topology_of(parents.to(tokens.device))
         with self._only(layers):
-            logits = self._run(tokens, parents, embeddings=embeddings)
+            logits = self._run(tokens, tree, embeddings=embeddings)
         if layers is not None:
             self.hidden = hidden
         return logits
@@ -206,6 +223,13 @@ class HFState:
             cache.restore(kept, lengths)
         return said[:, :-1], read[:, 1:]
 
+    def least_committed(self) -> int:
+        """New tokens that every row has committed, known without asking the device."""
+        return min(
+            length - prompt
+            for length, prompt in zip(self.cache.host_lengths, self._prompts, strict=True)
+        )
+
     @contextmanager
     def _only(self, layers: Sequence[int] | None) -> Iterator[None]:
         if layers is None:
@@ -224,18 +248,15 @@ class HFState:
     def _run(
         self,
         tokens: Tensor,
-        parents: Tensor | None,
+        shape: Topology | None,
         *,
         embeddings: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         """Run the network over candidates; logits at all of them or at places `keep` [U]."""
-        num = tokens.shape[1]
-        shape = None
-        if parents is not None:
-            shape = topology_of(parents.to(tokens.device))
-        if int(self.cache.lengths.max()) + num > self.cache.capacity:
-            room = self.cache.capacity - int(self.cache.lengths.max())
+        num, furthest = tokens.shape[1], max(self.cache.host_lengths)
+        if furthest + num > self.cache.capacity:
+            room = self.cache.capacity - furthest
             raise StateError(f"{num} candidates do not fit: the cache has room for {room} more")
         slots, mask = self.cache.begin(num, None if shape is None else shape.ancestors)
         if mask is None:
@@ -257,8 +278,6 @@ class HFState:
             logits = logits if self._keeps_logits else logits[:, keep]
             hidden = hidden if hidden.shape[1] == logits.shape[1] else hidden[:, keep]
         self.hidden = hidden
-        if bool(logits.sum().isnan()):
-            raise InputError("the model's logits hold NaN: check its weights and dtype")
         return logits
 
     def _pass(self, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -350,11 +369,19 @@ class HFState:
         num = self.cache.num_pending
         if num == 0 or self._is_draft:
             raise StateError("commit without candidates: call extend first")
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.cache.commit(kept, counts)
         self.lengths = self.lengths + counts
         if self._prefixes is not None:
-            self._prefixes.commit(self._fed, kept, counts)
+            self._prefixes.commit(self._fed, kept, counts.tolist())
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.cache.keep(path, counts, given)
+        self.lengths = self.lengths + counts
+        if self._prefixes is not None:
+            self._prefixes.commit(self._fed, path, given)
 
     def advance(self, counts: Tensor, given: Sequence[int]) -> None:
         """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
@@ -364,7 +391,7 @@ class HFState:
         self.lengths = self.lengths + counts
         if self._prefixes is not None:
             every = torch.arange(self._fed.shape[1], device=counts.device)
-            self._prefixes.commit(self._fed, every.expand_as(self._fed), counts)
+            self._prefixes.commit(self._fed, every.expand_as(self._fed), given)
 
     def rewind_to(self, lengths: Sequence[int]) -> None:
         """Forget all but the first `lengths` committed tokens of the rows, prompts included."""
@@ -376,12 +403,23 @@ class HFState:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
         self.lengths = self.lengths[rows]
+        self._prompts = [self._prompts[row] for row in rows.tolist()]
         if self._prefixes is not None:
             self._prefixes.select(rows)
         if self.hidden is not None:
             self.hidden = self.hidden[rows]
         if self.features is not None:
             self.features = self.features[rows]
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits that hold NaN.
+
+    Raises:
+        InputError: see above.
+    """
+    if bool(logits.sum().isnan()):
+        raise InputError("the model's logits hold NaN: check its weights and dtype")
 
 
 def find_layers(network: Any) -> tuple[nn.Module, str]:

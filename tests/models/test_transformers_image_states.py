@@ -95,6 +95,37 @@ def test_trees_on_ragged_rows_say_what_chains_say(family, own):
         torch.testing.assert_close(logits[place], expected, rtol=0.0, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_has_the_size_of_an_image_until_a_tree_needs_more(family):
+    model, prompts, scale = made(family)
+    state, _ = model.start(prompts[:2], scale)
+    begun = state.cache.host_lengths[0]
+    assert state.cache.capacity == begun + model.layout.num_places + 1
+    draw = torch.Generator().manual_seed(2)
+    most = model.num_tokens - 1
+    tokens = torch.randint(model.vocab_size, (2, most), generator=draw)
+    state.extend(tokens)
+    state.commit(torch.arange(most).expand(2, -1), torch.tensor([most, most - 2]))
+    last = torch.randint(model.vocab_size, (2, 6), generator=draw)
+    said = state.extend(last, torch.tensor([-1, -1, -1, 1, 1, 2]))
+    assert state.cache.capacity == begun + model.layout.num_places + 64
+    for row, num in enumerate([most, most - 2]):
+        alone, _ = model.start([prompts[row]], scale)
+        chain = torch.cat([tokens[row, :num], last[row, 1:2]])
+        torch.testing.assert_close(
+            said[row, 1], alone.extend(chain[None])[0, -1], rtol=0.0, atol=1e-8
+        )
+    state.commit(torch.tensor([[1], [1]]), torch.tensor([0, 1]))
+    other, _ = model.start([prompts[2]], scale)
+    state.select(torch.tensor([1]))
+    state.join(other)
+    assert state.cache.capacity >= other.cache.capacity
+    fed = torch.cat([last[1, 3:4], tokens[0, :1]])[:, None]
+    both = state.extend(fed)
+    alone, _ = model.start([prompts[2]], scale)
+    torch.testing.assert_close(both[1:], alone.extend(fed[1:]), rtol=0.0, atol=1e-8)
+
+
 @pytest.mark.parametrize("family", WITH_GRID)
 @pytest.mark.parametrize("sampler", ["zipar", "pjd"])
 def test_rows_in_parallel_with_a_lead_of_a_row_are_plain_sampling(family, sampler):

@@ -304,7 +304,7 @@ def test_a_port_in_use_is_told():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be served .*in use"):
             listen("127.0.0.1", port)
-    with pytest.raises(InputError, match="port 70000: expected 0..65535"):
+    with pytest.raises(InputError, match=r"port 70000: expected 0..65535"):
         listen("127.0.0.1", 70000)
 
 

@@ -102,7 +102,7 @@ def test_rows_keep_their_own_trees_and_padding_leaves():
     alike = join_rows([([1, 2], [-1, -1]), ([3, 4], [-1, -1])], cpu)
     assert alike.parents is not None
     assert alike.parents.tolist() == [-1, -1]
-    left = without_padding(TokenTree(torch.tensor([[1, -1, 2]]), parents=torch.tensor([-1, -1, 0])))
+    left = without_padding(np.array([[1, -1, 2]]), np.array([-1, -1, 0]), cpu)
     assert left.tokens.tolist() == [[1, 2]]
     assert left.parents is not None
     assert left.parents.tolist() == [-1, 0]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 import arvision
 from arvision import CheckpointError, InputError
 from arvision.decoding.logits import Shaping
+from arvision.decoding.tree import topology_of
 from arvision.text import HFCausalLM
 from arvision.text.drafters import Eagle3, PromptLookup, combine
 from arvision.text.drafters.draft_tree import EXPANSIONS
@@ -71,8 +72,8 @@ def test_a_tree_is_worth_what_its_paths_are_worth_alone():
     first = torch.tensor([[5, 0], [9, 0]])
     tree = torch.tensor([[5, 1, 2, 3], [9, 1, 2, 3]])
     both = begun([0, 1])
-    both.extend(tree[:, :3], torch.tensor([-1, 0, 0]))
-    laws = both.extend(tree, torch.tensor([-1, 0, 0, 2]))
+    both.extend(tree[:, :3], topology_of(torch.tensor([-1, 0, 0])))
+    laws = both.extend(tree, topology_of(torch.tensor([-1, 0, 0, 2])))
     for row in range(2):
         alone = begun([row])
         alone.extend(tree[row : row + 1, [0, 2]])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
 from ...decoding.logits import guide, joined_scales
-from ...decoding.tree import check_parents, check_path, check_placed, topology_of
+from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
 
@@ -48,7 +48,7 @@ class LlamaGenState:
         self._is_doubled = rows.shape[0] != batch_size
         self._num_conditions = rows.shape[1]
         self._rotary = transformer.rotary()
-        self._parents: Tensor | None = None
+        self._tree: Topology | None = None
         self.cache = KVCache(
             config["num_layers"],
             rows.shape[0],
@@ -104,14 +104,24 @@ class LlamaGenState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
+        if parents is None:
+            return self._extend(tokens, None)
+        check_parents(parents, num)
+        return self._extend(tokens, topology_of(parents.to(tokens.device)))
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology of candidates; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        num = tokens.shape[1]
         ancestors = steps = None
-        if parents is not None:
-            check_parents(parents, num)
-            shape = topology_of(parents)
-            ancestors, steps = shape.ancestors, shape.depths
-            if not shape.is_shared:
+        if tree is not None:
+            ancestors, steps = tree.ancestors, tree.depths
+            if not tree.is_shared:
                 ancestors, steps = self._doubled(ancestors), self._doubled(steps)
-        self._parents = parents
+        self._tree = tree
         _, mask = self.cache.begin(num, ancestors)
         return self._run(tokens, self._turns(num, steps), mask)
 
@@ -156,6 +166,7 @@ class LlamaGenState:
         batch, num_tokens = len(self.lengths), self._transformer.num_tokens
         shape = (batch, tokens.shape[-1])
         check_placed(tokens, positions, visible, shape, num_tokens)
+        positions = positions.to(tokens.device)
         is_padding = positions < 0
         # Padding is written where no mask ever looks.
         slots = torch.where(is_padding, self.cache.capacity - 1, positions + self._num_conditions)
@@ -180,7 +191,8 @@ class LlamaGenState:
         num = self.cache.num_pending
         if num == 0:
             raise StateError("commit without candidates: call extend first")
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.cache.commit(self._doubled(kept), self._doubled(counts))
         self.lengths = self.lengths + counts
 
@@ -188,9 +200,16 @@ class LlamaGenState:
         """Keep the first candidates of each row of a chain; see `arvision.contracts.Advances`."""
         if self.cache.num_pending == 0:
             raise StateError("advance without candidates: call extend first")
-        twice = [*given, *given] if self._is_doubled else given
-        self.cache.advance(self._doubled(counts), twice)
+        self.cache.advance(self._doubled(counts), self._twice(given))
         self.lengths = self.lengths + counts
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.cache.keep(self._doubled(path), self._doubled(counts), self._twice(given))
+        self.lengths = self.lengths + counts
+
+    def _twice(self, given: Sequence[int]) -> Sequence[int]:
+        return [*given, *given] if self._is_doubled else given
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
@@ -214,4 +233,4 @@ class LlamaGenState:
         self.cache.join(other.cache, interleaved(own, others, 1 + self._is_doubled))
         self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
         self.lengths = torch.cat([self.lengths, other.lengths])
-        self._parents = None
+        self._tree = None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import TransformersImageModel
 
 TREE_ROOM = 64
-"""Cache positions beyond the last token, so that a tree fits near the end of an image."""
+"""Cache positions beyond the last token that a tree may take near the end of an image."""
 
 IMAGE_GUIDANCE = 1.2
 """Weight of the images of a prompt, where it is guided by images and text apart (Chameleon)."""
@@ -99,7 +99,8 @@ class ImageState:
             sizes.num_layers,
             len(rows),
             sizes.num_kv_heads,
-            self._num_prompt + model.layout.num_places + TREE_ROOM,
+            # One more than is looked at: padding and what runs past the end is written there.
+            self._num_prompt + model.layout.num_places + 1,
             sizes.head_dim,
             device=device,
             dtype=model.dtype,
@@ -108,7 +109,7 @@ class ImageState:
         self._seen = CacheView(self.cache)
         self._offsets = model.layout.offsets.to(device)
         self._next = torch.tensor([row.next for row in rows], device=device)
-        self._parents: Tensor | None = None
+        self._tree: Topology | None = None
         self._expansion: Expansion | None = None
         self.lengths = torch.zeros(len(rows) // branches, dtype=torch.int64, device=device)
 
@@ -132,15 +133,15 @@ class ImageState:
         hidden = self._model.run(inputs, positions.to(device), mask, self._seen)[:, -1:]
         every = torch.arange(num, device=device).expand(len(rows), num)
         self.cache.commit(every, torch.full_like(every[:, 0], num))
-        return self._guided(hidden)[:, 0]
+        logits = self._guided(hidden)[:, 0]
+        check_numbers(logits)
+        return logits
 
     def _guided(self, hidden: Tensor) -> Tensor:
         """Guided logits [B, T, V] of hidden states [R, T, C]."""
         logits = self._model.code_logits(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if bool(logits.sum().isnan()):
-            raise InputError("the model's logits hold NaN: check its weights and dtype")
         return combine(logits, self._branches, self._scale)
 
     def _spread(self, rows: Tensor) -> Tensor:
@@ -170,17 +171,30 @@ class ImageState:
             raise InputError(
                 f"tokens {tuple(tokens.shape)}: expected [{len(self.lengths)}, T] with T >= 1"
             )
-        num, shape = tokens.shape[1], None
+        shape = None
         if parents is not None:
-            check_parents(parents, num)
+            check_parents(parents, tokens.shape[1])
             shape = topology_of(parents.to(tokens.device))
-        self._parents = parents
+        logits = self._extend(tokens, shape)
+        check_numbers(logits)
+        return logits
+
+    @torch.no_grad()
+    def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
+        """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
+        return self._extend(tokens, tree)
+
+    def _extend(self, tokens: Tensor, shape: Topology | None) -> Tensor:
+        num = tokens.shape[1]
+        self._tree = shape
         depths = np.arange(num) if shape is None else shape.depths.cpu().numpy()
         numbers = self._host_lengths()[:, None] + depths
         self._expansion = expansion = self._layout.expand(numbers)
         places = self._layout.place(numbers) if expansion is None else expansion.places
         ancestors = None if shape is None else self._ancestors(shape)
         width = num if expansion is None else expansion.own.shape[1]
+        if ancestors is not None and max(self.cache.host_lengths) + width > self.cache.capacity:
+            self.cache.widen(self._num_prompt + self._layout.num_places + TREE_ROOM)
         _, mask = self.cache.begin(width, ancestors)
         if mask is None:
             mask = all_open(self.cache)
@@ -249,7 +263,8 @@ class ImageState:
         batch, num_tokens = len(self.lengths), self._layout.num_tokens
         shape = (batch, tokens.shape[-1])
         check_placed(tokens, positions, visible, shape, num_tokens)
-        numbers = positions.cpu().numpy()
+        numbers = (positions if positions.is_cpu else positions.cpu()).numpy()
+        positions = positions.to(tokens.device)
         # Nothing hangs on the last token, so it stands for padding here.
         expansion = self._layout.expand(np.where(numbers < 0, num_tokens - 1, numbers))
         own = positions.new_tensor(
@@ -300,7 +315,8 @@ class ImageState:
             raise StateError("commit without candidates: call extend first")
         expansion = self._expansion
         num = self.cache.num_pending if expansion is None else expansion.begin.shape[1]
-        check_path(kept, counts, self._parents, num, len(self.lengths))
+        parents = None if self._tree is None else self._tree.laws - 1
+        check_path(kept, counts, parents, num, len(self.lengths))
         self.lengths = self.lengths + counts
         if expansion is not None:
             kept, counts = expansion.kept(kept, counts)
@@ -314,6 +330,14 @@ class ImageState:
             return
         self.cache.advance(self._spread(counts), list(given) * self._branches)
         self.lengths = self.lengths + counts
+
+    def advance_along(self, path: Tensor, counts: Tensor, given: Sequence[int]) -> None:
+        """Keep a path of each row; see `arvision.contracts.AdvancesAlong`."""
+        self.lengths = self.lengths + counts
+        if self._expansion is not None:
+            path, counts = self._expansion.kept(path, counts)
+            given = counts.tolist()
+        self.cache.keep(self._spread(path), self._spread(counts), list(given) * self._branches)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
@@ -340,15 +364,26 @@ class ImageState:
         longest = max(self._num_prompt, other._num_prompt)
         for state in (self, other):
             state.cache.shift(longest - state._num_prompt)
+        for state, beside in ((self, other), (other, self)):
+            state.cache.widen(beside.cache.capacity)
         own, others = len(self.lengths), len(other.lengths)
         order = interleaved(own, others, self._branches)
         self.cache.join(other.cache, order)
         self._scale = joined_scales(self._scale, own, other._scale, others, self.cache.keys)
         self._next = torch.cat([self._next, other._next])[order]
         self._num_prompt = longest
-        self._nothing_barred = self.cache.keys.new_zeros(1, 1, 1, self.cache.capacity)
         self.lengths = torch.cat([self.lengths, other.lengths])
-        self._parents = self._expansion = None
+        self._tree = self._expansion = None
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits that hold NaN.
+
+    Raises:
+        InputError: see above.
+    """
+    if bool(logits.sum().isnan()):
+        raise InputError("the model's logits hold NaN: check its weights and dtype")
 
 
 def _gather(hidden: Tensor, ends: Tensor, branches: int) -> Tensor:

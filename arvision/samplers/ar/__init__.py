@@ -149,7 +149,7 @@ class ARSampler(TokenSampler):
         return {
             name: parameter.default
             for name, parameter in signature(type(self).__init__).parameters.items()
-            if name not in known and self.config[name] != parameter.default
+            if name not in known and _plain(self.config[name]) != _plain(parameter.default)
         }
 
     def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
@@ -169,3 +169,8 @@ class ARSampler(TokenSampler):
         if kind != "scale":
             self.shaping()  # refuses a list of temperatures
         return draw(model, conditions, run, **{name: self.config[name] for name in options})
+
+
+def _plain(value: Any) -> Any:
+    """A tuple as the list that a file makes of it."""
+    return list(value) if isinstance(value, tuple) else value

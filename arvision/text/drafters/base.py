@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,7 +49,6 @@ class TextDrafter:
         """A new batch begins."""
         self.noise, self.vocab_size, self.num_tokens = noise, vocab_size, num_tokens
         self.histories = [[] for _ in range(len(noise))]
-        self._seen = [0] * len(noise)
 
     def watches(self, model: Any) -> tuple[int, ...]:
         """The layers of the target whose inputs it drafts from, see `HFState.features`."""
@@ -57,6 +57,8 @@ class TextDrafter:
     def attach(self, state: Any, conditions: Conditions) -> None:
         """The prompts were read; `state` is the target's."""
         self.histories = [torch.as_tensor(ids).tolist() for ids in conditions]
+        self._fresh = [[] for _ in self.histories]
+        self._seen, self._is_told = [0] * len(self.histories), False
         self.begin(state)
 
     def begin(self, state: Any) -> None:
@@ -65,14 +67,29 @@ class TextDrafter:
     def learn(self, row: int, new: list[int]) -> None:
         """Active row `row` has `new` tokens, which `histories[row]` already ends with."""
 
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """See `arvision.decoding.drafter.Hears`."""
+        return ()
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """Write down what became final; see `arvision.decoding.drafter.Hears`."""
+        self._is_told = True
+        self._fresh = [own + more for own, more in zip(self._fresh, new, strict=True)]
+
     def follow(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Write down what became final."""
-        for row, length in enumerate(lengths.tolist()):
-            if length > self._seen[row]:
-                new = tokens[row, self._seen[row] : length].tolist()
+        """Add what became final to the histories, and learn from it.
+
+        Outside of the decoding loop nobody tells what it is, and it is read here.
+        """
+        if not self._is_told:
+            known = zip(tokens.tolist(), lengths.tolist(), self._seen, strict=True)
+            self._fresh = [row[seen:length] for row, length, seen in known]
+        for row, new in enumerate(self._fresh):
+            if new:
                 self.histories[row] += new
-                self._seen[row] = length
+                self._seen[row] += len(new)
                 self.learn(row, new)
+        self._fresh = [[] for _ in self._fresh]
 
     def tree_of(self, row: int, num: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of at most `num` candidates for an active row."""
@@ -92,6 +109,7 @@ class TextDrafter:
         keep = rows.tolist()
         self.noise = self.noise.select(rows)
         self.histories = [self.histories[row] for row in keep]
+        self._fresh = [self._fresh[row] for row in keep]
         self._seen = [self._seen[row] for row in keep]
 
 
@@ -139,12 +157,12 @@ def union(first: TokenTree, second: TokenTree, num: int) -> TokenTree:
     Candidates of `second` that stand on a path of `first` are that path's.
     """
     rows = []
-    sides = [(tree.tokens.tolist(), _parents_of_rows(tree)) for tree in (first, second)]
+    sides = [_on_host(tree) for tree in (first, second)]
     for row in range(len(first.tokens)):
         trie = Trie(num)
-        for tokens, parents in sides:
+        for side in sides:
             place: list[int | None] = []
-            for token, parent in zip(tokens[row], parents[row], strict=True):
+            for token, parent in zip(*side[row], strict=True):
                 above = -1 if parent < 0 else place[parent]
                 node = None if token < 0 or above is None else trie.child(above, token)
                 place.append(node)
@@ -152,11 +170,15 @@ def union(first: TokenTree, second: TokenTree, num: int) -> TokenTree:
     return join_rows(rows, first.tokens.device)
 
 
-def _parents_of_rows(tree: TokenTree) -> list[list[int]]:
+def _on_host(tree: TokenTree) -> Sequence[tuple[list[int], list[int]]]:
+    """Tokens and parents of each row."""
+    if tree.rows is not None:
+        return tree.rows
     parents = tree.parents
     if parents is None:
         parents = torch.arange(-1, tree.tokens.shape[1] - 1)
-    return parents.expand(tree.tokens.shape).tolist()
+    above = parents.expand(tree.tokens.shape).tolist()
+    return list(zip(tree.tokens.tolist(), above, strict=True))
 
 
 class Combined(TextDrafter):
@@ -214,6 +236,17 @@ class Combined(TextDrafter):
         first = self.first.propose(tokens, lengths, min(few, num), round_number)
         second = self.second.propose(tokens, lengths, num, round_number)
         return union(first, second, num)
+
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """What either asks for."""
+        asked = [list(part.asks(batch, verdict)) for part in self.parts]
+        self._num_asked = len(asked[0])
+        return asked[0] + asked[1]
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """Both write it down."""
+        self.first.hear(new, told[: self._num_asked])
+        self.second.hear(new, told[self._num_asked :])
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Both learn from the pass."""

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...decoding.loop import LARGEST_TREE
+from ...decoding.drafter import LARGEST_TREE
+from ...decoding.tree import Topology
 from ...errors import InputError
 
 LEAST_SHARED = 16
@@ -175,7 +176,7 @@ class TranslatedState:
         self._read = [self._read[row] for row in keep]
         self._root = self._root[rows]
 
-    def follow(self, tokens: Tensor, lengths: Tensor) -> Tensor | None:
+    def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] = ()) -> Tensor | None:
         """Read what is new in the rows' texts, and give the law [B, V] after each.
 
         Returns:
@@ -203,18 +204,16 @@ class TranslatedState:
         self._root = law.gather(1, (counts - 1)[:, None, None].expand(-1, 1, law.shape[2]))
         return self._root[:, 0]
 
-    def extend(self, fed: Tensor, parents: Tensor | None = None) -> Tensor:
+    def extend(self, fed: Tensor, tree: Topology | None = None) -> Tensor:
         """Laws [B, 1 + T, V] after the last known token and the candidates behind it.
 
         Args:
             fed: [B, 1 + T], the target's ids, the last known token first.
-            parents: [1 + T] or [B, 1 + T] with -1 for the first; None for a chain.
+            tree: of these; None for a chain.
         """
         nodes = self._names[fed[:, 1:]]
-        if parents is None:
-            found = self._state.extend(nodes)
-        else:
-            found = self._state.extend(nodes, parents[..., 1:] - 1)
+        # A law of candidate 0, the last known token, has number 1.
+        found = self._state.extend(nodes, None if tree is None else tree.laws[..., 1:] - 2)
         return torch.cat([self._root, self._law(found)], dim=1)
 
     def _law(self, logits: Tensor) -> Tensor:

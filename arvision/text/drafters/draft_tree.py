@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch import Tensor
 from ...contracts import Conditions, TokenModel
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
-from ...decoding.noise import draw
+from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
-    join_rows,
+    listed,
+    none_left,
     topology,
-    with_root,
+    topology_of,
 )
 from ...errors import InputError, unknown_name
 from ..model import as_text_model
@@ -126,8 +128,14 @@ class DraftTree(TextDrafter):
             self.expansion not in DRAWN or max(self.branching) > 1
         )
 
+    def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
+        """A new batch begins."""
+        super().start(noise, vocab_size, num_tokens)
+        self._known = [0] * len(noise)
+
     def begin(self, state: Any) -> None:
         """Prefill the draft."""
+
         read = self.histories if self._context is None else self._context(self.histories)
         shape = self.shaping if self.shaping.temperature else Shaping()
 
@@ -141,16 +149,22 @@ class DraftTree(TextDrafter):
         texts = [torch.as_tensor(ids).tolist() for ids in read]
         self._state = TranslatedState(draft, self.translation, texts, law, self.vocab_size)
 
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """Count what became final."""
+        self._known = [known + len(own) for known, own in zip(self._known, new, strict=True)]
+        super().hear(new, told)
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         super().select(rows)
+        self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
         root = tokens.gather(1, lengths[:, None] - 1)
-        law = self._state.follow(tokens, lengths)
+        law = self._state.follow(tokens, lengths, self._known)
         if law is None:  # another vocabulary's text has outgrown the draft
             logq = root.new_zeros(len(root), 0, self.vocab_size).float()
             return TokenTree(root[:, :0], None if self.draws == "chosen" else logq)
@@ -195,82 +209,69 @@ class DraftTree(TextDrafter):
         self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, round_number: int
     ) -> TokenTree:
         """Fill a fixed tree level by level."""
-        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
-        num = len(parents)
-        drafts = torch.full((len(root), num), -1, dtype=torch.int64, device=root.device)
+        own = listed(parents)
+        drafts = torch.full((len(root), len(own)), -1, dtype=torch.int64, device=root.device)
         wants_laws = self.draws != "chosen"
-        logq = law.new_zeros(len(root), num, law.shape[-1]) if wants_laws else None
+        logq = law.new_zeros(*drafts.shape, law.shape[-1]) if wants_laws else None
         laws = {-1: law}
-        for level in range(shape.num_levels):
+        levels = _levels(own)
+        for level, families in enumerate(levels):
             positions = lengths + level
             numbers = None if wants_laws else self._numbers(law, positions)
-            for place, own in enumerate(shape.children.tolist()):
-                children = [child for child in own if child >= 0]
-                node = place - 1
-                if not children or node not in laws:
-                    continue
+            for node, children in families:
                 count, own_law = len(children), laws[node]
                 if numbers is None:
-                    found = self._siblings(own_law, positions, count, round_number, place)
+                    found = self._siblings(own_law, positions, count, round_number, node + 1)
                 else:
                     found = (own_law + numbers).topk(count, dim=-1).indices
-                drafts[:, children] = found
                 if node >= 0:
-                    drafts[:, children] = found.where(drafts[:, node : node + 1] >= 0, -1)
+                    found = found.where(drafts[:, node : node + 1] >= 0, -1)
+                drafts[:, children] = found
                 if logq is not None:
                     logq[:, children] = own_law[:, None]
-            if level + 1 == shape.num_levels:
-                break
-            known = (shape.depths <= level).nonzero()[:, 0]
-            laws = self._laws_of(root, drafts, parents, known, shape.depths[known] == level)
+            if level + 1 < len(levels):
+                laws = self._laws_of(root, drafts, own, levels[: level + 1])
         return TokenTree(drafts, logq, parents)
 
     def _laws_of(
-        self, root: Tensor, drafts: Tensor, parents: Tensor, known: Tensor, wanted: Tensor
+        self, root: Tensor, drafts: Tensor, parents: tuple[int, ...], levels: Sequence[Families]
     ) -> dict[int, Tensor]:
-        """Laws [B, V] after the `wanted` ones of the nodes `known`, which are all their own kin."""
-        renumbered = torch.full((len(parents) + 1,), -1, dtype=torch.int64)
-        renumbered[known] = torch.arange(len(known))
-        fed = torch.cat([root, drafts[:, known.to(root.device)].clamp(min=0)], dim=1)
-        found = self._state.extend(fed, with_root(renumbered[parents[known]]).to(root.device))
-        return {
-            int(node): found[:, place + 1]
-            for place, node in enumerate(known.tolist())
-            if wanted[place]
-        }
+        """Laws [B, V] after the nodes of the last of these levels, all of them fed."""
+        nodes = sorted(node for level in levels for _, children in level for node in children)
+        place = {-1: 0} | {node: number + 1 for number, node in enumerate(nodes)}
+        tree = topology((-1, *(place[parents[node]] for node in nodes)), root.device)
+        fed = torch.cat([root, drafts[:, nodes].clamp(min=0)], dim=1)
+        found = self._state.extend(fed, tree)
+        last = [node for _, children in levels[-1] for node in children]
+        return {node: found[:, place[node]] for node in last}
 
     def _greedy_expansion(self, root: Tensor, law: Tensor, lengths: Tensor, num: int) -> TokenTree:
         """Grow each row's tree by the candidates with the largest product of probabilities.
 
         A child is never likelier than its parent, so after each level the `num` best candidates so
-        far are a tree, and only those of them that are new can have children among the best.
+        far are a tree, and only those of them that are new can have children among the best. All
+        rows grow at once, where the laws lie; what a row does not have is -1 with no probability.
         """
-        rows: list[_Grown] = [_Grown(num) for _ in range(len(root))]
         width = min(num, 8, law.shape[-1])
-        for grown, scores in zip(rows, law + self._numbers(law, lengths), strict=True):
-            grown.add(-1, scores.log_softmax(-1), width)
+        values, tokens = _best(law + self._numbers(law, lengths), width)
+        parents, depths = torch.full_like(tokens, -1), torch.zeros_like(tokens)
         for level in range(1, self.max_depth):
-            for grown in rows:
-                grown.prune()
-            fresh = [grown.fresh(level) for grown in rows]
-            if not any(fresh):
+            values, tokens, parents, depths = _pruned(values, tokens, parents, depths, num)
+            fresh = (depths == level - 1) & (values > float("-inf"))
+            if none_left(fresh):
                 break
-            joint = self._joined(rows, root.device)
-            fed = torch.cat([root, joint.tokens.clamp(min=0)], dim=1)
-            above = None if joint.parents is None else with_root(joint.parents.to(root.device))
-            laws = self._state.extend(fed, above)
+            fed = torch.cat([root, tokens.clamp(min=0)], dim=1)
+            laws = self._state.extend(fed, topology_of(parents, level).rooted)[:, 1:]
             numbers = self._numbers(law, lengths + level)
-            for row, grown in enumerate(rows):
-                for node in fresh[row]:
-                    scores = laws[row, node + 1] + numbers[row]
-                    grown.add(node, scores.log_softmax(-1), width)
-        for grown in rows:
-            grown.prune()
-        return self._joined(rows, root.device)
-
-    @staticmethod
-    def _joined(rows: list[_Grown], device: torch.device) -> TokenTree:
-        return join_rows([(grown.tokens, grown.parents) for grown in rows], device)
+            more, below = _best(laws + numbers[:, None], width)
+            more = (values[..., None] + more).masked_fill(~fresh[..., None], float("-inf"))
+            above = torch.arange(tokens.shape[1], device=root.device)[:, None].expand(-1, width)
+            values = torch.cat([values, more.flatten(1)], dim=1)
+            tokens = torch.cat([tokens, below.flatten(1)], dim=1)
+            parents = torch.cat([parents, above.reshape(1, -1).expand(len(root), -1)], dim=1)
+            depths = torch.cat([depths, torch.full_like(below, level).flatten(1)], dim=1)
+        _, tokens, parents, _ = _pruned(values, tokens, parents, depths, num)
+        return TokenTree(tokens, parents=parents, num_levels=self.max_depth, most_children=width)
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
         """Stochastic beam search; every row grows a tree of its own, level by level, best first.
@@ -312,42 +313,50 @@ class DraftTree(TextDrafter):
             place = torch.arange(first, drafts.shape[1], device=root.device).expand_as(token)
             if level + 1 < len(self.branching):
                 fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
-                laws = self._state.extend(fed, with_root(parents))[:, first + 1 :]
-        levels = len(self.branching)
-        return TokenTree(drafts, logq, parents if self.branches else None, num_levels=levels)
+                laws = self._state.extend(fed, topology_of(parents).rooted)[:, first + 1 :]
+        return TokenTree(
+            drafts,
+            logq,
+            parents if self.branches else None,
+            num_levels=len(self.branching),
+            most_children=max(self.branching),
+        )
 
 
-class _Grown:
-    """One row's tree while it grows: values, tokens and parents of candidates, best ones kept."""
+Families: TypeAlias = "list[tuple[int, list[int]]]"
+"""Nodes of a level (-1: the last known token) and the children of each, in order."""
 
-    def __init__(self, num: int) -> None:
-        self.num = num
-        self.values: list[float] = []
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
 
-    def add(self, node: int, logq: Tensor, width: int) -> None:
-        """Children of `node`, the `width` likeliest under `logq` [V]."""
-        best = logq.topk(width)
-        value = self.values[node] if node >= 0 else 0.0
-        depth = self.depths[node] + 1 if node >= 0 else 0
-        self.values += [value + more for more in best.values.tolist()]
-        self.tokens += best.indices.tolist()
-        self.parents += [node] * width
-        self.depths += [depth] * width
+@lru_cache(maxsize=64)
+def _levels(parents: tuple[int, ...]) -> list[Families]:
+    """The nodes of a tree that have children, level by level."""
+    children: dict[int, list[int]] = {}
+    depths = {-1: 0}
+    for child, parent in enumerate(parents):
+        children.setdefault(parent, []).append(child)
+        depths[child] = depths[parent] + 1
+    levels: dict[int, Families] = {}
+    for node in sorted(children):
+        levels.setdefault(depths[node], []).append((node, children[node]))
+    return [levels[depth] for depth in sorted(levels)]
 
-    def fresh(self, level: int) -> list[int]:
-        """Nodes of the last level grown."""
-        return [node for node, depth in enumerate(self.depths) if depth == level - 1]
 
-    def prune(self) -> None:
-        """Forget all but the best `num`; what remains is a tree."""
-        possible = [node for node, value in enumerate(self.values) if value > float("-inf")]
-        order = sorted(possible, key=lambda node: -self.values[node])
-        kept = sorted(order[: self.num])
-        new = {node: place for place, node in enumerate(kept)}
-        self.parents = [new.get(self.parents[node], -1) for node in kept]
-        self.values = [self.values[node] for node in kept]
-        self.tokens = [self.tokens[node] for node in kept]
-        self.depths = [self.depths[node] for node in kept]
+def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest of scores [..., V], normalised, and where they are."""
+    best = scores.topk(width, dim=-1)
+    return best.values - scores.logsumexp(-1, keepdim=True), best.indices
+
+
+def _pruned(
+    values: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, num: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best `num` of candidates [B, M] in their order; what remains of a tree is one."""
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :num].sort(dim=1).values
+    place = torch.full_like(parents, -1)
+    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    values, tokens, parents, depths = (
+        part.gather(1, order) for part in (values, tokens, parents, depths)
+    )
+    is_real = values > float("-inf")
+    above = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
+    return values, tokens.where(is_real, -1), above.where(is_real, -1), depths

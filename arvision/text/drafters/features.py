@@ -18,7 +18,7 @@ from torch import Tensor
 from ...decoding.cache import KVCache
 from ...decoding.logits import Shaping
 from ...decoding.transformers_cache import CacheView
-from ...decoding.tree import topology_of
+from ...decoding.tree import Topology, topology_of
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
 from .draft_tree import DraftTree, in_vocabulary
@@ -123,7 +123,7 @@ class FeatureState:
         self._root, self._hidden = self._root[rows], self._hidden[rows]
 
     @torch.no_grad()
-    def follow(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] = ()) -> Tensor:
         """Commit the pairs of all new tokens, and give the law [B, V] after the last one."""
         num = self._waiting.shape[1]
         places = (lengths - self._counts)[:, None] + torch.arange(num, device=lengths.device)
@@ -136,18 +136,17 @@ class FeatureState:
         return self._law(self._root)[:, 0]
 
     @torch.no_grad()
-    def extend(self, fed: Tensor, parents: Tensor | None = None) -> Tensor:
+    def extend(self, fed: Tensor, tree: Topology | None = None) -> Tensor:
         """Laws [B, 1 + T, V] after the last known token and the candidates behind it.
 
         Args:
             fed: [B, 1 + T], the last known token first.
-            parents: [1 + T] or [B, 1 + T] with -1 for the first; None for a chain. A candidate's
-                parent has been asked about before, or is asked about now.
+            tree: of all of these; None for a chain. A candidate's parent has been asked about
+                before, or is asked about now.
         """
         nodes = fed[:, 1:]
         num = nodes.shape[1]
-        if parents is None:
-            parents = torch.arange(-1, num, device=fed.device)
+        parents = torch.arange(-1, num, device=fed.device) if tree is None else tree.laws - 1
         above = parents[..., 1:] - 1
         table, rows = nodes.tolist(), above.expand(nodes.shape).tolist()
         paths = [_paths(*row) for row in zip(table, rows, strict=True)]

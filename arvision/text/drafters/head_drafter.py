@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...decoding.tree import TokenTree, best_tree, topology
+from ...decoding.tree import TokenTree, best_tree, listed, none_left
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
 from ...networks import weight_of
@@ -20,6 +21,25 @@ RANKS = (0.5, 0.15, 0.08, 0.05, 0.03)
 """How often the guess of a rank is right, about what trained heads reach."""
 
 SHAPES = ("tree", "unit")
+
+
+@lru_cache(maxsize=64)
+def _levels(parents: tuple[int, ...]) -> list[tuple[list[list[int]], int, list[list[int]]]]:
+    """For each level of a tree: the candidates down to each place with children, the largest number
+    of children of any place, and the children."""
+    paths: list[list[int]] = []
+    children: dict[int, list[int]] = {}
+    for child, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), child])
+        children.setdefault(parent, []).append(child)
+    widest = max(map(len, children.values()), default=0)
+    levels: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+    for parent in sorted(children):
+        path = paths[parent] if parent >= 0 else []
+        above, below = levels.setdefault(len(path), ([], []))
+        above.append(path)
+        below.append(children[parent])
+    return [(above, widest, below) for _, (above, below) in sorted(levels.items())]
 
 
 @register("heads", summary="heads of `arvision train-draft`: Medusa, Hydra, Clover, Chimera")
@@ -126,30 +146,20 @@ class HeadDrafter(TextDrafter):
         if self.shape == "unit":
             return self._unit(root, num)
         parents = best_tree(self.ranks, num, self.heads.num_heads)
-        shape = topology(tuple(parents.tolist()), torch.device("cpu"))
         drafts = root.new_zeros(len(root), num)
-        for level in range(shape.num_levels):
-            laws = [-1] if level == 0 else (shape.depths == level - 1).nonzero()[:, 0].tolist()
-            laws = [node for node in laws if int(shape.children[node + 1, 0]) >= 0]
-            paths = torch.stack([self._path(root, drafts, shape, node) for node in laws], dim=1)
+        for level, (paths_of, widest, children) in enumerate(_levels(listed(parents))):
+            fed = [torch.cat([root, drafts[:, own]], dim=1) for own in paths_of]
+            paths = torch.stack(fed, dim=1)
             assert self._hidden is not None
-            hidden = self._hidden[:, None].expand(-1, len(laws), -1)
+            hidden = self._hidden[:, None].expand(-1, len(fed), -1)
             if self.heads.sees_path:
                 scores = self.logits(level, hidden, paths)
             else:
-                scores = self.logits(level, hidden[:, :1], paths[:, :1]).expand(-1, len(laws), -1)
-            widest = min(shape.children.shape[1], scores.shape[-1])
-            best = self._tokens(scores.topk(widest, dim=-1).indices)
-            for place, node in enumerate(laws):
-                own = [child for child in shape.children[node + 1].tolist() if child >= 0]
+                scores = self.logits(level, hidden[:, :1], paths[:, :1]).expand(-1, len(fed), -1)
+            best = self._tokens(scores.topk(min(widest, scores.shape[-1]), dim=-1).indices)
+            for place, own in enumerate(children):
                 drafts[:, own] = best[:, place, : len(own)]
         return TokenTree(drafts, parents=parents)
-
-    def _path(self, root: Tensor, drafts: Tensor, shape: Any, node: int) -> Tensor:
-        """The token drawn and the drafts down to `node`, [B, depth + 2]."""
-        if node < 0:
-            return root
-        return torch.cat([root, drafts[:, shape.ancestors[node].nonzero()[:, 0]]], dim=1)
 
     def _unit(self, root: Tensor, num: int) -> TokenTree:
         """A chain as long as it is confident."""
@@ -159,7 +169,7 @@ class HeadDrafter(TextDrafter):
         for head in range(min(num, self.heads.num_heads)):
             best = self.logits(head, self._hidden, path).float().softmax(-1).max(-1)
             sure = sure & (best.values >= self.threshold)
-            if not bool(sure.any()):
+            if none_left(sure):
                 break
             token = self._tokens(best.indices)
             drafts = torch.cat([drafts, token.where(sure, -1)[:, None]], dim=1)
@@ -169,7 +179,7 @@ class HeadDrafter(TextDrafter):
     def _gather(self, batch: Round, verdict: Verdict) -> None:
         """Examples from a pass: the hidden state it began with, and the tokens that followed."""
         assert batch.hidden is not None
-        for row, count in enumerate(verdict.counts.tolist()):
+        for row, count in enumerate(verdict.given or ()):
             if count >= 2:
                 self._examples.append(
                     (batch.hidden[row, 0].detach(), verdict.tokens[row, :count].detach())

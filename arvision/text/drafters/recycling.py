@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class TokenRecycling(TextDrafter):
         self.k, self.num_draft, self.max_depth = k, num_draft, max_depth
         self.ranks, self.seed_prompt = tuple(ranks[:k]), seed_prompt
         self.matrix: Tensor | None = None
-        self._trees: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
+        self._trees: dict[int, tuple[Any, list[tuple[Any, Any, Any]]]] = {}
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Keep the matrix, unless it is another vocabulary's."""
@@ -82,7 +84,7 @@ class TokenRecycling(TextDrafter):
             if rows:
                 self.matrix[torch.tensor(list(rows))] = torch.tensor(list(rows.values()))
 
-    def _layout(self, num: int) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    def _layout(self, num: int) -> tuple[Any, list[tuple[Any, Any, Any]]]:
         """Parents of the tree of `num`, and for each level its nodes, their parents and ranks."""
         if num not in self._trees:
             parents = best_tree(self.ranks, num, self.max_depth)
@@ -94,8 +96,8 @@ class TokenRecycling(TextDrafter):
             levels = []
             for level in range(shape.num_levels):
                 nodes = (shape.depths == level).nonzero()[:, 0]
-                levels.append((nodes, parents[nodes], ranks[nodes]))
-            self._trees[num] = parents, levels
+                levels.append(tuple(x.numpy() for x in (nodes, parents[nodes], ranks[nodes])))
+            self._trees[num] = parents.numpy(), levels
         return self._trees[num]
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
@@ -103,22 +105,26 @@ class TokenRecycling(TextDrafter):
         assert self.matrix is not None
         self.follow(tokens, lengths)
         parents, levels = self._layout(num)
-        root = tokens.gather(1, lengths[:, None] - 1).cpu()
-        drafts = torch.full((len(root), num), -1, dtype=torch.int64)
+        root = np.array([text[-1:] for text in self.histories])
+        drafts, table = np.full((len(root), num), -1), self.matrix.numpy()
         for nodes, above, ranks in levels:
             source = root if above[0] < 0 else drafts[:, above]
-            found = self.matrix[source.clamp(min=0), ranks]
-            drafts[:, nodes] = torch.where(source < 0, -1, found)
-        return without_padding(TokenTree(drafts.to(tokens.device), parents=parents))
+            drafts[:, nodes] = np.where(source < 0, -1, table[source.clip(min=0), ranks])
+        return without_padding(drafts, parents, tokens.device)
 
-    def observe(self, batch: Round, verdict: Verdict) -> None:
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """All candidates, and the best tokens after each."""
+        num = min(self.k, batch.target_logp.shape[-1])
+        return [batch.drafts, batch.target_logp.topk(num, dim=-1).indices]
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
         """Renew the rows of all tokens that the pass looked at."""
         assert self.matrix is not None
-        num = min(self.k, batch.target_logp.shape[-1])
-        best = batch.target_logp.topk(num, dim=-1).indices.cpu()
-        drafts = batch.drafts.cpu()
         # The histories have not heard of this pass yet: they end with the token it began with.
-        roots = torch.tensor([text[-1] for text in self.histories])
-        seen = torch.cat([roots[:, None], drafts], dim=1)
+        roots = np.array([text[-1:] for text in self.histories])
+        drafts = np.array(told[0], dtype=np.int64).reshape(len(roots), -1)
+        seen = np.concatenate([roots, drafts], axis=1)
+        best = np.array(told[1]).reshape(*seen.shape, -1)
         valid = (seen >= 0) & (seen < len(self.matrix))
-        self.matrix[seen[valid], :num] = best[valid]
+        self.matrix.numpy()[seen[valid], : best.shape[-1]] = best[valid]
+        super().hear(new, told)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ...decoding.noise import Noise
-from ...decoding.verify import Round, Verdict
 from ...errors import InputError
 from .base import TextDrafter, register
 
@@ -249,11 +248,11 @@ class SuffixDecoding(TextDrafter):
         for token in new:
             self._texts[row].append(token)
 
-    def observe(self, batch: Round, verdict: Verdict) -> None:
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
         """Write down outputs up to their very end, which no round begins with."""
-        rows = zip(self._outputs, verdict.tokens.tolist(), verdict.counts.tolist(), strict=True)
-        for output, tokens, count in rows:
-            output += tokens[:count]
+        for output, tokens in zip(self._outputs, new, strict=True):
+            output += tokens
+        super().hear(new, told)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`; the outputs of the others are past."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ....decoding.logits import Shaping
-from ....decoding.tree import TokenTree
+from ....decoding.tree import TokenTree, none_left
+from ....decoding.verify import Round, Verdict
 from ....errors import InputError
 from ..base import TextDrafter, register
 
@@ -60,7 +61,7 @@ class ShortTarget(TextDrafter):
             drafts = torch.cat([drafts, token.where(sure, -1)[:, None]], dim=1)
             fed = torch.cat([fed, token[:, None]], dim=1)
             sure = sure & (law.amax(-1).exp() >= self.confidence)
-            if not bool(sure.any()):
+            if none_left(sure):
                 break
         return TokenTree(drafts)
 
@@ -127,10 +128,12 @@ class LayerSkip(ShortTarget):
         self._given = None if layers is None else list(layers)
         self._random = random.Random(seed)
         self._found: list[tuple[tuple[bool, ...], float]] = []
+        self._trial: tuple[tuple[bool, ...], Tensor, int] | None = None
 
     def begin(self, state: Any) -> None:
         """Start with layers skipped evenly, or with the best set of earlier texts."""
         super().begin(state)
+        self._trial = None
         num = state.model.sizes.num_layers
         if self._given is not None and not all(0 <= layer < num for layer in self._given):
             raise InputError(f"layers {self._given}: the model has {num}")
@@ -160,13 +163,24 @@ class LayerSkip(ShortTarget):
         return super().propose(tokens, lengths, num, round_number)
 
     def _try(self, tokens: Tensor, lengths: Tensor) -> None:
-        if int(self.state.lengths.min()) < self.context:
+        if self.state.least_committed() < self.context:
             return
         num = self.state.model.sizes.num_layers
         runs = self._next_set(num)
         layers = [layer for layer in range(num) if runs[layer]]
         said, came = self.state.replay(tokens, self.context, layers)
-        self._found.append((runs, float((said == came).double().mean())))
+        self._trial = (runs, (said == came).sum(), came.numel())
+
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """How many tokens a set of layers that was tried said right."""
+        return [] if self._trial is None else [self._trial[1]]
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """Note how good the set was."""
+        if self._trial is not None:
+            self._found.append((self._trial[0], told[0][0] / self._trial[2]))
+            self._trial = None
+        super().hear(new, told)
 
     def _next_set(self, num: int) -> tuple[bool, ...]:
         """The candidate set of the largest expected improvement."""
@@ -266,7 +280,7 @@ class NestedExit(ShortTarget):
             else:
                 unsure = law.amax(-1).exp() < self.confidence
                 law = torch.where(unsure[:, None], found, law)
-            if bool((law.amax(-1).exp() >= self.confidence).all()):
+            if none_left(law.amax(-1).exp() < self.confidence):
                 break
         assert law is not None
         return law

@@ -70,8 +70,12 @@ class Superposed(ShortTarget):
         rows = [[([], 0.0)] for _ in range(len(lengths))]
         for _ in range(min(self.depth, num)):
             law = self.shaped(self.state.draft(last, embeddings=fed, layers=layers)[:, -1])
+            best = law.topk(min(law.shape[-1], 2 * self.num_paths), dim=-1)
+            # Tokens are exact in the numbers of the laws: one read for both.
+            both = torch.stack([best.indices.double(), best.values.double()], dim=-1).tolist()
+            tops = [[(int(token), logp) for token, logp in own] for own in both]
             rows = [
-                self._longer(paths, law[row], follows[row], int(last[row, 0]))
+                self._longer(paths, tops[row], follows[row], self.histories[row][-1])
                 for row, paths in enumerate(rows)
             ]
             fed = torch.cat([fed, self._superpose(rows, embed)], dim=1)
@@ -87,13 +91,11 @@ class Superposed(ShortTarget):
     def _longer(
         self,
         paths: list[tuple[list[int], float]],
-        law: Tensor,
+        candidates: list[tuple[int, float]],
         follows: dict[int, Counter[int]],
         root: int,
     ) -> list[tuple[list[int], float]]:
         """The best paths that are longer by a token, with their log-probabilities."""
-        top = law.topk(min(len(law), 2 * self.num_paths))
-        candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         found = []
         for path, score in paths:
             seen = follows[path[-1] if path else root]

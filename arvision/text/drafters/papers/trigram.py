@@ -182,13 +182,19 @@ class JacobiWindow(TextDrafter):
             chain.append(self._after[row].get(last, last))
         return chain, list(range(-1, num - 1))
 
-    def observe(self, batch: Round, verdict: Verdict) -> None:
-        """Keep what the pass put behind its final tokens (a chain only)."""
-        if verdict.path is None:
-            rows = zip(verdict.tokens.tolist(), verdict.counts.tolist(), strict=True)
-            self._guesses = [tokens[count:] for tokens, count in rows]
+    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
+        """What the pass put behind its final tokens (a chain only)."""
+        return [verdict.tokens] if verdict.path is None else []
+
+    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
+        """Keep that."""
+        if told:
+            width = len(told[0]) // len(new)
+            rows = [told[0][row * width : (row + 1) * width] for row in range(len(new))]
+            self._guesses = [row[len(own) :] for row, own in zip(rows, new, strict=True)]
         else:
             self._guesses = [[] for _ in self.histories]
+        super().hear(new, told)
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
