@@ -102,6 +102,18 @@ TABLE = (
         "nested_exit",
         "yes",
     ),
+    (
+        "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
+        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        "mtp",
+        "yes",
+    ),
+    (
+        "a draft of another vocabulary (TLI)",
+        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        "draft of another vocabulary",
+        "yes",
+    ),
     ("EAGLE-3", "`train-draft --kind eagle3`", "eagle3", "yes"),
     ("Medusa", "`train-draft --kind medusa`", "medusa", "yes"),
     ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),

@@ -131,7 +131,7 @@ def test_every_rule_judges_a_translated_draft_exactly(expansion, rule, monkeypat
     )
     out = arvision.generate(
         network,
-        [[0, 1]] * 1500,
+        [[0, 1]] * 600,
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=mine),
         drafter=drafter,
         rule=rule,
