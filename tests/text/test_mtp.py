@@ -190,8 +190,7 @@ def test_a_trained_layer_beats_an_untrained_one_on_prompts_it_has_not_seen(tmp_p
         )
         assert out.tokens == expected
         passes.append(out.stats.tokens_per_pass)
-    print(passes)
-    assert passes[1] > passes[0] + 0.3
+    assert passes[1] > passes[0] + 0.45
 
 
 @pytest.mark.parametrize(
