@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ def load(
         quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
             what its `config.json` says.
         decoder: of a Chameleon's pixels, a `vqgan.ckpt` or a folder; None for one beside the network.
-        **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`.
+        **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`, or
+            `processor=` (a loaded one, or a tokenizer) where the repository has none.
 
     Raises:
         InputError: an unknown name, device or dtype; a repository, revision or variant that is not
@@ -126,6 +127,8 @@ def sample(
     known_scales: int | None = None,
     blend: bool = False,
     num_inference_steps: int | None = None,
+    callback_on_step_end: Callable[..., Any] | None = None,
+    preview_every: int | None = None,
     **sampler_options: Any,
 ) -> SampleOutput:
     """Draw images in one call.
@@ -160,6 +163,8 @@ def sample(
         known_scales: coarse scales of `image` that are kept, for scale models.
         blend: paste what is redrawn into `image`.
         num_inference_steps: of a diffusion decoder (GLM-Image).
+        callback_on_step_end: called after each pass, see `ARPipeline.__call__`.
+        preview_every: passes between two previews for it, see there.
         **sampler_options: passed to the sampler, such as `window=32`.
 
     Raises:
@@ -211,6 +216,8 @@ def sample(
         sampler=chosen,
         output_type=output_type,
         progress=progress,
+        callback_on_step_end=callback_on_step_end,
+        preview_every=preview_every,
         **given,
         **beside,
     )

@@ -42,8 +42,9 @@ Schedule: TypeAlias = float | Sequence[float]
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
-"accepted" (tokens that the pass made final, of each image that took part)}; the token loop adds
-"tokens" [B, N] and "lengths" [B]. A true answer stops the run."""
+"accepted" (tokens that the pass made final, of each image that took part), "drawn" (a function: all
+tokens so far and which are final, [B, N, ...] and [B, N])}; the token loop adds "tokens" [B, N] and
+"lengths" [B]. A true answer stops the run."""
 
 
 class Stats(dict[str, Any]):
@@ -149,7 +150,8 @@ class TakesFixedChains(Protocol):
     """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
 
     It is then driven by `extend_fixed` alone: what is fed behind `lengths` is forgotten by the next
-    call that says so, and nothing is committed.
+    call that says so, and nothing is committed. A state that cannot do it always has `why_not_fixed`,
+    the reason in words, or None.
     """
 
     def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -157,6 +159,18 @@ class TakesFixedChains(Protocol):
 
         Places past the last token may be asked for; their logits mean nothing.
         """
+        ...
+
+
+@runtime_checkable
+class TakesFixedTrees(TakesFixedChains, Protocol):
+    """A state of which trees are passes of fixed shapes, too.
+
+    `extend_fixed` then takes a `Topology` of the candidates [B, T] as a third argument.
+    """
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Of the last candidates, fed behind `lengths` [B], keep `path[b, :counts[b]]` in order."""
         ...
 
 
@@ -234,6 +248,15 @@ class Encodes(Protocol):
 
     def tokens_of(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to the tokens of all images, as `decode` takes them."""
+        ...
+
+
+@runtime_checkable
+class DecodesPart(Protocol):
+    """A model that makes pictures of tokens of which some are not drawn yet."""
+
+    def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:
+        """Tokens [B, N, ...], final where `is_final` [B, N], to pixels [B, 3, H, W], about [-1, 1]."""
         ...
 
 

@@ -100,6 +100,7 @@ class Run:
         self.passes = torch.zeros_like(self.lengths)
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
+        self._is_placed: Tensor | None = None
         self._is_broken = torch.zeros(1, dtype=torch.bool, device=device)
         self._is_no_tree: Tensor | None = None
         if self.given is not None:
@@ -156,6 +157,9 @@ class Run:
             self._tokens = self._tokens.to(tokens.dtype)
             self.tokens = self._tokens[:, :-1]
         self.tokens[images, positions] = tokens
+        if self._is_placed is None:
+            self._is_placed = torch.zeros_like(self.commit_pass, dtype=torch.bool)
+        self._is_placed[images, positions] = True
         self.commit_pass[images, positions] = self.num_passes
 
     def record_rows(
@@ -192,6 +196,14 @@ class Run:
         """Keep the books of a pass that gave `counts` [A] tokens of `images` [A]; reads nothing."""
         self.lengths.index_add_(0, images, counts)
         self.passes.index_add_(0, images, (counts > 0).long())
+
+    def forget(self, images: Tensor, lengths: Tensor) -> None:
+        """What stands behind the first `lengths` [A] tokens of images [A] was never drawn."""
+        order = torch.arange(self._tokens.shape[1], device=lengths.device)
+        is_past = order >= lengths[:, None]
+        for book in (self._tokens, self._commit_pass):
+            book[images] = book[images].masked_fill(is_past, 0)
+        self.lengths[images] = lengths
 
     def buffers(self) -> list[Tensor]:
         """Everything that `record_rows`, `count` and `watch_laws` change."""
@@ -291,7 +303,16 @@ class Run:
             "finished": int(self.lengths.sum()) if given is None else self._num_final,
             "total": self.batch * self.num_tokens,
             "accepted": counts.tolist() if given is None else given,
+            "drawn": self.drawn,
         }
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """All tokens [B, N, ...], and which are final, [B, N] bool."""
+        is_final = self._is_placed
+        if is_final is None:
+            order = torch.arange(self.num_tokens, device=self.lengths.device)
+            is_final = order < self.lengths[:, None]
+        return self.tokens, is_final if self.given is None else is_final | self.given.mask
 
     def stats(self, **more: Any) -> Stats:
         """Statistics that every run has, and what a loop adds.
