@@ -28,7 +28,8 @@ from ...checkpoint import Held, check_fit
 from ...decoding.transformers_cache import TextSizes
 from ...errors import CheckpointError, InputError
 from ...files import user_path
-from ..state import FULL, find_layers
+from ..layers import find_layers
+from ..state import FULL
 from .base import register
 from .features import FeatureTree, cache_name
 
