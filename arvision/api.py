@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,8 @@ def sample(
     known_scales: int | None = None,
     blend: bool = False,
     num_inference_steps: int | None = None,
+    callback_on_step_end: Callable[..., Any] | None = None,
+    preview_every: int | None = None,
     **sampler_options: Any,
 ) -> SampleOutput:
     """Draw images in one call.
@@ -160,6 +162,8 @@ def sample(
         known_scales: coarse scales of `image` that are kept, for scale models.
         blend: paste what is redrawn into `image`.
         num_inference_steps: of a diffusion decoder (GLM-Image).
+        callback_on_step_end: called after each pass, see `ARPipeline.__call__`.
+        preview_every: passes between two previews for it, see there.
         **sampler_options: passed to the sampler, such as `window=32`.
 
     Raises:
@@ -211,6 +215,8 @@ def sample(
         sampler=chosen,
         output_type=output_type,
         progress=progress,
+        callback_on_step_end=callback_on_step_end,
+        preview_every=preview_every,
         **given,
         **beside,
     )

@@ -42,8 +42,9 @@ Schedule: TypeAlias = float | Sequence[float]
 
 StepCallback = Callable[[int, dict[str, Any]], Any]
 """Called after every pass with the pass number and {"finished", "total" (tokens of the batch),
-"accepted" (tokens that the pass made final, of each image that took part)}; the token loop adds
-"tokens" [B, N] and "lengths" [B]. A true answer stops the run."""
+"accepted" (tokens that the pass made final, of each image that took part), "drawn" (a function: all
+tokens so far and which are final, [B, N, ...] and [B, N])}; the token loop adds "tokens" [B, N] and
+"lengths" [B]. A true answer stops the run."""
 
 
 class Stats(dict[str, Any]):
@@ -234,6 +235,15 @@ class Encodes(Protocol):
 
     def tokens_of(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] to the tokens of all images, as `decode` takes them."""
+        ...
+
+
+@runtime_checkable
+class DecodesPart(Protocol):
+    """A model that makes pictures of tokens of which some are not drawn yet."""
+
+    def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:
+        """Tokens [B, N, ...], final where `is_final` [B, N], to pixels [B, 3, H, W], about [-1, 1]."""
         ...
 
 

@@ -19,6 +19,7 @@ from .errors import InputError, unknown_name
 from .inputs import check_numbers, resolve_seeds
 from .models.pixels import written
 from .networks import place_of
+from .previews import check_preview, preview
 from .samplers import SAMPLERS, BaseSampler
 from .threads import THREADS
 
@@ -93,6 +94,7 @@ class Draws:
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        preview_every: int | None = None,
         progress: bool | None = None,
         render: Callable[..., Any] | None = None,
     ) -> SampleOutput:
@@ -108,6 +110,9 @@ class Draws:
         """
         self._check_output(model, output_type)
         wanted_inputs = self._callback_inputs(callback_on_step_end_tensor_inputs)
+        every = check_preview(preview_every, model, callback_on_step_end)
+        if every is not None:
+            self._check_output(model, "pil")
         seeds = resolve_seeds(seed, generator, len(conditions))
         chosen: BaseSampler = self.sampler if sampler is None else sampler
         self.check_sampler(chosen)
@@ -134,6 +139,8 @@ class Draws:
                 bar.update(figures["finished"] - bar.n)
                 if callback_on_step_end is not None:
                     given = {n: v for n, v in figures.items() if n in wanted_inputs}
+                    if every is not None and step % every == 0:
+                        given["preview"] = preview(model, *figures["drawn"]())
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 

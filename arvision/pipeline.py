@@ -256,6 +256,7 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        preview_every: int | None = None,
         progress: bool | None = None,
     ) -> SampleOutput:
         """Draw images.
@@ -288,6 +289,8 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
             callback_on_step_end: `callback(pipe, step, timestep, kwargs)` after each pass, with
                 {"finished", "total", "accepted"}; it may set `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs: names of what the callback is given; None for all.
+            preview_every: passes after which the callback is also given `kwargs["preview"]`, a PIL
+                picture of what is final of each image that is being drawn, see `docs/editing.md`.
             progress: show a bar; None as `set_progress_bar_config` says.
 
         Raises:
@@ -317,6 +320,7 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            preview_every=preview_every,
             progress=progress,
         )
 

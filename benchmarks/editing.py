@@ -112,7 +112,8 @@ def main() -> None:
     if arguments.out:
         labels = ["source", "redrawn", *(f"{number}" for number in range(1, 7))]
         with replacing(arguments.out) as path:
-            labelled_rows(rows, labels).save(path)
+            sheet = labelled_rows(rows, labels).convert("RGB")
+            sheet.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

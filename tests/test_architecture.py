@@ -67,7 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     # A sampler's draft or teacher is a pipeline that a pipeline opens.
     "components": {"folders", "models", "samplers"} | GROUND,
     "editing": {"decoding", "models"} | GROUND,
-    "drawing": {"batches", "editing", "inputs", "models", "samplers", "threads"} | GROUND,
+    "previews": {"models"} | GROUND,
+    "drawing": {"batches", "editing", "inputs", "models", "previews", "samplers", "threads"}
+    | GROUND,
     "pipeline": {
         "card",
         "components",

@@ -24,6 +24,8 @@ arvision sample --model zai-org/GLM-Image --prompt "make it night" --image day.p
 
 arvision sample --model llamagen-fashion --prompt bag --image sneaker.png --mask mask.png --out edited.png
 
+arvision sample --model llamagen-fashion-t2i --prompt "a dress" --preview now.png --preview-every 4 --out dress.png
+
 arvision sample --model llamagen-fashion --prompt 7 --sampler sjd --window 32 --coupling maximal --json
 """
 
@@ -93,6 +95,19 @@ def load_picture(path: Path, mode: str = "RGB") -> Any:
         raise InputError(f"image {path}: expected a picture ({error})") from error
 
 
+def shows(out: Path) -> Any:
+    """A callback that writes previews to `out`, each in the place of the one before."""
+    from ..files import replacing
+    from ..sheet import contact_sheet, enlarge
+
+    def show(pipe: Any, step: int, timestep: int, given: dict[str, Any]) -> None:
+        if "preview" in given:
+            with replacing(out) as path:
+                enlarge(contact_sheet(given["preview"])).save(path)
+
+    return show
+
+
 def of_model(
     model: str, device: str | None, dtype: str | None, images: list[Any], mask: Any
 ) -> tuple[list[Any], Any]:
@@ -150,6 +165,13 @@ def sample(
     blend: Annotated[
         bool, typer.Option("--blend", help="Paste what is redrawn into --image.")
     ] = False,
+    preview: Annotated[
+        Path | None,
+        typer.Option(help="Picture of what is drawn so far, written again and again (PNG)."),
+    ] = None,
+    preview_every: Annotated[
+        int | None, typer.Option(help="Passes between two previews; 8 unless given.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Passes of a student (dd).")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Sampler option name=value.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -183,6 +205,15 @@ def sample(
     grey = None if mask is None else load_picture(mask, "L")
     if grey is not None or known_scales is not None:
         images, grey = of_model(model, device, dtype, images, grey)
+    shown: dict[str, Any] = {}
+    if preview is not None:
+        check_out(preview, suffixes=PICTURES)
+        shown = {
+            "preview_every": 8 if preview_every is None else preview_every,
+            "callback_on_step_end": shows(preview),
+        }
+    elif preview_every is not None:
+        raise InputError("--preview-every without --preview: expected the picture to write")
     result = api.sample(
         model,
         prompts if len(prompts) > 1 else prompts[0],
@@ -202,6 +233,7 @@ def sample(
         mask_image=grey,
         known_scales=known_scales,
         blend=blend,
+        **shown,
         **options,
     )
     if out is not None:

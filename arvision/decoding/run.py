@@ -100,6 +100,7 @@ class Run:
         self.passes = torch.zeros_like(self.lengths)
         self._tokens = torch.zeros(*shape, *entry, dtype=dtype, device=device)
         self.tokens = self._tokens[:, :-1]
+        self._is_placed: Tensor | None = None
         self._is_broken = torch.zeros(1, dtype=torch.bool, device=device)
         self._is_no_tree: Tensor | None = None
         if self.given is not None:
@@ -156,6 +157,9 @@ class Run:
             self._tokens = self._tokens.to(tokens.dtype)
             self.tokens = self._tokens[:, :-1]
         self.tokens[images, positions] = tokens
+        if self._is_placed is None:
+            self._is_placed = torch.zeros_like(self.commit_pass, dtype=torch.bool)
+        self._is_placed[images, positions] = True
         self.commit_pass[images, positions] = self.num_passes
 
     def record_rows(
@@ -291,7 +295,16 @@ class Run:
             "finished": int(self.lengths.sum()) if given is None else self._num_final,
             "total": self.batch * self.num_tokens,
             "accepted": counts.tolist() if given is None else given,
+            "drawn": self.drawn,
         }
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """All tokens [B, N, ...], and which are final, [B, N] bool."""
+        is_final = self._is_placed
+        if is_final is None:
+            order = torch.arange(self.num_tokens, device=self.lengths.device)
+            is_final = order < self.lengths[:, None]
+        return self.tokens, is_final if self.given is None else is_final | self.given.mask
 
     def stats(self, **more: Any) -> Stats:
         """Statistics that every run has, and what a loop adds.

@@ -240,6 +240,11 @@ class Infinity:
         return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
+    def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:
+        """The canvas that the final bits have painted, see `arvision.contracts.DecodesPart`."""
+        return enter(self.tokenizer, "decode_part", tokens, is_final).float()
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Bits [B, L, d] to pixels [B, 3, H, W] in [-1, 1].
 

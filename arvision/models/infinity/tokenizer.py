@@ -156,6 +156,14 @@ class InfinityTokenizer(Network):
         return self._pixels(pyramid.canvas(bits, dtype)[0]).clamp(-1, 1)
 
     @entry
+    def decode_part(self, bits: Tensor, is_final: Tensor) -> Tensor:
+        """As `decode` where bits [B, L, d] are final (`is_final` [B, L]); others paint nothing."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        # Halfway between 0 and 1 stands the code 0.
+        known = torch.where(is_final[..., None], bits.to(dtype), 0.5)
+        return self._pixels(self.pyramid.canvas(known, dtype)[0])
+
+    @entry
     def paint(self, features: Tensor) -> Tensor:
         """Features [B, D, h, w] to pixels that are not clamped, for training."""
         return self._pixels(features)

@@ -174,6 +174,12 @@ class VAR:
         return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
+    def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:
+        """The canvas that the final tokens have painted, see `arvision.contracts.DecodesPart`."""
+        vectors = self.codebook[tokens] * is_final[..., None]
+        return enter(self.tokenizer, "decode", vectors).float()
+
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N], or vectors [B, N, D] in their place, to pixels [B, 3, H, W] in [-1, 1].
 
