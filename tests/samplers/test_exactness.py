@@ -37,7 +37,7 @@ def plain(model):
     return [ar(model, [seed % 3], seeds=[seed], guidance_scale=2.0).tokens[0] for seed in range(20)]
 
 
-@pytest.mark.parametrize(("first", "window"), enumerate([2, 5, 16, 64]))
+@pytest.mark.parametrize(("first", "window"), list(enumerate([2, 5, 16, 64])))
 def test_gumbel_coupling_gives_the_tokens_of_plain_sampling(model, plain, first, window):
     sjd = get_sampler("sjd", window=window)
     for seed in range(first, 20, 4):  # all of them in batches below
