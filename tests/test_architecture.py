@@ -98,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
-    | {"pipeline", "samplers"}
+    | {"pipeline", "previews", "samplers"}
     | GROUND,
     "testing": {"models"} | GROUND,
 }
