@@ -43,7 +43,10 @@ def address(example):
         port = free.getsockname()[1]
     # Ray's processes talk to one another by the machine's own address.
     os.environ["ARVISION_TESTS_NETWORK"] = "1"
+    # A machine under load takes longer than Ray waits for.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "180")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"model": "llamagen-fashion", "replicas": 2, "most": 2, "num_cpus": 0.5}
