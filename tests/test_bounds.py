@@ -236,8 +236,8 @@ def test_an_interrupted_call_does_not_begin_later_parts(monkeypatch, pipe):
 def test_what_could_not_be_kept_is_refused_with_an_estimate(monkeypatch, pipe):
     little(monkeypatch, 2e6)
     text = refused("lower num_images", arvision.sample, pipe, 1, num_images=5000, progress=False)
-    assert "5,000 images in one call would take about 41" in text
-    assert "2.0 MB are free" in text
+    assert "5,000 images in one call would take about 39" in text
+    assert "1.9 MiB are free" in text
     refused("lower num_images", arvision.compare, pipe, 1, ["ar", "sjd"], num_images=2000)
 
 

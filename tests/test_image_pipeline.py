@@ -270,8 +270,7 @@ def test_what_is_missing_is_told_before_any_pass(folders, tmp_path):
     assert torch.equal(again("a cat", seed=0, output_type="latent", progress=False).tokens, written)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    tokenizer = tiny.chameleon_processor().tokenizer
-    held = arvision.load(folder, device="cpu", grids=[(4, 4)], processor=tokenizer)
+    held = arvision.load(folder, device="cpu", grids=[(4, 4)], processor=bare.processor)
     assert torch.equal(held("a cat", seed=0, output_type="latent", progress=False).tokens, written)
     bare = arvision.load(folder, device="cpu", grids=[(4, 4)])
     with pytest.raises(InputError, match="'a cat': this model has no processor, expected ids"):

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..contracts import Stats
 from ..decoding.drafter import NoDrafter
+from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
-from ..memory import check_memory
+from ..memory import Peak, check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, TextDrafter, combine
@@ -51,7 +53,8 @@ class TextOutput:
         texts: the new text of each prompt, up to a stop string; None without a tokenizer.
         stats: `forward_passes` (after the prefill), `tokens` (all rows together), `tokens_per_pass`
             (those after the prefill's, over the passes that a row took part in), `seconds` (all),
-            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`.
+            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`, `peak_memory` (bytes on an
+            accelerator, weights included; None on a CPU).
     """
 
     tokens: list[list[int]]
@@ -84,6 +87,7 @@ def generate(
     prepared: Prepared | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    compile: str | None = None,
 ) -> TextOutput:
     """Continue prompts with a causal language model, several tokens per pass.
 
@@ -122,6 +126,9 @@ def generate(
         prepared: for `custom_generate`: takes the place of the model's generation config.
         device: for a model given by name.
         dtype: for a model given by name.
+        compile: a mode of `pipe.compile`: passes of fixed shapes, compiled or captured and kept with
+            the model. For plain decoding; with drafts made on the host the ordinary loop runs, with
+            a warning. `stats.step` tells what ran.
 
     Raises:
         InputError: bad options or prompts, before any model call.
@@ -148,6 +155,7 @@ def generate(
         model, own = _load(str(model), str(device or "cpu"), dtype)
         tokenizer = tokenizer or own
     lm = as_text_model(model, max_new_tokens)
+    steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
     check_drafter(proposer, lm)
@@ -169,6 +177,16 @@ def generate(
         if logits_hook is not None:
             logits = logits_hook(logits)
         return logits if chosen.wants_logits else shaping(logits)
+
+    def watched(run: Run) -> Callable[[Tensor], Tensor]:
+        """`shape`, and a look at logits that become no laws: laws are looked at by the loop."""
+
+        def see(logits: Tensor) -> Tensor:
+            if chosen.wants_logits:
+                run.watch_laws(logits.sum(-1, keepdim=True))
+            return shape(logits)
+
+        return see
 
     def fixed(window: int) -> Any:
         """A run with that many candidates in every pass, to measure."""
@@ -193,16 +211,19 @@ def generate(
         policy = WholeTree(int(num_draft or getattr(proposer, "num_draft", 10)) + 1)
     lm.prefixes = prepared.prefixes
     try:
-        samples = decode_tokens(
-            lm,
-            ids,
-            Run(len(ids), max_new_tokens, seeds, flow.on_step if flow.is_wanted else None),
-            drafter=proposer,
-            rule=chosen.rule,
-            shape=shape,
-            policy=policy,
-            stop=end if end.is_needed else None,
-        )
+        on_step = flow.on_step if flow.is_wanted else None
+        run = Run(len(ids), max_new_tokens, seeds, on_step, steps=steps)
+        with Peak(lm.device) as peak:
+            samples = decode_tokens(
+                lm,
+                ids,
+                run,
+                drafter=proposer,
+                rule=chosen.rule,
+                shape=watched(run),
+                policy=policy,
+                stop=end if end.is_needed else None,
+            )
         lengths = samples.stats["lengths"]
         tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
         flow.tell_rest(tokens)
@@ -224,6 +245,9 @@ def generate(
         seconds_per_token=seconds / max(1, total),
         rule=chosen.name,
         lossless=chosen.lossless,
+        peak_memory=peak.bytes,
+        step=samples.stats["step"],
+        warm_up=samples.stats.get("warm_up", 0.0),
     )
     return TextOutput(tokens, texts, stats)
 
@@ -275,6 +299,19 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
         if (user_path(folder) / file).exists():
             return found
     return ("eagle3", "head") if is_eagle3(user_path(folder)) else ("draft_model", "draft")
+
+
+_STEPS: WeakKeyDictionary[Any, dict[str, Steps]] = WeakKeyDictionary()
+
+
+def steps_of(network: Any, mode: str) -> Steps:
+    """What runs a network's passes of fixed shapes in that mode: one for all calls.
+
+    Raises:
+        InputError: an unknown mode.
+    """
+    known = _STEPS.setdefault(network, {})
+    return known.setdefault(mode, known.get(mode) or Steps(mode))
 
 
 def list_drafters() -> dict[str, str]:

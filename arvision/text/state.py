@@ -98,7 +98,7 @@ class HFState:
         from .model import pad_right
 
         tokens, lengths = pad_right(prompts)
-        self._prompts = [len(ids) for ids in prompts]
+        self._prompts, self._begins = [len(ids) for ids in prompts], lengths
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         features: list[Tensor] = []
         for start in range(0, tokens.shape[1], PREFILL_PIECE):
@@ -166,6 +166,34 @@ class HFState:
         # No text holds a pseudo token.
         self._fed = tokens.clamp(max=self.model.vocab_size - 1)
         return self._prefixes(logits, self._fed, tree)
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """See `arvision.contracts.TakesFixedChains`."""
+        if self._prefixes is not None:
+            return "the model's logits processors look at each text on the host"
+        return None if self.pseudo is None and not self._watched else "the drafter changes the pass"
+
+    @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:
+        """Logits [B, T, V] of candidates; see `arvision.contracts.TakesFixedTrees`."""
+        begin = self._begins + lengths
+        slots = begin[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        ancestors = None if tree is None else tree.ancestors
+        mask = self.cache.begin_fixed(slots, self.cache.capacity, ancestors)
+        positions = slots if tree is None else begin[:, None] + tree.depths
+        seen_by = self._by_kind(mask, positions, begin)
+        positions = positions.clamp(max=self.model.sizes.num_positions - 1)
+        inputs = {"input_ids": tokens, "attention_mask": seen_by, "position_ids": positions}
+        called = self.model.called
+        if torch.compiler.is_compiling():
+            return called(**inputs, **self._options).logits
+        with alone(self._network), kernels_in(self._network, called, mask):
+            return called(**inputs, **self._options).logits
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
+        self.cache.keep_fixed(path, counts, self._begins + lengths)
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
@@ -262,7 +290,7 @@ class HFState:
         if mask is None:
             mask = all_open(self.cache)
         positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
-        seen_by = self._by_kind(spread(mask, len(tokens)), positions)
+        seen_by = self._by_kind(spread(mask, len(tokens)), positions, self.cache.lengths)
         positions = positions.clamp(max=self.model.sizes.num_positions - 1)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if embeddings is not None or self.pseudo is not None:
@@ -321,7 +349,7 @@ class HFState:
         finally:
             self._is_altered = False
 
-    def _by_kind(self, mask: Tensor, positions: Tensor) -> Any:
+    def _by_kind(self, mask: Tensor, positions: Tensor, begin: Tensor) -> Any:
         """The additive mask [R, 1, T, S] as the layers want it: one, or one for each kind of layer.
 
         A windowed layer looks at what is less than a window behind in the text. In the cache a
@@ -330,17 +358,18 @@ class HFState:
         Args:
             mask: of layers that attend to everything.
             positions: [R or 1, T], of the candidates.
+            begin: [R], slots of the first ones.
         """
         kinds = self.model.layer_kinds
         if SLIDING not in kinds:
             return mask
-        window, lengths = self.model.attention_window, self.cache.lengths
+        window = self.model.attention_window
         assert window is not None
         near = mask
         if mask.shape[3] > window:
             rows, num = len(mask), positions.shape[1]
             places = torch.arange(mask.shape[3] + num, device=mask.device).repeat(rows, 1)
-            own = lengths[:, None] + torch.arange(num, device=mask.device)
+            own = begin[:, None] + torch.arange(num, device=mask.device)
             places = places.scatter(
                 1, own.clamp(max=places.shape[1] - 1), positions.expand(rows, num)
             )
@@ -398,6 +427,7 @@ class HFState:
         self.cache.select(rows)
         self.lengths = self.lengths[rows]
         self._prompts = [self._prompts[row] for row in rows.tolist()]
+        self._begins = self._begins[rows]
         if self._prefixes is not None:
             self._prefixes.select(rows)
         if self.hidden is not None:
