@@ -269,6 +269,7 @@ class GlmPipeline(ImageModelPipeline):
 
 def _prior_ids(model: TransformersImageModel, tokens: Tensor) -> Tensor:
     """Ids [B, N] of the cells that the diffusion decoder is given, from codes."""
+    assert isinstance(model, GlmImage)
     return doubled(model.picture(tokens).unflatten(1, model.grids[-1]))
 
 

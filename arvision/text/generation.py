@@ -22,7 +22,7 @@ from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
-from ..memory import check_memory
+from ..memory import Peak, check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
@@ -54,7 +54,8 @@ class TextOutput:
         texts: the new text of each prompt, up to a stop string; None without a tokenizer.
         stats: `forward_passes` (after the prefill), `tokens` (all rows together), `tokens_per_pass`
             (those after the prefill's, over the passes that a row took part in), `seconds` (all),
-            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`.
+            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`, `peak_memory` (bytes on an
+            accelerator, weights included; None on a CPU).
     """
 
     tokens: list[list[int]]
@@ -216,16 +217,17 @@ def generate(
     try:
         on_step = flow.on_step if flow.is_wanted else None
         run = Run(len(ids), max_new_tokens, seeds, on_step, steps=steps)
-        samples = decode_tokens(
-            lm,
-            ids,
-            run,
-            drafter=proposer,
-            rule=chosen.rule,
-            shape=watched(run),
-            policy=policy,
-            stop=end if end.is_needed else None,
-        )
+        with Peak(lm.device) as peak:
+            samples = decode_tokens(
+                lm,
+                ids,
+                run,
+                drafter=proposer,
+                rule=chosen.rule,
+                shape=watched(run),
+                policy=policy,
+                stop=end if end.is_needed else None,
+            )
         lengths = samples.stats["lengths"]
         tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
         flow.tell_rest(tokens)
@@ -247,6 +249,7 @@ def generate(
         seconds_per_token=seconds / max(1, total),
         rule=chosen.name,
         lossless=chosen.lossless,
+        peak_memory=peak.bytes,
         step=samples.stats["step"],
         warm_up=samples.stats.get("warm_up", 0.0),
     )

@@ -125,13 +125,8 @@ class Edit:
                 raise InputError(
                     f"{len(given)} {name} for {how['num_images']} images: expected one, or as many"
                 )
-        pixels = list(2 * image.clamp(0, 1) - 1)
-        masks = list(mask.clamp(0, 1))
-        given: dict[str, Any] = {
-            "image": pixels if len(pixels) > 1 else pixels[0],
-            "mask_image": masks if len(masks) > 1 else masks[0],
-        }
-        return (draw(pipeline, prompt, how, **given, blend=keep_pixels),)
+        pixels, masks = list(2 * image.clamp(0, 1) - 1), list(mask.clamp(0, 1))
+        return (draw(pipeline, prompt, how, image=pixels, mask_image=masks, blend=keep_pixels),)
 
 
 class GlmPriorTokens:
