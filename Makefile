@@ -42,7 +42,7 @@ eval-demo: $(READY)
 	$(BIN)/arvision eval demo --out out/eval-demo
 
 docs: $(READY)
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv out

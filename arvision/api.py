@@ -74,7 +74,8 @@ def load(
         quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
             what its `config.json` says.
         decoder: of a Chameleon's pixels, a `vqgan.ckpt` or a folder; None for one beside the network.
-        **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`.
+        **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`, or
+            `processor=` (a loaded one, or a tokenizer) where the repository has none.
 
     Raises:
         InputError: an unknown name, device or dtype; a repository, revision or variant that is not

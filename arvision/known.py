@@ -14,6 +14,7 @@ from .errors import ArvisionError
 
 FILE = Path(__file__).parent / "known_models.json"
 KINDS = ("token", "scale", "continuous", "student")
+CHECKED = ("hub", "licence", "size")
 SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "negative_prompt", "draft")
 
 
@@ -34,6 +35,8 @@ class KnownModel:
         quality: published figures; None for none known.
         speed: likewise.
         source: where the figures and settings stand.
+        checked: where hub id (or the place of the files), licence and size were looked up; None for
+            what we could not see.
         without: samplers of this kind that do not fit all the same.
     """
 
@@ -49,6 +52,7 @@ class KnownModel:
     quality: str | None
     speed: str | None
     source: str
+    checked: Mapping[str, str | None]
     without: tuple[str, ...] = ()
 
     @property
@@ -83,6 +87,7 @@ def parse(entries: Any) -> tuple[KnownModel, ...]:
             (model.kind in KINDS, f"kind {model.kind!r}: expected one of {', '.join(KINDS)}"),
             (set(model.settings) <= set(SETTINGS), f"settings: expected {', '.join(SETTINGS)}"),
             (bool(model.files) and bool(model.source), "expected files and a source"),
+            (tuple(model.checked) == CHECKED, f"checked: expected {', '.join(CHECKED)}"),
             (model.hub is None or model.hub.count("/") == 1, f"hub {model.hub!r}: no owner/name"),
             (isinstance(model.parameters, int) and model.parameters > 0, "parameters"),
             (model.name not in models, "stands twice"),

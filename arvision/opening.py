@@ -27,6 +27,9 @@ from .schema import check_fields
 from .stored import check_layers, check_report
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILE = "tokenizer.json"
+"""All that Lumina-mGPT's repositories hold of a processor, where they hold any."""
+
 DECODER_FILE = "vqgan.ckpt"
 """The authors' file with the decoder of Chameleon's pixels; read as tensors only."""
 
@@ -190,12 +193,16 @@ def _network(folder: Path, how: dict[str, Any]) -> Any:
 
 
 def _processor(folder: Path) -> Any:
-    """The processor in a folder, None where there is none."""
-    from transformers import AutoProcessor
+    """The processor in a folder, a tokenizer without one, None where there is neither."""
+    import transformers
 
-    if not any((folder / name).exists() for name in PROCESSOR_FILES):
-        return None
-    return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kinds = {"AutoProcessor": PROCESSOR_FILES, "AutoTokenizer": (TOKENIZER_FILE,)}
+    for kind, files in kinds.items():
+        if any((folder / name).exists() for name in files):
+            return getattr(transformers, kind).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    return None
 
 
 def _decoder(folder: Path, given: str | Path | None) -> Any:
@@ -219,6 +226,7 @@ def _bare(
     """A network in the layout of transformers."""
     network = _network(folder, how)
     options = dict(options or {})
+    processor = options.pop("processor", None) or _processor(folder)
     parts = {}
     if type(network).__name__.startswith("Chameleon"):
         parts["decoder"] = _decoder(folder, decoder)
@@ -230,7 +238,7 @@ def _bare(
             options |= {"height": int(side[1]), "width": int(side[1])}
     elif decoder is not None:
         raise InputError(f"decoder {decoder}: {type(network).__name__} has one of its own")
-    return ImageModelPipeline(network, _processor(folder), options=options or None, **parts)
+    return ImageModelPipeline(network, processor, options=options or None, **parts)
 
 
 def _saved(
@@ -251,14 +259,17 @@ def _saved(
     parts: dict[str, Any] = {"transformer": _network(folder / "transformer", how)}
     for part in ("processor", "decoder", "sampler", "transformer"):
         settings.pop(part, None)
-    if (folder / "processor").is_dir():
+    options = dict(options or {})
+    if "processor" in options:
+        parts["processor"] = options.pop("processor")
+    elif (folder / "processor").is_dir():
         parts["processor"] = _processor(folder / "processor")
     if decoder is not None or (folder / "decoder").is_dir():
         parts["decoder"] = _decoder(folder, folder / "decoder" if decoder is None else decoder)
     if (folder / "sampler").is_dir():
         cls = sampler_class(content.get("sampler"), str(folder / INDEX))
         parts["sampler"] = cls.from_pretrained(folder / "sampler")
-    settings["options"] = {**(settings.get("options") or {}), **(options or {})} or None
+    settings["options"] = {**(settings.get("options") or {}), **options} or None
     try:
         return ImageModelPipeline(**parts, **settings)
     except TypeError as error:

@@ -137,7 +137,7 @@ SYSTEMS = (
     System("csjd", "ar, latents", "mar-fashion", "csjd:num_iter=32"),
     System("cspd", "csjd", "mar-fashion", "cspd", "CSpD", "see the card"),
 )  # fmt: skip
-LATENT_IMAGES = 48
+LATENT_IMAGES = 32
 """Pictures of continuous models, which take seconds each."""
 
 GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",

@@ -99,7 +99,8 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
-    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
+    "bench": {"api", "counting", "official", "pipeline", "samplers", "decoding"} | GROUND,
+    "official": {"pipeline"} | GROUND,
     "comparison": {"api", "batches", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
@@ -107,7 +108,7 @@ ALLOWED: dict[str, set[str]] = {
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
-    | {"pipeline", "samplers"}
+    | {"pipeline", "previews", "samplers"}
     | GROUND,
     "testing": {"models"} | GROUND,
 }

@@ -230,6 +230,7 @@ def test_the_list_of_known_models(cli):
     }
     for one in found.values():
         assert one.source
+        assert one.checked["hub"]
         assert not (one.quality or one.speed) or "README" in one.source or "20" in one.source
         assert one.load.startswith(("arvision convert --from ", "arvision.load("))
     assert found["var-d16"].size == "310M, 0.62 GB in bfloat16"
@@ -239,6 +240,9 @@ def test_the_list_of_known_models(cli):
     assert listed["var-d16-dd"].facts["samplers"] == ["dd"]
     done = cli("models", "--all")
     assert all(name in done.stdout for name in found)
+    assert found["glm-image"].checked["licence"] is None
+    assert "NOT looked up: licence" in done.stdout.split("\nglm-image")[1].split("\n\n")[0]
+    assert "NOT looked up" not in done.stdout.split("\nvar-d16 ")[1].split("\n\n")[0]
     everything = json.loads(cli("models", "--all", "--json").stdout)
     assert {"licence", "settings", "samplers", "files"} <= set(everything[-1])
     lines = [one for one in cli("models").stdout.splitlines() if one]
@@ -259,6 +263,7 @@ def test_the_list_of_known_models(cli):
         ({"hub": "x"}, "hub 'x'"),
         ({"settings": {"cfg": 1}}, "settings"),
         ({"files": {}}, "expected files and a source"),
+        ({"checked": {"hub": "here"}}, "checked: expected hub, licence, size"),
         ({"parameters": "2B"}, "parameters"),
         ({"colour": "red"}, "unknown fields colour"),
     ],

@@ -259,6 +259,19 @@ def test_what_is_missing_is_told_before_any_pass(folders, tmp_path):
     assert given("a cat", seed=0, progress=False).images[0].mode == "RGB"
     for name in ("processor_config.json", "preprocessor_config.json"):
         (folder / name).unlink(missing_ok=True)
+    written = given("a cat", seed=0, output_type="latent", progress=False).tokens
+    # A tokenizer alone writes the same, and reads no pictures.
+    bare = arvision.load(folder, device="cpu", grids=[(4, 4)])
+    assert torch.equal(bare("a cat", seed=0, output_type="latent", progress=False).tokens, written)
+    with pytest.raises(InputError, match="this model has no processor but a tokenizer"):
+        bare("a cat", seed=0, output_type="latent", image=Image.new("RGB", (32, 32)))
+    bare.save_pretrained(folder / "saved")
+    again = arvision.load(folder / "saved", device="cpu")
+    assert torch.equal(again("a cat", seed=0, output_type="latent", progress=False).tokens, written)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    held = arvision.load(folder, device="cpu", grids=[(4, 4)], processor=bare.processor)
+    assert torch.equal(held("a cat", seed=0, output_type="latent", progress=False).tokens, written)
     bare = arvision.load(folder, device="cpu", grids=[(4, 4)])
     with pytest.raises(InputError, match="'a cat': this model has no processor, expected ids"):
         bare("a cat", seed=0, output_type="latent")

@@ -41,6 +41,7 @@ def models(
             "quality": facts["quality"] or "nothing known to us",
             "speed": facts["speed"] or "nothing known to us",
             "source": facts["source"],
+            "checked": _checked(facts["checked"]),
             "samplers": ", ".join(facts["samplers"]),
             "load": facts["load"],
         }
@@ -48,6 +49,13 @@ def models(
         tell(f"\n{name:24} {facts['kind']:11} {hub}: {facts['size']}, {facts['licence']}")
         for key, value in lines.items():
             tell(f"    {key + ':':10}{value}")
+
+
+def _checked(places: dict[str, str | None]) -> str:
+    """Where hub id, licence and size were looked up, and which of them were not."""
+    seen = [f"{what} in {place}" for what, place in places.items() if place]
+    unseen = [what for what, place in places.items() if not place]
+    return "; ".join(seen) + (f"; NOT looked up: {', '.join(unseen)}" if unseen else "")
 
 
 def samplers(

@@ -138,9 +138,8 @@ class HeadNetwork(nn.Module):
         """As `run`, and what `run_kept` needs of each block [..., w]."""
         h = self.input_proj(x)
         kept = []
-        for number, (block, parts) in enumerate(
-            zip(self.res_blocks, modulations[:-1], strict=True)
-        ):
+        for number, (each, parts) in enumerate(zip(self.res_blocks, modulations[:-1], strict=True)):
+            block = cast(ResBlock, each)
             found = block.think(h, *parts[:2]) if number == 0 else block(h, *parts) - h
             h = h + (parts[2] * found if number == 0 else found)
             kept.append(found)

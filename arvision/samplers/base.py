@@ -25,6 +25,7 @@ from ..contracts import (
     Seeds,
     StepCallback,
     TokenModel,
+    device_of,
 )
 from ..decoding.fixed_step import Steps
 from ..decoding.given import Given
@@ -35,6 +36,7 @@ from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
 from ..files import user_path
+from ..memory import Peak
 from ..portable import Portable, travels
 from ..registry import Registry
 from ..stored import check_plain
@@ -127,7 +129,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
 
         Returns:
             Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
-            adds, and `lossless`.
+            adds, `lossless`, and `peak_memory`: the most bytes that lay on an accelerator while tokens
+            were drawn, weights included; None on a CPU.
 
         Raises:
             InputError: a negative guidance scale, another number of seeds than of conditions, given
@@ -149,8 +152,10 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             steps=steps,
             given=given,
         )
-        samples = self.decode(model, conditions, run)
+        with Peak(device_of(model)) as peak:
+            samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
+        samples.stats["peak_memory"] = peak.bytes
         return samples
 
     def without_effect(self, model: Any) -> dict[str, Any]:

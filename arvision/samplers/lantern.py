@@ -39,7 +39,7 @@ class LanternSampler(TokenSampler):
     bounds limit what one guess borrows, and the law not at all. On `llamagen-fashion` (256 images,
     guidance 3): 3.55 tokens per pass (`sjd` maximal, which is exact: 3.02), with `tv` 0.3 4.53; class
     consistency 0.97 and 0.90 (`ar`: 0.97), nats per token -3.12 and -3.90 (`ar`: -2.93); the other
-    bounds are measured in docs/samplers.md. Cost: as `sjd`, plus distances to the whole codebook per
+    bounds are measured in docs/systems.md. Cost: as `sjd`, plus distances to the whole codebook per
     guess. Models: token models with a `codebook`; trees also need `takes_trees`.
 
     Args:

@@ -35,7 +35,8 @@ class ZipARSampler(TokenSampler):
     approximated, and the picture is that of `ar`. On `llamagen-fashion` (8x8 tokens, 256
     images, guidance 3): 39 passes, 1.64 tokens per pass, 61 % of the tokens are `ar`'s, class
     consistency 0.97 (`ar`: 0.97), nats per token -3.27 (-2.93); with a local window of 1, 21 passes,
-    44 %, 0.92 and -4.28. Cost:
+    44 %, 0.92 and -4.28; with the adaptive window (96 images, beside fixed windows of 4 and 1) 1.98
+    tokens per pass (1.64, 3.05), class consistency 0.95 (0.97, 0.91), feature distance 6.9 (5.4, 17.7). Cost:
     2g - 1 + (g - 2)s passes for g rows of g tokens and a local window s, of up to g / s candidates.
     Models: token models with a grid whose state has `extend_at`.
 

@@ -263,6 +263,10 @@ class Engine:
         first, self._drawing = orders[0], orders
 
         def on_step(pipe: Any, step: int, timestep: int, figures: dict[str, Any]) -> None:
+            for image, order in zip(figures.get("preview", ()), orders, strict=False):
+                if order.shown < order.previews and order.on_preview is not None:
+                    order.shown += 1
+                    order.on_preview(image)
             if all(order.is_dropped for order in orders):
                 pipe._interrupt = True
 
@@ -275,6 +279,7 @@ class Engine:
                 output_type="pil" if first.wants_image else "latent",
                 progress=False,
                 callback_on_step_end=on_step,
+                **_shows(orders),
                 **first.call,
             )
         except Exception as error:
@@ -301,3 +306,14 @@ def _as_one(order: Order, first: Order) -> bool:
     same = order.guidance_scale == first.guidance_scale and order.call == first.call
     alike = same and mine == other and order.wants_image == first.wants_image
     return alike and order.model is first.model and not (order.tries or first.tries)
+
+
+def _shows(orders: Sequence[Order]) -> dict[str, int]:
+    """How often a call of the pipeline shows what it has drawn, if somebody wants to see it."""
+    most = max(order.previews for order in orders)
+    if most == 0:
+        return {}
+    model = orders[0].model
+    scales = getattr(model, "scales", None)
+    steps = len(scales) if scales else model.num_tokens
+    return {"preview_every": max(1, steps // (most + 1))}

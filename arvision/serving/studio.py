@@ -17,15 +17,13 @@ from ..inputs import as_prompts, check_numbers, expand_prompts, resolve_seeds
 from ..models import GlmImage
 from ..models.pixels import written
 from ..pipeline import ARPipeline
+from ..previews import check_preview, preview
 from ..samplers import get_sampler
 from ..samplers.base import parse_sampler
 from .engine import Engine
 from .limits import Limits
 from .metrics import Metrics
 from .order import Order
-
-GREY = 127
-"""Of what is not drawn yet, in previews."""
 
 MOST_SIZES = 8
 """Sizes of one network whose models are kept at hand."""
@@ -119,6 +117,8 @@ class Studio:
                 raise InputError(f"{name} {value!r}: expected {expected}")
         self.pipe.check_sampler(chosen)
         model, call = self._sized(size)
+        if previews:
+            check_preview(previews, model, on_preview)
         self.pipe._check_effect(chosen, model, given | {"guidance_scale": guidance_scale})
         prompts = self._prompts(prompt, negative_prompt, scale)
         chosen = self.pipe.bind(chosen, model)
@@ -235,18 +235,11 @@ class Studio:
 
     def _render(self, model: Any, tokens: Tensor, length: int | None) -> Any:
         """A picture of tokens [N], of which the first `length` are final; grey where none are."""
-        with torch.no_grad():
-            picture = written(model.decode(tokens[None]), "pil")[0]
-        if length is None or model.grid is None:
-            return picture
-        rows, columns = model.grid
-        cell = picture.height // rows
-        done = length // columns
-        edge = (length % columns) * (picture.width // columns)
-        picture.paste((GREY,) * 3, (edge, done * cell, picture.width, min(rows, done + 1) * cell))
-        if done + 1 < rows:
-            picture.paste((GREY,) * 3, (0, (done + 1) * cell, picture.width, picture.height))
-        return picture
+        if length is None:
+            with torch.no_grad():
+                return written(model.decode(tokens[None]), "pil")[0]
+        is_final = torch.arange(len(tokens), device=tokens.device) < length
+        return preview(model, tokens[None], is_final[None])[0]
 
     def close(self, timeout: float | None = None) -> bool:
         """Draw what was ordered and end, see `Engine.close`."""

@@ -192,6 +192,11 @@ def _distill(
         torch.manual_seed(settings.fit.seed)  # layers that the teacher lacks start at random
         sizes = {"intermediate_size": settings.intermediate_size}
         sizes = {key: value for key, value in sizes.items() if value is not None}
+        if sizes and "intermediate_size" not in bare(pipe.transformer).config:
+            raise InputError(
+                f"intermediate_size {settings.intermediate_size}: students of a "
+                f"{type(bare(pipe.transformer)).__name__} have the widths of their teacher"
+            )
         student = family.from_teacher(pipe.model, settings.timesteps, teacher_name=name, **sizes)
         if settings.init is not None:
             student.start_from(_any_student(settings.init, family))

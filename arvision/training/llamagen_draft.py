@@ -13,11 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..contracts import TokenModel
 from ..decoding.draft_model import MEASURED, confidence_features
 from ..decoding.logits import guide
 from ..decoding.noise import Noise, draw
@@ -95,13 +96,16 @@ class DraftObjective(Objective):
         self.num_items = len(drawn.tokens)
         self.target, self.on_policy = target, on_policy
         captions = None if target is None else target.captions
-        texts = () if captions is None else (captions.text_encoder, captions.text_tokenizer)
-        self.model = LlamaGen(transformer, None, *texts)
+        texts: dict[str, Any] = {}
+        if captions is not None:
+            texts["text_encoder"] = captions.text_encoder
+            texts["text_tokenizer"] = captions.text_tokenizer
+        self.model = LlamaGen(transformer, **texts)
         self.conditions = range(transformer.config["num_classes"] or 0)
         if conditions is not None:
             self.conditions = conditions
         if target is not None:
-            self.beside = (target.transformer, *texts[:1])
+            self.beside = (target.transformer, *list(texts.values())[:1])
 
     def asked(self, labels: Tensor) -> list[Any]:
         """The conditions with these numbers [B]."""
@@ -144,7 +148,7 @@ class DraftObjective(Objective):
             tokens = plain_tokens(
                 self.model, some, [(numbers[k], 0) for k in index.tolist()], scale
             )
-            logits = teacher_forced(self.target, some, tokens, scale)
+            logits = teacher_forced(cast(TokenModel, self.target), some, tokens, scale)
             logp = logits.log_softmax(-1).clamp(min=SMALLEST_LOGP).to(drawn.logp.dtype)
             parts.append(Drawn(tokens, logp, drawn.labels[index], drawn.scales[index]))
         return together(parts)

@@ -113,7 +113,9 @@ class TrainedFeatures(nn.Module):
         self._output: nn.Module = (
             self.network.output if hasattr(self.network, "output") else self.network.head
         ).requires_grad_(False)
-        self._views = model.tokenizer.views if isinstance(model, ScaleModel) else None
+        is_scale = isinstance(model, ScaleModel)
+        tokenizer: Any = getattr(model, "tokenizer", None)
+        self._views = tokenizer.views if is_scale else None
 
     def forward(self, tokens: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features [B, N, C] of tokens [B, N]; `condition` and `mask` are what a student is told."""

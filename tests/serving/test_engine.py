@@ -164,11 +164,22 @@ def test_previews_show_what_is_final_and_change_no_token(studio):
     drawn = order.answer.result(60)
     assert drawn.tokens.tolist() == own.pipe(1, seed=2, progress=False).tokens[0].tolist()
     assert len(shown) == 3
-    bottom = [picture.getpixel((15, 15)) for picture in shown]
-    assert bottom == [(127, 127, 127)] * 3
-    greys = [int((np.asarray(picture) == 127).all(-1).sum()) for picture in shown]
+    grey = shown[0].getpixel((15, 15))
+    assert [picture.getpixel((15, 15)) for picture in shown] == [grey] * 3
+    greys = [int((np.asarray(picture) == grey).all(-1).sum()) for picture in shown]
     assert greys == sorted(greys, reverse=True)
     assert greys[0] > greys[2]
+
+
+def test_batches_by_arrival_show_previews_too(studio):
+    own = studio("var")
+    shown = []
+    (order,) = own.order("1", seed=2, previews=2, on_preview=shown.append)
+    own.engine.submit([order])
+    drawn = order.answer.result(60)
+    assert len(shown) == 2
+    assert all(picture.size == drawn.image.size for picture in shown)
+    assert shown[0].tobytes() != drawn.image.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,5 @@ def test_bad_captions(teacher, text_teacher, tmp_path):
     chosen = DistillSettings(prompts=["a boot"], intermediate_size=9999)
     with pytest.raises(InputError, match="intermediate_size 9999: the teacher has"):
         distill(text_teacher, tmp_path / "c", chosen)
+    with pytest.raises(InputError, match="intermediate_size 8: students of a VARTransformer"):
+        distill("var-fashion", tmp_path / "d", DistillSettings(intermediate_size=8))

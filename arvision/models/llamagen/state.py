@@ -144,13 +144,26 @@ class LlamaGenState:
         return self._rotary[(begin + behind).clamp(max=last)]
 
     @torch.no_grad()
-    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        slots = self._doubled(lengths[:, None] + (self._num_conditions + steps))
-        mask = self.cache.begin_fixed(slots, self._num_conditions + self._transformer.num_tokens)
-        rotary = self._rotary[slots.clamp(max=len(self._rotary) - 1)]
-        return self._run(tokens, rotary, mask, self._behind(lengths, steps))
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:
+        """Guided logits [B, T, V] of candidates; see `arvision.contracts.TakesFixedTrees`."""
+        steps, last = torch.arange(tokens.shape[1], device=tokens.device), len(self._rotary) - 1
+        begin = self._doubled(lengths + self._num_conditions)[:, None]
+        slots = begin + steps
+        if tree is None:
+            mask = self.cache.begin_fixed(slots, last + 1)
+            places = self._behind(lengths, steps)
+            return self._run(tokens, self._rotary[slots.clamp(max=last)], mask, places)
+        ancestors, depths = tree.ancestors, tree.depths
+        if not tree.is_shared:
+            ancestors, depths = self._doubled(ancestors), self._doubled(depths)
+        mask = self.cache.begin_fixed(slots, self.cache.capacity, ancestors)
+        places = self._behind(lengths, tree.depths)
+        return self._run(tokens, self._rotary[(begin + depths).clamp(max=last)], mask, places)
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
+        begin = self._doubled(lengths + self._num_conditions)
+        self.cache.keep_fixed(self._doubled(path), self._doubled(counts), begin)
 
     def _run(
         self, tokens: Tensor, rotary: Tensor, mask: Tensor | None, places: Tensor | None

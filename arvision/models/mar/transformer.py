@@ -239,7 +239,8 @@ class MARTransformer(Network):
         inputs = kept.inputs[: len(x)]
         inputs.scatter_(1, slots[..., None].expand_as(x), x)
         every = torch.arange(inputs.shape[1], device=x.device).expand(len(x), -1)
-        blocks, probe = list(self.decoder_blocks), kept.probe
+        blocks: list[Any] = list(self.decoder_blocks)
+        probe = kept.probe
         held = list(zip(blocks, kept.decoder, strict=True))
         h = inputs.clone()
         for block, keys in held[:probe]:

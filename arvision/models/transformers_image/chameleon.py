@@ -69,7 +69,7 @@ class Chameleon(TransformersImageModel):
 
     Args:
         network: such as `leloy/Anole-7b-v0.1-hf`, or Lumina's in this layout.
-        processor: a `ChameleonProcessor`.
+        processor: a `ChameleonProcessor`, or a tokenizer, which reads no source images.
         decoder: a `ChameleonDecoder`, or the path of a `vqgan.ckpt`; without one the model gives
             tokens but not images.
         layout: see above.
@@ -112,7 +112,7 @@ class Chameleon(TransformersImageModel):
         self.options |= told(grids=grids, ids=ids)
         vocabulary = base.config.vocabulary_map or {}
         known: dict[str, int | None] = {name: vocabulary.get(NAMES[name]) for name in NAMES}
-        tokenizer = getattr(processor, "tokenizer", None)
+        tokenizer = getattr(processor, "tokenizer", processor)
         own_bos = getattr(tokenizer, "bos_token_id", None)
         if own_bos is not None or known["bos"] is None:
             known["bos"] = base.config.bos_token_id if own_bos is None else own_bos
@@ -187,6 +187,9 @@ class Chameleon(TransformersImageModel):
                 raise InputError(f"{len(images)} source images: Lumina-mGPT draws from text alone")
             size = f"{columns * CELL}x{rows * CELL}"
             text = f"Generate an image of {size} according to the following prompt:\n{text}"
+        if not hasattr(self.processor, "tokenizer"):
+            self._check_pictures(images)
+            return self._opened(self.processor(text)["input_ids"])
         # The processor writes each image as its start, its codes and its end.
         text = self.processor.image_token * len(images) + text
         inputs = self.processor(
@@ -195,11 +198,26 @@ class Chameleon(TransformersImageModel):
             return_for_text_completion=True,
             return_tensors="pt",
         )
-        found = inputs["input_ids"][0].tolist()
+        return self._opened(inputs["input_ids"][0].tolist())
+
+    def _opened(self, ids: list[int]) -> Tensor:
+        """A text's ids, which begin as they must, with what opens an image behind."""
         bos = self.ids["bos"]
-        if found[:1] != [bos]:
-            found = [bos, *found]
-        return torch.tensor([*found, self.ids["end_of_turn"], *self._opening()])
+        ids = ids if ids[:1] == [bos] else [bos, *ids]
+        return torch.tensor([*ids, self.ids["end_of_turn"], *self._opening()])
+
+    def _check_pictures(self, images: Sequence[Any]) -> None:
+        """Refuse source images where nothing reads pictures.
+
+        Raises:
+            InputError: see above.
+        """
+        if images and not hasattr(self.processor, "image_processor"):
+            kind = "processor" if self.processor is None else "processor but a tokenizer"
+            raise InputError(
+                f"source image {type(images[0]).__name__}: this model has no {kind}, expected "
+                "codes [h, w] beside the ids of a whole prompt"
+            )
 
     def _opening(self) -> list[int]:
         """The ids that open an image: its start and, for Lumina, its sides."""
@@ -248,11 +266,7 @@ class Chameleon(TransformersImageModel):
         """Ids of the codes of a source image: a picture, or codes [h, w]."""
         if isinstance(image, Tensor) and not image.is_floating_point():
             return self.columns.ids_of(image.to(self.device).flatten())
-        if self.processor is None:
-            raise InputError(
-                f"source image {type(image).__name__}: this model has no processor, expected codes "
-                "[h, w]"
-            )
+        self._check_pictures([image])
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         weight = self.base.model.vqmodel.quant_conv.weight
         return self.base.get_image_tokens(pixels.to(weight))[0].long()

@@ -122,7 +122,7 @@ class ImageState:
         positions = torch.stack(
             [torch.nn.functional.pad(row.positions, (num - len(row.ids), 0)) for row in rows], dim=1
         )
-        self.cache.begin(num)
+        self.cache.begin_unmasked(num)
         order = torch.arange(num)
         sees = self._is_open[:, None] & (order <= order[:, None])
         # A row of the mask that bars everything would make all numbers NaN under eager attention.
@@ -247,6 +247,17 @@ class ImageState:
         forced = None if forced is None else self._spread(forced.expand(len(codes), -1))
         inputs = self._model.inputs(self._spread(codes), forced)
         return self._model.run(inputs, positions, spread(mask, rows), self._seen)
+
+    @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
+        own, forced, places, ends = self._layout.fixed(lengths, tokens.shape[1])
+        slots = self._spread(places + self._num_prompt)
+        mask = self.cache.begin_fixed(slots, self._num_prompt + self._layout.num_places)
+        hidden = self._run(tokens.gather(1, own), forced, places, mask)
+        hidden = hidden if forced is None else _gather(hidden, ends, self._branches)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._guided(hidden, lengths[:, None] + steps + 1)
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
