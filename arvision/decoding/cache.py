@@ -280,6 +280,11 @@ class KVCache:
         self._host_lengths = [old + new for old, new in zip(self._host_lengths, given, strict=True)]
         self._num = 0
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths` committed positions of the rows, for good."""
+        self._host_lengths, self._num = list(lengths), 0
+        self.lengths = torch.tensor(self._host_lengths, device=self.lengths.device)
+
     def rewind(self, num: int) -> tuple[Tensor, Tensor]:
         """Step back by `num` positions in every row; what stood there, for `restore`."""
         slots = self.lengths[:, None] - num + self._order[:num]

@@ -25,7 +25,8 @@ from ..files import user_path
 from ..memory import Peak, check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
-from .drafters import DRAFTERS, TextDrafter, combine
+from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
+from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
@@ -138,7 +139,10 @@ def generate(
     check_count("max_new_tokens", max_new_tokens)
     options = dict(drafter_options or {})
     if "draft" in options:
-        options["draft"] = as_draft(options["draft"], max_new_tokens, device, dtype)
+        given = options["draft"]
+        options["draft"] = as_draft(given, max_new_tokens, device, dtype)
+        if isinstance(given, str | Path):
+            options.setdefault("tokenizer", _load(str(given), str(device or "cpu"), dtype)[1])
     proposer = make_drafter(drafter, **options)
     if hasattr(proposer, "shaping"):
         proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
@@ -158,7 +162,7 @@ def generate(
     steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
-    check_drafter(proposer, lm)
+    check_drafter(proposer, lm, tokenizer)
     lm.watched = proposer.watches(lm) if isinstance(proposer, TextDrafter) else ()
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
@@ -356,12 +360,19 @@ def check_sizes(options: dict[str, Any]) -> None:
             raise InputError(f"{name} {shown(value)}: expected at most {most:,}")
 
 
-def check_drafter(drafter: Any, model: HFCausalLM) -> None:
+def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> None:
     """Refuse a drafter of another vocabulary; one that is padded to another size is the same.
+
+    A draft model with a tokenizer of its own gets a translation, if it is not the target's.
 
     Raises:
         InputError: see above.
     """
+    if isinstance(drafter, DraftTree):
+        own, drafter.translation = drafter.tokenizer, None
+        if own is not None and tokenizer is not None and not same_tokens(tokenizer, own):
+            drafter.translation = Translation.between(tokenizer, own)
+            return
     theirs = getattr(drafter, "draft_vocab_size", None)
     if theirs is None:
         return
@@ -369,7 +380,7 @@ def check_drafter(drafter: Any, model: HFCausalLM) -> None:
     if sizes[0] < LEAST_COMMON * sizes[1]:
         raise InputError(
             f"the drafter has a vocabulary of {theirs} tokens: expected {model.vocab_size}, as the "
-            "model has"
+            "model has, or a draft model and both tokenizers"
         )
 
 

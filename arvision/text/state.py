@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,11 @@ from torch import Tensor, nn
 from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_attention import all_open, kernels_in, spread
-from ..decoding.transformers_cache import CacheView, TextSizes
+from ..decoding.transformers_cache import CacheView
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
+from .layers import alone, edited, find_layers, watching
 
 if TYPE_CHECKING:
     from .model import HFCausalLM
@@ -29,18 +28,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 PREFILL_PIECE = 1024
 """Tokens of a prompt that one pass reads: its mask has this many rows."""
-
-
-_BUSY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
-def alone(network: Any) -> AbstractContextManager[Any]:
-    """A lock of a network, held during a pass: what a pass hangs into it or takes out of it would
-    also be in the passes of other threads.
-    """
-    with _MAKING:
-        return _BUSY.setdefault(network, threading.RLock())
 
 
 class HFState:
@@ -422,6 +409,12 @@ class HFState:
             every = torch.arange(self._fed.shape[1], device=counts.device)
             self._prefixes.commit(self._fed, every.expand_as(self._fed), given)
 
+    def rewind_to(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths` committed tokens of the rows, prompts included."""
+        before = self.cache.lengths
+        self.cache.cut(lengths)
+        self.lengths = self.lengths + self.cache.lengths - before
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
@@ -444,84 +437,3 @@ def check_numbers(logits: Tensor) -> None:
     """
     if bool(logits.sum().isnan()):
         raise InputError("the model's logits hold NaN: check its weights and dtype")
-
-
-def find_layers(network: Any) -> tuple[nn.Module, str]:
-    """The module that owns the list of a network's layers, and the list's name.
-
-    Raises:
-        InputError: no such list.
-    """
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == TextSizes.of(network).num_layers:
-                return module, name
-    raise InputError(
-        f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
-        "all of them, to skip some or to edit what they see"
-    )
-
-
-@contextmanager
-def watching(network: Any, layers: Sequence[int], seen: dict[int, Tensor]) -> Iterator[None]:
-    """Within this block, what goes into each of `layers` [B, T, C] is put into `seen`.
-
-    Args:
-        network: a language model of transformers.
-        layers: numbers of layers; that of all layers together is the output layer.
-        seen: filled by passes.
-
-    Raises:
-        InputError: a network without a list of layers.
-    """
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen[layer] = arguments[0] if arguments else options["hidden_states"]
-
-        return hook
-
-    def last(_: nn.Module, __: Any, out: Any) -> None:
-        # Not the output layer's own input, which passes may cut down to the places that are asked.
-        seen[len(stack)] = out[0]
-
-    owner, name = find_layers(network)
-    stack = getattr(owner, name)
-    handles = [
-        network.get_decoder().register_forward_hook(last)
-        if layer == len(stack)
-        else stack[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
-        for layer in set(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within this block, layer number `layer` sees what `function` makes of its input [B, T, C].
-
-    Raises:
-        InputError: a network without a list of layers.
-    """
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        by_name = not arguments
-        hidden = options["hidden_states"] if by_name else arguments[0]
-        changed = function(hidden)
-        if changed is None:
-            return None
-        if by_name:
-            return arguments, {**options, "hidden_states": changed}
-        return (changed, *arguments[1:]), options
-
-    with alone(network):
-        owner, name = find_layers(network)
-        handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
