@@ -85,9 +85,10 @@ def split(num: int, memory: ImageMemory, device: Any) -> list[slice]:
     """Parts of `num` images that fit into memory, of even size.
 
     Raises:
-        InputError: what is kept of all images would not fit.
+        InputError: what is kept of all images would not fit, or a single one would not.
     """
     check_memory(f"{num:,} images in one call", num * memory.kept, "num_images")
+    check_memory("one image", memory.working, "the size, or take a dtype of fewer bytes", device)
     parts = -(-num // items_that_fit(memory.working, device))
     size = -(-num // parts)
     return [slice(first, min(num, first + size)) for first in range(0, num, size)]
@@ -175,6 +176,8 @@ def joined(parts: Sequence[Stats]) -> Stats:
         values = [stats[name] for stats in parts if name in stats]
         if name in ALIKE:
             found[name] = first
+        elif name == "peak_memory":
+            found[name] = max((value for value in values if value is not None), default=None)
         elif isinstance(first, list):
             found[name] = list(chain.from_iterable(values))
         elif isinstance(first, bool):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from .api import load
 from .counting import count_calls
 from .decoding.cache import KVCache
-from .errors import InputError, as_integer, optional
+from .errors import InputError, as_integer, optional, unknown_name
 from .files import read_regular, replacing, write_text
+from .official import official_draw
 from .pipeline import ARPipeline
 from .samplers import BaseSampler, get_sampler
 
@@ -32,6 +34,7 @@ FORMAT = 1
 PROBE_BYTES = 1 << 28
 """Size of the buffer whose reading tells the bandwidth; larger than any cache of a processor."""
 
+AGAINST = ("official",)
 LARGEST_FILE = 1 << 26
 NOISE = 0.03
 """Medians closer than this share are called equal, whatever their spread."""
@@ -156,6 +159,8 @@ class Bench:
 
 def window_of(sampler: str) -> int:
     """Candidates of a pass of a sampler, 1 where it does not say."""
+    if sampler.partition(" ")[0] in AGAINST:
+        return 1
     window = get_sampler(sampler).config.get("window", 1)
     return window if isinstance(window, int) else 1
 
@@ -199,6 +204,7 @@ def run(
     compile: str | None = None,
     rounds: int = 5,
     seed: int = 0,
+    against: str | None = None,
     on_case: Callable[[], object] = lambda: None,
 ) -> Bench:
     """Measure all combinations at the recommended settings of each model.
@@ -212,11 +218,16 @@ def run(
         compile: a mode of `ARPipeline.compile`, or None.
         rounds: measured draws of each case; one more warms up.
         seed: of the draws, the same for all.
+        against: "official" for the authors' own code with the same weights, a case of every model, dtype
+            and batch; see `arvision.official`.
         on_case: called after each draw.
 
     Raises:
-        InputError: an unknown name, a sampler that does not drive a model, or a number below 1.
+        InputError: an unknown name, a sampler that does not drive a model, a number below 1, or no
+            code of the authors.
     """
+    if against not in (None, *AGAINST):
+        raise unknown_name("against", against, AGAINST)
     for name, numbers in (("batch", batches), ("rounds", [rounds])):
         for number in numbers:
             if (as_integer(number) or 0) < 1:
@@ -229,6 +240,8 @@ def run(
             pipe.check_sampler(sampler)
             row = Row(name, spec, batch, dtype, 0)
             cases.append((row, _task(pipe, sampler, batch, seed), pipe))
+        for batch in batches if against is not None else ():
+            cases.append((Row(name, f"{against} ar", batch, dtype, 0), _theirs(pipe, batch), pipe))
     for row, task, pipe in cases:
         _count(row, task, pipe)
         on_case()
@@ -249,6 +262,13 @@ def _task(pipe: ARPipeline, sampler: BaseSampler, batch: int, seed: int) -> Call
         return pipe(given, sampler=sampler, seed=seeds, output_type="latent", progress=False)
 
     return draw
+
+
+def _theirs(pipe: ARPipeline, batch: int) -> Callable[[], Any]:
+    """The same draw by the authors' code."""
+    draw = official_draw(pipe)
+    classes = [image % len(pipe.config["class_names"] or [0]) for image in range(batch)]
+    return lambda: SimpleNamespace(stats={"forward_passes": draw(classes, None)})
 
 
 def _count(row: Row, task: Callable[[], Any], pipe: ARPipeline) -> None:

@@ -150,7 +150,8 @@ class TakesFixedChains(Protocol):
     """A state whose pass can be a function of fixed shapes, with lengths that only the device knows.
 
     It is then driven by `extend_fixed` alone: what is fed behind `lengths` is forgotten by the next
-    call that says so, and nothing is committed.
+    call that says so, and nothing is committed. A state that cannot do it always has `why_not_fixed`,
+    the reason in words, or None.
     """
 
     def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -158,6 +159,18 @@ class TakesFixedChains(Protocol):
 
         Places past the last token may be asked for; their logits mean nothing.
         """
+        ...
+
+
+@runtime_checkable
+class TakesFixedTrees(TakesFixedChains, Protocol):
+    """A state of which trees are passes of fixed shapes, too.
+
+    `extend_fixed` then takes a `Topology` of the candidates [B, T] as a third argument.
+    """
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Of the last candidates, fed behind `lengths` [B], keep `path[b, :counts[b]]` in order."""
         ...
 
 

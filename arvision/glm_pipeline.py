@@ -218,6 +218,18 @@ class GlmPipeline(ImageModelPipeline):
             **call,
         )
 
+    def prior_token_ids(
+        self, tokens: Tensor, height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Drawn codes as diffusers' `GlmImagePipeline` takes them: ids [B, N] of cells of 16 pixels.
+
+        Args:
+            tokens: `tokens` of a call without source images.
+            height: pixels of that call.
+            width: likewise.
+        """
+        return _prior_ids(self.model.at_size(height, width), tokens)
+
     def _render(
         self,
         model: TransformersImageModel,
@@ -231,9 +243,7 @@ class GlmPipeline(ImageModelPipeline):
         """Pictures of drawn codes, by the diffusion decoder."""
         assert isinstance(model, GlmImage)
         rows, columns = model.grids[-1]
-        priors: dict[str, Any] = {
-            "prior_token_ids": doubled(model.picture(tokens).unflatten(1, (rows, columns)))
-        }
+        priors: dict[str, Any] = {"prior_token_ids": _prior_ids(model, tokens)}
         if conditions[0].images:
             sources = [model.source_codes(one.images) for one in conditions]
             priors["image"] = [list(one.images) for one in conditions]
@@ -255,6 +265,12 @@ class GlmPipeline(ImageModelPipeline):
             **priors,
         )
         return made.images
+
+
+def _prior_ids(model: TransformersImageModel, tokens: Tensor) -> Tensor:
+    """Ids [B, N] of the cells that the diffusion decoder is given, from codes."""
+    assert isinstance(model, GlmImage)
+    return doubled(model.picture(tokens).unflatten(1, model.grids[-1]))
 
 
 def _generator(seed: int, image: int) -> torch.Generator:

@@ -41,12 +41,35 @@ def free_bytes(device: Any = "cpu") -> int:
 
 
 def in_words(size: float) -> str:
-    """ "3.2 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
+    """ "3.2 GiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
             break
-        size /= 1000
+        size /= 1024
     return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+class Peak:
+    """The most that lay on an accelerator within a block, `bytes`; None on a CPU.
+
+    Counts of the process start anew, as PyTorch has one maximum for all.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
 
 
 def check_memory(what: str, needed: float, lower: str, device: Any = "cpu") -> None:

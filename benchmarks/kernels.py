@@ -164,6 +164,17 @@ def bench_nearest_code() -> dict[str, Any]:
     return {"microseconds": measure(tasks)}
 
 
+BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
+    "tree_attention 1 x 64 x 16384": bench_tree_attention,
+    "sampling 16384": lambda: bench_sampling(16384),
+    "sampling 151936": lambda: bench_sampling(151936),
+    "verify 32 x 16384": bench_verify,
+    "compaction": bench_compaction,
+    "philox 2^20": bench_philox,
+    "nearest_code 256 x 16384": bench_nearest_code,
+}
+
+
 def main() -> None:
     """Measure and write `results/kernels.json`."""
     torch.manual_seed(0)
@@ -172,20 +183,11 @@ def main() -> None:
             "no CUDA device: these are the references on this CPU; the GPU figures are missing",
             file=sys.stderr,
         )
-    benches = {
-        "tree_attention 1 x 64 x 16384": bench_tree_attention,
-        "sampling 16384": lambda: bench_sampling(16384),
-        "sampling 151936": lambda: bench_sampling(151936),
-        "verify 32 x 16384": bench_verify,
-        "compaction": bench_compaction,
-        "philox 2^20": bench_philox,
-        "nearest_code 256 x 16384": bench_nearest_code,
-    }
     record: dict[str, Any] = {
         "has_gpu_figures": IS_CUDA,
         "bytes_per_microsecond": bandwidth(),
     }
-    for name, bench in benches.items():
+    for name, bench in BENCHES.items():
         record[name] = bench()
         line = ", ".join(f"{n} {t:.0f} us" for n, t in record[name]["microseconds"].items())
         print(f"{name}: {line}")

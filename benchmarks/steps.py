@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,43 @@ from arvision.decoding.fixed_step import Steps
 
 from .common import save
 
-SAMPLERS = ("ar", "sjd", "sjd:coupling=maximal", "sjd:coupling=independent", "gsd", "lantern")
+SAMPLERS = (
+    "ar",
+    "sjd",
+    "sjd:coupling=maximal",
+    "sjd:coupling=independent",
+    "sjd:tree=drift",
+    "sjd:tree=static:coupling=maximal",
+    "gsd",
+    "lantern",
+)
 SAMPLERS_OF_THE_LOOP = ("zipar", "pjd", "draft")
 """Samplers whose passes have no fixed shapes."""
+
+
+def counts(network: Any, draw: Callable[[Any], Any]) -> dict[str, float]:
+    """Reads and operator calls of a pass after the first one, and those outside of the network."""
+    inner, inside, seen = network.forward, [0], []
+
+    def forward(*given: Any, **named: Any) -> Any:
+        before = calls.num_operators
+        out = inner(*given, **named)
+        inside[0] += calls.num_operators - before
+        return out
+
+    network.forward = forward
+    try:
+        with count_calls() as calls:
+            draw(lambda *_: seen.append((calls.num_reads, calls.num_operators, inside[0])))
+    finally:
+        network.forward = inner
+    first, last, passes = seen[0], seen[-1], max(1, len(seen) - 1)
+    reads, operators, own = ((b - a) / passes for a, b in zip(first, last, strict=True))
+    return {
+        "reads": round(reads, 2),
+        "operators": round(operators),
+        "outside": round(operators - own),
+    }
 
 
 def main() -> None:
@@ -41,10 +76,12 @@ def main() -> None:
     modes = options.modes.split(",")
     steps = {mode: None if mode == "loop" else Steps(mode) for mode in modes}
 
-    def draw(sampler: Any, mode: str) -> Any:
+    def draw(sampler: Any, mode: str, on_step: Any = None) -> Any:
         classes = [image % 10 for image in range(num)]
         seeds = [(0, image) for image in range(num)]
-        return sampler(model, classes, seeds=seeds, guidance_scale=3.0, steps=steps[mode])
+        return sampler(
+            model, classes, seeds=seeds, guidance_scale=3.0, steps=steps[mode], on_step=on_step
+        )
 
     rows = []
     for name in (*SAMPLERS, *SAMPLERS_OF_THE_LOOP):
@@ -61,10 +98,7 @@ def main() -> None:
         for mode in known:
             row = {"sampler": name, "mode": mode, "images": num}
             if mode in ("loop", "eager"):
-                with count_calls() as calls:
-                    passes = draw(sampler, mode).stats.forward_passes
-                row["reads"] = round(calls.num_reads / passes, 2)
-                row["operators"] = round(calls.num_operators / passes)
+                row |= counts(pipe.transformer, lambda told, s=sampler, m=mode: draw(s, m, told))
             row["ms"] = round(1e3 * statistics.median(times[mode]), 2)
             row["ms_spread"] = [round(1e3 * pick(times[mode]), 2) for pick in (min, max)]
             rows.append(row)

@@ -68,7 +68,16 @@ ALLOWED: dict[str, set[str]] = {
     "components": {"folders", "models", "samplers"} | GROUND,
     "editing": {"decoding", "models"} | GROUND,
     "previews": {"models"} | GROUND,
-    "drawing": {"batches", "editing", "inputs", "models", "previews", "samplers", "threads"}
+    "drawing": {
+        "batches",
+        "decoding",
+        "editing",
+        "inputs",
+        "models",
+        "previews",
+        "samplers",
+        "threads",
+    }
     | GROUND,
     "pipeline": {
         "card",
@@ -90,7 +99,8 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
     "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
-    "bench": {"api", "counting", "pipeline", "samplers", "decoding"} | GROUND,
+    "bench": {"api", "counting", "official", "pipeline", "samplers", "decoding"} | GROUND,
+    "official": {"pipeline"} | GROUND,
     "comparison": {"api", "batches", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,

@@ -79,3 +79,59 @@ def test_the_command(cli, folder, tmp_path):
         bad = cli("bench", *options, "--out", tmp_path / "out", *more)
         assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
         assert word in bad.stderr
+
+
+OFFICIAL = """
+import torch
+from torch import nn
+from arvision.testing import tiny_llamagen
+
+class ModelArgs:
+    def __init__(self, **given):
+        self.given = given
+        assert given["dim"] == 32 and given["block_size"] == 16, given
+
+def Transformer(args):
+    return tiny_llamagen(seed=5).transformer
+"""
+GENERATE = """
+calls = []
+def generate(network, ids, num, cfg_scale, temperature, top_k, top_p):
+    first = next(network.parameters())
+    calls.append((ids.tolist(), num, cfg_scale, float(first.sum())))
+"""
+
+
+def test_against_code_on_the_path(folder, tmp_path, monkeypatch):
+    """A stand-in package where the authors' would be: it gets our weights and settings."""
+    import sys
+
+    package = tmp_path / "autoregressive" / "models"
+    package.mkdir(parents=True)
+    (package / "gpt.py").write_text(OFFICIAL)
+    (package / "generate.py").write_text(GENERATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        found = bench.run([folder], ["ar"], batches=[2], device="cpu", rounds=1, against="official")
+        calls = sys.modules["autoregressive.models.generate"].calls
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "autoregressive"]:
+            del sys.modules[name]
+    ours, theirs = found.rows
+    assert (theirs.sampler, theirs.passes, theirs.bytes) == ("official ar", ours.passes, ours.bytes)
+    from arvision import load
+
+    weights = float(next(load(folder).transformer.parameters()).sum())
+    assert calls[0] == ([0, 1], 16, 3.0, weights)
+    assert len(calls) == 3
+    assert "`official ar`" in found.markdown()
+    assert bench.window_of("official ar") == 1
+
+
+def test_against_code_that_is_not_there(folder):
+    with pytest.raises(
+        InputError, match=r"no autoregressive\.models\.gpt\.ModelArgs on the Python"
+    ):
+        bench.run([folder], ["ar"], device="cpu", against="official")
+    with pytest.raises(InputError, match="unknown against 'theirs': expected one of official"):
+        bench.run([folder], ["ar"], device="cpu", against="theirs")

@@ -14,6 +14,8 @@ EPILOG = """Examples:
 arvision bench --models llamagen-fashion --samplers ar,sjd,sjd:window=32 --batch 1,16
 
 arvision bench --models llamagen-fashion --samplers ar,sjd --compare out/bench/bench.json --out out/after
+
+PYTHONPATH=../LlamaGen arvision bench --models llamagen-fashion --samplers ar --against official
 """
 
 
@@ -39,6 +41,10 @@ def bench(
         Path | None,
         typer.Option(help="A bench.json: tell what changed beyond noise.", callback=expanded),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="official: the authors' code on PYTHONPATH, with the same weights."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -63,7 +69,8 @@ def bench(
         batches = [int(number) for number in batch.split(",")]
     except ValueError:
         raise InputError(f"--batch {batch!r}: expected numbers by commas, such as 1,16") from None
-    total = len(lists[0]) * len(lists[1]) * len(lists[2]) * len(batches) * (rounds + 1)
+    kinds = len(lists[1]) + (against is not None)
+    total = len(lists[0]) * kinds * len(lists[2]) * len(batches) * (rounds + 1)
     with tqdm(total=total, desc="bench", disable=quiet) as bar:
         found = run(
             lists[0],
@@ -73,6 +80,7 @@ def bench(
             device=device,
             compile=compile_mode,
             rounds=rounds,
+            against=against,
             on_case=lambda: bar.update(1),
         )
     written = found.write(out, old)

@@ -151,20 +151,33 @@ class KVCache:
             mask = mask + self._closed[..., :furthest]
         return slots, mask
 
-    def begin_fixed(self, slots: Tensor, visible: int) -> Tensor:
-        """Make room for chains at slots that only the device knows; nothing is read back.
+    def begin_unmasked(self, num: int) -> None:
+        """Make room for the first `num` positions of all rows, whose mask the caller has."""
+        self._num, self._is_chain, self._slots = num, True, None
+        self._first, self._end = 0, num
+
+    def begin_fixed(self, slots: Tensor, visible: int, ancestors: Tensor | None = None) -> Tensor:
+        """Make room for candidates at slots that only the device knows; nothing is read back.
 
         Args:
             slots: [R, T] int64, one behind the other; those past the end share the last slot.
             visible: S, positions that are looked at at most.
+            ancestors: [T, T] or [R, T, T] bool, as in `begin`; None for chains.
 
         Returns:
             The additive mask [R, 1, T, S].
         """
         self._num, self._slots, self._end = 0, slots.clamp(max=self.capacity - 1), visible
-        mask = self._ragged_mask(self._slots, visible)
-        mask = mask if self._closed is None else mask + self._closed[..., :visible]
-        return carry(mask, look(self.keys, slots[:, 0], None, slots.shape[1], self._columns))
+        if ancestors is not None:
+            mask = self._tree_mask(self._slots, ancestors, visible)
+        else:
+            mask = self._ragged_mask(self._slots, visible)
+            mask = mask if self._closed is None else mask + self._closed[..., :visible]
+        return carry(mask, look(self.keys, slots[:, 0], ancestors, slots.shape[1], self._columns))
+
+    def keep_fixed(self, kept: Tensor, counts: Tensor, begin: Tensor) -> None:
+        """Move what stays of candidates behind `begin` [R] together, see `commit`; nothing is read."""
+        compact_(self.keys, self.values, begin, kept, counts)
 
     def _chain_mask(self, slots: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: everything up to each candidate's own slot, slots [R, T]."""
@@ -215,7 +228,7 @@ class KVCache:
     def _tree_mask(self, slots: Tensor, ancestors: Tensor, visible: int) -> Tensor:
         """[R, 1, T, visible]: the committed prefix and each candidate's ancestors."""
         rows, num = slots.shape
-        prefix = self._order[:visible] < self.lengths[:, None]
+        prefix = self._order[:visible] < slots[:, :1]
         sees = prefix[:, None].expand(rows, num, visible).clone()
         sees.scatter_(2, slots[:, None].expand(rows, num, num), ancestors.expand(rows, num, num))
         mask = torch.zeros(sees.shape, device=sees.device, dtype=self.keys.dtype)
@@ -266,6 +279,11 @@ class KVCache:
         self.lengths = self.lengths + counts
         self._host_lengths = [old + new for old, new in zip(self._host_lengths, given, strict=True)]
         self._num = 0
+
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths` committed positions of the rows, for good."""
+        self._host_lengths, self._num = list(lengths), 0
+        self.lengths = torch.tensor(self._host_lengths, device=self.lengths.device)
 
     def rewind(self, num: int) -> tuple[Tensor, Tensor]:
         """Step back by `num` positions in every row; what stood there, for `restore`."""

@@ -112,6 +112,23 @@ class FixedDrafter(Protocol):
     has_fixed_shapes: bool
 
 
+@runtime_checkable
+class Carries(Protocol):
+    """A fixed drafter whose passes leave more for the next one than drafts and their laws."""
+
+    def fix(self, num: int) -> None:
+        """Passes of `num` candidates follow: what is kept takes the shapes that they have."""
+        ...
+
+    def carry(self) -> list[Tensor]:
+        """What a pass leaves, always of the same shapes, the newest first."""
+        ...
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what `carry` gave."""
+        ...
+
+
 class WindowPolicy(Protocol):
     """How many candidates, the last known token included, a pass may hold."""
 

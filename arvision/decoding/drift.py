@@ -83,7 +83,7 @@ class DriftDrafter:
         self._vocab_size, self._ranks = vocab_size, min(RANKS, vocab_size)
         self._weight = torch.tensor(self._weights, device=noise.device)
         self._contexts = torch.full((len(noise), 1, len(self._weights)), -1, device=noise.device)
-        self._levels = 0
+        self._levels, self._is_fixed = 0, False
         self._passes: list[tuple[Tensor, ...]] = []
         """Of the last two passes, the newest first: positions [B, E], contexts [B, E, K], and the
         best tokens of the laws with their scores, [B, E, R]."""
@@ -102,6 +102,26 @@ class DriftDrafter:
         self._passes = [(stands, self._contexts, tokens, scores), *self._passes[:1]]
         offsets = torch.where(is_real, positions - positions[:, :1], -1)
         self._first_laws.observe(batch, verdict, offsets, self._levels + 1)
+
+    has_fixed_shapes = True
+
+    def fix(self, num: int) -> None:
+        """Give what is kept of earlier passes the shapes of passes of `num` candidates."""
+        self._is_fixed = True
+        padded = [tuple(_padded(part, num) for part in kept) for kept in self._passes]
+        nothing = tuple(torch.full_like(part, -1) for part in padded[0])
+        self._passes = [*padded, nothing][:2]
+
+    def carry(self) -> list[Tensor]:
+        """What one pass leaves for the next besides its drafts; see `restore`."""
+        return [self._contexts, *self._passes[0], *self._passes[1], *self._first_laws.carry()]
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        num = len(self._passes[0])
+        self._contexts, rest = carried[0], carried[1:]
+        self._passes = [tuple(rest[:num]), tuple(rest[num : 2 * num])]
+        self._first_laws.restore(rest[2 * num :])
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`; rows have trees of their own."""
@@ -220,7 +240,8 @@ class DriftDrafter:
         if self._min_share > 0:
             # What no row has is not fed, where a look costs no waiting.
             order = is_real.long().argsort(dim=1, descending=True, stable=True)
-            most = int(is_real.numpy().sum(1).max()) if is_real.is_cpu else num
+            is_seen = is_real.is_cpu and not self._is_fixed
+            most = int(is_real.numpy().sum(1).max()) if is_seen else num
             # Real candidates move to the front and keep their order, so parents still come first.
             moved = torch.empty_like(order)
             moved.scatter_(1, order, torch.arange(num, device=order.device).expand_as(order))
@@ -235,3 +256,11 @@ class DriftDrafter:
         self._contexts = self._contexts[rows]
         self._passes = [tuple(part[rows] for part in kept) for kept in self._passes]
         self._first_laws.select(rows)
+
+
+def _padded(part: Tensor, num: int) -> Tensor:
+    """A pass's figures [B, E, ...] as those of `num` candidates; -1 for those that it had not."""
+    out = part.new_full((len(part), num, *part.shape[2:]), -1)
+    width = min(num, part.shape[1])
+    out[:, :width] = part[:, :width]
+    return out

@@ -147,6 +147,15 @@ class FirstLaws:
         both = 0.5 * (laws.clamp(min=LOWEST) + mean)
         return torch.where(is_remembered, torch.where(is_known, both, mean), laws)
 
+    def carry(self) -> list[Tensor]:
+        """What one pass leaves for the next; see `restore`."""
+        assert self._laws is not None
+        return [self._laws, self._held, self._prior]
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        self._laws, self._held, self._prior = carried
+
     def _last(self, positions: Tensor) -> int:
         assert self._memory is not None
         return self._memory._counts.shape[1] - 1

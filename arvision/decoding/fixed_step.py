@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -17,11 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..contracts import TakesFixedChains
+from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
-from .drafter import Drafter, FixedDrafter, WindowPolicy
+from .drafter import LARGEST_TREE, Branches, Carries, Drafter, FixedDrafter, WindowPolicy
 from .noise import Noise
 from .run import Run
+from .tree import TokenTree, Topology, topology_of
 from .verify import Round, Rule, Verdict
 
 MODES = ("auto", "eager", "default", "reduce-overhead", "max-autotune")
@@ -53,7 +54,7 @@ class FixedStep:
         images: [A] int64, which images of the run these are.
         noise: of these images.
         window: candidates of each image, the root included.
-        first: drafts [A, window - 1] of the first pass, and their laws [A, window - 1, V] or None.
+        first: drafts [A, window - 1] of the first pass.
     """
 
     def __init__(
@@ -66,14 +67,25 @@ class FixedStep:
         images: Tensor,
         noise: Noise,
         window: int,
-        first: tuple[Tensor, Tensor | None],
+        first: TokenTree,
     ) -> None:
         self.state, self.drafter, self.rule, self.shape = state, drafter, rule, shape
         self.run, self.images, self.noise, self.window = run, images, noise, window
         self.lengths = run.lengths[images]
-        self.drafts, self.draft_logp = first[0].clone(), first[1]
+        self.drafts, self.draft_logp = first.tokens.clone(), first.logq
         if self.draft_logp is not None:
             self.draft_logp = self.draft_logp.clone()
+        self.topology, self.parents = None, first.parents
+        if first.parents is not None and first.parents.dim() == 2:
+            self.parents = first.parents.clone()
+        elif first.parents is not None:
+            self.topology = first.topology(images.device)
+        self.rooted = None if self.topology is None else self.topology.with_root()
+        self.num_levels, self.most_children = first.num_levels, first.most_children
+        self.carried: list[Tensor] = []
+        if isinstance(drafter, Carries):
+            self.carried = [part.clone() for part in drafter.carry()]
+        self.ends = torch.full_like(self.lengths, run.num_tokens)
         self.counts = torch.zeros_like(self.lengths)
         self.number = torch.full((), run.num_passes + 1, dtype=torch.int64, device=images.device)
         self.offsets = torch.arange(window, device=images.device)
@@ -84,35 +96,65 @@ class FixedStep:
         """Whether a pass of these images and this window needs another step."""
         return window != self.window or images is not self.images
 
+    def end(self, lengths: Sequence[int], ends: Sequence[int]) -> None:
+        """Let the images stand at `lengths` [A] again, and draw each up to `ends` [A] only."""
+        device = self.lengths.device
+        self.lengths.copy_(torch.tensor(lengths, device=device))
+        self.ends.copy_(torch.tensor(ends, device=device))
+
     def buffers(self) -> list[Tensor]:
         """Everything that a pass changes, apart from the cache behind the known tokens."""
-        laws = [] if self.draft_logp is None else [self.draft_logp]
-        return [self.lengths, self.drafts, self.counts, self.number, *laws, *self.run.buffers()]
+        more = [] if self.draft_logp is None else [self.draft_logp]
+        if self.topology is None and self.parents is not None:
+            more.append(self.parents)
+        own = [self.lengths, self.drafts, self.counts, self.number, *more, *self.carried]
+        return [*own, *self.run.buffers()]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Make a pass; `counts` [A] then tells how many tokens became final."""
-        run, lengths = self.run, self.lengths
-        root = run.tokens[self.images].gather(1, lengths[:, None] - 1)
-        fed = torch.cat([root, self.drafts], dim=1)
-        laws = self.shape(self.state.extend_fixed(fed, lengths - 1))
+        run, lengths, drafter = self.run, self.lengths, self.drafter
+        if self.carried:
+            drafter.restore(self.carried)
+        topology, rooted = self._tree()
+        begin = lengths - 1
+        root = run.tokens[self.images].gather(1, begin[:, None])
+        fed = torch.cat([root, self.drafts.clamp(min=0)], dim=1)
+        trees = [] if rooted is None else [rooted]
+        laws = self.shape(self.state.extend_fixed(fed, begin, *trees))
         run.watch_laws(laws)
-        places = lengths[:, None] + self.offsets
+        places = lengths[:, None] + (self.offsets if rooted is None else rooted.depths)
         number: Any = self.number
-        batch = Round(self.drafts, self.draft_logp, laws, places, self.noise, number)
+        batch = Round(self.drafts, self.draft_logp, laws, places, self.noise, number, topology)
         verdict = self.rule(batch)
-        counts = torch.minimum(verdict.counts, run.num_tokens - lengths)
+        counts = torch.minimum(verdict.counts, self.ends - lengths)
+        if verdict.path is not None:
+            path = torch.nn.functional.pad(verdict.path + 1, (1, 0))
+            cast(TakesFixedTrees, self.state).keep_fixed(path, counts, begin)
         run.record_rows(self.images, lengths, verdict.tokens, counts, number)
         run.count(self.images, counts)
         self.counts.copy_(counts)
         lengths.add_(counts)
-        self.drafter.observe(batch, Verdict(verdict.tokens, counts, None, self.given))
+        drafter.observe(batch, Verdict(verdict.tokens, counts, verdict.path, self.given))
         known = run.tokens[self.images]
-        tree = self.drafter.propose(known, lengths, self.window - 1, number + 1)
+        tree = drafter.propose(known, lengths, self.window - 1, number + 1)
         self.drafts.copy_(tree.tokens)
         if self.draft_logp is not None:
             self.draft_logp.copy_(tree.logq)
+        if self.topology is None and self.parents is not None:
+            self.parents.copy_(tree.parents)
+        # From the oldest on, which is what was newer before and is written over next.
+        left = drafter.carry() if self.carried else []
+        for buffer, new in zip(reversed(self.carried), reversed(left), strict=True):
+            buffer.copy_(new)
         number.add_(1)
+
+    def _tree(self) -> tuple[Topology | None, Topology | None]:
+        """How the drafts hang together, without the root and with it; None for a chain."""
+        if self.topology is not None or self.parents is None:
+            return self.topology, self.rooted
+        tree = topology_of(self.parents, self.num_levels, self.most_children)
+        return tree, tree.with_root()
 
 
 class Steps:
@@ -200,15 +242,24 @@ def capture(step: FixedStep, warm_up: int) -> Callable[[], Any]:
     return graph.replay
 
 
-def why_no_fixed_rounds(run: Run, state: Any, drafter: Any, stop: Any) -> str | None:
+def why_no_fixed_rounds(run: Run, state: Any, drafter: Any) -> str | None:
     """Why a run cannot be made of fixed steps; None where it can."""
     if run.given is not None:
         return "runs of given tokens are fed with the pass behind them"
     if not isinstance(state, TakesFixedChains):
         return "this model has no passes of fixed shapes"
+    why = getattr(state, "why_not_fixed", None)
+    if why is not None:
+        return why
     if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
         return "the sampler's drafts are made on the host"
-    return None if stop is None else "what ends a row is looked up on the host"
+    if _branches(drafter) and not isinstance(state, TakesFixedTrees):
+        return "this model has no trees of fixed shapes"
+    return None
+
+
+def _branches(drafter: Any) -> bool:
+    return isinstance(drafter, Branches) and drafter.branches
 
 
 def fixed_rounds(
@@ -233,12 +284,17 @@ def fixed_rounds(
     run.noise.reserve([0] * run.batch, 2 * run.num_tokens)
     ready, step = None, None
     while rows.num_going and not run.stopped:
+        if step is not None and isinstance(drafter, Carries):
+            drafter.restore(step.carried)
         rows.shrink(drafter)
-        window = max(1, policy.next(rows.num_active, run.num_tokens))
+        most = LARGEST_TREE if _branches(drafter) else run.num_tokens
+        window = max(1, policy.next(rows.num_active, most))
         if ready is None or step is None or step.is_other(rows.active, window):
             known, lengths = rows.known()
-            tree = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            first = tree.tokens, tree.logq
+            if isinstance(drafter, Carries):
+                drafter.fix(window)
+            first = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
+            window = first.tokens.shape[1] + 1
             step = FixedStep(
                 state, drafter, rule, shape, run, rows.active, rows.noise, window, first
             )
@@ -249,6 +305,6 @@ def fixed_rounds(
             windows.append(window)
         candidates += run.steps.reads_every * rows.num_active * window
         room = rows.room
-        rows.catch_up(step.lengths)
+        rows.catch_up(step)
         policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
     return candidates, windows

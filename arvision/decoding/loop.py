@@ -79,7 +79,7 @@ def decode_tokens(
     loop = TokenLoop(model, run, rule=rule, shape=shape, policy=policy, stop=stop)
     state = loop.enter(conditions, drafter)
     if run.steps is not None and run.steps.drives(run.tokens.device):
-        why_not = why_no_fixed_rounds(run, state, drafter, stop)
+        why_not = why_no_fixed_rounds(run, state, drafter)
         if why_not is None:
             candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             told = {"step": run.steps.mode, "warm_up": run.warm_up}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contracts import Advances, AdvancesAlong, DropsRows, Edit, Editable, TokenState
 from .drafter import Drafter, Hears
+from .fixed_step import FixedStep
 from .given import Front
 from .run import Run
 from .tree import Topology
@@ -146,15 +147,32 @@ class Rows:
         """Images that need more tokens; finished ones may wait in the batch."""
         return sum(self._going)
 
-    def catch_up(self, lengths: Tensor) -> None:
-        """Read how far passes that kept the books themselves have come, lengths [B']."""
-        run = self.run
-        (found,) = run.read(lengths)
-        before, self.room = self.room, [run.num_tokens - length for length in found]
-        given = [old - new for old, new in zip(before, self.room, strict=True)]
-        self._going = [room > 0 for room in self.room]
-        self.lengths = lengths
-        run.tell(lengths, given, tokens=run.tokens, lengths=run.lengths)
+    def catch_up(self, step: FixedStep) -> None:
+        """Read how far passes that kept the books themselves have come, and end rows there."""
+        run, every = self.run, self.run.steps.reads_every
+        before = [run.num_tokens - room for room in self.room]
+        wanted, width = [step.lengths], step.window * every
+        if self._stop is not None:
+            places = torch.tensor(before, device=step.lengths.device)[:, None]
+            places = places + torch.arange(width, device=places.device)
+            known = run.tokens[self.active]
+            wanted.append(known.gather(1, places.clamp(max=run.num_tokens - 1)))
+        found, *read = run.read(*wanted)
+        given = [now - then for now, then in zip(found, before, strict=True)]
+        going = [old and now < run.num_tokens for old, now in zip(self._going, found, strict=True)]
+        if self._stop is not None:
+            new = [read[0][row * width : row * width + num] for row, num in enumerate(given)]
+            given, stopped = self._stop(self.images, new)
+            stands = [then + num for then, num in zip(before, given, strict=True)]
+            going = [goes and not end for goes, end in zip(going, stopped, strict=True)]
+            if going != self._going:
+                ends = [run.num_tokens if g else at for g, at in zip(going, stands, strict=True)]
+                step.end(stands, ends)
+                run.forget(self.active, step.lengths)
+            found = stands
+        self.room, self._going = [run.num_tokens - length for length in found], going
+        self.lengths = step.lengths
+        run.tell(step.lengths, given, tokens=run.tokens, lengths=run.lengths)
 
     def shrink(self, drafter: Drafter) -> None:
         """Let finished rows leave once they are half of the batch: shapes change seldom."""

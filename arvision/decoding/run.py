@@ -197,6 +197,14 @@ class Run:
         self.lengths.index_add_(0, images, counts)
         self.passes.index_add_(0, images, (counts > 0).long())
 
+    def forget(self, images: Tensor, lengths: Tensor) -> None:
+        """What stands behind the first `lengths` [A] tokens of images [A] was never drawn."""
+        order = torch.arange(self._tokens.shape[1], device=lengths.device)
+        is_past = order >= lengths[:, None]
+        for book in (self._tokens, self._commit_pass):
+            book[images] = book[images].masked_fill(is_past, 0)
+        self.lengths[images] = lengths
+
     def buffers(self) -> list[Tensor]:
         """Everything that `record_rows`, `count` and `watch_laws` change."""
         return [self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken]

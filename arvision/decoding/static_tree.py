@@ -115,6 +115,11 @@ class StaticTreeDrafter:
 
     branches = True
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether the chain's drafts follow from the last verdict alone."""
+        return self._chain.has_fixed_shapes
+
     def __init__(
         self,
         chain: JacobiDrafter,
@@ -126,7 +131,6 @@ class StaticTreeDrafter:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._levels = 0
-        self._known = [0] * len(noise)
         self._chain.start(noise, vocab_size, num_tokens)
 
     def attach(self, state: object, conditions: Conditions) -> None:
@@ -135,7 +139,8 @@ class StaticTreeDrafter:
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
-        levels = self._levels = min(chain_length(num + 1), num, tokens.shape[1] - min(self._known))
+        # Also past the end of an image: its tree does not depend on how far others are.
+        levels = self._levels = min(chain_length(num + 1), num)
         chain = self._chain.propose(tokens, lengths, levels, round_number)
         if num == levels:
             return chain
@@ -162,10 +167,6 @@ class StaticTreeDrafter:
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Show the chain's drafter the places that matter to it, as a chain."""
-        if verdict.given is not None:
-            known = verdict.known or [0] * len(verdict.given)
-            moves = zip(self._known, verdict.given, known, strict=True)
-            self._known = [sum(parts) for parts in moves]
         if batch.topology is None or verdict.path is None:
             self._chain.observe(batch, verdict)
             return
@@ -190,7 +191,6 @@ class StaticTreeDrafter:
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._noise = self._noise.select(rows)
-        self._known = [self._known[row] for row in rows.tolist()]
         self._chain.select(rows)
 
 

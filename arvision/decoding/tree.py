@@ -221,6 +221,10 @@ class Topology:
 
     @cached_property
     def rooted(self) -> Topology:
+        """See `with_root`, made once."""
+        return self.with_root()
+
+    def with_root(self) -> Topology:
         """The same with the last known token in front, as candidate 0."""
         if self.listed is not None:
             return topology((-1, *(parent + 1 for parent in self.listed)), self.laws.device)
@@ -377,11 +381,6 @@ def _shared(parents: np.ndarray, device: torch.device) -> Tensor | None:
     if bool((parents == parents[:1]).all()):
         return None if is_chain(parents[0].tolist()) else torch.from_numpy(parents[0].copy())
     return torch.from_numpy(parents).to(device)
-
-
-def with_root(parents: Tensor) -> Tensor:
-    """Parents of the last known token and of the candidates behind it, [1 + T] or [B, 1 + T]."""
-    return torch.cat([torch.full_like(parents[..., :1], -1), parents + 1], dim=-1)
 
 
 def without_padding(drafts: np.ndarray, parents: np.ndarray, device: torch.device) -> TokenTree:

@@ -25,15 +25,18 @@ from ..contracts import (
     Seeds,
     StepCallback,
     TokenModel,
+    device_of,
 )
 from ..decoding.fixed_step import Steps
 from ..decoding.given import Given
+from ..decoding.guidance import Guidance
 from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
 from ..files import user_path
+from ..memory import Peak
 from ..portable import Portable, travels
 from ..registry import Registry
 from ..stored import check_plain
@@ -105,7 +108,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: Schedule = 1.0,
+        guidance_scale: Schedule | Guidance = 1.0,
         on_step: StepCallback | None = None,
         steps: Steps | None = None,
         given: Given | None = None,
@@ -117,7 +120,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             conditions: one per image.
             seeds: one per image, an integer or a pair (seed, image).
             guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
-                also take a list with a weight for each scale.
+                also take a list with a weight for each scale; everything else that changes is a
+                `Guidance`.
             on_step: called after each pass.
             steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
                 ordinary loop.
@@ -125,7 +129,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
 
         Returns:
             Tokens [B, N], the statistics of `arvision.decoding.run.Run.stats` and what the sampler
-            adds, and `lossless`.
+            adds, `lossless`, and `peak_memory`: the most bytes that lay on an accelerator while tokens
+            were drawn, weights included; None on a CPU.
 
         Raises:
             InputError: a negative guidance scale, another number of seeds than of conditions, given
@@ -136,6 +141,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
                 f"sampler {self.name!r} draws all tokens of an image and keeps none that are given: "
                 f"expected another, such as {', '.join(keeping(self.name)) or 'ar'}"
             )
+        if isinstance(guidance_scale, Guidance):
+            guidance_scale = guidance_scale.of(model, len(conditions))
         run = Run(
             len(conditions),
             model.num_tokens,
@@ -145,8 +152,10 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             steps=steps,
             given=given,
         )
-        samples = self.decode(model, conditions, run)
+        with Peak(device_of(model)) as peak:
+            samples = self.decode(model, conditions, run)
         samples.stats["lossless"] = self.is_exact
+        samples.stats["peak_memory"] = peak.bytes
         return samples
 
     def without_effect(self, model: Any) -> dict[str, Any]:

@@ -8,22 +8,25 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..contracts import Stats
 from ..decoding.drafter import NoDrafter
+from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow
 from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
-from ..memory import check_memory
+from ..memory import Peak, check_memory
 from . import HFCausalLM, load_text_model
 from .costs import Resting, label_of, round_costs
-from .drafters import DRAFTERS, TextDrafter, combine
+from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
+from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
@@ -51,7 +54,8 @@ class TextOutput:
         texts: the new text of each prompt, up to a stop string; None without a tokenizer.
         stats: `forward_passes` (after the prefill), `tokens` (all rows together), `tokens_per_pass`
             (those after the prefill's, over the passes that a row took part in), `seconds` (all),
-            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`.
+            `seconds_per_token`, `candidates` (tokens fed), `rule`, `lossless`, `passes_per_row`, `peak_memory` (bytes on an
+            accelerator, weights included; None on a CPU).
     """
 
     tokens: list[list[int]]
@@ -84,6 +88,7 @@ def generate(
     prepared: Prepared | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    compile: str | None = None,
 ) -> TextOutput:
     """Continue prompts with a causal language model, several tokens per pass.
 
@@ -122,6 +127,9 @@ def generate(
         prepared: for `custom_generate`: takes the place of the model's generation config.
         device: for a model given by name.
         dtype: for a model given by name.
+        compile: a mode of `pipe.compile`: passes of fixed shapes, compiled or captured and kept with
+            the model. For plain decoding; with drafts made on the host the ordinary loop runs, with
+            a warning. `stats.step` tells what ran.
 
     Raises:
         InputError: bad options or prompts, before any model call.
@@ -131,7 +139,10 @@ def generate(
     check_count("max_new_tokens", max_new_tokens)
     options = dict(drafter_options or {})
     if "draft" in options:
-        options["draft"] = as_draft(options["draft"], max_new_tokens, device, dtype)
+        given = options["draft"]
+        options["draft"] = as_draft(given, max_new_tokens, device, dtype)
+        if isinstance(given, str | Path):
+            options.setdefault("tokenizer", _load(str(given), str(device or "cpu"), dtype)[1])
     proposer = make_drafter(drafter, **options)
     if hasattr(proposer, "shaping"):
         proposer.shaping = shaping  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,9 +159,10 @@ def generate(
         model, own = _load(str(model), str(device or "cpu"), dtype)
         tokenizer = tokenizer or own
     lm = as_text_model(model, max_new_tokens)
+    steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
-    check_drafter(proposer, lm)
+    check_drafter(proposer, lm, tokenizer)
     lm.watched = proposer.watches(lm) if isinstance(proposer, TextDrafter) else ()
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
@@ -169,6 +181,16 @@ def generate(
         if logits_hook is not None:
             logits = logits_hook(logits)
         return logits if chosen.wants_logits else shaping(logits)
+
+    def watched(run: Run) -> Callable[[Tensor], Tensor]:
+        """`shape`, and a look at logits that become no laws: laws are looked at by the loop."""
+
+        def see(logits: Tensor) -> Tensor:
+            if chosen.wants_logits:
+                run.watch_laws(logits.sum(-1, keepdim=True))
+            return shape(logits)
+
+        return see
 
     def fixed(window: int) -> Any:
         """A run with that many candidates in every pass, to measure."""
@@ -193,16 +215,19 @@ def generate(
         policy = WholeTree(int(num_draft or getattr(proposer, "num_draft", 10)) + 1)
     lm.prefixes = prepared.prefixes
     try:
-        samples = decode_tokens(
-            lm,
-            ids,
-            Run(len(ids), max_new_tokens, seeds, flow.on_step if flow.is_wanted else None),
-            drafter=proposer,
-            rule=chosen.rule,
-            shape=shape,
-            policy=policy,
-            stop=end if end.is_needed else None,
-        )
+        on_step = flow.on_step if flow.is_wanted else None
+        run = Run(len(ids), max_new_tokens, seeds, on_step, steps=steps)
+        with Peak(lm.device) as peak:
+            samples = decode_tokens(
+                lm,
+                ids,
+                run,
+                drafter=proposer,
+                rule=chosen.rule,
+                shape=watched(run),
+                policy=policy,
+                stop=end if end.is_needed else None,
+            )
         lengths = samples.stats["lengths"]
         tokens = [row[:num] for row, num in zip(samples.tokens.tolist(), lengths, strict=True)]
         flow.tell_rest(tokens)
@@ -224,6 +249,9 @@ def generate(
         seconds_per_token=seconds / max(1, total),
         rule=chosen.name,
         lossless=chosen.lossless,
+        peak_memory=peak.bytes,
+        step=samples.stats["step"],
+        warm_up=samples.stats.get("warm_up", 0.0),
     )
     return TextOutput(tokens, texts, stats)
 
@@ -277,6 +305,19 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
     return ("eagle3", "head") if is_eagle3(user_path(folder)) else ("draft_model", "draft")
 
 
+_STEPS: WeakKeyDictionary[Any, dict[str, Steps]] = WeakKeyDictionary()
+
+
+def steps_of(network: Any, mode: str) -> Steps:
+    """What runs a network's passes of fixed shapes in that mode: one for all calls.
+
+    Raises:
+        InputError: an unknown mode.
+    """
+    known = _STEPS.setdefault(network, {})
+    return known.setdefault(mode, known.get(mode) or Steps(mode))
+
+
 def list_drafters() -> dict[str, str]:
     """Names of drafters that `generate` makes by itself, and a line on each."""
     return {entry.name: entry.facts["summary"] for entry in DRAFTERS}
@@ -319,12 +360,19 @@ def check_sizes(options: dict[str, Any]) -> None:
             raise InputError(f"{name} {shown(value)}: expected at most {most:,}")
 
 
-def check_drafter(drafter: Any, model: HFCausalLM) -> None:
+def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> None:
     """Refuse a drafter of another vocabulary; one that is padded to another size is the same.
+
+    A draft model with a tokenizer of its own gets a translation, if it is not the target's.
 
     Raises:
         InputError: see above.
     """
+    if isinstance(drafter, DraftTree):
+        own, drafter.translation = drafter.tokenizer, None
+        if own is not None and tokenizer is not None and not same_tokens(tokenizer, own):
+            drafter.translation = Translation.between(tokenizer, own)
+            return
     theirs = getattr(drafter, "draft_vocab_size", None)
     if theirs is None:
         return
@@ -332,7 +380,7 @@ def check_drafter(drafter: Any, model: HFCausalLM) -> None:
     if sizes[0] < LEAST_COMMON * sizes[1]:
         raise InputError(
             f"the drafter has a vocabulary of {theirs} tokens: expected {model.vocab_size}, as the "
-            "model has"
+            "model has, or a draft model and both tokenizers"
         )
 
 

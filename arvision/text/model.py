@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..contracts import Conditions
+from ..decoding.transformers_cache import TextSizes
 from ..errors import InputError
 from ..networks import bare, place_of
 from .probe import check_driven
 from .processors import Prefixes
-from .state import FULL, SLIDING, HFState, TextSizes
+from .state import FULL, SLIDING, HFState
 
 ONE_SIZE = {"num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"}
 """What our cache and masks take to be the same in all layers."""

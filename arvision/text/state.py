@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,11 @@ from torch import Tensor, nn
 from ..contracts import Edit
 from ..decoding.cache import KVCache
 from ..decoding.transformers_attention import all_open, kernels_in, spread
-from ..decoding.transformers_cache import CacheView, TextSizes
+from ..decoding.transformers_cache import CacheView
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
+from .layers import alone, edited, find_layers, watching
 
 if TYPE_CHECKING:
     from .model import HFCausalLM
@@ -29,18 +28,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 PREFILL_PIECE = 1024
 """Tokens of a prompt that one pass reads: its mask has this many rows."""
-
-
-_BUSY: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
-def alone(network: Any) -> AbstractContextManager[Any]:
-    """A lock of a network, held during a pass: what a pass hangs into it or takes out of it would
-    also be in the passes of other threads.
-    """
-    with _MAKING:
-        return _BUSY.setdefault(network, threading.RLock())
 
 
 class HFState:
@@ -98,7 +85,7 @@ class HFState:
         from .model import pad_right
 
         tokens, lengths = pad_right(prompts)
-        self._prompts = [len(ids) for ids in prompts]
+        self._prompts, self._begins = [len(ids) for ids in prompts], lengths
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         features: list[Tensor] = []
         for start in range(0, tokens.shape[1], PREFILL_PIECE):
@@ -166,6 +153,34 @@ class HFState:
         # No text holds a pseudo token.
         self._fed = tokens.clamp(max=self.model.vocab_size - 1)
         return self._prefixes(logits, self._fed, tree)
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """See `arvision.contracts.TakesFixedChains`."""
+        if self._prefixes is not None:
+            return "the model's logits processors look at each text on the host"
+        return None if self.pseudo is None and not self._watched else "the drafter changes the pass"
+
+    @torch.no_grad()
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:
+        """Logits [B, T, V] of candidates; see `arvision.contracts.TakesFixedTrees`."""
+        begin = self._begins + lengths
+        slots = begin[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        ancestors = None if tree is None else tree.ancestors
+        mask = self.cache.begin_fixed(slots, self.cache.capacity, ancestors)
+        positions = slots if tree is None else begin[:, None] + tree.depths
+        seen_by = self._by_kind(mask, positions, begin)
+        positions = positions.clamp(max=self.model.sizes.num_positions - 1)
+        inputs = {"input_ids": tokens, "attention_mask": seen_by, "position_ids": positions}
+        called = self.model.called
+        if torch.compiler.is_compiling():
+            return called(**inputs, **self._options).logits
+        with alone(self._network), kernels_in(self._network, called, mask):
+            return called(**inputs, **self._options).logits
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
+        self.cache.keep_fixed(path, counts, self._begins + lengths)
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
@@ -262,7 +277,7 @@ class HFState:
         if mask is None:
             mask = all_open(self.cache)
         positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
-        seen_by = self._by_kind(spread(mask, len(tokens)), positions)
+        seen_by = self._by_kind(spread(mask, len(tokens)), positions, self.cache.lengths)
         positions = positions.clamp(max=self.model.sizes.num_positions - 1)
         inputs: dict[str, Any] = {"input_ids": tokens}
         if embeddings is not None or self.pseudo is not None:
@@ -321,7 +336,7 @@ class HFState:
         finally:
             self._is_altered = False
 
-    def _by_kind(self, mask: Tensor, positions: Tensor) -> Any:
+    def _by_kind(self, mask: Tensor, positions: Tensor, begin: Tensor) -> Any:
         """The additive mask [R, 1, T, S] as the layers want it: one, or one for each kind of layer.
 
         A windowed layer looks at what is less than a window behind in the text. In the cache a
@@ -330,17 +345,18 @@ class HFState:
         Args:
             mask: of layers that attend to everything.
             positions: [R or 1, T], of the candidates.
+            begin: [R], slots of the first ones.
         """
         kinds = self.model.layer_kinds
         if SLIDING not in kinds:
             return mask
-        window, lengths = self.model.attention_window, self.cache.lengths
+        window = self.model.attention_window
         assert window is not None
         near = mask
         if mask.shape[3] > window:
             rows, num = len(mask), positions.shape[1]
             places = torch.arange(mask.shape[3] + num, device=mask.device).repeat(rows, 1)
-            own = lengths[:, None] + torch.arange(num, device=mask.device)
+            own = begin[:, None] + torch.arange(num, device=mask.device)
             places = places.scatter(
                 1, own.clamp(max=places.shape[1] - 1), positions.expand(rows, num)
             )
@@ -393,11 +409,18 @@ class HFState:
             every = torch.arange(self._fed.shape[1], device=counts.device)
             self._prefixes.commit(self._fed, every.expand_as(self._fed), given)
 
+    def rewind_to(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths` committed tokens of the rows, prompts included."""
+        before = self.cache.lengths
+        self.cache.cut(lengths)
+        self.lengths = self.lengths + self.cache.lengths - before
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows` [B'] and drop the others."""
         self.cache.select(rows)
         self.lengths = self.lengths[rows]
         self._prompts = [self._prompts[row] for row in rows.tolist()]
+        self._begins = self._begins[rows]
         if self._prefixes is not None:
             self._prefixes.select(rows)
         if self.hidden is not None:
@@ -414,84 +437,3 @@ def check_numbers(logits: Tensor) -> None:
     """
     if bool(logits.sum().isnan()):
         raise InputError("the model's logits hold NaN: check its weights and dtype")
-
-
-def find_layers(network: Any) -> tuple[nn.Module, str]:
-    """The module that owns the list of a network's layers, and the list's name.
-
-    Raises:
-        InputError: no such list.
-    """
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == TextSizes.of(network).num_layers:
-                return module, name
-    raise InputError(
-        f"{type(network).__name__} has no list of its layers: expected one torch.nn.ModuleList of "
-        "all of them, to skip some or to edit what they see"
-    )
-
-
-@contextmanager
-def watching(network: Any, layers: Sequence[int], seen: dict[int, Tensor]) -> Iterator[None]:
-    """Within this block, what goes into each of `layers` [B, T, C] is put into `seen`.
-
-    Args:
-        network: a language model of transformers.
-        layers: numbers of layers; that of all layers together is the output layer.
-        seen: filled by passes.
-
-    Raises:
-        InputError: a network without a list of layers.
-    """
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen[layer] = arguments[0] if arguments else options["hidden_states"]
-
-        return hook
-
-    def last(_: nn.Module, __: Any, out: Any) -> None:
-        # Not the output layer's own input, which passes may cut down to the places that are asked.
-        seen[len(stack)] = out[0]
-
-    owner, name = find_layers(network)
-    stack = getattr(owner, name)
-    handles = [
-        network.get_decoder().register_forward_hook(last)
-        if layer == len(stack)
-        else stack[layer].register_forward_pre_hook(keep(layer), with_kwargs=True)
-        for layer in set(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within this block, layer number `layer` sees what `function` makes of its input [B, T, C].
-
-    Raises:
-        InputError: a network without a list of layers.
-    """
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        by_name = not arguments
-        hidden = options["hidden_states"] if by_name else arguments[0]
-        changed = function(hidden)
-        if changed is None:
-            return None
-        if by_name:
-            return arguments, {**options, "hidden_states": changed}
-        return (changed, *arguments[1:]), options
-
-    with alone(network):
-        owner, name = find_layers(network)
-        handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()

@@ -21,6 +21,9 @@ SAMPLERS = [
     "sjd:window=16:coupling=independent",
     "sjd:window=5:coupling=maximal:init=neighbour_mix",
     "sjd:window=7:coupling=maximal:reuse=0.2",
+    "sjd:window=9:tree=drift",
+    "sjd:window=9:tree=drift:init=above:min_share=0.05",
+    "sjd:window=9:tree=static:coupling=maximal",
     "gsd",
     "lantern",
 ]
@@ -75,7 +78,16 @@ def test_captions_of_different_lengths():
     "isolate_recompiles" not in signature(torch.compile).parameters,
     reason="this torch counts compiled steps as recompilations of one another",
 )
-@pytest.mark.parametrize("sampler", ["ar", "sjd:window=6", "sjd:window=6:coupling=maximal"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "ar",
+        "sjd:window=6",
+        "sjd:window=6:coupling=maximal",
+        "sjd:window=5:tree=static:coupling=maximal",
+        "sjd:window=5:tree=drift",
+    ],
+)
 def test_a_step_is_one_graph_and_is_compiled_once(model, sampler, monkeypatch):
     graphs = []
 

@@ -149,9 +149,8 @@ def held() -> int:
 def plan_of(every: list[tuple[str, Any]]) -> tuple[list[Any], list[Any]]:
     """Jobs (case, seed): each that there is once, and then `DRAWS` in all, of the same.
 
-    A seed draws the same tokens in the same passes every time. Whatever fills up by the shapes of
-    passes, as oneDNN's compiled products do (0.3 to 0.6 MB for each number of rows: 330 MB in all
-    here), is therefore full after the first turn of each, and what grows after that is a leak.
+    Whatever fills up by the kinds of passes is full after the first turn of each; what grows after
+    that is a leak.
     """
     draw = random.Random(0)
     small = [case for case in every if case[0].partition(" ")[0] in ("tiny", "text", "janus")]
@@ -168,7 +167,11 @@ def plan_of(every: list[tuple[str, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.mark.slow
-def test_two_thousand_draws_in_threads_leave_memory_flat():
+def test_two_thousand_draws_in_threads_leave_memory_flat(monkeypatch):
+    # oneDNN compiles a product for each number of rows and keeps it (0.3 to 0.6 MB, 540 MB in all
+    # here). Windows that follow measured costs have other numbers of rows on another day, so that
+    # these would come late and look like a leak: MKL, which keeps nothing, multiplies here.
+    monkeypatch.setattr("arvision.kernels.linear.packed.packing_pays", lambda: False)
     first, then = plan_of(cases())
     known: dict[tuple[str, int], Any] = {}
     points: list[tuple[int, int, int]] = []

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -29,6 +30,7 @@ def example():
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     ray.cloudpickle.register_pickle_by_value(module)
     return module
@@ -39,6 +41,12 @@ def address(example):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # Ray's processes talk to one another by the machine's own address.
+    os.environ["ARVISION_TESTS_NETWORK"] = "1"
+    # A machine under load takes longer than Ray waits for.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "180")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"model": "llamagen-fashion", "replicas": 2, "most": 2, "num_cpus": 0.5}
@@ -46,6 +54,7 @@ def address(example):
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+    del os.environ["ARVISION_TESTS_NETWORK"]
 
 
 def replicas():

@@ -316,19 +316,19 @@ class SlowDraft:
 
     def _count(self, *_):
         self.calls += 1
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def test_auto_counts_whole_rounds_and_drops_a_draft_that_does_not_pay(network):
     costs._MEASURED.clear()
     slow = SlowDraft(tiny_llama(seed=5))
     prompts = random_prompts([6])
-    options: dict[str, Any] = {"drafter": "draft_model", "num_draft": "auto", "max_new_tokens": 60}
+    options: dict[str, Any] = {"drafter": "draft_model", "num_draft": "auto", "max_new_tokens": 40}
     options["drafter_options"] = {"draft": slow.network, "expansion": "chain"}
     arvision.generate(network, prompts, **options)
     slow.calls = 0
     out = arvision.generate(network, prompts, **options)
-    assert out.tokens == arvision.generate(network, prompts, max_new_tokens=60).tokens
+    assert out.tokens == arvision.generate(network, prompts, max_new_tokens=40).tokens
     # Its prefill, and not one pass more.
     assert slow.calls <= 1
     assert set(out.stats.windows) == {1}

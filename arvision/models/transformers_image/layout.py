@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -153,6 +154,55 @@ class Layout:
         forced = self._ids[owner, (within - 1).clip(0, self._ids.shape[1] - 1)]
         places = self.place(np.take_along_axis(tokens, own, 1)) + within
         return Expansion(own, np.where(is_forced, forced, -1), begin, ends - 1, places)
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, tuple[Tensor, ...]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """How many ids hang on each token, which, and where tokens stand: [N + 1], [N + 1, W], [N + 1]."""
+        if device not in self._tables:
+            parts = (self._counts, self._ids, self._places)
+            self._tables[device] = tuple(torch.from_numpy(part).to(device) for part in parts)
+        return self._tables[device]
+
+    def widest(self, num: int) -> int:
+        """Things that are fed at most for a chain of `num` tokens."""
+        total = np.concatenate([[0], self._counts.cumsum()])
+        return num + int(
+            (total[num:] - total[: len(total) - num]).max(
+                initial=total[-1] * (num > len(total) - 1)
+            )
+        )
+
+    def fixed(self, lengths: Tensor, num: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Chains behind the first `lengths` [B] tokens with what hangs on them, in fixed shapes.
+
+        Args:
+            lengths: which only the device knows.
+            num: tokens T of each chain; those past the last one have nothing that hangs on them.
+
+        Returns:
+            For each of S things that are fed: the candidate that it is or hangs on, its id (-1 for a
+            candidate; None where nothing can hang on anything) and its place, [B, S]; and [B, T],
+            where what comes last of a candidate stands among them. Dummies repeat the last candidate.
+        """
+        steps = torch.arange(num, device=lengths.device)
+        numbers = lengths[:, None] + steps
+        if not self.has_forced:
+            return steps.expand_as(numbers), None, numbers, steps.expand_as(numbers)
+        counts, ids, places = self._on(lengths.device)
+        known = numbers.clamp(max=self.num_tokens)
+        widths = 1 + counts[known]
+        ends = widths.cumsum(1)
+        order = torch.arange(self.widest(num), device=lengths.device)
+        own = (order[:, None] >= ends[:, None]).sum(2).clamp(max=num - 1)
+        within = order - (ends - widths).gather(1, own)
+        owner = known.gather(1, own)
+        is_forced = (within > 0) & (within <= counts[owner])
+        forced = torch.where(is_forced, ids[owner, (within - 1).clamp(0, ids.shape[1] - 1)], -1)
+        past = (numbers - self.num_tokens).clamp(min=0).gather(1, own)
+        return own, forced, places[owner] + past + within, ends - 1
 
     def owners(self) -> tuple[Ints, Ints]:
         """[M] the token that each thing of the sequence is or hangs on, and [M] how far behind."""

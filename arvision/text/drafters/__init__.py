@@ -5,6 +5,7 @@ from .draft_tree import DraftTree
 from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
+from .mtp import MTP
 from .papers.pseudo import PseudoDrafter
 from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
 from .papers.superposed import Superposed
@@ -14,6 +15,7 @@ from .suffix import PastOutputs, SuffixDecoding
 
 __all__ = [
     "DRAFTERS",
+    "MTP",
     "Combined",
     "DraftTree",
     "Eagle3",

@@ -22,7 +22,9 @@ from ...decoding.tree import (
     topology_of,
 )
 from ...errors import InputError, unknown_name
+from ..model import as_text_model
 from .base import TextDrafter, register
+from .cross import TranslatedState, Translation
 from .recycling import RANKS
 
 EXPANSIONS = {
@@ -35,6 +37,8 @@ EXPANSIONS = {
 }
 DRAWN = {"independent": "independent", "distinct": "distinct", "beam": "distinct"}
 LANES = 1 << 8
+FINER = 4
+"""Tokens of a draft with another vocabulary that there is room for, per token of the target."""
 
 
 def parents_of(branching: Sequence[int]) -> Tensor:
@@ -55,7 +59,7 @@ def in_vocabulary(logits: Tensor, size: int) -> Tensor:
     return torch.cat([logits, missing], dim=-1)
 
 
-@register("draft_model", summary="a smaller model of the same vocabulary (option draft)")
+@register("draft_model", summary="a smaller model, of any vocabulary (option draft)")
 class DraftTree(TextDrafter):
     """A tree from a draft model, one pass of it per level.
 
@@ -64,7 +68,7 @@ class DraftTree(TextDrafter):
     of the target: they meet more often. At temperature 0 all expansions choose.
 
     Args:
-        draft: a token model of the target's vocabulary.
+        draft: a token model of the target's vocabulary, or a model of transformers of any.
         expansion: see `EXPANSIONS`.
         num_draft: candidates per pass ("chain", "dyspec", "sequoia").
         max_depth: levels, likewise.
@@ -72,6 +76,8 @@ class DraftTree(TextDrafter):
             per level ("beam").
         ranks: acceptances by rank ("sequoia").
         context: what the draft reads instead of the prompts; None for the prompts.
+        tokenizer: the draft's, where it may be another one than the target's: `generate` then makes
+            a `translation`, and the two draft and read across vocabularies.
 
     Raises:
         InputError: an unknown expansion, or a value out of range.
@@ -90,6 +96,7 @@ class DraftTree(TextDrafter):
         branching: Sequence[int] = (3, 2, 1),
         ranks: Sequence[float] = RANKS,
         context: Callable[[list[list[int]]], Conditions] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if expansion not in EXPANSIONS:
             raise unknown_name("expansion", expansion, EXPANSIONS)
@@ -101,6 +108,8 @@ class DraftTree(TextDrafter):
         self.draft, self.expansion, self.max_depth = draft, expansion, max_depth
         self.branching, self.ranks, self._context = tuple(branching), tuple(ranks), context
         self.draft_vocab_size = draft.vocab_size
+        self.tokenizer = tokenizer
+        self.translation: Translation | None = None
         self.shaping = Shaping()
         if expansion in DRAWN:
             full = len(parents_of(self.branching))
@@ -133,7 +142,12 @@ class DraftTree(TextDrafter):
         def law(logits: Tensor) -> Tensor:
             return shape(in_vocabulary(logits, self.vocab_size))
 
-        self._state = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
+        if self.translation is None:
+            self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
+            return
+        draft = as_text_model(self.draft, FINER * self.num_tokens)
+        texts = [torch.as_tensor(ids).tolist() for ids in read]
+        self._state = TranslatedState(draft, self.translation, texts, law, self.vocab_size)
 
     def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
         """Count what became final."""
@@ -151,6 +165,9 @@ class DraftTree(TextDrafter):
         self.follow(tokens, lengths)
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
+        if law is None:  # another vocabulary's text has outgrown the draft
+            logq = root.new_zeros(len(root), 0, self.vocab_size).float()
+            return TokenTree(root[:, :0], None if self.draws == "chosen" else logq)
         if self.expansion == "dyspec":
             return self._greedy_expansion(root, law, lengths, num)
         if self.expansion == "beam" and self.draws == "distinct":

@@ -16,7 +16,7 @@ from ...training.llamagen_draft import DIVERGENCES, divergence
 from ...training.loop import Chance, FitConfig, Objective, fit
 from .. import HFCausalLM
 from ..drafters.eagle3 import Eagle3Head, save_eagle3
-from ..state import find_layers, watching
+from ..layers import find_layers, watching
 from .data import Answers, frequent_tokens
 
 HELD_OUT = 0.1

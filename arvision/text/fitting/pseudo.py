@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...decoding.transformers_cache import TextSizes
 from ...decoding.tree import topology
 from ...errors import InputError
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.papers.pseudo import make_pseudo, save_pseudo
-from ..state import TextSizes, edited, find_layers
+from ..layers import edited, find_layers
 from .data import Answers
 
 PSEUDO_FIT = FitConfig(

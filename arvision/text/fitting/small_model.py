@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...decoding.transformers_cache import TextSizes
 from ...errors import InputError
 from ...training.llamagen_draft import divergence as divergence_of
 from ...training.loop import Chance, FitConfig, Objective, fit
-from ..state import TextSizes, find_layers
+from ..layers import find_layers
 from .data import Answers
 
 SMALL_FIT = FitConfig(

@@ -1,0 +1,160 @@
+"""Passes of fixed shapes of transformers' models, and the law of a model that can be enumerated."""
+
+from __future__ import annotations
+
+import warnings
+from inspect import signature
+from typing import Any
+
+import image_networks as nets
+import pytest
+import torch
+from text_models import random_prompts, tiny_llama
+
+import arvision
+from arvision import get_sampler
+from arvision.decoding.fixed_step import Steps
+from arvision.models import Chameleon, Emu3, GlmImage, Janus
+from arvision.testing import DroppingTableModel, law_p_value
+
+
+def emu3():
+    return Emu3(nets.tiny_emu3(), grids=[(5, 3)]), nets.emu3_prompts((4, 6))
+
+
+FAMILIES: dict[str, Any] = {
+    "janus": lambda: (Janus(nets.tiny_janus(side=3)), nets.janus_prompts((5, 7))),
+    "emu3": emu3,
+    "chameleon": lambda: (
+        Chameleon(nets.tiny_chameleon(), grids=[(4, 5)]),
+        nets.chameleon_prompts((3, 5)),
+    ),
+    "glm": lambda: (GlmImage(nets.tiny_glm(), grids=[(2, 3), (4, 5)]), nets.glm_prompts((4, 6))),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_models_draw_what_the_loop_draws(name):
+    model, prompts = FAMILIES[name]()
+    for spec in ("sjd:window=4", "sjd:window=3:coupling=maximal"):
+        sampler = get_sampler(spec)
+        scale = 2.0 if model.has_guidance else 1.0
+        options: dict[str, Any] = {"seeds": [0, (3, 1)], "guidance_scale": scale}
+        loop = sampler(model, prompts, **options)
+        fixed = sampler(model, prompts, **options, steps=Steps("eager"))
+        assert (loop.stats.step, fixed.stats.step) == ("loop", "eager")
+        assert torch.equal(fixed.tokens, loop.tokens)
+        assert fixed.stats.commit_pass == loop.stats.commit_pass
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_ends_where_the_loop_ends_it(temperature):
+    prompts = random_prompts((5, 9, 3))
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": temperature, "seed": 4}
+    plain = arvision.generate(tiny_llama(), prompts, **options)
+    for ends in ((), (plain.tokens[0][4],)):
+        loop = arvision.generate(tiny_llama(), prompts, stop_token_ids=ends, **options)
+        fixed = arvision.generate(
+            tiny_llama(), prompts, stop_token_ids=ends, compile="eager", **options
+        )
+        assert (loop.stats.step, fixed.stats.step) == ("loop", "eager")
+        assert fixed.tokens == loop.tokens
+        assert fixed.stats.passes_per_row == loop.stats.passes_per_row
+    assert len(fixed.tokens[0]) <= 5
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in signature(torch.compile).parameters,
+    reason="this torch counts compiled steps as recompilations of one another",
+)
+def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
+    graphs, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, *, mode, **options: compiler(function, backend=backend, **options),
+    )
+    network, prompts = tiny_llama(), random_prompts((5, 9))
+    wanted = arvision.generate(network, prompts, max_new_tokens=6)
+    found = [arvision.generate(network, prompts, max_new_tokens=6, compile="default") for _ in "ab"]
+    assert [out.tokens for out in found] == [wanted.tokens] * 2
+    # One graph for both rows until they end together, made once and kept with the network.
+    assert len(graphs) == 1
+    assert found[0].stats.warm_up > 0 == found[1].stats.warm_up
+    graphs.clear()
+    model, prompts = FAMILIES["janus"]()
+    sampler, options = get_sampler("sjd:window=4"), {"seeds": [0, 1], "guidance_scale": 2.0}
+    drawn = sampler(model, prompts, **options, steps=Steps("default"))
+    assert drawn.stats.step == "default"
+    assert torch.equal(drawn.tokens, sampler(model, prompts, **options).tokens)
+    assert 1 <= len(graphs) <= 2
+
+
+def test_drafts_made_on_the_host_run_the_ordinary_loop():
+    with pytest.warns(UserWarning, match="drafts are made on the host"):
+        out = arvision.generate(
+            tiny_llama(),
+            random_prompts((5,)),
+            max_new_tokens=6,
+            drafter="prompt_lookup",
+            compile="eager",
+        )
+    assert out.stats.step == "loop"
+
+
+class FixedTable(DroppingTableModel):
+    """A table whose state keeps what it is fed where it stands, as a cache does."""
+
+    forgets = False
+
+    def start(self, conditions, guidance_scale=1.0):
+        state, logits = super().start(conditions, guidance_scale)
+        memory = torch.zeros(len(conditions), self.num_tokens + 64, dtype=torch.int64)
+        rows = torch.arange(len(conditions))[:, None]
+
+        def extend_fixed(tokens, lengths):
+            slots = lengths[:, None] + torch.arange(tokens.shape[1])
+            if self.forgets:
+                memory.zero_()
+            memory[rows, slots] = tokens
+            out = []
+            for place in slots.T:
+                prefix = torch.zeros_like(lengths)
+                for depth in range(self.num_tokens):
+                    longer = prefix * self.vocab_size + memory[:, depth]
+                    prefix = torch.where(depth <= place, longer, prefix)
+                beyond = place + 1 >= self.num_tokens
+                row = self.row(prefix.masked_fill(beyond, 0), (place + 1).masked_fill(beyond, 0))
+                out.append(self.table[row])
+            return torch.stack(out, dim=1)
+
+        state.extend_fixed = extend_fixed
+        drop = state.select
+
+        def select(kept):
+            nonlocal memory, rows
+            memory, rows = memory[kept], torch.arange(len(kept))[:, None]
+            drop(kept)
+
+        state.select = select
+        return state, logits
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("coupling", ["gumbel", "maximal", "independent"])
+def test_the_law_is_the_models_own(coupling, forgets):
+    model = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0)
+    model.forgets = forgets
+    sampler = get_sampler("sjd", window=3, coupling=coupling)
+    num = 6000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        out = sampler(model, [None] * num, seeds=[(5, k) for k in range(num)], steps=Steps("eager"))
+    assert out.stats.step == "eager"
+    p_value = law_p_value(model.number(out.tokens), model.joint(sampler.shaping()))
+    assert p_value < 1e-6 if forgets else p_value > 1e-4
