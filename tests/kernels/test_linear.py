@@ -52,6 +52,23 @@ def test_takes_the_packed_path_only_where_it_says(everywhere):
         assert layer(x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@torch.no_grad()
+def test_bfloat16_is_packed_where_the_cpu_multiplies_it(rows):
+    torch.manual_seed(1)
+    layer = Linear(96, 40).to(torch.bfloat16)
+    x = torch.randn(1, rows, 96).to(torch.bfloat16)
+    assert runs_packed(x, layer.weight) == packed.packs_bfloat16()
+    for _ in range(2):
+        found = layer(x)
+        expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+        layer.weight.mul_(-2)
+    assert not runs_packed(x.half(), layer.weight.half())
+    assert not runs_packed(x, layer.weight.float())
+
+
 @torch.no_grad()
 def test_follows_a_changed_weight():
     layer, x = Linear(8, 8, bias=False), torch.randn(16, 8)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MIN_ROWS = 4
-"""Below, a product is bound by reading the weight and packing it wins nothing."""
+"""Below, a float32 product is bound by reading the weight and packing it wins nothing."""
 
 MAX_WEIGHT = 1 << 22
 """Elements of the largest weight that is packed: a packed copy doubles its memory."""
@@ -42,6 +42,24 @@ def packed_operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | 
 
 
 @cache
+def packs_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, and the `packed_operators` do it rightly.
+
+    PyTorch's own `linear` packs the weight anew in every call there.
+    """
+    operators = packed_operators()
+    try:
+        if operators is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        line = torch.linspace(-1, 1, 96, device="cpu").to(torch.bfloat16)
+        x, weight = line[:32].view(1, 32), line[:96].view(3, 32).clone()
+        found = operators[1](x, operators[0](weight, None), None, "none", [], "")
+        return found.dtype == x.dtype and torch.allclose(found, F.linear(x, weight), atol=0.1)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+@cache
 def packing_pays() -> bool:
     """Whether oneDNN's packed products beat MKL's here: not on Intel's CPUs with AVX-512.
 
@@ -57,21 +75,21 @@ def packing_pays() -> bool:
 def runs_packed(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of `x` [..., C] with `weight` [D, C] takes the packed path.
 
-    It does at inference, in float32 on a CPU, with at least `MIN_ROWS` rows, where `packing_pays`
-    and this build has the `packed_operators`.
+    It does at inference on a CPU, where this build has the `packed_operators`: in float32 with at
+    least `MIN_ROWS` rows where `packing_pays`, in bfloat16 always where the CPU `packs_bfloat16`.
     """
+    is_half = x.dtype == torch.bfloat16
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and x.numel() >= MIN_ROWS * weight.shape[1]
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and (is_half or (x.dtype == torch.float32 and x.numel() >= MIN_ROWS * weight.shape[1]))
         and type(weight) in (nn.Parameter, Tensor)  # quantised weights bring products of their own
         and weight.is_cpu
         and weight.numel() <= MAX_WEIGHT
         and not weight.is_inference()
         and not torch.is_autocast_enabled("cpu")
-        and packing_pays()
-        and packed_operators() is not None
+        and (packs_bfloat16() if is_half else packing_pays() and packed_operators() is not None)
     )
 
 
@@ -81,10 +99,10 @@ def packed_linear(x: Tensor, owner: nn.Module, weight: Tensor, bias: Tensor | No
     For builds that have the `packed_operators`, see `runs_packed`.
 
     Args:
-        x: float32 on a CPU.
+        x: float32 or bfloat16 on a CPU.
         owner: the module that the weight belongs to; its packed copy lives as long as it does and
             is renewed when the weight changes.
-        weight: float32.
+        weight: of the same type.
         bias: or None.
     """
     operators = packed_operators()
