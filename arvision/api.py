@@ -110,7 +110,8 @@ def sample(
     *,
     num_images: int = 1,
     seed: Any = 0,
-    guidance_scale: Schedule | None = None,
+    guidance_scale: Any = None,
+    guidance_schedule: Any = None,
     temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -143,8 +144,9 @@ def sample(
             the same; `stats.sampler` tells which.
         num_images: images of each prompt.
         seed: image k has identity (seed, k); or a list with a seed or a pair (seed, k) per image.
-        guidance_scale: weight of the condition; None for the model's recommendation, as below; scale
-            models also take a list, one number for each scale.
+        guidance_scale: weight of the condition; None for the model's recommendation, as below; a list
+            has a number for each unit, a list of lists one for each image, see `ARPipeline.__call__`.
+        guidance_schedule: how the weight changes over an image, see there.
         temperature: divides the logits; 0 is greedy; scale models also take a list.
         top_k: tokens kept, 0 for all.
         top_p: mass kept, 1 for all.
@@ -212,6 +214,7 @@ def sample(
         prompt,
         num_images_per_prompt=num_images,
         guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
         seed=seed,
         sampler=chosen,
         output_type=output_type,

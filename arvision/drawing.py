@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batches import draw_parts, image_memory, split
-from .contracts import Conditions, Samples, Schedule, Stats, StepCallback, device_of
+from .contracts import Conditions, Samples, Stats, StepCallback, device_of
+from .decoding.guidance import Guidance, read_guidance
 from .editing import Edit, check_parts
 from .errors import InputError, unknown_name
-from .inputs import check_numbers, resolve_seeds
+from .inputs import check_numbers, check_weights, resolve_seeds
 from .models.pixels import written
 from .networks import place_of
 from .previews import check_preview, preview
@@ -84,7 +85,8 @@ class Draws:
         model: Any,
         conditions: Conditions,
         *,
-        guidance_scale: Schedule | None = None,
+        guidance_scale: Any = None,
+        guidance_schedule: Any = None,
         law: dict[str, Any],
         edit: Edit | None = None,
         generator: Any = None,
@@ -125,7 +127,8 @@ class Draws:
             chosen = chosen.with_options(**changes)
         self._check_effect(chosen, model, law | {"guidance_scale": guidance_scale})
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
-        scale = check_numbers("guidance_scale", scale)
+        scale = check_weights(scale)
+        scale = read_guidance(scale, guidance_schedule, self.kind, len(conditions))
         chosen = self.bind(chosen, model)
         started = time.perf_counter()
         is_guided = scale not in (0, 1)
@@ -147,7 +150,8 @@ class Draws:
             more: dict[str, Any] = {} if self._steps is None else {"steps": self._steps}
 
             def draw(part: slice, tell: StepCallback) -> Samples:
-                own: dict[str, Any] = {"seeds": seeds[part], "guidance_scale": scale}
+                weight = scale.part(part) if isinstance(scale, Guidance) else scale
+                own: dict[str, Any] = {"seeds": seeds[part], "guidance_scale": weight}
                 if edit is not None:
                     own["given"] = edit.given.select(part)
                 return chosen(model, conditions[part], **own, on_step=tell, **more)

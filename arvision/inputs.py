@@ -48,6 +48,25 @@ def check_numbers(name: str, value: Any, is_whole: bool = False, is_one: bool = 
     return plain if isinstance(found, (list, tuple)) else plain[0]
 
 
+def check_weights(value: Any) -> Any:
+    """Guidance scales as Python writes them: a number, a list, or a list of lists, one for each image.
+
+    Raises:
+        InputError: something else, or images with other numbers of weights.
+    """
+    found = plain_numbers(value)
+    is_nested = isinstance(found, (list, tuple)) and any(
+        isinstance(plain_numbers(row), (list, tuple)) for row in found
+    )
+    if not is_nested:
+        return check_numbers("guidance_scale", value)
+    rows = [check_numbers("guidance_scale", plain_numbers(row)) for row in found]
+    lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(lengths) > 1 or 0 in lengths:
+        raise InputError("guidance_scale: expected lists of one length, one list for each image")
+    return rows
+
+
 def check_images(num_prompts: int, num_images_per_prompt: Any) -> int:
     """Images of each prompt, as many as a call may draw.
 

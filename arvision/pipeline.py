@@ -17,10 +17,10 @@ from .components import checked_parts, quietly, told
 from .contracts import Schedule
 from .drawing import Draws, SampleOutput
 from .editing import read_edit
-from .errors import InputError, StateError
+from .errors import InputError, StateError, shown
 from .files import user_path
 from .going import Interruptible
-from .inputs import expand_prompts
+from .inputs import as_prompts, expand_prompts
 from .models import FAMILIES
 from .models.conditions import check_class_names
 from .models.network import REACHED
@@ -239,13 +239,15 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
         self,
         prompt: Any,
         *,
+        negative_prompt: Any = None,
         image: Any = None,
         mask_image: Any = None,
         known_tokens: Any = None,
         known_scales: int | None = None,
         blend: bool = False,
         num_images_per_prompt: int = 1,
-        guidance_scale: Schedule | None = None,
+        guidance_scale: Any = None,
+        guidance_schedule: Any = None,
         temperature: Schedule | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -263,7 +265,10 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
 
         Args:
             prompt: a class id, class name or caption (or caption features [T, C], or a `Prompt` with a
-                negative), or a list.
+                negative), a mixture of classes such as {"sneaker": 0.5, "bag": 0.5} or weights
+                [num_classes], None for no condition, or a list.
+            negative_prompt: models that take text: what guidance leads away from, one for all prompts
+                or one each.
             image: picture to edit, of the model's size: PIL, array or tensor, see
                 `arvision.models.pixels.pixels_of`; one for all images, for each prompt, or for each
                 image. With `mask_image`, or for scale models with `known_scales`. See `docs/editing.md`.
@@ -274,8 +279,12 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
             blend: paste what is redrawn into the image, whose other pixels then are its own and not
                 those of its tokens.
             num_images_per_prompt: images of each prompt.
-            guidance_scale: null + scale * (cond - null); None for the model's recommendation; scale
-                models also take a list, one for each scale.
+            guidance_scale: null + scale * (cond - null); None for the model's recommendation. A list has
+                a number for each unit (token, scale, or iteration of latents), a list of lists one
+                list for each image, of one number or one for each unit.
+            guidance_schedule: how the weight changes over an image: "constant", "linear" (from 1 to the
+                scale), "falling", "cosine", shares (begin, end) outside of which it is 1, or a
+                function of the share drawn (0 to 1) and the scale. None for the model's own way.
             temperature: None for the sampler's own value.
             top_k: likewise.
             top_p: likewise.
@@ -296,6 +305,13 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
         Raises:
             InputError: any argument out of range, before the model is called.
         """
+        if negative_prompt is not None:
+            if self.transformer.config.get("num_classes"):
+                raise InputError(
+                    f"negative_prompt {shown(negative_prompt)}: this model takes classes and no text, "
+                    "expected none"
+                )
+            prompt = as_prompts(prompt, negative_prompt)
         model, conditions = self.model, expand_prompts(prompt, num_images_per_prompt)
         edit = read_edit(
             model,
@@ -312,6 +328,7 @@ class ARPipeline(Draws, Prepares, Interruptible, Portable, DiffusionPipeline):
             conditions,
             edit=edit,
             guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
             law={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             generator=generator,
             seed=seed,

@@ -68,7 +68,16 @@ ALLOWED: dict[str, set[str]] = {
     "components": {"folders", "models", "samplers"} | GROUND,
     "editing": {"decoding", "models"} | GROUND,
     "previews": {"models"} | GROUND,
-    "drawing": {"batches", "editing", "inputs", "models", "previews", "samplers", "threads"}
+    "drawing": {
+        "batches",
+        "decoding",
+        "editing",
+        "inputs",
+        "models",
+        "previews",
+        "samplers",
+        "threads",
+    }
     | GROUND,
     "pipeline": {
         "card",

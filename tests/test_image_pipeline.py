@@ -463,3 +463,22 @@ def test_glm_image_keeps_no_tokens_of_a_picture(pipes):
     picture = Image.new("RGB", (64, 64))
     with pytest.raises(InputError, match="keeps no tokens"):
         pipes["glm"]("a cat", image=picture, mask_image=picture.convert("L"), seed=0)
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3", "chameleon"])
+def test_no_prompt_is_the_null_prompt_and_guidance_may_change(name, pipes):
+    pipe, size = pipes[name], PICTURE[name]
+    call = {"seed": 2, "progress": False, **size}
+    free = pipe(None, guidance_scale=1.0, **call).tokens
+    assert not torch.equal(free, pipe("a cat", guidance_scale=1.0, **call).tokens)
+    ramp = [1.0 + place / 4 for place in range(free.shape[1])]
+    plain = pipe("a cat", guidance_scale=ramp, sampler=get_sampler("ar"), **call).tokens
+    fast = pipe("a cat", guidance_scale=ramp, sampler=get_sampler("sjd", window=5), **call).tokens
+    assert torch.equal(plain, fast)
+    assert not torch.equal(
+        plain, pipe("a cat", guidance_scale=1.0, sampler=get_sampler("ar"), **call).tokens
+    )
+    each = pipe(
+        ["a cat"] * 2, guidance_scale=[ramp, [1.0] * len(ramp)], sampler=get_sampler("ar"), **call
+    )
+    assert torch.equal(each.tokens[:1], plain)

@@ -59,6 +59,11 @@ def parse_schedule(name: str, text: str | None) -> Any:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def shares_of(text: str | None) -> Any:
+    """ "0,0.5" to [0.0, 0.5]; names stay."""
+    return text if text is None or "," not in text else parse_schedule("guidance-schedule", text)
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """["window=32"] to {"window": 32}."""
     from ..errors import InputError
@@ -141,6 +146,10 @@ def sample(
     guidance_scale: Annotated[
         str | None, typer.Option(help="Weight of the prompt, or one for each scale: 1,2,3.")
     ] = None,
+    guidance_schedule: Annotated[
+        str | None,
+        typer.Option(help="constant, linear, falling, cosine, or shares of the image as in 0,0.5."),
+    ] = None,
     temperature: Annotated[
         str | None, typer.Option(help="0 is greedy; or one for each scale: 1,0.5,0.5.")
     ] = None,
@@ -221,6 +230,7 @@ def sample(
         num_images=num_images,
         seed=parse_seed(seed),
         guidance_scale=parse_schedule("guidance-scale", guidance_scale),
+        guidance_schedule=shares_of(guidance_schedule),
         temperature=parse_schedule("temperature", temperature),
         top_k=top_k,
         top_p=top_p,

@@ -12,7 +12,16 @@ from ..contracts import Schedule
 from ..errors import InputError
 from ..kernels.sampling import Shaping, guide
 
-__all__ = ["Shaping", "check_guidance_scale", "guide", "joined_scales", "per_scale", "shape_rows"]
+__all__ = [
+    "Shaping",
+    "check_guidance_scale",
+    "guide",
+    "has_weights",
+    "joined_scales",
+    "per_scale",
+    "shape_rows",
+    "weights_at",
+]
 
 
 def check_guidance_scale(scale: Any) -> None:
@@ -21,6 +30,8 @@ def check_guidance_scale(scale: Any) -> None:
     Raises:
         InputError: see above.
     """
+    if isinstance(scale, Tensor):  # weights of images and tokens, see `arvision.decoding.guidance`
+        return
     if isinstance(scale, (str, Sequence)):
         raise InputError(
             f"guidance_scale {scale!r}: expected a number >= 0; only scale models take a list, one "
@@ -31,10 +42,11 @@ def check_guidance_scale(scale: Any) -> None:
 
 
 def joined_scales(own: Any, num: int, other: Any, others: int, like: Tensor) -> Any:
-    """The guidance scale of two groups of images: a number where all have the same, else [B, 1, 1].
+    """The guidance scale of two groups of images: a number where all have the same, else [B, 1, 1],
+    or [B, N] where one has a weight for each token.
 
     Args:
-        own: a number, or [num, 1, 1].
+        own: a number, [num, 1, 1] or [num, N].
         num: images of the first group.
         other: likewise of the second.
         others: images of the second group.
@@ -42,11 +54,33 @@ def joined_scales(own: Any, num: int, other: Any, others: int, like: Tensor) -> 
     """
     if not isinstance(own, Tensor) and not isinstance(other, Tensor) and own == other:
         return own
-    parts = [
-        torch.as_tensor(scale, dtype=like.dtype, device=like.device).expand(count, 1, 1)
-        for scale, count in ((own, num), (other, others))
-    ]
+    found = [torch.as_tensor(one, dtype=like.dtype, device=like.device) for one in (own, other)]
+    widths = [one.shape[1] for one in found if one.dim() == 2]
+    parts = []
+    for one, count in zip(found, (num, others), strict=True):
+        if widths and one.dim() != 2:
+            one = one.flatten().view(-1, 1).expand(count, widths[0])
+        parts.append(one if widths else one.expand(count, 1, 1))
     return torch.cat(parts)
+
+
+def weights_at(scale: Any, places: Tensor | None, like: Tensor) -> Any:
+    """The guidance scale of logits [B, T, V] for tokens at `places` [B, T], as `guide` takes it.
+
+    Args:
+        scale: a number, [B, 1, 1], or [B, N], one for each token of an image.
+        places: of the tokens that the logits are for; only looked at for the last.
+        like: the logits.
+    """
+    if not has_weights(scale) or places is None:
+        return scale
+    weights = scale.to(like.device).gather(1, places.clamp(0, scale.shape[1] - 1))
+    return weights.to(like.dtype)[..., None]
+
+
+def has_weights(scale: Any) -> bool:
+    """Whether a guidance scale has a weight for each token."""
+    return isinstance(scale, Tensor) and scale.dim() == 2
 
 
 def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Tensor:

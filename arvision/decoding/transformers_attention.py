@@ -37,7 +37,7 @@ def kernels_in(network: Any, called: Any, mask: Any) -> Iterator[None]:
 
     Nothing is changed where the mask tells of no kernel (on a CPU), in compiled networks, and in
     networks with another kind of attention. Passes of one network must not overlap, see
-    `arvision.text.state.alone`.
+    `arvision.text.layers.alone`.
 
     Args:
         network: of transformers.

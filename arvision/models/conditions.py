@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, as_integer, unknown_name
+from ..errors import InputError, as_integer, plain_numbers, unknown_name
 from .pixels import check_depth
 
 
@@ -196,6 +196,71 @@ def resolve_class(condition: object, num_classes: int, names: Sequence[str]) -> 
     if len(found) == 1:
         return found.pop()
     raise unknown_name("class", condition, names or [f"0..{num_classes - 1}"])
+
+
+def read_classes(conditions: Sequence[Any], num_classes: int, names: Sequence[str]) -> Tensor:
+    """Class ids [B], or weights [B, num_classes + 1] where classes are mixed; the last is the null class.
+
+    Args:
+        conditions: ids or names; None for the null class; or a mixture: a dict of ids or names to
+            weights, or weights [num_classes] as a tensor or an array.
+        num_classes: without the null class.
+        names: of the classes.
+
+    Raises:
+        InputError: see `resolve_class`, or a mixture of nothing, of other numbers than reals, or of
+            another number of classes.
+    """
+    if not any(_is_mixture(condition) for condition in conditions):
+        ids = [
+            num_classes if one is None else resolve_class(one, num_classes, names)
+            for one in conditions
+        ]
+        return torch.tensor(ids, dtype=torch.int64)
+    weights = torch.zeros(len(conditions), num_classes + 1, dtype=torch.float64)
+    for row, condition in zip(weights, conditions, strict=True):
+        if isinstance(condition, dict):
+            for name, weight in condition.items():
+                number = plain_numbers(weight)
+                if isinstance(number, bool) or not isinstance(number, (int, float)):
+                    raise InputError(f"weight {weight!r} of class {name!r}: expected a number")
+                row[resolve_class(name, num_classes, names)] += number
+        elif _is_mixture(condition):
+            given = torch.as_tensor(condition, dtype=torch.float64).cpu()
+            if given.shape != (num_classes,):
+                raise InputError(
+                    f"weights of classes {tuple(given.shape)}: expected [{num_classes}], one for each"
+                )
+            row[:num_classes] = given
+        else:
+            is_null = condition is None
+            row[num_classes if is_null else resolve_class(condition, num_classes, names)] = 1.0
+        if not bool(row.isfinite().all()) or not bool(row.any()):
+            raise InputError("a mixture of classes: expected finite weights, not all 0")
+    return weights
+
+
+def null_classes(classes: Tensor, num_classes: int) -> Tensor:
+    """The null class for each of `classes`, written as they are, see `read_classes`."""
+    null = torch.full((len(classes),), num_classes, device=classes.device)
+    if not classes.is_floating_point():
+        return null
+    return torch.nn.functional.one_hot(null, num_classes + 1).to(classes)
+
+
+def embed_mixture(embed: Callable[[Tensor], Tensor], classes: Tensor) -> Tensor:
+    """Embeddings [B, ...] of class ids [B], or sums of them by weights [B, n]."""
+    if not classes.is_floating_point():
+        return embed(classes)
+    every = embed(torch.arange(classes.shape[1], device=classes.device))
+    return torch.tensordot(classes.to(every), every, dims=1)
+
+
+def _is_mixture(condition: Any) -> bool:
+    if isinstance(condition, Tensor):
+        return condition.is_floating_point() and condition.dim() == 1
+    is_array = isinstance(condition, np.ndarray) and condition.dtype.kind == "f"
+    return isinstance(condition, dict) or (is_array and condition.ndim == 1)
 
 
 def _last_words(parts: Sequence[str]) -> set[str]:

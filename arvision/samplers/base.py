@@ -29,6 +29,7 @@ from ..contracts import (
 )
 from ..decoding.fixed_step import Steps
 from ..decoding.given import Given
+from ..decoding.guidance import Guidance
 from ..decoding.logits import Shaping, per_scale
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
@@ -107,7 +108,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         conditions: Conditions,
         *,
         seeds: Seeds,
-        guidance_scale: Schedule = 1.0,
+        guidance_scale: Schedule | Guidance = 1.0,
         on_step: StepCallback | None = None,
         steps: Steps | None = None,
         given: Given | None = None,
@@ -119,7 +120,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             conditions: one per image.
             seeds: one per image, an integer or a pair (seed, image).
             guidance_scale: weight of the condition; 1 is the plain conditional model. Scale models
-                also take a list with a weight for each scale.
+                also take a list with a weight for each scale; everything else that changes is a
+                `Guidance`.
             on_step: called after each pass.
             steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
                 ordinary loop.
@@ -139,6 +141,8 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
                 f"sampler {self.name!r} draws all tokens of an image and keeps none that are given: "
                 f"expected another, such as {', '.join(keeping(self.name)) or 'ar'}"
             )
+        if isinstance(guidance_scale, Guidance):
+            guidance_scale = guidance_scale.of(model, len(conditions))
         run = Run(
             len(conditions),
             model.num_tokens,

@@ -10,6 +10,7 @@ from ..contracts import Conditions, Samples, TakesTrees, TokenModel, device_of
 from ..decoding.drafter import LARGEST_TREE
 from ..decoding.drift import DriftDrafter
 from ..decoding.first_laws import LawMemory, Memories
+from ..decoding.guidance import plain_scale
 from ..decoding.jacobi import FROM_LAWS, JacobiDrafter, check_init, first_laws
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy
 from ..decoding.relaxed import check_relaxable, relaxed_rule
@@ -216,7 +217,7 @@ class SJDSampler(TokenSampler):
         table, tree = config["cost_table"], config["tree"]
         if len(conditions):
             if table is None:
-                table = self._measured(model, conditions, run.guidance_scale)
+                table = self._measured(model, conditions, plain_scale(run.guidance_scale))
             tree = tree or self._best_tree(model, table, len(conditions))
         sampler = cast(SJDSampler, self.with_options(cost_table=table, tree=tree))
         sampler._memories = self._memories

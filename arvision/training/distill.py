@@ -186,6 +186,8 @@ def _distill(
     run = _Run(pipe, asked, PairSettings(**laws), settings, out, progress)
     name = str(teacher) if (Path(teacher).name == str(teacher)) else str(Path(teacher).resolve())
     figures: dict[str, Any] = {"teacher": name, "method": method}
+    if settings.prompts is not None:
+        figures["captions"] = len(asked)
     if method == "dd2" and settings.init is not None:
         student = _given_student(settings.init, family, pipe)
     else:

@@ -159,6 +159,9 @@ def _card(folder: Path, figures: dict[str, Any], num: int) -> None:
     if "init" in figures:
         data.append(f"started from the weights of the student `{figures['init']}`")
     command = f"arvision distill --teacher {teacher} --out runs/{folder.name}"
+    if "captions" in figures:
+        command += " --prompts FILE"
+        data.append(f"{figures['captions']:,} captions, which took turns")
     if figures["method"] != "dd1":
         command += f" --method {figures['method']}"
     facts = {

@@ -168,7 +168,7 @@ def plan_of(every: list[tuple[str, Any]]) -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.slow
 def test_two_thousand_draws_in_threads_leave_memory_flat(monkeypatch):
-    # oneDNN compiles a product for each number of rows and keeps it (0.3 to 0.6 MB, 330 MB in all
+    # oneDNN compiles a product for each number of rows and keeps it (0.3 to 0.6 MB, 540 MB in all
     # here). Windows that follow measured costs have other numbers of rows on another day, so that
     # these would come late and look like a leak: MKL, which keeps nothing, multiplies here.
     monkeypatch.setattr("arvision.kernels.linear.packed.packing_pays", lambda: False)

@@ -26,6 +26,7 @@ from arvision.text.fitting.eagle3 import (
     train_eagle3,
     unrolled_mask,
 )
+from arvision.text.generation import drafter_of
 from arvision.training.loop import FitConfig
 
 
@@ -175,6 +176,7 @@ def test_the_published_layout_is_read_and_what_does_not_fit_is_named(tmp_path):
 
     network, head = tiny_llama(), random_head()
     save_eagle3(head, tmp_path / "head")
+    assert drafter_of(tmp_path / "head") == ("eagle3", "head")
     tensors = load_file(tmp_path / "head" / "model.safetensors")
     assert {key for key in tensors if not key.startswith("midlayer.")} == {
         "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",

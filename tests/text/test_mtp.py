@@ -120,7 +120,8 @@ def test_a_published_layer_loads_beside_its_model_and_keeps_the_text(case, tmp_p
         assert torch.equal(loaded.state_dict()[key], value), key
     prompts = random_prompts([9, 6])
     expected = [greedy_reference(network, ids, 16) for ids in prompts]
-    for options in ({}, {"expansion": "chain"}):
+    variants: tuple[dict[str, Any], ...] = ({}, {"expansion": "chain"})
+    for options in variants:
         drafter = MTP(tmp_path, **options)
         out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=16)
         assert out.tokens == expected

@@ -18,6 +18,7 @@ from arvision.testing import tiny_llamagen
 from arvision.training.distill import DistillSettings, distill
 from arvision.training.llamagen_text import build_text_encoder, build_text_tokenizer
 from arvision.training.loop import FitConfig
+from arvision.training.publish import run_recipe
 
 FIT = FitConfig(
     steps=80, batch_size=32, learning_rate=5e-3, log_every=5, warmup=5, average_decay=0.9
@@ -168,6 +169,27 @@ def test_a_student_of_captions(text_teacher, done, tmp_path):
         distill(text_teacher, tmp_path, changed, progress=False)
     with pytest.raises(InputError, match="3: expected a caption"):
         student(3, progress=False)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_captions(tmp_path, monkeypatch):
+    """`arvision train --recipe llamagen-fashion-t2i-dd` in miniature, on invented garments."""
+    images = torch.randint(256, (16, 32, 32), dtype=torch.uint8)
+    content = (images, torch.arange(16) % 10)
+    monkeypatch.setattr("arvision.training.captions.load_fashion", lambda split: content)
+    monkeypatch.setattr("arvision.training.publish.fashion_folder", lambda: None)
+    made = run_recipe(
+        "llamagen-fashion-t2i-dd", tmp_path, steps=2, num_images=6, card_samples=2, progress=False
+    )
+    folder = tmp_path / "llamagen-fashion-t2i-dd"
+    assert set(made["garment"]) == set(made["brightness"]) == {"1", "2"}
+    assert made["captions"] == 16
+    assert (folder / "transformer").is_dir()
+    weights = sum(p.stat().st_size for p in (folder / "transformer").iterdir())
+    assert weights < 6_000_000
+    assert "--prompts FILE" in (folder / "README.md").read_text()
+    out = arvision.sample(str(folder), "a dark boot", steps=2, seed=0, progress=False)
+    assert out.stats.forward_passes == 2
 
 
 def test_the_padding_of_captions_and_the_other_words_do_not_matter(text_teacher):

@@ -12,7 +12,7 @@ from ...contracts import Conditions, ContinuousModel, Samples, device_of
 from ...errors import InputError
 from ..run import Run
 from .chain import LatentHead, draw_chain
-from .loop import LatentPlan, num_given_first
+from .loop import LatentPlan, num_given_first, started_with
 from .run import LatentRun, ragged
 
 
@@ -55,8 +55,8 @@ def iterate_latents(
         raise InputError(f"window {window}: expected 1 to {model.num_tokens}, the latents")
     run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
     order, first = plan.orders(run, model), num_given_first(run, model)
-    state = model.start(conditions, run.guidance_scale, order)
-    scales = plan.scales(ends, run.guidance_scale)
+    scales = plan.scales(ends, run.guidance_scale, run.batch)
+    state = model.start(conditions, started_with(run.guidance_scale, scales), order)
     return _Iteration(
         run, state, model.head, order, first, ends, scales, plan, (window, tolerance)
     ).finish()
@@ -80,7 +80,7 @@ class _Iteration(LatentRun):
         super().__init__(ledger, order, first, ends)
         self._state, self._head, self._plan = state, head, plan
         self._window, self._tolerance = how
-        self._scales = torch.tensor(scales[len(ends) - self._num_iter :], device=order.device)
+        self._scales = self._table(scales)
         self._guesses = torch.zeros_like(self.latents)
         self._guessed = torch.zeros_like(self._done)
         self._drafted = self._accepted = 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples, device_of, is_causal
 from ...errors import InputError, check_count, unknown_name
+from ..guidance import Guidance, plain_scale
 from ..run import Run
 from .chain import (
     GUIDANCE_SCHEDULES,
@@ -151,8 +153,22 @@ class LatentPlan:
         found = (step / num_passes for step in range(num_passes))
         return [next(value for end, value in LAZY_SHARES if step < end) for step in found]
 
-    def scales(self, ends: Sequence[int], guidance_scale: float) -> list[float]:
-        """Guidance scale of each iteration."""
+    def scales(self, ends: Sequence[int], guidance_scale: Any, batch: int) -> list[Any]:
+        """Guidance scale of each iteration, a number or [B].
+
+        Raises:
+            InputError: weights for another number of iterations or images, or a second schedule.
+        """
+        if isinstance(guidance_scale, Guidance):
+            if self.guidance_schedule != "constant":
+                raise InputError(
+                    f"guidance_schedule of the sampler ({self.guidance_schedule!r}) and of the call: "
+                    "expected one of them"
+                )
+            weights = guidance_scale.weights(ends, batch, "iteration", of_latents=True)
+            if bool((weights == weights[:1]).all()):
+                return weights[0].tolist()
+            return list(weights.unbind(1))
         return guidance_scales(list(ends), guidance_scale, self.guidance_schedule)
 
     def orders(self, run: Run, model: ContinuousModel) -> Tensor:
@@ -167,6 +183,14 @@ class LatentPlan:
         if run.given is not None:
             rank = rank.masked_fill(run.given.mask, -1)
         return every if self.order == "raster" and run.given is None else rank.argsort(1)
+
+
+def started_with(guidance_scale: Any, scales: Sequence[Any]) -> Any:
+    """What a state is started with: whether there are null rows, for weights of all iterations."""
+    if not isinstance(guidance_scale, Guidance):
+        return guidance_scale
+    rows = [torch.as_tensor(scale, dtype=torch.float64).flatten() for scale in scales]
+    return plain_scale(torch.cat(rows))
 
 
 def num_given_first(run: Run, model: ContinuousModel) -> int:
@@ -217,11 +241,12 @@ def decode_latents(
         InputError: more iterations than latents, or a latent that is NaN or infinite.
     """
     ends = plan.ends(model)
-    scales, heads = plan.scales(ends, run.guidance_scale), plan.heads(model.head, ends)
+    scales = plan.scales(ends, run.guidance_scale, run.batch)
+    heads = plan.heads(model.head, ends)
     run.begin(device_of(model), (model.head.latent_dim,), torch.float32)
     order, given = plan.orders(run, model), run.given
     first = 0 if is_causal(model) else num_given_first(run, model)
-    state = model.start(conditions, run.guidance_scale, order)
+    state = model.start(conditions, started_with(run.guidance_scale, scales), order)
     if plan.refresh > 1:
         if not isinstance(state, KeepsFeatures):
             raise InputError(f"refresh {plan.refresh}: this model keeps no features, expected 1")
@@ -243,6 +268,8 @@ def decode_latents(
         z = state.condition(end - start)
         run.next_pass()
         numbers = chain_noise(run.noise, positions, head, "latent").to(z)
+        if isinstance(scale, Tensor):
+            scale = scale.to(z).repeat_interleave(end - start)
         law = head.law(z.flatten(0, 1), scale)
         path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
         drawn = path.latents.view(*positions.shape, -1)

@@ -80,8 +80,19 @@ class LatentRun:
         starts = self._bounds[iterations]
         _, each, offsets = ragged(self._bounds[iterations + 1] - starts)
         positions = self._order[images[each], starts[each] + offsets]
-        slots = Slots(images[each], positions, places[each], positions, scales[iterations][each])
+        slots = Slots(
+            images[each], positions, places[each], positions, scales[images, iterations][each]
+        )
         return rows[each], slots
+
+    def _table(self, scales: Sequence[Any]) -> Tensor:
+        """Guidance scales of the iterations that are made, [B, K], of numbers or [B] for each."""
+        batch, device = len(self._order), self._order.device
+        rows = [
+            torch.as_tensor(scale, dtype=torch.float32, device=device).expand(batch)
+            for scale in scales
+        ]
+        return torch.stack(rows[len(rows) - self._num_iter :], dim=1)
 
     def _known(self, images: Tensor, places: Tensor) -> Tensor:
         """[R, N]: what is known to an image after some more iterations."""

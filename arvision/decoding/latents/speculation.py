@@ -13,7 +13,7 @@ from ...contracts import Conditions, ContinuousModel, Samples, device_of
 from ...errors import InputError
 from ..run import Run
 from .chain import Trajectory
-from .loop import LatentPlan, num_given_first
+from .loop import LatentPlan, num_given_first, started_with
 from .run import LatentRun, ragged
 from .verify import Slots, Verifier, join
 
@@ -116,14 +116,17 @@ def speculate_latents(
         max_tries=how.max_tries,
         noise=run.noise,
     )
+    scales = tuple(plan.scales(ends, each, run.batch) for each in (run.guidance_scale, own_scale))
     rounds = _Rounds(
         run,
-        model.start(conditions, run.guidance_scale, order),
-        None if draft is None else draft.start(conditions, own_scale, order),
+        model.start(conditions, started_with(run.guidance_scale, scales[0]), order),
+        None
+        if draft is None
+        else draft.start(conditions, started_with(own_scale, scales[1]), order),
         order,
         first,
         ends,
-        (plan.scales(ends, run.guidance_scale), plan.scales(ends, own_scale)),
+        scales,
         verifier,
         how,
     )
@@ -147,9 +150,7 @@ class _Rounds(LatentRun):
     ) -> None:
         super().__init__(ledger, order, first, ends)
         self._target, self._draft, self._how, self._verifier = target, draft, how, verifier
-        self._scales, self._draft_scales = (
-            torch.tensor(each[len(ends) - self._num_iter :], device=order.device) for each in scales
-        )
+        self._scales, self._draft_scales = map(self._table, scales)
         self._prefill = -int(-how.prefill * self._num_iter // 1)
         self._draft_passes = 0
         if draft is None:
@@ -284,7 +285,7 @@ class _Rounds(LatentRun):
         number[images] = torch.arange(len(images), device=images.device)
         row = number[slots.images]
         z_target = z[context[row] + self._at(slots.places), slots.positions]
-        scales = self._scales[self._done[slots.images] + slots.places]
+        scales = self._scales[slots.images, self._done[slots.images] + slots.places]
         judged = Slots(slots.images, slots.positions, slots.places, z_target, scales)
         log_ratio, own, extra_latents = verifier.compare(judged, drafted, follow[1])
         uniforms = judged.uniform(verifier.noise, "accept", self._ledger.num_passes)

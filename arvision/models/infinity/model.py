@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...checkpoint import split_placement
 from ...contracts import Conditions, Schedule
+from ...decoding.guidance import weights_are
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
@@ -182,7 +183,7 @@ class Infinity:
         """Read the captions and, where guidance needs them, the negative or null ones.
 
         Args:
-            conditions: one per image: a caption, text features [T, C], or `Prompt(caption or
+            conditions: one per image: None for no text, a caption, text features [T, C], or `Prompt(caption or
                 features, negative=...)`. Without a negative the null text is as long as the caption.
             guidance_scale: null + guidance_scale * (cond - null), at every scale alike, or a list
                 with a number for each scale. 1 everywhere costs no null rows, 0 only these.
@@ -191,12 +192,15 @@ class Infinity:
             InputError: no conditions, one that the model does not know, features of another width,
                 a negative scale, or a list of another length.
         """
-        guidance = per_scale("guidance_scale", guidance_scale, len(self.scales))
+        guidance: Any = guidance_scale
+        if not isinstance(guidance_scale, Tensor):
+            guidance = per_scale("guidance_scale", guidance_scale, len(self.scales))
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
-        prompts = [as_prompt(condition) for condition in conditions]
-        needs_null = any(weight != 1 for weight in guidance)
-        only_null = all(weight == 0 for weight in guidance)
+        null_rows = enter(self.transformer, "null_text")
+        prompts = [Prompt(null_rows) if one is None else as_prompt(one) for one in conditions]
+        needs_null = not weights_are(guidance, 1)
+        only_null = weights_are(guidance, 0)
         rows = self._features([prompt.prompt for prompt in prompts])
         if needs_null:
             nulls = self._nulls(prompts, rows)

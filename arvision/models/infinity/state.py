@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...decoding.guidance import weights_are
 from ...decoding.logits import guide
 from ...decoding.scale_state import Compute, ScaleCache
 from ...errors import InputError
@@ -32,7 +33,7 @@ class InfinityRun:
         self,
         transformer: InfinityTransformer,
         rows: TextRows,
-        guidance: Sequence[float],
+        guidance: Sequence[float] | Tensor,
         batch: int,
     ) -> None:
         self.batch, self.sizes = batch, transformer.scales
@@ -61,9 +62,13 @@ class InfinityRun:
         """Guided logits [B, n, d, 2] of a scale, whose inputs are the last of [R, T, C]."""
         last = sum(self._pyramid.counts[: scale + 1])
         angles = self._angles[last - x.shape[1] : last]
-        weight = self._guidance[scale]
+        weight: Any = self._guidance
+        if isinstance(weight, Tensor):
+            weight = weight[:, scale].to(x).view(-1, 1, 1, 1)
+        else:
+            weight = weight[scale]
         inside = bool(self._transformer.config["guidance_layer"]) and self._is_doubled
-        needs_null = self._is_doubled and not inside and weight != 1
+        needs_null = self._is_doubled and not inside and not weights_are(weight, 1)
         run: Any = {"mask": mask, "cache": cache, "compute": compute}
         logits = self._transformer(
             x,
@@ -80,11 +85,11 @@ class InfinityRun:
         return guide(conditional, null, weight)
 
     def _weights(self, scale: int, x: Tensor) -> Tensor:
-        """Guidance [T, 1] of the last tokens up to and with those of `scale`."""
+        """Guidance [T, 1] or [B, T, 1] of the last tokens up to and with those of `scale`."""
         counts = torch.tensor(self._pyramid.counts[: scale + 1])
-        weights = torch.tensor(self._guidance[: scale + 1], dtype=torch.float64)
-        weights = weights.repeat_interleave(counts)
-        return weights[-x.shape[1] :, None].to(x)
+        weights = torch.as_tensor(self._guidance, dtype=torch.float64)[..., : scale + 1]
+        weights = weights.repeat_interleave(counts, dim=-1)
+        return weights[..., -x.shape[1] :, None].to(x)
 
     def paint(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
         """The canvas after the bits [B, n, d] of a scale.

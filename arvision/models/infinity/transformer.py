@@ -314,7 +314,8 @@ class InfinityTransformer(Network):
             x = self.features(x, rows, angles, **run, last=turn)
             conditional, null = x.chunk(2)
             mixed = guide(conditional, null, guidance).repeat(2, 1, 1)
-            x = torch.where(guidance == 1, x, mixed)
+            both = guidance if guidance.dim() == 2 else guidance.repeat(2, 1, 1)
+            x = torch.where(both == 1, x, mixed)
         x = self.features(x, rows, angles, **run, first=turn or 0)
         return self.logits(x[:num_rows, -num_logits:], rows.head[:num_rows])
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...checkpoint import split_placement
 from ...contracts import Conditions
+from ...decoding.guidance import weights_are
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, padded_features
-from ..conditions import resolve_class
+from ..conditions import as_prompt, null_classes, read_classes
 from ..pixels import check_codes, read_pixels
 from .state import LlamaGenState
 from .text import clean_caption
@@ -126,9 +127,11 @@ class LlamaGen:
         """Prefill the conditions and, where guidance needs them, the null rows.
 
         Args:
-            conditions: one per image; class ids or names, or captions or caption features
-                [T_i, caption_dim].
-            guidance_scale: null + scale * (cond - null); 1 costs no null rows, 0 only these.
+            conditions: one per image: class ids, names or mixtures (see
+                `arvision.models.conditions.read_classes`), or captions, caption features
+                [T_i, caption_dim] or a `Prompt` of those with a negative; None for no condition.
+            guidance_scale: null + scale * (cond - null); 1 costs no null rows, 0 only these. Or [B, N],
+                a weight for each token of each image.
 
         Returns:
             The decode state, and guided logits [B, V] of the first token.
@@ -139,34 +142,61 @@ class LlamaGen:
         check_guidance_scale(guidance_scale)
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
-        rows, null, valid = self.rows(conditions)
-        if guidance_scale == 0:
-            rows = null
-        elif guidance_scale != 1:
+        rows, null, valid, null_valid = self._both_rows(conditions)
+        if weights_are(guidance_scale, 0):
+            rows, valid = null, null_valid
+        elif not weights_are(guidance_scale, 1):
             rows = torch.cat([rows, null])
-            valid = None if valid is None else torch.cat([valid, valid])
+            if valid is not None and null_valid is not None:
+                valid = torch.cat([valid, null_valid])
         state = LlamaGenState(self.transformer, rows, valid, guidance_scale, len(conditions))
         return state, state.prefill()
 
     def rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
         """Conditioning rows [B, P, C], null rows like them, and which count [B, P] bool (None for all)."""
-        is_text = self.transformer.is_text_conditional
-        return self._caption_rows(conditions) if is_text else self._class_rows(conditions)
+        return self._both_rows(conditions)[:3]
 
-    def _class_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _both_rows(
+        self, conditions: Conditions
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Conditioning rows and null rows [B, P, C], and which of either count (None for all)."""
+        if self.transformer.is_text_conditional:
+            return self._caption_rows(conditions)
         num_classes = self.transformer.config["num_classes"]
-        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        classes = torch.tensor(ids + [num_classes] * len(ids), device=self.device)
-        rows, null = enter(self.transformer, "class_rows", classes).chunk(2)
-        return rows, null, None
+        classes = read_classes(conditions, num_classes, self.class_names).to(self.device)
+        both = torch.cat([classes, null_classes(classes, num_classes)])
+        rows, null = enter(self.transformer, "class_rows", both).chunk(2)
+        return rows, null, None, None
 
-    def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
+    def _caption_rows(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Null rows count where the caption does; a negative caption stands in their place. Without a
+        caption the conditioning rows are null rows, and all of them count."""
+        prompts = [None if one is None else as_prompt(one) for one in conditions]
+        captions = [None if prompt is None else prompt.prompt for prompt in prompts]
+        features, counts, own = self._padded(captions)
+        counts = counts | ~own[:, None]
+        rows, null = enter(self.transformer, "caption_rows", features)
+        rows = torch.where(own[:, None, None], rows, null)
+        negatives = [None if prompt is None else prompt.negative for prompt in prompts]
+        if all(text is None for text in negatives):
+            return rows, null, counts, counts
+        features, valid, given = self._padded(negatives)
+        others = enter(self.transformer, "caption_rows", features)[0]
+        null = torch.where(given[:, None, None], others, null)
+        return rows, null, counts, torch.where(given[:, None], valid, counts)
+
+    def _padded(self, texts: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, L, C] of captions, which count [B, L], and where there is a caption [B]."""
         config = self.transformer.config
         shape = (config["caption_length"], config["caption_dim"])
         place = torch.empty(0, device=self.device, dtype=self.dtype)
-        features, valid = padded_features(conditions, self.captions, shape, place)
-        rows, null = enter(self.transformer, "caption_rows", features)
-        return rows, null, valid
+        own = torch.tensor([text is not None for text in texts], device=self.device)
+        features = place.new_zeros(len(texts), *shape)
+        valid = torch.zeros(len(texts), shape[0], dtype=torch.bool, device=self.device)
+        given = [text for text in texts if text is not None]
+        if given:
+            features[own], valid[own] = padded_features(given, self.captions, shape, place)
+        return features, valid, own
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import guide, joined_scales
+from ...decoding.logits import guide, has_weights, joined_scales, weights_at
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
@@ -28,7 +28,7 @@ class LlamaGenState:
         transformer: the network.
         rows: conditioning rows [R, P, C], R = B or 2B.
         valid: [R, P] bool, false on padding; None without padding.
-        guidance_scale: weight of the conditional logits.
+        guidance_scale: weight of the conditional logits, or one for each token of each image, [B, N].
         batch_size: B.
     """
 
@@ -75,13 +75,18 @@ class LlamaGenState:
         )
         every = torch.arange(num, device=rows.device).expand(rows.shape[0], num)
         self.cache.commit(every, torch.full_like(every[:, 0], num))
-        return self._guided(logits)[:, 0]
+        return self._guided(logits, torch.zeros_like(self.lengths)[:, None])[:, 0]
 
-    def _guided(self, logits: Tensor) -> Tensor:
+    def _guided(self, logits: Tensor, places: Tensor | None) -> Tensor:
+        """Guided logits [B, T, V] of the tokens at `places` [B, T]; None where none needs to know."""
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
-        return guide(conditional, null, self._scale)
+        return guide(conditional, null, weights_at(self._scale, places, conditional))
+
+    def _behind(self, lengths: Tensor, steps: Tensor) -> Tensor | None:
+        """Places [B, T] that follow candidates so far behind the first `lengths` [B] tokens."""
+        return lengths[:, None] + steps + 1 if has_weights(self._scale) else None
 
     def _doubled(self, tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor]) if self._is_doubled else tensor
@@ -123,7 +128,11 @@ class LlamaGenState:
                 ancestors, steps = self._doubled(ancestors), self._doubled(steps)
         self._tree = tree
         _, mask = self.cache.begin(num, ancestors)
-        return self._run(tokens, self._turns(num, steps), mask)
+        places = None
+        if has_weights(self._scale):
+            depths = torch.arange(num, device=tokens.device) if tree is None else tree.depths
+            places = self._behind(self.lengths, depths)
+        return self._run(tokens, self._turns(num, steps), mask, places)
 
     def _turns(self, num: int, depths: Tensor | None) -> Tensor:
         """The rotary table's entries of candidates at `depths` [T] or [R, T]; None for a chain."""
@@ -142,22 +151,26 @@ class LlamaGenState:
         slots = begin + steps
         if tree is None:
             mask = self.cache.begin_fixed(slots, last + 1)
-            return self._run(tokens, self._rotary[slots.clamp(max=last)], mask)
+            places = self._behind(lengths, steps)
+            return self._run(tokens, self._rotary[slots.clamp(max=last)], mask, places)
         ancestors, depths = tree.ancestors, tree.depths
         if not tree.is_shared:
             ancestors, depths = self._doubled(ancestors), self._doubled(depths)
         mask = self.cache.begin_fixed(slots, self.cache.capacity, ancestors)
-        return self._run(tokens, self._rotary[(begin + depths).clamp(max=last)], mask)
+        places = self._behind(lengths, tree.depths)
+        return self._run(tokens, self._rotary[(begin + depths).clamp(max=last)], mask, places)
 
     def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
         """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
         begin = self._doubled(lengths + self._num_conditions)
         self.cache.keep_fixed(self._doubled(path), self._doubled(counts), begin)
 
-    def _run(self, tokens: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(
+        self, tokens: Tensor, rotary: Tensor, mask: Tensor | None, places: Tensor | None
+    ) -> Tensor:
         """Guided logits [B, T, V] after the cache was told where the candidates stand."""
         fed = self._doubled(tokens)
-        return self._guided(self._transformer(fed, rotary, mask=mask, cache=self.cache))
+        return self._guided(self._transformer(fed, rotary, mask=mask, cache=self.cache), places)
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -188,7 +201,7 @@ class LlamaGenState:
         sees.scatter_(2, own, sees.gather(2, own) | ~is_padding[..., None])
         mask = self.cache.begin_at(self._doubled(slots), self._doubled(sees))
         rotary = self._rotary[self._doubled(slots).clamp(max=len(self._rotary) - 1)]
-        return self._run(tokens, rotary, mask)
+        return self._run(tokens, rotary, mask, positions + 1)
 
     def commit(self, kept: Tensor, counts: Tensor) -> None:
         """Keep some of the last candidates and forget the rest.

@@ -21,6 +21,7 @@ from ...kernels.linear import Linear
 from ...kernels.tree_attention import attend
 from ...networks import Entered, entry, place_of
 from ...schema import Layers, Positive, Side, Size
+from ..conditions import embed_mixture
 from ..network import Network
 from .convert import STRAY_KEYS, TRANSFORMER_WRAPPERS, transformer_sizes
 
@@ -330,8 +331,9 @@ class LlamaGenTransformer(Network):
 
     @entry
     def class_rows(self, class_ids: Tensor) -> Tensor:
-        """Conditioning rows [R, 1, C] of class ids [R]; `num_classes` is the null class."""
-        return self.cls_embedding(class_ids)
+        """Conditioning rows [R, 1, C] of class ids [R], or of weights [R, num_classes + 1] of classes;
+        `num_classes` is the null class."""
+        return embed_mixture(self.cls_embedding, class_ids)
 
     @entry
     def caption_rows(self, features: Tensor) -> tuple[Tensor, Tensor]:

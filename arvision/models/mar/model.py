@@ -16,7 +16,7 @@ from ...decoding.latents.schedule import Schedule
 from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
-from ..conditions import resolve_class
+from ..conditions import null_classes, read_classes
 from ..pixels import read_pixels
 from .autoencoder import MARAutoencoder
 from .convert import token_side
@@ -126,7 +126,8 @@ class MAR:
         """A state in which no latent is known.
 
         Args:
-            conditions: one per image, class ids or names.
+            conditions: one per image: class ids or names, None for no class, or mixtures, see
+                `arvision.models.conditions.read_classes`.
             guidance_scale: 1 costs no unconditional rows. The scale itself is an argument of the
                 head, since schedules change it on the way.
             order: [B, N] int64, positions in the order of drawing; row by row if None.
@@ -146,11 +147,14 @@ class MAR:
                 f"{len(conditions)} images"
             )
         num_classes = self.transformer.config["num_classes"]
-        ids = [resolve_class(c, num_classes, self.class_names) for c in conditions]
-        classes = torch.tensor(ids, device=self.device)
-        null = torch.zeros_like(classes, dtype=torch.bool)
+        classes = read_classes(conditions, num_classes, self.class_names).to(self.device)
         if guidance_scale != 1:
-            classes, null = classes.repeat(2), torch.cat([null, ~null])
+            classes = torch.cat([classes, null_classes(classes, num_classes)])
+        if classes.is_floating_point():
+            classes, null = classes[:, :num_classes], classes[:, num_classes]
+        else:
+            null = classes == num_classes
+            classes = classes.masked_fill(null, 0)
         condition = enter(self.transformer, "embed_classes", classes, null)
         return MARState(self.transformer, condition, order)
 

@@ -17,6 +17,7 @@ from ...errors import InputError
 from ...kernels.linear import Linear
 from ...networks import entry, hot_entry
 from ...schema import Count, Layers, Side, Size
+from ..conditions import embed_mixture
 from ..latent_head import HeadHolder, run_part
 from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes
@@ -127,7 +128,11 @@ class MARTransformer(Network):
 
     @entry
     def embed_classes(self, class_ids: Tensor, is_null: Tensor) -> Tensor:
-        """Conditions [R, W] of class ids [R]; the unconditional row where `is_null` [R] bool."""
+        """Conditions [R, W] of class ids [R], or of weights [R, num_classes] of classes; the
+        unconditional row where `is_null` [R] bool, added by its share where that is a number [R]."""
+        if class_ids.is_floating_point():
+            mixed = embed_mixture(self.class_emb, class_ids)
+            return mixed + is_null[:, None].to(mixed) * self.fake_latent
         return torch.where(is_null[:, None], self.fake_latent, self.class_emb(class_ids))
 
     def forward(

@@ -170,7 +170,12 @@ class NextStep:
         """Embeddings [L, W] of a condition's branches of guidance."""
         given = condition if isinstance(condition, ImagePrompt) else ImagePrompt(condition)
         pictures = [self._encode(image) for image in given.images]
-        rows = self._format.rows(given, [grid for grid, _ in pictures], is_guided)
+        if given.prompt is None and not pictures:
+            # Without a prompt stands what guidance leads away from.
+            null = self._format.rows(ImagePrompt("-", given.negative), (), True)[-1]
+            rows = [null] * (1 + is_guided)
+        else:
+            rows = self._format.rows(given, [grid for grid, _ in pictures], is_guided)
         return [
             self._embed(row.to(self.device), [tokens for _, tokens in pictures]) for row in rows
         ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...contracts import Conditions
+from ...decoding.guidance import weights_are
 from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_attention import kernels_in
 from ...decoding.transformers_cache import CacheView
@@ -227,7 +228,7 @@ class TransformersImageModel:
                 does not have.
         """
         check_guidance_scale(guidance_scale)
-        if guidance_scale != 1 and not self.has_guidance:
+        if not weights_are(guidance_scale, 1) and not self.has_guidance:
             raise InputError(f"guidance_scale {guidance_scale}: {self.family} takes 1 only")
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
@@ -240,9 +241,12 @@ class TransformersImageModel:
         """The rows of the cache, branch by branch, and the number of branches."""
         prompts = [self._prompt(condition, guidance_scale) for condition in conditions]
         conditional: list[Row] = []
-        if guidance_scale != 0:
-            conditional = [self.row(p.prompt, p.images) for p in prompts]
-        if guidance_scale == 1:
+        if not weights_are(guidance_scale, 0):
+            conditional = [
+                self.null_row(p.prompt) if _is_open(one) else self.row(p.prompt, p.images)
+                for p, one in zip(prompts, conditions, strict=True)
+            ]
+        if weights_are(guidance_scale, 1):
             return conditional, 1
         null = [
             self.null_row(p.prompt) if p.negative is None else self.row(p.negative, ())
@@ -260,13 +264,13 @@ class TransformersImageModel:
         images = list(given.images)
         if images and not self.takes_images:
             raise InputError(f"{len(images)} source images: {self.family} draws from text alone")
-        if given.negative is not None and guidance_scale == 1:
+        if given.negative is not None and weights_are(guidance_scale, 1):
             raise InputError(
                 f"negative prompt {_brief(given.negative)}: there is no guidance at guidance_scale "
                 "1" + ("" if self.has_guidance else f", and {self.family} has none")
             )
         images = [as_source(image) for image in images]
-        ids = self._ids(given.prompt, images)
+        ids = self._ids("" if given.prompt is None else given.prompt, images)
         negative = None if given.negative is None else self._ids(given.negative, ())
         return ImagePrompt(ids, negative, images)
 
@@ -366,6 +370,11 @@ def check_grids(grids: Sequence[tuple[int, int]]) -> None:
     )
     if not is_fine:
         raise InputError(f"grids {grids!r}: expected [(rows, columns), ...] of integers >= 1")
+
+
+def _is_open(condition: Any) -> bool:
+    """Whether a condition is no prompt: its row is then a null row."""
+    return condition is None or (isinstance(condition, ImagePrompt) and condition.prompt is None)
 
 
 def _brief(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import guide, joined_scales
+from ...decoding.logits import guide, has_weights, joined_scales, weights_at
 from ...decoding.transformers_attention import all_open, spread
 from ...decoding.transformers_cache import CacheView, TextSizes
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
@@ -133,16 +133,16 @@ class ImageState:
         hidden = self._model.run(inputs, positions.to(device), mask, self._seen)[:, -1:]
         every = torch.arange(num, device=device).expand(len(rows), num)
         self.cache.commit(every, torch.full_like(every[:, 0], num))
-        logits = self._guided(hidden)[:, 0]
+        logits = self._guided(hidden, torch.zeros_like(self.lengths)[:, None])[:, 0]
         check_numbers(logits)
         return logits
 
-    def _guided(self, hidden: Tensor) -> Tensor:
-        """Guided logits [B, T, V] of hidden states [R, T, C]."""
+    def _guided(self, hidden: Tensor, places: Tensor | None) -> Tensor:
+        """Guided logits [B, T, V] of hidden states [R, T, C] for tokens at `places` [B, T]."""
         logits = self._model.code_logits(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        return combine(logits, self._branches, self._scale)
+        return combine(logits, self._branches, weights_at(self._scale, places, logits))
 
     def _spread(self, rows: Tensor) -> Tensor:
         """Values [B, ...] laid out over the rows of the cache."""
@@ -202,7 +202,10 @@ class ImageState:
         hidden = self._run(codes, forced, torch.from_numpy(places), mask)
         if expansion is not None:
             hidden = _gather(hidden, torch.from_numpy(expansion.end), self._branches)
-        return self._guided(hidden)
+        following = None
+        if has_weights(self._scale):
+            following = self.lengths[:, None] + torch.from_numpy(depths).to(tokens.device) + 1
+        return self._guided(hidden, following)
 
     def _ancestors(self, shape: Topology) -> Tensor:
         """[R or 1, S, S] bool, who of the things that are fed looks at whom."""
@@ -252,7 +255,9 @@ class ImageState:
         slots = self._spread(places + self._num_prompt)
         mask = self.cache.begin_fixed(slots, self._num_prompt + self._layout.num_places)
         hidden = self._run(tokens.gather(1, own), forced, places, mask)
-        return self._guided(hidden if forced is None else _gather(hidden, ends, self._branches))
+        hidden = hidden if forced is None else _gather(hidden, ends, self._branches)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._guided(hidden, lengths[:, None] + steps + 1)
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -295,7 +300,7 @@ class ImageState:
         hidden = self._run(codes, forced, places, mask)
         if expansion is not None:
             hidden = _gather(hidden, torch.from_numpy(expansion.end), self._branches)
-        return self._guided(hidden)
+        return self._guided(hidden, positions.to(hidden.device) + 1)
 
     def _sees_at(self, visible: Tensor, own: Tensor, places: Tensor, is_padding: Tensor) -> Tensor:
         """[B, S, P + M] bool, what each thing that is fed looks at in the cache."""

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...checkpoint import split_placement
 from ...contracts import Conditions, Schedule
+from ...decoding.guidance import weights_are
 from ...decoding.logits import per_scale
 from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
 from ...networks import enter, place_of
-from ..conditions import resolve_class
+from ..conditions import null_classes, read_classes
 from ..pixels import check_codes, read_pixels
 from .state import VARRun
 from .tokenizer import VARTokenizer
@@ -123,11 +124,13 @@ class VAR:
         """Prepare the conditions and, where guidance needs them, the null rows.
 
         Args:
-            conditions: one per image, class ids or names; None for the null class.
+            conditions: one per image: class ids or names, None for the null class, or mixtures, see
+                `arvision.models.conditions.read_classes`.
             guidance_scale: at the last scale, null + guidance_scale * (cond - null); it grows
                 linearly from 1 at the first scale, as `cfg = guidance_scale - 1` of the authors'
                 sampler does. 1 costs no null rows; 0 is the unconditional model at every scale. A
-                list, with a number for each scale, is taken as it is.
+                list, with a number for each scale, is taken as it is; so is [B, K], with a row for
+                each image.
 
         Raises:
             InputError: no conditions, one that the model does not know, a negative scale, or a list
@@ -135,23 +138,21 @@ class VAR:
 
         Paper: Tian et al., "Visual Autoregressive Modeling", 2024, appendix (guidance).
         """
-        guidance = self._guidance(guidance_scale)
+        guidance: Any = guidance_scale
+        if not isinstance(guidance_scale, Tensor):
+            guidance = self._guidance(guidance_scale)
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
         num_classes = self.transformer.config["num_classes"]
-        ids = [
-            num_classes if c is None else resolve_class(c, num_classes, self.class_names)
-            for c in conditions
-        ]
-        classes = torch.tensor(ids, device=self.device)
-        null = torch.full_like(classes, num_classes)
-        if all(weight == 0 for weight in guidance):
+        classes = read_classes(conditions, num_classes, self.class_names).to(self.device)
+        null = null_classes(classes, num_classes)
+        if weights_are(guidance, 0):
             classes = null
-        elif any(weight != 1 for weight in guidance):
+        elif not weights_are(guidance, 1):
             classes = torch.cat([classes, null])
         # The tokenizer first: offloading sends the transformer away when the tokenizer is called.
         painter = enter(self.tokenizer, "painter")
-        run = VARRun(self.transformer, painter, classes, guidance, len(ids))
+        run = VARRun(self.transformer, painter, classes, guidance, len(conditions))
         return NextScaleState(run)
 
     def _guidance(self, guidance_scale: Schedule) -> list[float]:

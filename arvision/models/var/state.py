@@ -25,7 +25,7 @@ class VARRun:
         transformer: the network.
         painter: of the tokenizer.
         classes: class ids [R], R = B or 2B.
-        guidance: weight of the conditional logits at each scale; not looked at when R is B.
+        guidance: weight of the conditional logits at each scale, [K], or of each image, [B, K]; not looked at when R is B.
         batch: B.
     """
 
@@ -34,7 +34,7 @@ class VARRun:
         transformer: VARTransformer,
         painter: Painter,
         classes: Tensor,
-        guidance: Sequence[float],
+        guidance: Sequence[float] | Tensor,
         batch: int,
     ) -> None:
         self.batch = batch
@@ -65,7 +65,12 @@ class VARRun:
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
-        return guide(conditional, null, self._guidance[scale])
+        weight: Any = self._guidance
+        if isinstance(weight, Tensor):
+            weight = weight[:, scale].to(logits).view(-1, 1, 1)
+        else:
+            weight = weight[scale]
+        return guide(conditional, null, weight)
 
     def paint(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
         """The canvas after the tokens [B, n] of a scale, or vectors [B, n, D] in their place.

@@ -18,6 +18,7 @@ from ...kernels.linear import Linear
 from ...networks import entry
 from ...schema import Layers, Positive, Scales, Size
 from ..adaptive import HeadNorm, SharedProjection
+from ..conditions import embed_mixture
 from ..network import Network
 from .convert import TRANSFORMER_WRAPPERS, transformer_sizes, without_records
 from .layers import Block
@@ -162,8 +163,9 @@ class VARTransformer(Network):
 
     @entry
     def read_classes(self, class_ids: Tensor) -> tuple[Tensor, Modulations]:
-        """Conditions [R, C] of class ids [R] (`num_classes` is the null class), and what they set."""
-        conditions = self.class_emb(class_ids)
+        """Conditions [R, C] of class ids [R], or of weights [R, num_classes + 1] of classes
+        (`num_classes` is the null class), and what they set."""
+        conditions = embed_mixture(self.class_emb, class_ids)
         return conditions, self.modulations(conditions)
 
     @entry
