@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -311,6 +312,8 @@ def hub(folders, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     yield served
     served.close()
+    shutil.rmtree(os.environ["HF_HUB_CACHE"])  # of this run of the tests, see conftest.py
+    os.mkdir(os.environ["HF_HUB_CACHE"])
 
 
 @pytest.mark.parametrize("name", ["janus", "glm"])

@@ -166,7 +166,10 @@ def sample(
         ),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Picture of what is redrawn (white) and kept (black).")
+        Path | None,
+        typer.Option(
+            help="Picture of what is redrawn (white) and kept (black).", callback=expanded
+        ),
     ] = None,
     known_scales: Annotated[
         int | None, typer.Option(help="Coarse scales of --image that are kept (var, infinity).")
@@ -176,7 +179,10 @@ def sample(
     ] = False,
     preview: Annotated[
         Path | None,
-        typer.Option(help="Picture of what is drawn so far, written again and again (PNG)."),
+        typer.Option(
+            help="Picture of what is drawn so far, written again and again (PNG).",
+            callback=expanded,
+        ),
     ] = None,
     preview_every: Annotated[
         int | None, typer.Option(help="Passes between two previews; 8 unless given.")

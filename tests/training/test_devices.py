@@ -20,6 +20,7 @@ from arvision.models import MAR, VAR, VARTokenizer, VARTransformer
 from arvision.pipeline import ARPipeline
 from arvision.testing import tiny_llamagen
 from arvision.text.fitting.data import Answers, answer
+from arvision.text.fitting.eagle3 import Eagle3Training, train_eagle3
 from arvision.text.fitting.heads import HeadTraining, train_heads
 from arvision.text.fitting.judge import JudgedTokens, JudgeObjective
 from arvision.text.fitting.pseudo import PseudoTraining, train_pseudo
@@ -172,7 +173,7 @@ def test_distillation(teacher, both, tmp_path, monkeypatch):
     both(lambda out: distill(tmp_path / "tiny", out, settings, method="dd2", progress=False))
 
 
-@pytest.mark.parametrize("kind", ["heads", "ppd", "hidden_transfer", "model"])
+@pytest.mark.parametrize("kind", ["heads", "ppd", "hidden_transfer", "model", "eagle3"])
 def test_drafts_of_text(kind, both):
     texts = answer(tiny_llama(), random_prompts([6] * 6, seed=9), num_tokens=20, progress=False)
 
@@ -185,6 +186,9 @@ def test_drafts_of_text(kind, both):
             train_heads(network, texts, folder, training, progress=False)
         elif kind == "model":
             train_small_model(network, None, texts, folder, share=0.5, config=FIT, progress=False)
+        elif kind == "eagle3":
+            training = Eagle3Training(num_vocabulary=50, fit=FIT)
+            train_eagle3(network, texts, folder, training, progress=False)
         else:
             training = PseudoTraining(kind=kind, num_guesses=2, length=24, fit=FIT)
             train_pseudo(network, texts, folder, training, progress=False)
@@ -250,4 +254,5 @@ def test_no_objective_is_forgotten():
         "PseudoObjective",
         "SmallModelObjective",
         "JudgeObjective",
+        "Eagle3Objective",
     }
