@@ -92,7 +92,9 @@ def load_picture(path: Path, mode: str = "RGB") -> Any:
     from PIL import Image, UnidentifiedImageError
 
     from ..errors import InputError
+    from ..files import user_path
 
+    path = user_path(path)
     try:
         with Image.open(path) as picture:
             return picture.convert(mode)

@@ -107,20 +107,28 @@ class Eagle3Head(nn.Module):
         return torch.arange(len(offsets), device=offsets.device) + offsets
 
     def watches(self, model: Any) -> tuple[int, ...]:
+        """See `layers_of`."""
+        return self.layers_of(model.sizes.num_layers, model.sizes.hidden_size, model.vocab_size)
+
+    def layers_of(self, num: int, width: int, vocab_size: int) -> tuple[int, ...]:
         """A low, a middle and a high layer, as published, or those that the configuration names.
+
+        Args:
+            num: layers of the target.
+            width: of its hidden states.
+            vocab_size: its tokens.
 
         Raises:
             InputError: a target of another width or vocabulary, or layers that it does not have.
         """
-        num, width = model.sizes.num_layers, model.sizes.hidden_size
         if width != self.target_width:
             raise InputError(
                 f"an EAGLE-3 head for a target of width {self.target_width}: the model has {width}"
             )
-        if int(self.vocabulary.max()) >= model.vocab_size:
+        if int(self.vocabulary.max()) >= vocab_size:
             raise InputError(
                 f"the EAGLE-3 head guesses the token {int(self.vocabulary.max())}: the model has "
-                f"{model.vocab_size}"
+                f"{vocab_size}"
             )
         named = (getattr(self.config, "eagle_config", None) or {}).get(
             "eagle_aux_hidden_state_layer_ids"

@@ -14,7 +14,6 @@ from transformers import LlamaConfig
 from ...errors import InputError, unknown_name
 from ...training.llamagen_draft import DIVERGENCES, divergence
 from ...training.loop import Chance, FitConfig, Objective, fit
-from .. import HFCausalLM
 from ..drafters.eagle3 import Eagle3Head, save_eagle3
 from ..layers import find_layers, watching
 from .data import Answers, frequent_tokens
@@ -179,8 +178,9 @@ class Eagle3Objective(Objective):
         self.head, self._settings = head, training
         self._embedding = network.get_input_embeddings().weight.detach()
         self._output = network.get_output_embeddings().weight.detach()[head.vocabulary]
-        layers = head.watches(HFCausalLM(network))
         last = len(getattr(*find_layers(network)))
+        vocab_size, width = self._embedding.shape
+        layers = head.layers_of(last, width, vocab_size)
         self._texts: list[tuple[Tensor, Tensor, Tensor, int]] = []
         pairs = list(zip(answers.texts, answers.starts, strict=True))
         for whole, start in tqdm(pairs, disable=not progress, desc="features"):
