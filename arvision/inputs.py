@@ -115,12 +115,12 @@ def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[Ima
     is_ids = isinstance(prompt, Tensor) and prompt.dim() == 1
     is_ids |= isinstance(prompt, (list, tuple)) and any(isinstance(one, int) for one in prompt)
     is_one = is_ids or isinstance(prompt, (str, ImagePrompt)) or prompt is None
-    prompts: list[Any] = [prompt] if is_one else list(prompt)  # pyright: ignore[reportArgumentType]
+    prompts = [prompt] if is_one else _listed("prompt", prompt)
     if not prompts:
         raise InputError("no prompt: expected at least one")
     negatives = [negative] * len(prompts)
     if negative is not None and not isinstance(negative, (str, Tensor)):
-        negatives = list(negative)
+        negatives = _listed("negative prompt", negative)
     images = [()] * len(prompts)
     if image is not None:
         listed = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -133,6 +133,14 @@ def as_prompts(prompt: Any, negative: Any = None, image: Any = None) -> list[Ima
         _joined(one, own or None, pictures)
         for one, own, pictures in zip(prompts, negatives, images, strict=True)
     ]
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if isinstance(given, dict) or not hasattr(given, "__iter__"):
+        raise InputError(
+            f"{name} {str(given)[:80]!r}: expected a text, ids [L], an ImagePrompt or a list of those"
+        )
+    return list(given)
 
 
 def _is_nested(images: list[Any]) -> bool:
