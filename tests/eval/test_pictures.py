@@ -122,10 +122,14 @@ def test_other_modes_are_what_pillow_converts(tmp_path, mode):
     picture = PICTURE.convert(mode)
     name = "a.tif" if mode in ("CMYK", "YCbCr") else "a.png"
     save(tmp_path / name, picture)
+    try:
+        wanted = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+    except OSError:
+        pytest.skip("Pillow before 13 does not read the YCbCr that it wrote")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = pixels(tmp_path / name, allow_jpeg=True)
-    assert np.array_equal(found, np.asarray(Image.open(tmp_path / name).convert("RGB")))
+    assert np.array_equal(found, wanted)
     assert bool(said) is (mode not in ("1", "L"))
 
 

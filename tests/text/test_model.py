@@ -255,6 +255,10 @@ def test_falcon_with_one_head_of_keys():
         assert out.tokens == expected
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="Dynamo of torch 2.6 loses a name of transformers' modules that give hidden states",
+)
 def test_compiled_and_offloaded_networks_answer_as_they_are():
     def small() -> Any:
         return tiny_llama(num_hidden_layers=1)
