@@ -12,7 +12,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
-from ..networks import place_of
+from ..networks import enter, place_of
 
 SLACK = 1e-3
 """How far a float pixel may lie outside of [-1, 1]: what half precision rounds 1 to, and more."""
@@ -46,6 +46,17 @@ def read_pixels(
         size: likewise.
     """
     return pixels_of(images, multiple=multiple, size=size).to(place_of(like), like.dtype)
+
+
+class EncodesPixels:
+    """Mixin of models whose `tokenizer` has the entry `encode_pixels`, see `arvision.contracts.Encodes`."""
+
+    tokenizer: Any
+
+    @torch.no_grad()
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Tokens [B, N, ...] of pixels [B, 3, H, W] in [-1, 1]."""
+        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
 
 def pixels_of(images: Any, *, multiple: int = 1, size: tuple[int, int] | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from ..models import GlmImage
 from ..models.pixels import written
 from ..pipeline import ARPipeline
 from ..previews import check_preview, preview
-from ..samplers import get_sampler
+from ..samplers import SAMPLERS, get_sampler
 from ..samplers.base import parse_sampler
 from .engine import Engine
 from .limits import Limits
@@ -140,9 +140,10 @@ class Studio:
     def _sampler(self, spec: str | None, changes: dict[str, Any]) -> Any:
         if spec is None:
             return self.pipe.sampler.with_options(**changes) if changes else self.pipe.sampler
-        own = parse_sampler(spec)[1]
+        kind, own = parse_sampler(spec)
+        sampler = SAMPLERS[kind]
         for name in own:
-            if name.endswith("_file") or name in ("draft", "teacher"):
+            if name in sampler.local_files or name in sampler.needs:
                 raise InputError(f"sampler {spec!r}: {name} is for the server to say")
         chosen = get_sampler(spec)
         law = {name: self.pipe.config[name] for name in ("temperature", "top_k", "top_p")}

@@ -204,6 +204,14 @@ def _noise(words, position, use, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _better(score, token, best, index):
+    """The best score so far and its token, the first of equal ones."""
+    top = tl.max(score, 0)
+    where = tl.min(tl.where(score == top, token, 1 << 40), 0)
+    return tl.maximum(top, best), tl.where(top > best, where, index)
+
+
+@triton.jit
 def _gumbel(
     cond, null, tops, cuts, lasts, log_sums, identity, use, scores, tokens, size, scale,
     temperature, num_splits,
@@ -222,10 +230,7 @@ def _gumbel(
         )  # fmt: skip
         noise = _noise(identity + row * 4, tl.load(identity + row * 4 + 3), use, first, BLOCK)
         score = logp + noise.to(tl.float32)
-        top = tl.max(score, 0)
-        where = tl.min(tl.where(score == top, token, 1 << 40), 0)
-        index = tl.where(top > best, where, index)
-        best = tl.maximum(top, best)
+        best, index = _better(score, token, best, index)
     tl.store(scores + row * num_splits + split, best)
     tl.store(tokens + row * num_splits + split, index)
 
@@ -246,10 +251,7 @@ def _draw(
         token = first + tl.arange(0, BLOCK)
         score = tl.load(base + token, mask=token < size, other=float("-inf"))
         score += _noise(words + law // num * 3, position, 0, first, BLOCK).to(DTYPE)
-        top = tl.max(score, 0)
-        where = tl.min(tl.where(score == top, token, 1 << 40), 0)
-        index = tl.where(top > best, where, index)
-        best = tl.maximum(top, best)
+        best, index = _better(score, token, best, index)
     tl.store(scores + law * num_splits + split, best)
     tl.store(tokens + law * num_splits + split, index)
 

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, text_features
 from ..conditions import Prompt, as_prompt
-from ..pixels import read_pixels
+from ..pixels import EncodesPixels
 from .convert import is_patched, split_sizes
 from .schedules import Scales, scale_schedule
 from .state import InfinityRun
@@ -26,7 +26,7 @@ from .tokenizer import InfinityTokenizer, check_bits
 from .transformer import InfinityTransformer
 
 
-class Infinity:
+class Infinity(EncodesPixels):
     """An Infinity transformer with its image tokenizer; see `arvision.contracts.ScaleModel`.
 
     Tokens are bits [B, L, d] of 0 and 1, all scales coarse to fine.
@@ -237,11 +237,6 @@ class Infinity:
     def picture_size(self) -> tuple[int, int]:
         """Height and width of a picture, in pixels."""
         return self.tokenizer.picture_size
-
-    @torch.no_grad()
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
-        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:

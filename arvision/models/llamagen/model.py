@@ -17,14 +17,14 @@ from ...errors import InputError
 from ...networks import enter, place_of
 from ..captions import CaptionEncoder, padded_features
 from ..conditions import as_prompt, null_classes, read_classes
-from ..pixels import check_codes, read_pixels
+from ..pixels import EncodesPixels, check_codes
 from .state import LlamaGenState
 from .text import clean_caption
 from .tokenizer import LlamaGenTokenizer
 from .transformer import LlamaGenTransformer
 
 
-class LlamaGen:
+class LlamaGen(EncodesPixels):
     """A LlamaGen transformer with its image tokenizer; see `arvision.contracts.TokenModel`.
 
     Args:
@@ -204,11 +204,6 @@ class LlamaGen:
         rows, columns = self.grid
         factor = self.tokenizer.downsample_factor
         return rows * factor, columns * factor
-
-    @torch.no_grad()
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
-        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

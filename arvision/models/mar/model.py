@@ -17,7 +17,7 @@ from ...decoding.logits import check_guidance_scale
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import null_classes, read_classes
-from ..pixels import read_pixels
+from ..pixels import EncodesPixels
 from .autoencoder import MARAutoencoder
 from .convert import token_side
 from .law import MARHead
@@ -25,7 +25,7 @@ from .state import MARState
 from .transformer import MARTransformer
 
 
-class MAR:
+class MAR(EncodesPixels):
     """A MAR transformer with its autoencoder; see `arvision.contracts.ContinuousModel`.
 
     Args:
@@ -163,11 +163,6 @@ class MAR:
         """Height and width of a picture, in pixels."""
         rows, columns = self.grid
         return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
-
-    @torch.no_grad()
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
-        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

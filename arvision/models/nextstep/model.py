@@ -15,7 +15,7 @@ from ...errors import CheckpointError, InputError
 from ...files import user_path
 from ...networks import enter, place_of
 from ..conditions import ImagePrompt
-from ..pixels import read_pixels
+from ..pixels import EncodesPixels, read_pixels
 from .autoencoder import NextStepAutoencoder
 from .law import FlowSteps, NextStepHead
 from .prompt import Captions, PromptFormat
@@ -25,7 +25,7 @@ from .transformer import NextStepTransformer
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
-class NextStep:
+class NextStep(EncodesPixels):
     """NextStep-1 or 1.1 with its autoencoder; see `arvision.contracts.ContinuousModel`.
 
     Latents are drawn in raster order, each from what a language model makes of the prompt and the
@@ -210,11 +210,6 @@ class NextStep:
         """Height and width of a picture, in pixels."""
         rows, columns = self.grid
         return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
-
-    @torch.no_grad()
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
-        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

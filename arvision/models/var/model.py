@@ -17,13 +17,13 @@ from ...decoding.scale_state import NextScaleState
 from ...errors import InputError
 from ...networks import enter, place_of
 from ..conditions import null_classes, read_classes
-from ..pixels import check_codes, read_pixels
+from ..pixels import EncodesPixels, check_codes
 from .state import VARRun
 from .tokenizer import VARTokenizer
 from .transformer import VARTransformer
 
 
-class VAR:
+class VAR(EncodesPixels):
     """A VAR transformer with its image tokenizer; see `arvision.contracts.ScaleModel`.
 
     Even its tokens need the tokenizer: what the network is fed at a scale is the canvas that the
@@ -168,11 +168,6 @@ class VAR:
         """Height and width of a picture, in pixels."""
         side = self.scales[-1] * self.tokenizer.downsample_factor
         return side, side
-
-    @torch.no_grad()
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] to tokens, see `arvision.contracts.Encodes`."""
-        return enter(self.tokenizer, "encode_pixels", read_pixels(pixels, self.tokenizer))
 
     @torch.no_grad()
     def decode_part(self, tokens: Tensor, is_final: Tensor) -> Tensor:

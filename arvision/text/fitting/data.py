@@ -20,6 +20,9 @@ from .. import HFCausalLM
 from ..chat import chat_ids
 from ..stop import TextEnd
 
+HELD_OUT = 0.1
+"""Share of the answers or examples that a fit never sees."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -154,6 +157,11 @@ def head_examples(
         begin = end
     tokens = torch.tensor([token for text, start in texts for token in text[start:]])
     return HeadExamples(hidden, tokens, torch.cat(places), num_heads)
+
+
+def num_held_out(num: int) -> int:
+    """How many of `num` answers or examples a fit never sees, at least one."""
+    return max(1, int(HELD_OUT * num))
 
 
 def frequent_tokens(answers: Answers, num: int) -> Tensor:

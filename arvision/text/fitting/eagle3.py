@@ -16,10 +16,7 @@ from ...training.llamagen_draft import DIVERGENCES, divergence
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.eagle3 import Eagle3Head, save_eagle3
 from ..layers import find_layers, watching
-from .data import Answers, frequent_tokens
-
-HELD_OUT = 0.1
-"""Share of the answers that a fit never sees."""
+from .data import Answers, frequent_tokens, num_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +289,7 @@ def train_eagle3(
     """
     training = training or Eagle3Training()
     torch.manual_seed(training.fit.seed)
-    num_held = max(1, int(HELD_OUT * len(answers.texts)))
+    num_held = num_held_out(len(answers.texts))
     if num_held >= len(answers.texts):
         raise InputError(f"{len(answers.texts)} answers: expected at least 2")
     held, learn = (

@@ -13,10 +13,7 @@ from ...errors import InputError, unknown_name
 from ...training.llamagen_draft import DIVERGENCES, divergence
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.heads import DraftHeads, make_heads, save_heads
-from .data import Answers, HeadExamples, frequent_tokens, head_examples
-
-HELD_OUT = 0.1
-"""Share of the examples that a fit never sees."""
+from .data import Answers, HeadExamples, frequent_tokens, head_examples, num_held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +149,7 @@ def train_heads(
     vocabulary = frequent_tokens(answers, training.num_vocabulary).to(output.device)
     examples = head_examples(network, answers, training.num_heads, progress=progress)
     num_examples = len(examples.places)
-    num_held = max(1, int(HELD_OUT * num_examples))
+    num_held = num_held_out(num_examples)
     if num_held == num_examples:
         raise InputError(f"{num_examples} examples: expected more answers, or longer ones")
     learn = replace(examples, places=examples.places[num_held:])
