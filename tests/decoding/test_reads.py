@@ -45,7 +45,7 @@ DRAFTERS = {
     "jacobi": 1,
     "layer_skip": 1,
     "nested_exit": 1,
-    "superposed": 4,  # every level of its drafts is told apart by bigrams on the host
+    "superposed": 4,  # every level of its drafts is told apart by n-grams on the host
     "heads": 1,
     "chain": 1,
     "dyspec": 1,

@@ -253,7 +253,7 @@ def test_superposed_paths_are_the_beam_where_one_path_is_fed():
     one = arvision.generate(
         network,
         ids,
-        drafter=Superposed(num_paths=1, depth=4, skip=0.0, bigram_weight=0.0),
+        drafter=Superposed(num_paths=1, depth=4, skip=0.0, alpha=0.0),
         max_new_tokens=41,
     )
     assert one.stats.tokens_per_pass == pytest.approx(5, abs=0.01)
@@ -261,14 +261,14 @@ def test_superposed_paths_are_the_beam_where_one_path_is_fed():
         arvision.generate(
             network,
             ids,
-            drafter=Superposed(num_paths=k, depth=4, bigram_weight=0.4),
+            drafter=Superposed(num_paths=k, depth=4, alpha=0.4),
             max_new_tokens=41,
         ).stats.forward_passes
         for k in (1, 4)
     ]
     assert passes[1] <= passes[0]
-    with pytest.raises(InputError, match="bigram_weight 2"):
-        Superposed(bigram_weight=2)
+    with pytest.raises(InputError, match="alpha 2"):
+        Superposed(alpha=2)
 
 
 def test_nested_exits_stop_at_the_first_sure_one():
