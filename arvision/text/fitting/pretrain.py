@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...decoding.transformers_cache import TextSizes
 from ...errors import InputError
-from ...files import read_regular, user_path
+from ...files import user_path
+from ...schema import read_text
 from ...training.loop import Chance, Objective
 
 MOST_TEXT = 1 << 30
@@ -32,13 +33,7 @@ def own_texts(path: Path) -> list[str]:
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     if not files:
         raise InputError(f"{path}: expected a file of text or a folder with some")
-    texts = []
-    for file in files:
-        try:
-            texts.append(read_regular(file, MOST_TEXT))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file}: expected UTF-8 text ({error})") from error
-    return texts
+    return [read_text(file, MOST_TEXT) for file in files]
 
 
 def text_blocks(texts: Sequence[str], tokenizer: Any, length: int = BLOCK) -> Tensor:

@@ -127,9 +127,7 @@ class SmallModelObjective(Objective):
         training: settings; the divergence must be one of `DIVERGENCES`.
     """
 
-    def __init__(
-        self, draft: Any, network: Any, answers: Answers, training: SmallTraining
-    ) -> None:
+    def __init__(self, draft: Any, network: Any, answers: Answers, training: SmallTraining) -> None:
         super().__init__()
         self.draft, self._frozen = draft, (network,)
         self._answers, self._training = answers, training
@@ -258,9 +256,7 @@ def train_small_model(
     seconds, pilots = 0.0, {}
     if blocks is not None:
         stage = PretrainObjective(draft, blocks)
-        log = fit(
-            stage, training.pretrain_fit, out / "pretrain", device=device, progress=progress
-        )
+        log = fit(stage, training.pretrain_fit, out / "pretrain", device=device, progress=progress)
         seconds += log[-1]["seconds"]
     if training.divergence == "auto":
         short = replace(training.fit, steps=max(1, training.fit.steps // 4))
