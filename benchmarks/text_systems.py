@@ -93,6 +93,12 @@ TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "ADED without its search: the likeliest way",
+        '`drafter="trigram"`, options `exploration=0`, `rate=0`',
+        "trigram, likeliest way",
+        "yes",
+    ),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
     (
@@ -104,7 +110,7 @@ TABLE = (
     ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
     (
         "Superposed Decoding",
-        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        '`drafter="superposed"` (n-grams of the text itself); as k suggestions: `arvision.complete`',
         "superposed",
         "yes, verified here",
     ),
@@ -183,7 +189,19 @@ TABLE = (
         "yes",
     ),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
-    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    (
+        "DySpec, temperature 1",
+        'expansion "dyspec_drawn" (siblings drawn without replacement, as published), rule '
+        '"without_replacement"',
+        "dyspec drawn, temperature 1",
+        "yes",
+    ),
+    (
+        "DySpec's tree under the run's own noise, temperature 1",
+        'expansion "dyspec", judged by the Gumbel walk',
+        "dyspec, temperature 1",
+        "yes",
+    ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
     ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
@@ -338,6 +356,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "rule_options": {"head": fits("judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "dyspec drawn, temperature 1": lambda: drawn("without_replacement", "dyspec_drawn"),
+        "trigram, likeliest way": lambda: {
+            "drafter": "trigram",
+            "drafter_options": {"exploration": 0.0, "rate": 0.0},
+        },
         "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),

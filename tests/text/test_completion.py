@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_an_end_token_finishes_a_continuation_and_leaves_the_others(network):
 
 
 def test_bad_input_is_named_before_the_first_pass(network):
-    for options, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"k": 0}, "k 0"),
         ({"k": 65}, "k 65"),
         ({"alpha": 2}, "alpha 2: expected a number from 0 to 1"),
@@ -130,7 +131,8 @@ def test_bad_input_is_named_before_the_first_pass(network):
         ({"ngrams": 7}, "ngrams 7: expected a file of text"),
         ({"ngrams": "none.txt"}, "ngrams none.txt"),
         ({"max_new_tokens": 10_000}, "positions"),
-    ):
+    ]
+    for options, message in wrong:
         with pytest.raises(InputError, match=message):
             arvision.complete(network, PROMPT, **options)
     with pytest.raises(InputError, match="2 prompts: expected one, which gets 3"):
