@@ -184,7 +184,7 @@ class HFState:
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
-        with self._altered(), edited(self._network, *edit):
+        with self._altered(), edited(self._network, edit):
             return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()
