@@ -545,7 +545,7 @@ def test_heads_of_text_models(tmp_path, option, value, words):
     [
         ("num_guesses", 10**6, "num_guesses 1000000"),
         ("num_guesses", 2.5, "num_guesses 2.5"),
-        ("num_guesses", 3, "is missing"),
+        ("num_guesses", 3, "expected 3, one for each guess"),
         ("layers", [1, -1], "-1"),
         ("layers", [1], "expected 2, one for each guess"),
         ("kind", [], "kind []"),

@@ -148,7 +148,9 @@ def fit_draft(
                 f"{name} {settings[name]!r} with kind {kind!r}: it would have no effect"
             )
     if num_ensemble is not None and (kind != "ppd" or num_ensemble < 1):
-        raise InputError(f"num_ensemble {num_ensemble} with kind {kind!r}: expected kind 'ppd', >= 1")
+        raise InputError(
+            f"num_ensemble {num_ensemble} with kind {kind!r}: expected kind 'ppd', >= 1"
+        )
     num_heads, divergence = num_heads or 3, divergence or "forward_kl"
     sizes = {"steps": steps, "batch_size": batch_size}
     changed = {name: value for name, value in sizes.items() if value is not None}

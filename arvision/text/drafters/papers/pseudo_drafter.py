@@ -21,7 +21,7 @@ from ..base import TextDrafter, register
 from .guess_tree import SIZES, GuessTree, Rates, best_size, dynamic_trees, unit_trees
 from .pseudo import NUM_RANKS, load_pseudo
 
-SHAPES = ("tree", "unit")
+SHAPES = ("tree", "chain", "unit")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class PseudoDrafter(TextDrafter):
     Shapes: "tree" holds the guesses most often right in combination, by the acceptances that were
     measured when the pseudo tokens were fitted, and its candidates carry the next pseudo tokens where
     they are worth the most; its size is that of the most tokens per second by what passes cost on
-    this machine. "unit" is a chain of the best guesses up to the first whose confidence is below
+    this machine. "chain" is the same with first guesses alone. "unit" is a chain of the best guesses up to the first whose confidence is below
     `threshold`: with rule "unverified" it becomes text unseen, with any other one the target verifies
     it.
 
@@ -159,11 +159,12 @@ class PseudoDrafter(TextDrafter):
         state.pseudo = self.module.vectors().detach()
         self._states = [0] * len(self.histories)
         self._guesses: Tensor | None = None
-        ranks = self.module.ranks[:, : self.vocab_size].double().nan_to_num(nan=0.0).clamp(0, 1)
-        self._rates: Rates = tuple(map(tuple, ranks.cummin(dim=1).values.tolist()))
+        self._layout: Layout | None = None
         self._width = min(NUM_RANKS, self.vocab_size) if self.shape == "tree" else 1
+        ranks = self.module.ranks[:, : self._width].double().nan_to_num(nan=0.0).clamp(0, 1)
+        self._rates: Rates = tuple(map(tuple, ranks.cummin(dim=1).values.tolist()))
         self._size = self.num_draft
-        if self._given is None and self.shape == "tree":
+        if self._given is None and self.shape != "unit":
             rows = len(self.histories)
             costs = self._costs or CostTable(width_costs(state.model, rows))
             members = self.module.num_ensemble
@@ -172,7 +173,7 @@ class PseudoDrafter(TextDrafter):
     def trees(self, num: int) -> tuple[GuessTree, ...]:
         """A tree of at most `num` places for each number of guesses at hand."""
         count, members = self.module.num_guesses, self.module.num_ensemble
-        if self.shape == "tree":
+        if self.shape != "unit":
             return dynamic_trees(self._rates, num, members)
         trees = unit_trees(count, members, self.rule != "unverified")
         fitting = [tree for tree in trees if tree.size <= num]
@@ -194,7 +195,12 @@ class PseudoDrafter(TextDrafter):
             found = self._guesses.flatten(1).gather(1, guesses.clamp(min=0))
             drafts = torch.where(guesses >= 0, found, drafts)
         owners, numbers = (part.expand(len(tokens), -1) for part in (layout.owners, layout.numbers))
-        return TokenTree(drafts, parents=layout.parents, edit=self.module.edit(owners, numbers))
+        return TokenTree(
+            drafts,
+            parents=layout.parents,
+            edit=self.module.edit(owners, numbers),
+            num_levels=self.module.num_guesses,
+        )
 
     def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
         """Read the guesses behind each row's last accepted candidate; how many there are."""
