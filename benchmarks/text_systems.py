@@ -9,7 +9,7 @@ is fitted first by `arvision.training` on the model's own answers to prompts tha
 (settings below; small on purpose: minutes on two cores) when it is first asked for, and kept in --runs, so that
 a second call only measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
 pass are over all prompts of a kind, the pass that reads the prompt left out; CPU time is per token, over all prompts;
-memory is the most that lay beside the weights while the first prompt was answered.
+memory is the most that lay beside the weights while the first prompt was read and answered with eight tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -66,9 +67,16 @@ FITS: dict[str, dict[str, Any]] = {
     "eagle3": {"steps": 250},
     "ppd": {},
     "hidden_transfer": {},
-    "model": {},
+    "model": {"steps": 250},
+    # Pilots take a quarter of the steps each: as many steps in all as "model".
+    "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 150, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
     "judge": {},
 }
+PROFILED = 8
+"""Tokens of the draw whose memory is counted: a profile of many takes gigabytes itself."""
+
 FACTS = (
     ("What is the capital of {}?", "The capital of {} is {}."),
     ("Name the main city of {}.", "The main city of {} is {}."),
@@ -154,12 +162,19 @@ TABLE = (
     ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
     ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
     (
-        "DistillSpec, FastDraft: a draft model, chain",
-        "`train-draft --kind model`, `--divergence ...` (from the target's own layers, on its "
-        'answers; no pre-training); `drafter="draft_model"`, expansion "chain"',
+        "a draft model from the target's layers, chain",
+        '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
         "yes",
     ),
+    (
+        "DistillSpec",
+        "`train-draft --kind model --divergence auto --on-policy 0.5`",
+        "distillspec",
+        "yes",
+    ),
+    ("a fresh draft model", "`train-draft --kind model --start fresh`", "fresh draft", "yes"),
+    ("FastDraft", "`train-draft --kind model --pretrain TEXTS`", "fastdraft", "yes"),
     ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
     (
         "SpecDec++",
@@ -239,15 +254,18 @@ class Fits:
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        settings = {"kind": kind} | FITS[kind]
+        if settings.pop("pretrain", False):
+            settings["pretrain"] = self.runs / "texts.txt"
+            settings["pretrain"].write_text("\n\n".join(topics[name] for name in sorted(topics)))
         figures = fit_draft(
             str(model_file()),
             marked if kind == "judge" else prompts,
             out,
-            kind,
             answer_tokens=None if kind == "judge" else 64,
             dtype=torch.bfloat16,
             progress=False,
-            **FITS[kind],
+            **settings,
         )
         if (out / "answers.json").exists():
             shutil.copy(out / "answers.json", answers)
@@ -261,8 +279,8 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     def draft(folder: Path) -> Any:
         return as_draft(str(folder), tokens, "cpu", torch.float32)
 
-    def tree(expansion: str, **options: Any) -> DraftTree:
-        return DraftTree(draft(fits("model")), expansion=expansion, **options)
+    def tree(expansion: str, kind: str = "model", **options: Any) -> DraftTree:
+        return DraftTree(draft(fits(kind)), expansion=expansion, **options)
 
     chain = {"branching": (1, 1, 1, 1)}
     greedy = {
@@ -306,6 +324,9 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
+        "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
+        "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
+        "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
@@ -345,7 +366,7 @@ def measure(
                 network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
             )
 
-        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=tokens))
+        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:
             made = passes = 0
