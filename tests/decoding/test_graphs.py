@@ -28,6 +28,7 @@ SAMPLERS = [
     "sjd:window=9:coupling=independent",
     "sjd:window=9:tree=drift:init=above",
     "sjd:window=9:tree=static:coupling=maximal",
+    "sjd:window=5:init=above",
     "gsd",
     "lantern",
 ]
