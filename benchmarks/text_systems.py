@@ -65,7 +65,7 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
     "eagle3": {"steps": 250},
-    "ppd": {},
+    "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
     "model": {"steps": 250},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
@@ -154,14 +154,26 @@ TABLE = (
         "yes",
     ),
     (
-        "prompt tokens, after PPD",
-        "`train-draft --kind ppd` (chains of guesses, no ensemble, no tree)",
+        "PPD's prompt tokens, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "ppd, chain",
+        "yes",
+    ),
+    (
+        "PPD",
+        "`train-draft --kind ppd --num-ensemble 2` (tree by measured acceptance and pass costs)",
         "ppd",
         "yes",
     ),
     (
-        "hidden transfer at one layer",
-        "`train-draft --kind hidden_transfer` (chains)",
+        "hidden transfer, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "hidden_transfer, chain",
+        "yes",
+    ),
+    (
+        "hidden transfer",
+        "`train-draft --kind hidden_transfer` (a layer for each guess, tree)",
         "hidden_transfer",
         "yes",
     ),
@@ -316,13 +328,9 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "nested_exit",
         )
     }
-    pseudo = {
-        kind: lambda kind=kind: {
-            "drafter": "pseudo",
-            "drafter_options": {"module": str(fits(kind))},
-        }
-        for kind in ("ppd", "hidden_transfer")
-    }
+
+    def pseudo(kind: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
     def heads(kind: str, **options: Any) -> dict[str, Any]:
         folder = str(fits(kind))
@@ -334,7 +342,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         **greedy,
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
-        **pseudo,
+        **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
+        **{
+            f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
+            for kind in ("ppd", "hidden_transfer")
+        },
         "eagle3": lambda: {
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},

@@ -45,6 +45,7 @@ class HFState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "hidden", "features", "_prompts", "_fed", "_tree")
 
     def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
         sizes, device = model.sizes, model.device
@@ -193,7 +194,7 @@ class HFState:
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
-        with self._altered(), edited(self._network, *edit):
+        with self._altered(), edited(self._network, edit):
             return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()
