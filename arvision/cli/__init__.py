@@ -21,6 +21,7 @@ from . import (
     convert,
     distill,
     doctor,
+    finetune,
     generate,
     models,
     sample,
@@ -49,6 +50,7 @@ convert.add_to(app)
 train.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
+finetune.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 

@@ -293,7 +293,7 @@ def tell_fall(found: dict[str, Any]) -> None:
     """Warn of a training that taught nothing."""
     if not found["best"] < found["first"]:
         warnings.warn(
-            f"the loss on held-out pictures did not fall ({found['first']:.3f} untrained, "
+            f"the loss on held-out pictures did not fall ({found['first']:.3f} at first, "
             f"{found['last']:.3f} in the end): expected more steps or more pictures",
             stacklevel=2,
         )

@@ -134,6 +134,7 @@ def pack_pictures(
     captions: str | Path | None = None,
     is_unconditional: bool = False,
     seed: int = 0,
+    most_side: int = MOST_SIDE,
     progress: bool = True,
 ) -> None:
     """Read the pictures of a folder and write them, cropped, into `place`.
@@ -147,6 +148,7 @@ def pack_pictures(
             are left out.
         is_unconditional: whether subfolders are no classes.
         seed: of the order.
+        most_side: what `side` may be.
         progress: show a bar on stderr.
 
     Raises:
@@ -156,7 +158,7 @@ def pack_pictures(
     path = user_path(folder)
     if not path.is_dir():
         raise InputError(f"data {folder}: expected a folder of pictures")
-    check_count("size", side, MOST_SIDE)
+    check_count("size", side, most_side)
     source = OwnSource(path, side)
     names = [entry.inside for entry in source.entries]
     kept: Sequence[int] = range(len(names))
