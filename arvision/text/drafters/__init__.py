@@ -6,7 +6,7 @@ from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
-from .papers.pseudo import PseudoDrafter
+from .papers.pseudo_drafter import PseudoDrafter
 from .papers.retrieved import Retrieved, RetrievedContext
 from .papers.self_draft import LayerSkip, NestedExit
 from .papers.superposed import Superposed
