@@ -289,38 +289,44 @@ def topology_of(
     return Topology(depths, ancestors, parents + 1, num_levels or num, most_children=most_children)
 
 
-def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
+def best_tree(
+    acceptance: Sequence[float] | Sequence[Sequence[float]], num: int, max_depth: int
+) -> Tensor:
     """Parents [num] of the tree with the most expected accepted drafts.
 
-    The k-th best guess at any place is taken to be right with probability `acceptance[k]`,
-    whatever its place; a candidate is then accepted with the product along its path, and the best
+    The k-th best guess at any place is taken to be right with the probability of its rank, at any
+    level or at its own; a candidate is then accepted with the product along its path, and the best
     tree of n candidates holds the n largest products. Siblings stand in the order of their rank.
 
     Args:
-        acceptance: probabilities by rank, descending.
+        acceptance: probabilities by rank, descending; or such a list for each level, of which the
+            last one holds for all further levels.
         num: candidates.
         max_depth: levels at most.
 
     Paper: Chen et al., "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding", 2024,
     section 3.1 (there by dynamic programming; with positional acceptance the greedy choice is
-    the same tree).
+    the same tree); Cai et al., "Medusa", 2024, section 2.3.3 (ranks measured for each head).
     """
     import heapq
 
-    # (minus the product, order of entry, depth, rank, parent in `parents`)
-    heap = [(-acceptance[0], 0, 0, 0, -1)]
+    levels = [row for row in acceptance if isinstance(row, Sequence)] or [acceptance]
+    ranks: list[Any] = [levels[min(level, len(levels) - 1)] for level in range(max_depth)]
+    # (minus the product, order of entry, depth, rank, parent in `parents`, minus its product)
+    heap = [(-ranks[0][0], 0, 0, 0, -1, -1.0)]
     parents: list[int] = []
     entered = 1
     while heap and len(parents) < num:
-        value, _, depth, rank, parent = heapq.heappop(heap)
+        value, _, depth, rank, parent, above = heapq.heappop(heap)
         own = len(parents)
         parents.append(parent)
-        if rank + 1 < len(acceptance):
-            sibling = value / acceptance[rank] * acceptance[rank + 1]
-            heapq.heappush(heap, (sibling, entered, depth, rank + 1, parent))
+        if rank + 1 < len(ranks[depth]):
+            sibling = above * ranks[depth][rank + 1]
+            heapq.heappush(heap, (sibling, entered, depth, rank + 1, parent, above))
             entered += 1
         if depth + 1 < max_depth:
-            heapq.heappush(heap, (value * acceptance[0], entered, depth + 1, 0, own))
+            child = value * ranks[depth + 1][0]
+            heapq.heappush(heap, (child, entered, depth + 1, 0, own, value))
             entered += 1
     return torch.tensor(parents, dtype=torch.int64)
 

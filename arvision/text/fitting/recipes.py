@@ -113,7 +113,7 @@ def fit_draft(
     heads = HeadTraining(
         kind=kind if kind in KINDS else "hydra", num_heads=num_heads, divergence=divergence
     )
-    heads = replace(heads, fit=replace(heads.fit, **changed))
+    heads = replace(heads, fit=replace(heads.config, **changed))
     pseudo = PseudoTraining(
         kind=kind if kind in ("ppd", "hidden_transfer") else "ppd",
         num_guesses=num_heads,
