@@ -53,7 +53,7 @@ class FixedStep:
         run: the ledger.
         images: [A] int64, which images of the run these are.
         noise: of these images.
-        window: candidates of each image, the root included.
+        wanted: candidates that are asked for, the root included; the drafter may have fewer.
         first: drafts [A, window - 1] of the first pass.
     """
 
@@ -66,11 +66,12 @@ class FixedStep:
         run: Run,
         images: Tensor,
         noise: Noise,
-        window: int,
+        wanted: int,
         first: TokenTree,
     ) -> None:
         self.state, self.drafter, self.rule, self.shape = state, drafter, rule, shape
-        self.run, self.images, self.noise, self.window = run, images, noise, window
+        self.run, self.images, self.noise = run, images, noise
+        self.wanted, self.window = wanted, first.tokens.shape[1] + 1
         self.lengths = run.lengths[images]
         self.drafts, self.draft_logp = first.tokens.clone(), first.logq
         if self.draft_logp is not None:
@@ -88,13 +89,13 @@ class FixedStep:
         self.ends = torch.full_like(self.lengths, run.num_tokens)
         self.counts = torch.zeros_like(self.lengths)
         self.number = torch.full((), run.num_passes + 1, dtype=torch.int64, device=images.device)
-        self.offsets = torch.arange(window, device=images.device)
+        self.offsets = torch.arange(self.window, device=images.device)
         # The drafter need not ask how many of its drafts are new: it makes all of them.
-        self.given = [window]
+        self.given = [self.window]
 
-    def is_other(self, images: Tensor, window: int) -> bool:
-        """Whether a pass of these images and this window needs another step."""
-        return window != self.window or images is not self.images
+    def is_other(self, images: Tensor, wanted: int) -> bool:
+        """Whether a pass of these images needs another step, where `wanted` candidates are asked for."""
+        return wanted != self.wanted or images is not self.images
 
     def end(self, lengths: Sequence[int], ends: Sequence[int]) -> None:
         """Let the images stand at `lengths` [A] again, and draw each up to `ends` [A] only."""
@@ -146,7 +147,8 @@ class FixedStep:
         # From the oldest on, which is what was newer before and is written over next.
         left = drafter.carry() if self.carried else []
         for buffer, new in zip(reversed(self.carried), reversed(left), strict=True):
-            buffer.copy_(new)
+            if new is not buffer:  # else it was changed in place
+                buffer.copy_(new)
         number.add_(1)
 
     def _tree(self) -> tuple[Topology | None, Topology | None]:
@@ -288,23 +290,22 @@ def fixed_rounds(
             drafter.restore(step.carried)
         rows.shrink(drafter)
         most = LARGEST_TREE if _branches(drafter) else run.num_tokens
-        window = max(1, policy.next(rows.num_active, most))
-        if ready is None or step is None or step.is_other(rows.active, window):
+        wanted = max(1, policy.next(rows.num_active, most))
+        if ready is None or step is None or step.is_other(rows.active, wanted):
             known, lengths = rows.known()
             if isinstance(drafter, Carries):
-                drafter.fix(window)
-            first = drafter.propose(known, lengths, window - 1, run.num_passes + 1)
-            window = first.tokens.shape[1] + 1
+                drafter.fix(wanted)
+            first = drafter.propose(known, lengths, wanted - 1, run.num_passes + 1)
             step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, window, first
+                state, drafter, rule, shape, run, rows.active, rows.noise, wanted, first
             )
             ready = run.steps.ready(step)
         for _ in range(run.steps.reads_every):
             ready()
             run.num_passes += 1
-            windows.append(window)
-        candidates += run.steps.reads_every * rows.num_active * window
+            windows.append(step.window)
+        candidates += run.steps.reads_every * rows.num_active * step.window
         room = rows.room
         rows.catch_up(step)
-        policy.observe(window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+        policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
     return candidates, windows

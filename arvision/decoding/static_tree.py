@@ -115,10 +115,7 @@ class StaticTreeDrafter:
 
     branches = True
 
-    @property
-    def has_fixed_shapes(self) -> bool:
-        """Whether the chain's drafts follow from the last verdict alone."""
-        return self._chain.has_fixed_shapes
+    has_fixed_shapes = True
 
     def __init__(
         self,
@@ -136,6 +133,17 @@ class StaticTreeDrafter:
     def attach(self, state: object, conditions: Conditions) -> None:
         """See `arvision.decoding.loop.Attached`."""
         self._chain.attach(state, conditions)
+
+    def fix(self, num: int) -> None:
+        """Nothing that is kept depends on the number of candidates."""
+
+    def carry(self) -> list[Tensor]:
+        """What the chain's drafter keeps; see `arvision.decoding.drafter.Carries`."""
+        return self._chain.carry()
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        self._chain.restore(carried)
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""

@@ -294,39 +294,41 @@ def best_tree(
 ) -> Tensor:
     """Parents [num] of the tree with the most expected accepted drafts.
 
-    The k-th best guess at any place is taken to be right with the probability of its rank, at any
-    level or at its own; a candidate is then accepted with the product along its path, and the best
-    tree of n candidates holds the n largest products. Siblings stand in the order of their rank.
+    The k-th best guess at a place is taken to be right with probability `acceptance[k]`, or
+    `acceptance[level][k]`, whatever stands before it; a candidate is then accepted with the product
+    along its path, and the best tree of n candidates holds the n largest products. Siblings stand in
+    the order of their rank.
 
     Args:
-        acceptance: probabilities by rank, descending; or such a list for each level, of which the
-            last one holds for all further levels.
+        acceptance: probabilities by rank, descending; the same for all levels, or by level.
         num: candidates.
         max_depth: levels at most.
 
     Paper: Chen et al., "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding", 2024,
     section 3.1 (there by dynamic programming; with positional acceptance the greedy choice is
-    the same tree); Cai et al., "Medusa", 2024, section 2.3.3 (ranks measured for each head).
+    the same tree); by level: Cai et al., "Medusa", 2024, section 2.3.3.
     """
     import heapq
 
-    levels = [row for row in acceptance if isinstance(row, Sequence)] or [acceptance]
-    ranks: list[Any] = [levels[min(level, len(levels) - 1)] for level in range(max_depth)]
-    # (minus the product, order of entry, depth, rank, parent in `parents`, minus its product)
-    heap = [(-ranks[0][0], 0, 0, 0, -1, -1.0)]
+    rates: Any = acceptance
+    levels: list[Sequence[float]] = list(rates)
+    if not isinstance(rates[0], Sequence):
+        levels = [rates] * max_depth
+    # (minus the product, order of entry, the parent's product, level, rank, parent in `parents`)
+    heap = [(-levels[0][0], 0, 1.0, 0, 0, -1)]
     parents: list[int] = []
     entered = 1
     while heap and len(parents) < num:
-        value, _, depth, rank, parent, above = heapq.heappop(heap)
+        value, _, above, level, rank, parent = heapq.heappop(heap)
         own = len(parents)
         parents.append(parent)
-        if rank + 1 < len(ranks[depth]):
-            sibling = above * ranks[depth][rank + 1]
-            heapq.heappush(heap, (sibling, entered, depth, rank + 1, parent, above))
+        if rank + 1 < len(levels[level]):
+            sibling = -above * levels[level][rank + 1]
+            heapq.heappush(heap, (sibling, entered, above, level, rank + 1, parent))
             entered += 1
-        if depth + 1 < max_depth:
-            child = value * ranks[depth + 1][0]
-            heapq.heappush(heap, (child, entered, depth + 1, 0, own, value))
+        if level + 1 < min(max_depth, len(levels)):
+            child = value * levels[level + 1][0]
+            heapq.heappush(heap, (child, entered, -value, level + 1, 0, own))
             entered += 1
     return torch.tensor(parents, dtype=torch.int64)
 

@@ -127,6 +127,13 @@ def test_the_best_tree_holds_the_largest_products():
     )
 
 
+def test_the_best_tree_follows_the_rates_of_its_levels():
+    # Products: .5 (first guess), .45 below it, .3 (second guess), .27 below that, .025.
+    parents = best_tree(((0.5, 0.3), (0.9, 0.05)), 5, 4).tolist()
+    assert parents == [-1, 0, -1, 2, 0]
+    assert best_tree(((0.5, 0.3), (0.9, 0.05)), 3, 1).tolist() == [-1, -1]
+
+
 def test_a_trie_takes_no_more_than_its_room():
     trie = Trie(3)
     trie.add([1, 2])
