@@ -46,7 +46,7 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-            help="medusa, hydra, clover, chimera, eagle3, ppd, hidden_transfer, model, judge."
+            help="medusa, hydra, hydra++, clover, chimera, eagle3, ppd, hidden_transfer, model, judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,

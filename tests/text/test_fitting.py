@@ -197,8 +197,7 @@ def test_online_updates_make_heads_better_and_are_saved(
     assert len(drafter.replay) == 400
     drafter.save(tmp_path)
     saved = tokens_per_pass(HeadDrafter(tmp_path))
-    print("HH", first, saved)
-    assert saved > first + 0.4
+    assert saved > first + 0.8
     assert all(map(torch.equal, before, heads.parameters()))
 
 
@@ -217,8 +216,7 @@ def test_online_updates_make_a_draft_model_better_and_are_saved(
 
     again = HFCausalLM(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), 40)
     saved = tokens_per_pass(DraftTree(again, "chain", 3, 3))
-    print("DD", first, saved)
-    assert saved > first + 0.3
+    assert saved > first + 0.35
     with pytest.raises(InputError, match=r"expected a rate in \(0, 1\), and float32"):
         DraftTree(HFCausalLM(small_copy(network, 0.5).bfloat16()), online=1e-3)
     with pytest.raises(InputError, match="expected a language model of transformers"):

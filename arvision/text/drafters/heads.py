@@ -234,8 +234,9 @@ class ChimeraHeads(PrefixHeads):
         self.near = _perceptron(2 * hidden_size, hidden_size, 1)
         self.place = nn.Embedding(num_heads, hidden_size)
         self.fuse_near = _perceptron(2 * hidden_size, hidden_size, 1)
-        nn.init.zeros_(self.near[-1].weight)
-        nn.init.zeros_(self.near[-1].bias)
+        last: Any = self.near[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def _encode(self, trigrams: Tensor) -> Tensor:
         """Codes [..., C] of the embeddings of three tokens each, [..., 3, C]."""
