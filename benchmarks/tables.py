@@ -253,9 +253,10 @@ def main() -> None:
     times = time_table(records) + "\n\n" + machine(record, "time")
     path.write_text(fill(path.read_text(), "time", times))
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
-    page = fill(page, "grid", grid_table(record))
-    page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
+    path = SAMPLERS_PAGE.with_suffix("") / "sjd.md"
+    page = fill(path.read_text(), "grid", grid_table(record))
+    path.write_text(fill(page, "window", window_table(load("window"))))
     pages = (
         ("distillation", "dd", dd_tables),
         ("mar", "cspd", cspd_tables),

@@ -9,7 +9,7 @@ is fitted first by `arvision.training` on the model's own answers to prompts tha
 (settings below; small on purpose: minutes on two cores) when it is first asked for, and kept in --runs, so that
 a second call only measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
 pass are over all prompts of a kind, the pass that reads the prompt left out; CPU time is per token, over all prompts;
-memory is the most that lay beside the weights while the first prompt was answered.
+memory is the most that lay beside the weights while the first prompt was read and answered with eight tokens.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ FITS: dict[str, dict[str, Any]] = {
     "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
     "judge": {},
 }
+PROFILED = 8
+"""Tokens of the draw whose memory is counted: a profile of many takes gigabytes itself."""
+
 FACTS = (
     ("What is the capital of {}?", "The capital of {} is {}."),
     ("Name the main city of {}.", "The main city of {} is {}."),
@@ -363,7 +366,7 @@ def measure(
                 network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
             )
 
-        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=tokens))
+        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:
             made = passes = 0

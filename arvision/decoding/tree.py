@@ -197,6 +197,8 @@ class Topology:
         most_children: of any candidate or more, where rows have their own and the drafter knows.
     """
 
+    is_constant = True
+
     depths: Tensor
     ancestors: Tensor
     laws: Tensor

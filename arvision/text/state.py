@@ -45,6 +45,7 @@ class HFState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "hidden", "features", "_prompts", "_fed", "_tree")
 
     def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
         sizes, device = model.sizes, model.device
