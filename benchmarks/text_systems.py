@@ -65,7 +65,7 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
     "eagle3": {"steps": 250},
-    "ppd": {},
+    "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
     "model": {"steps": 250},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
@@ -93,6 +93,12 @@ TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "ADED without its search: the likeliest way",
+        '`drafter="trigram"`, options `exploration=0`, `rate=0`',
+        "trigram, likeliest way",
+        "yes",
+    ),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
     (
@@ -104,7 +110,7 @@ TABLE = (
     ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
     (
         "Superposed Decoding",
-        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        '`drafter="superposed"` (n-grams of the text itself); as k suggestions: `arvision.complete`',
         "superposed",
         "yes, verified here",
     ),
@@ -148,14 +154,26 @@ TABLE = (
         "yes",
     ),
     (
-        "prompt tokens, after PPD",
-        "`train-draft --kind ppd` (chains of guesses, no ensemble, no tree)",
+        "PPD's prompt tokens, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "ppd, chain",
+        "yes",
+    ),
+    (
+        "PPD",
+        "`train-draft --kind ppd --num-ensemble 2` (tree by measured acceptance and pass costs)",
         "ppd",
         "yes",
     ),
     (
-        "hidden transfer at one layer",
-        "`train-draft --kind hidden_transfer` (chains)",
+        "hidden transfer, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "hidden_transfer, chain",
+        "yes",
+    ),
+    (
+        "hidden transfer",
+        "`train-draft --kind hidden_transfer` (a layer for each guess, tree)",
         "hidden_transfer",
         "yes",
     ),
@@ -183,7 +201,19 @@ TABLE = (
         "yes",
     ),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
-    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    (
+        "DySpec, temperature 1",
+        'expansion "dyspec_drawn" (siblings drawn without replacement, as published), rule '
+        '"without_replacement"',
+        "dyspec drawn, temperature 1",
+        "yes",
+    ),
+    (
+        "DySpec's tree under the run's own noise, temperature 1",
+        'expansion "dyspec", judged by the Gumbel walk',
+        "dyspec, temperature 1",
+        "yes",
+    ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
     ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
@@ -298,13 +328,9 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "nested_exit",
         )
     }
-    pseudo = {
-        kind: lambda kind=kind: {
-            "drafter": "pseudo",
-            "drafter_options": {"module": str(fits(kind))},
-        }
-        for kind in ("ppd", "hidden_transfer")
-    }
+
+    def pseudo(kind: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
     def heads(kind: str, **options: Any) -> dict[str, Any]:
         folder = str(fits(kind))
@@ -316,7 +342,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         **greedy,
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
-        **pseudo,
+        **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
+        **{
+            f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
+            for kind in ("ppd", "hidden_transfer")
+        },
         "eagle3": lambda: {
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},
@@ -338,6 +368,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "rule_options": {"head": fits("judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "dyspec drawn, temperature 1": lambda: drawn("without_replacement", "dyspec_drawn"),
+        "trigram, likeliest way": lambda: {
+            "drafter": "trigram",
+            "drafter_options": {"exploration": 0.0, "rate": 0.0},
+        },
         "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),

@@ -65,6 +65,9 @@ def train_draft(
     answer_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; 96.")
     ] = None,
+    num_ensemble: Annotated[
+        int | None, typer.Option(help="Members of each prompt token of ppd; 1.")
+    ] = None,
     pretrain: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +108,7 @@ def train_draft(
         num_heads=num_heads,
         divergence=divergence,
         answer_tokens=answer_tokens,
+        num_ensemble=num_ensemble,
         pretrain=pretrain,
         pretrain_steps=pretrain_steps,
         start=start,

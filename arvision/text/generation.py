@@ -155,9 +155,8 @@ def generate(
             f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
             f"{', '.join(fitting)}"
         )
-    if isinstance(model, str | Path):
-        model, own = _load(str(model), str(device or "cpu"), dtype)
-        tokenizer = tokenizer or own
+    model, own = open_model(model, device, dtype)
+    tokenizer = tokenizer or own
     lm = as_text_model(model, max_new_tokens)
     steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
@@ -417,6 +416,13 @@ def end_ids(network: Any) -> list[int]:
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_model(model: Any, device: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A model and its tokenizer where it was given by name; else what was given, and None."""
+    if isinstance(model, str | Path):
+        return _load(str(model), str(device or "cpu"), dtype)
+    return model, None
 
 
 @lru_cache(maxsize=2)

@@ -18,10 +18,9 @@ from arvision import CheckpointError, InputError
 from arvision.decoding.tree import best_tree
 from arvision.testing import law_p_value
 from arvision.text import HFCausalLM
-from arvision.text.drafters import DraftTree, Eagle3, HeadDrafter, PseudoDrafter
+from arvision.text.drafters import DraftTree, Eagle3, HeadDrafter
 from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads
-from arvision.text.drafters.papers.pseudo import load_pseudo, make_pseudo, pseudo_layout
 from arvision.text.fitting.data import (
     Answers,
     answer,
@@ -33,7 +32,6 @@ from arvision.text.fitting.data import (
 from arvision.text.fitting.eagle3 import make_eagle3
 from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
 from arvision.text.fitting.pretrain import fresh_copy, own_texts, text_blocks
-from arvision.text.fitting.pseudo import PseudoObjective, PseudoTraining, train_pseudo
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.fitting.small_model import (
     SmallModelObjective,
@@ -255,42 +253,6 @@ def tree_value(parents, by_level):
     return sum(values.values()) - 1
 
 
-def test_pseudo_tokens_stand_behind_every_place():
-    parents, owners, numbers = pseudo_layout(1, 2)
-    assert parents == [-1, -1, 1, 0, 3]
-    assert owners == [0, 1, 0, 0, 1, 1]
-    assert numbers == [-1, -1, 0, 1, 0, 1]
-
-
-@pytest.mark.parametrize("kind", ["ppd", "hidden_transfer"])
-def test_pseudo_tokens_learn_and_keep_the_text(
-    kind, network, prompts, answers, unseen_answers, tokens_per_pass, tmp_path
-):
-    fit = FitConfig(steps=60, batch_size=4, learning_rate=3e-2, warmup=3, log_every=1)
-    training = PseudoTraining(kind=kind, num_guesses=2, num_places=8, length=40, fit=fit)
-    before = [parameter.clone() for parameter in network.parameters()]
-    figures = train_pseudo(network, answers, tmp_path / "p", training, progress=False)
-    assert all(map(torch.equal, before, network.parameters()))
-    log = (tmp_path / "p" / "fit" / "log.jsonl").read_text().splitlines()
-    assert figures["loss"] < float(log[0].split('"loss": ')[1].split(",")[0])
-    trained = load_pseudo(tmp_path / "p")
-    fresh = make_pseudo(kind, 32, 2, trained.layer)
-    # Two vectors of 32 numbers (ppd) cannot turn many guesses, but bring their laws nearer.
-    losses = []
-    for one in (fresh, trained):
-        objective = PseudoObjective(one, network, unseen_answers, training)
-        loss = objective(torch.arange(6), torch.Generator().manual_seed(0))["loss"]
-        losses.append(loss.item())
-    drafter = PseudoDrafter(trained)
-    passes = [tokens_per_pass(one) for one in (PseudoDrafter(fresh), drafter)]
-    assert losses[1] < losses[0] - (0.6 if kind == "ppd" else 3.0)
-    assert passes[1] > passes[0] + (-0.1 if kind == "ppd" else 0.2)
-    with pytest.raises(InputError, match=r"rule 'multi_round' with PseudoDrafter"):
-        arvision.generate(
-            network, prompts[:1], drafter=drafter, rule="multi_round", temperature=1.0
-        )
-
-
 def saved_draft(folder):
     from transformers import AutoModelForCausalLM
 
@@ -397,18 +359,12 @@ def test_own_texts_become_blocks(tmp_path):
 def test_bad_input_has_one_clear_message(network, answers, tmp_path):
     with pytest.raises(CheckpointError, match="no heads of `arvision train-draft`"):
         load_heads(tmp_path)
-    with pytest.raises(CheckpointError, match="no pseudo tokens"):
-        load_pseudo(tmp_path)
     with pytest.raises(InputError, match="unknown kind of heads 'medussa': did you mean 'medusa'"):
         make_heads("medussa", 8, 2)
     with pytest.raises(InputError, match="unknown divergence"):
         HeadTraining(divergence="l2")
     with pytest.raises(InputError, match="heads of width 8: the model has 32"):
         arvision.generate(network, [[1, 2]], drafter=HeadDrafter(make_heads("medusa", 8, 2)))
-    with pytest.raises(InputError, match="pseudo tokens of width 8"):
-        arvision.generate(network, [[1, 2]], drafter=PseudoDrafter(make_pseudo("ppd", 8, 2, 0)))
-    with pytest.raises(InputError, match="expected shorter prompts or longer answers"):
-        train_pseudo(network, answers, tmp_path, PseudoTraining(length=8), progress=False)
     with pytest.raises(InputError, match="unknown start 'frech': did you mean 'fresh'"):
         SmallTraining(start="frech")
     with pytest.raises(InputError, match=r"on_policy 2, temperature 0\.0: expected a share"):

@@ -6,7 +6,7 @@ from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
-from .papers.pseudo import PseudoDrafter
+from .papers.pseudo_drafter import PseudoDrafter
 from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter

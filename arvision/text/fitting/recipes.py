@@ -119,6 +119,7 @@ def fit_draft(
     num_heads: int | None = None,
     divergence: str | None = None,
     answer_tokens: int | None = None,
+    num_ensemble: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -126,7 +127,8 @@ def fit_draft(
 ) -> dict[str, Any]:
     """Fit a draft of a kind on a frozen target; see `arvision train-draft`.
 
-    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens. The kind "model"
+    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens, one member of each
+    prompt token (`num_ensemble`, of the kind "ppd"). The kind "model"
     takes `OF_MODELS` besides: `pretrain`, a file or folder of texts to learn from first, with which
     it starts "fresh", for `pretrain_steps`; and what `SmallTraining` has of these names.
 
@@ -145,6 +147,10 @@ def fit_draft(
             raise InputError(
                 f"{name} {settings[name]!r} with kind {kind!r}: it would have no effect"
             )
+    if num_ensemble is not None and (kind != "ppd" or num_ensemble < 1):
+        raise InputError(
+            f"num_ensemble {num_ensemble} with kind {kind!r}: expected kind 'ppd', >= 1"
+        )
     num_heads, divergence = num_heads or 3, divergence or "forward_kl"
     sizes = {"steps": steps, "batch_size": batch_size}
     changed = {name: value for name, value in sizes.items() if value is not None}
@@ -158,6 +164,7 @@ def fit_draft(
     pseudo = PseudoTraining(
         kind=kind if kind in ("ppd", "hidden_transfer") else "ppd",
         num_guesses=num_heads,
+        num_ensemble=num_ensemble or 1,
         fit=replace(PSEUDO_FIT, **changed),
     )
     eagle3 = Eagle3Training(num_steps=num_heads, divergence=divergence)
