@@ -111,7 +111,7 @@ def small():
     return network, logp.gather(2, texts[..., None])[..., 0].sum(1).exp()
 
 
-NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "pseudo"}
+NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "pseudo", "retrieved"}
 """Drafters with tests of their law in files of their own, or among those that are made."""
 
 
@@ -177,3 +177,22 @@ def test_every_rule_judges_a_draft_that_learns_meanwhile(small, expansion):
             assert law_p_value(found, joint) > ALPHA, name
             assert learner.replay.num_updates > before
             before = learner.replay.num_updates
+
+
+@pytest.mark.parametrize("rule", ["gumbel", "independent", "block", "multi_round"])
+def test_rules_judge_a_draft_on_a_shortened_context_exactly(small, rule):
+    network, joint = small
+    num = 600
+    draft = tiny_llama(seed=1, vocab_size=4, num_hidden_layers=2, sharpness=1.0)
+    out = arvision.generate(
+        network,
+        [[0, 1]] * num,
+        drafter="retrieved",
+        drafter_options={"draft": draft, "context_tokens": 2, "chunk": 1, "num_draft": 3},
+        rule=rule,
+        temperature=1.0,
+        max_new_tokens=3,
+    )
+    assert out.stats.lossless
+    found = (torch.tensor(out.tokens) * torch.tensor([16, 4, 1])).sum(1)
+    assert law_p_value(found, joint) > ALPHA

@@ -24,7 +24,6 @@ from arvision.text.drafters import (
     LayerSkip,
     NestedExit,
     PromptLookup,
-    RetrievedContext,
     Superposed,
     TrigramDrafter,
 )
@@ -291,26 +290,6 @@ def test_nested_exits_stop_at_the_first_sure_one():
     assert sure.stats.tokens_per_pass == 5.0
     with pytest.raises(InputError, match="ascending"):
         NestedExit((0.8, 0.2))
-
-
-def test_a_retrieved_context_holds_what_is_asked_for():
-    prompt = [*range(100, 164), *[5] * 640, *range(200, 264), *[5] * 640, *range(210, 230), 7]
-    short = RetrievedContext(256, 64, 20)([prompt])[0]
-    assert len(short) <= 256
-    assert set(range(200, 264)) <= set(short)
-    assert short[:64] == prompt[:64]
-    assert short[-5:] == prompt[-5:]
-    assert RetrievedContext(256)([[1, 2, 3]]) == [[1, 2, 3]]
-    network = tiny_llama()
-    ids = random_prompts([150])
-    out = arvision.generate(
-        network,
-        ids,
-        drafter="draft_model",
-        drafter_options={"draft": network, "context": RetrievedContext(64, 16, 16)},
-        max_new_tokens=30,
-    )
-    assert out.tokens == [greedy_reference(network, ids[0], 30)]
 
 
 def test_trigrams_learn_from_the_corpus_and_the_text():

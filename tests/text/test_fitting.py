@@ -21,6 +21,7 @@ from arvision.text import HFCausalLM
 from arvision.text.drafters import DraftTree, Eagle3, HeadDrafter
 from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads
+from arvision.text.drafters.mtp import read_mtp
 from arvision.text.fitting.data import (
     Answers,
     answer,
@@ -29,8 +30,9 @@ from arvision.text.fitting.data import (
     hidden_states,
     read_texts,
 )
-from arvision.text.fitting.eagle3 import make_eagle3
+from arvision.text.fitting.eagle3 import Eagle3Training, make_eagle3
 from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
+from arvision.text.fitting.mtp import train_mtp
 from arvision.text.fitting.pretrain import fresh_copy, own_texts, text_blocks
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.fitting.small_model import (
@@ -39,6 +41,7 @@ from arvision.text.fitting.small_model import (
     small_copy,
     train_small_model,
 )
+from arvision.text.generation import drafter_of
 from arvision.training.loop import Chance, FitConfig
 
 FIT = FitConfig(steps=120, batch_size=64, learning_rate=1e-2, warmup=5, log_every=10)
@@ -354,6 +357,25 @@ def test_own_texts_become_blocks(tmp_path):
         text_blocks(texts, Letters())
     with pytest.raises(InputError, match="expected a file of text or a folder with some"):
         own_texts(tmp_path / "none")
+
+
+def test_a_fitted_mtp_layer_drafts_from_the_published_layout(
+    network, answers, tokens_per_pass, tmp_path
+):
+    before = [parameter.clone() for parameter in network.parameters()]
+    passes, figures = [], {}
+    for name, steps, rate in (("untrained", 1, 1e-9), ("trained", 60, 5e-3)):
+        fit = FitConfig(steps=steps, batch_size=4, learning_rate=rate, warmup=1)
+        training = Eagle3Training(num_steps=2, fit=fit)
+        figures = train_mtp(network, answers, tmp_path / name, training, progress=False)
+        passes.append(tokens_per_pass("mtp", drafter_options={"folder": tmp_path / name}))
+    assert all(map(torch.equal, before, network.parameters()))
+    assert len(figures["agreement"]) == 2
+    assert passes[1] > passes[0] + 0.8
+    assert drafter_of(tmp_path / "trained") == ("mtp", "folder")
+    layout, tensors = read_mtp(tmp_path / "trained", 4)
+    assert layout == "nextn"
+    assert {"projection.weight", "block.self_attn.q_proj.weight"} <= tensors.keys()
 
 
 def test_bad_input_has_one_clear_message(network, answers, tmp_path):

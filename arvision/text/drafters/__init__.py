@@ -7,7 +7,8 @@ from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
 from .papers.pseudo_drafter import PseudoDrafter
-from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
+from .papers.retrieved import Retrieved, RetrievedContext
+from .papers.self_draft import LayerSkip, NestedExit
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter
 from .recycling import TokenRecycling
@@ -27,6 +28,7 @@ __all__ = [
     "PastOutputs",
     "PromptLookup",
     "PseudoDrafter",
+    "Retrieved",
     "RetrievedContext",
     "SuffixDecoding",
     "Superposed",

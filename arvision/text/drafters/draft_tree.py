@@ -146,6 +146,7 @@ class DraftTree(TextDrafter):
         self.draft_vocab_size = draft.vocab_size
         self.tokenizer = tokenizer
         self.translation: Translation | None = None
+        self.text_tokenizer: Any = None
         self.shaping = Shaping()
         if expansion in FIXED:
             full = len(parents_of(self.branching))

@@ -151,7 +151,8 @@ class Eagle3Objective(Objective):
     """Divergence of the head from the target along the target's answers, at every step of the unroll.
 
     Args:
-        head: what is trained.
+        head: what is trained: an `Eagle3Head`, or another feature network with its `vocabulary`,
+            `layers_of` and `draft_logits`.
         network: the target, frozen.
         answers: its answers; features are read from the target once, and kept in half precision.
         training: settings.
@@ -163,7 +164,7 @@ class Eagle3Objective(Objective):
 
     def __init__(
         self,
-        head: Eagle3Head,
+        head: Any,
         network: Any,
         answers: Answers,
         training: Eagle3Training,
