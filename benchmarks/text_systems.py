@@ -109,11 +109,12 @@ TABLE = (
         "yes, verified here",
     ),
     (
-        "SWIFT",
-        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
-        "layer_skip",
+        "whole layers skipped",
+        '`drafter="layer_skip"`, `drafter_options={"whole": True}`',
+        "layer_skip, whole",
         "yes",
     ),
+    ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
         "S2D",
         '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
@@ -323,6 +324,7 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
 
     return {
         **greedy,
+        "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
         **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
         **{

@@ -13,7 +13,7 @@ from ....decoding.tree import TokenTree, join_rows
 from ....errors import InputError
 from ....networks import place_of
 from ..base import Trie, register
-from .self_draft import ShortTarget, num_skipped, spread_layers
+from .short_target import ShortTarget, num_skipped, spread_layers
 
 
 @register("superposed", summary="several drafts from passes over added embeddings (Superposed)")
