@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters import DraftTree
 from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.data import Answers
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
@@ -36,6 +37,7 @@ from arvision.text.loading import load_text_model
 from .common import load, save
 from .memory import peak_bytes
 from .text import model_file
+from .text_drafts import train_other_vocabulary
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
@@ -65,6 +67,7 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
     "eagle3": {"steps": 250},
+    "mtp": {"steps": 150, "num_heads": 2},
     "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
     "model": {"steps": 250},
@@ -93,6 +96,12 @@ TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "ADED without its search: the likeliest way",
+        '`drafter="trigram"`, options `exploration=0`, `rate=0`',
+        "trigram, likeliest way",
+        "yes",
+    ),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
     (
@@ -104,7 +113,7 @@ TABLE = (
     ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
     (
         "Superposed Decoding",
-        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        '`drafter="superposed"` (n-grams of the text itself); as k suggestions: `arvision.complete`',
         "superposed",
         "yes, verified here",
     ),
@@ -123,13 +132,14 @@ TABLE = (
     ),
     (
         "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
-        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        '`drafter="mtp"`; this model ships none, so one was fitted: `train-draft --kind mtp`',
         "mtp",
         "yes",
     ),
     (
         "a draft of another vocabulary (TLI)",
-        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        '`drafter="draft_model"` with a draft whose tokenizer differs (here one of 2,048 tokens, trained on '
+        "the answers)",
         "draft of another vocabulary",
         "yes",
     ),
@@ -196,9 +206,21 @@ TABLE = (
         "yes",
     ),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
-    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    (
+        "DySpec, temperature 1",
+        'expansion "dyspec_drawn" (siblings drawn without replacement, as published), rule '
+        '"without_replacement"',
+        "dyspec drawn, temperature 1",
+        "yes",
+    ),
+    (
+        "DySpec's tree under the run's own noise, temperature 1",
+        'expansion "dyspec", judged by the Gumbel walk',
+        "dyspec, temperature 1",
+        "yes",
+    ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
-    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("RAPID", '`drafter="retrieved"`: see [long prompts](#long-prompts)', "", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
@@ -228,7 +250,8 @@ TABLE = (
         "no",
     ),
 )
-"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+"""System, where it lives, its name in the record (None where it does not run on text, "" for a
+benchmark of its own), lossless."""
 
 
 class Fits:
@@ -267,6 +290,10 @@ class Fits:
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        if kind == "other vocabulary":
+            kept = json.loads(answers.read_text())
+            target = load_text_model(model_file())[1]
+            return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
         settings = {"kind": kind} | FITS[kind]
         if settings.pop("pretrain", False):
             settings["pretrain"] = self.runs / "texts.txt"
@@ -335,6 +362,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},
         },
+        "mtp": lambda: {"drafter": "mtp", "drafter_options": {"folder": fits("mtp")}},
+        "draft of another vocabulary": lambda: {
+            "drafter": "draft_model",
+            "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
@@ -344,7 +376,6 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
-        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
         "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
         "judge": lambda: {
             "drafter": tree("chain"),
@@ -352,6 +383,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "rule_options": {"head": fits("judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "dyspec drawn, temperature 1": lambda: drawn("without_replacement", "dyspec_drawn"),
+        "trigram, likeliest way": lambda: {
+            "drafter": "trigram",
+            "drafter_options": {"exploration": 0.0, "rate": 0.0},
+        },
         "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),

@@ -17,6 +17,7 @@ from ..errors import ArvisionError, DiskError, one_line
 from . import (
     bench,
     compare,
+    complete,
     convert,
     distill,
     doctor,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 sample.add_to(app)
 generate.add_to(app)
+complete.add_to(app)
 compare.add_to(app)
 serve.add_to(app)
 bench.add_to(app)

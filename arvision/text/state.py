@@ -144,6 +144,15 @@ class HFState:
         return topology_of(parents.to(tokens.device))
 
     @torch.no_grad()
+    def extend_vectors(self, vectors: Tensor) -> Tensor:
+        """Logits [B, T, V] behind a chain of vectors [B, T, C] in the place of tokens, as `extend`."""
+        self._tree, self._is_draft = None, False
+        tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+        logits = self._run(tokens, None, embeddings=vectors)
+        check_numbers(logits)
+        return logits
+
+    @torch.no_grad()
     def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
         """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
         return self._extend(tokens, tree)
