@@ -26,6 +26,7 @@ from . import (
     serve,
     train,
     train_draft,
+    ui,
 )
 from . import eval as evaluation
 
@@ -41,6 +42,7 @@ sample.add_to(app)
 generate.add_to(app)
 compare.add_to(app)
 serve.add_to(app)
+ui.add_to(app)
 bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)
