@@ -23,7 +23,7 @@ LEAST_WINDOW, MOST_WINDOW = 4, 16
 
 CANDIDATES = {"cpu": 16, "accelerator": 256}
 """Tokens of all images that a pass of that sampler holds at most: more, and a pass costs more than
-its guesses save. That of a CPU is measured (docs/samplers.md), that of accelerators is not: their
+its guesses save. That of a CPU is measured (docs/samplers/sjd.md), that of accelerators is not: their
 passes are bound by reading weights up to some hundred tokens."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from .common import RESULTS, load
 from .image_systems import table as image_systems_table
+from .rapid import rapid_table
+from .text_prompts import PROMPTS
 from .text_systems import TABLE
 from .trees import law_table, trees_table
 
@@ -197,20 +199,29 @@ def text_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
 
 
+ELSEWHERE: dict[str | None, str] = {None: "for images", "": "below"}
+"""Where systems are measured whose rows name no record."""
+
+
 def systems_table(record: dict[str, Any]) -> str:
-    """Every text-side system: where it lives, tokens per pass by kind of prompt, lossless or not."""
-    kinds = [k for k in next(iter(record["systems"].values())) if k != "milliseconds"]
+    """Every text-side system: where it lives, and what it gave beside the row it builds on."""
     lines = [
-        f"| system | where | tokens per pass: {' / '.join(kinds)} | ms per token | lossless |",
-        "| --- | --- | --- | --- | --- |",
+        f"| system | where | tokens per pass: {' / '.join(PROMPTS)} | CPU ms per token | MB | fitted, s "
+        "| lossless |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for system, where, name, is_lossless in TABLE:
         found = record["systems"].get(name)
-        missing = "for images" if name is None else "not measured"
-        cells = missing if found is None else " / ".join(f"{found[k]:.2f}" for k in kinds)
-        spent = (found or {}).get("milliseconds")
-        time = "" if spent is None else f"{spent:.0f}"
-        lines.append(f"| {system} | {where} | {cells} | {time} | {is_lossless} |")
+        cells = [ELSEWHERE.get(name, "not measured"), "", "", ""]
+        if found is not None:
+            fits = found.get("fits", {}).values()
+            cells = [
+                " / ".join(f"{found[kind]:.2f}" for kind in PROMPTS),
+                f"{found['milliseconds']:.0f}" if "milliseconds" in found else "",
+                f"{found['bytes'] / 1e6:.0f}" if "bytes" in found else "",
+                f"{sum(fits):.0f}" if fits else "",
+            ]
+        lines.append(f"| {system} | {where} | {' | '.join(cells)} | {is_lossless} |")
     return (
         "\n".join(lines)
         + f"\n\n{record['per_kind']} prompts of each kind, {record['tokens']} tokens "
@@ -247,14 +258,16 @@ def main() -> None:
     times = time_table(records) + "\n\n" + machine(record, "time")
     path.write_text(fill(path.read_text(), "time", times))
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
-    page = fill(page, "grid", grid_table(record))
-    page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
+    path = SAMPLERS_PAGE.with_suffix("") / "sjd.md"
+    page = fill(path.read_text(), "grid", grid_table(record))
+    path.write_text(fill(page, "window", window_table(load("window"))))
     pages = (
         ("distillation", "dd", dd_tables),
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
         ("text", "text_systems", systems_table),
+        ("text", "rapid", rapid_table),
         ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")

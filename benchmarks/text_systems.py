@@ -8,7 +8,8 @@ SmolLM2-135M-Instruct, batch 1, prompts of each kind of `benchmarks.text_prompts
 is fitted first by `arvision.training` on the model's own answers to prompts that are not measured
 (settings below; small on purpose: minutes on two cores) when it is first asked for, and kept in --runs, so that
 a second call only measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
-pass are over all prompts of a kind, the pass that reads the prompt left out; time is per token, over all prompts.
+pass are over all prompts of a kind, the pass that reads the prompt left out; CPU time is per token, over all prompts;
+memory is the most that lay beside the weights while the first prompt was read and answered with eight tokens.
 """
 
 from __future__ import annotations
@@ -16,28 +17,40 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters import DraftTree
 from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.data import Answers
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
 
 from .common import load, save
+from .memory import peak_bytes
 from .text import model_file
+from .text_drafts import train_other_vocabulary
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
     "rivers", "bread", "the moon", "chess", "bicycles", "volcanoes", "honey", "libraries",
     "coral reefs", "clocks", "windmills", "penguins", "tea", "bridges", "glaciers", "maps",
-    "lighthouses", "pianos", "rice", "robots",
+    "lighthouses", "pianos", "rice", "robots", "deserts", "cheese", "comets", "football", "trains",
+    "earthquakes", "butterflies", "museums", "oak trees", "compasses", "sailing boats", "elephants",
+    "coffee", "castles", "icebergs", "globes", "harbours", "violins", "potatoes", "satellites",
+    "forests", "chocolate", "eclipses", "tennis", "cars", "tornadoes", "ants", "theatres", "mushrooms",
+    "calendars", "canals", "whales", "lemons", "towers", "waterfalls", "paintings", "markets", "drums",
+    "onions", "computers", "islands", "apples", "planets", "swimming", "aeroplanes", "rainbows",
+    "spiders", "schools", "ferns", "telescopes", "dams", "wolves", "pepper", "temples", "caves",
+    "letters", "gardens", "flutes", "beans", "batteries",
 )  # fmt: skip
 ASKED = (
     "Explain {} in two sentences.",
@@ -54,11 +67,19 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
     "eagle3": {"steps": 250},
-    "ppd": {},
+    "mtp": {"steps": 150, "num_heads": 2},
+    "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
-    "model": {},
+    "model": {"steps": 250},
+    # Pilots take a quarter of the steps each: as many steps in all as "model".
+    "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 150, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
     "judge": {},
 }
+PROFILED = 8
+"""Tokens of the draw whose memory is counted: a profile of many takes gigabytes itself."""
+
 FACTS = (
     ("What is the capital of {}?", "The capital of {} is {}."),
     ("Name the main city of {}.", "The main city of {} is {}."),
@@ -75,6 +96,12 @@ TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "ADED without its search: the likeliest way",
+        '`drafter="trigram"`, options `exploration=0`, `rate=0`',
+        "trigram, likeliest way",
+        "yes",
+    ),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
     (
@@ -86,7 +113,7 @@ TABLE = (
     ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
     (
         "Superposed Decoding",
-        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        '`drafter="superposed"` (n-grams of the text itself); as k suggestions: `arvision.complete`',
         "superposed",
         "yes, verified here",
     ),
@@ -104,13 +131,14 @@ TABLE = (
     ),
     (
         "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
-        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        '`drafter="mtp"`; this model ships none, so one was fitted: `train-draft --kind mtp`',
         "mtp",
         "yes",
     ),
     (
         "a draft of another vocabulary (TLI)",
-        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        '`drafter="draft_model"` with a draft whose tokenizer differs (here one of 2,048 tokens, trained on '
+        "the answers)",
         "draft of another vocabulary",
         "yes",
     ),
@@ -130,26 +158,45 @@ TABLE = (
         "yes",
     ),
     (
-        "prompt tokens, after PPD",
-        "`train-draft --kind ppd` (chains of guesses, no ensemble, no tree)",
+        "PPD's prompt tokens, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "ppd, chain",
+        "yes",
+    ),
+    (
+        "PPD",
+        "`train-draft --kind ppd --num-ensemble 2` (tree by measured acceptance and pass costs)",
         "ppd",
         "yes",
     ),
     (
-        "hidden transfer at one layer",
-        "`train-draft --kind hidden_transfer` (chains)",
+        "hidden transfer, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "hidden_transfer, chain",
+        "yes",
+    ),
+    (
+        "hidden transfer",
+        "`train-draft --kind hidden_transfer` (a layer for each guess, tree)",
         "hidden_transfer",
         "yes",
     ),
     ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
     ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
     (
-        "DistillSpec, FastDraft: a draft model, chain",
-        "`train-draft --kind model`, `--divergence ...` (from the target's own layers, on its "
-        'answers; no pre-training); `drafter="draft_model"`, expansion "chain"',
+        "a draft model from the target's layers, chain",
+        '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
         "yes",
     ),
+    (
+        "DistillSpec",
+        "`train-draft --kind model --divergence auto --on-policy 0.5`",
+        "distillspec",
+        "yes",
+    ),
+    ("a fresh draft model", "`train-draft --kind model --start fresh`", "fresh draft", "yes"),
+    ("FastDraft", "`train-draft --kind model --pretrain TEXTS`", "fastdraft", "yes"),
     ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
     (
         "SpecDec++",
@@ -158,9 +205,21 @@ TABLE = (
         "yes",
     ),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
-    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    (
+        "DySpec, temperature 1",
+        'expansion "dyspec_drawn" (siblings drawn without replacement, as published), rule '
+        '"without_replacement"',
+        "dyspec drawn, temperature 1",
+        "yes",
+    ),
+    (
+        "DySpec's tree under the run's own noise, temperature 1",
+        'expansion "dyspec", judged by the Gumbel walk',
+        "dyspec, temperature 1",
+        "yes",
+    ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
-    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("RAPID", '`drafter="retrieved"`: see [long prompts](#long-prompts)', "", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
@@ -190,53 +249,77 @@ TABLE = (
         "no",
     ),
 )
-"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+"""System, where it lives, its name in the record (None where it does not run on text, "" for a
+benchmark of its own), lossless."""
 
 
-def fitted(runs: Path, kind: str) -> Path:
-    """The folder of a draft of some kind, fitted if that was not done yet; answers are made once."""
-    out = runs / kind
-    if (out / "fitted.json").exists():
+class Fits:
+    """Drafts in a folder, each fitted when it is first asked for; the target answers once for all.
+
+    Attributes:
+        asked: seconds of each fit that was asked for since this was last emptied, by kind.
+    """
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self.asked: dict[str, float] = {}
+
+    def __call__(self, kind: str) -> Path:
+        """The folder of a draft of some kind."""
+        out = self.runs / kind
+        figures = out / "fitted.json"
+        if not figures.exists():
+            figures.write_text(json.dumps(self._fit(kind, out)))
+            print("fitted", kind, figures.read_text(), flush=True)
+        self.asked[kind] = json.loads(figures.read_text())["seconds"]
         return out
-    out.mkdir(parents=True, exist_ok=True)
-    prompts, marked = runs / "prompts.txt", runs / "marked.jsonl"
-    asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
-    prompts.write_text("\n".join(asked))
-    lines = []
-    for question, reply in FACTS:
-        for country, right, wrong in CAPITALS:
-            ask = {"prompt": question.format(country)}
-            lines.append(ask | {"answer": reply.format(country, right)})
-            lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
-    marked.write_text("\n".join(map(json.dumps, lines)))
-    if kind != "judge" and (runs / "answers.json").exists():
-        shutil.copy(runs / "answers.json", out / "answers.json")
-    figures = fit_draft(
-        str(model_file()),
-        marked if kind == "judge" else prompts,
-        out,
-        kind,
-        answer_tokens=None if kind == "judge" else 64,
-        dtype=torch.bfloat16,
-        progress=False,
-        **FITS[kind],
-    )
-    if (out / "answers.json").exists():
-        shutil.copy(out / "answers.json", runs / "answers.json")
-    (out / "fitted.json").write_text(json.dumps(figures))
-    print("fitted", kind, figures, flush=True)
-    return out
+
+    def _fit(self, kind: str, out: Path) -> dict[str, Any]:
+        out.mkdir(parents=True, exist_ok=True)
+        prompts, marked = self.runs / "prompts.txt", self.runs / "marked.jsonl"
+        asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
+        prompts.write_text("\n".join(asked))
+        lines = []
+        for question, reply in FACTS:
+            for country, right, wrong in CAPITALS:
+                ask = {"prompt": question.format(country)}
+                lines.append(ask | {"answer": reply.format(country, right)})
+                lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
+        marked.write_text("\n".join(map(json.dumps, lines)))
+        answers = self.runs / "answers.json"
+        if kind != "judge" and answers.exists():
+            shutil.copy(answers, out / "answers.json")
+        if kind == "other vocabulary":
+            kept = json.loads(answers.read_text())
+            target = load_text_model(model_file())[1]
+            return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
+        settings = {"kind": kind} | FITS[kind]
+        if settings.pop("pretrain", False):
+            settings["pretrain"] = self.runs / "texts.txt"
+            settings["pretrain"].write_text("\n\n".join(topics[name] for name in sorted(topics)))
+        figures = fit_draft(
+            str(model_file()),
+            marked if kind == "judge" else prompts,
+            out,
+            answer_tokens=None if kind == "judge" else 64,
+            dtype=torch.bfloat16,
+            progress=False,
+            **settings,
+        )
+        if (out / "answers.json").exists():
+            shutil.copy(out / "answers.json", answers)
+        return figures
 
 
-def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name to the arguments of `generate`, made anew for each prompt."""
 
     @cache
-    def draft() -> Any:
-        return as_draft(str(fitted(runs, "model")), tokens, "cpu", torch.float32)
+    def draft(folder: Path) -> Any:
+        return as_draft(str(folder), tokens, "cpu", torch.float32)
 
-    def tree(expansion: str, **options: Any) -> DraftTree:
-        return DraftTree(draft(), expansion=expansion, **options)
+    def tree(expansion: str, kind: str = "model", **options: Any) -> DraftTree:
+        return DraftTree(draft(fits(kind)), expansion=expansion, **options)
 
     chain = {"branching": (1, 1, 1, 1)}
     greedy = {
@@ -254,16 +337,12 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "nested_exit",
         )
     }
-    pseudo = {
-        kind: lambda kind=kind: {
-            "drafter": "pseudo",
-            "drafter_options": {"module": str(fitted(runs, kind))},
-        }
-        for kind in ("ppd", "hidden_transfer")
-    }
+
+    def pseudo(kind: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
     def heads(kind: str, **options: Any) -> dict[str, Any]:
-        folder = str(fitted(runs, kind))
+        folder = str(fits(kind))
         return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
 
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
@@ -272,25 +351,41 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         **greedy,
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
-        **pseudo,
+        **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
+        **{
+            f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
+            for kind in ("ppd", "hidden_transfer")
+        },
         "eagle3": lambda: {
             "drafter": "eagle3",
-            "drafter_options": {"head": str(fitted(runs, "eagle3"))},
+            "drafter_options": {"head": str(fits("eagle3"))},
+        },
+        "mtp": lambda: {"drafter": "mtp", "drafter_options": {"folder": fits("mtp")}},
+        "draft of another vocabulary": lambda: {
+            "drafter": "draft_model",
+            "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
         },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
+        "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
+        "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
+        "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
-        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
         "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
         "judge": lambda: {
             "drafter": tree("chain"),
             "rule": "judge",
-            "rule_options": {"head": fitted(runs, "judge")},
+            "rule_options": {"head": fits("judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "dyspec drawn, temperature 1": lambda: drawn("without_replacement", "dyspec_drawn"),
+        "trigram, likeliest way": lambda: {
+            "drafter": "trigram",
+            "drafter_options": {"exploration": 0.0, "rate": 0.0},
+        },
         "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),
@@ -302,30 +397,40 @@ def systems(runs: Path, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def measure(
     runs: Path, tokens: int, per_kind: int, kinds: list[str], only: list[str]
-) -> dict[str, dict[str, float]]:
-    """Tokens per pass by system (all, unless `only` names some) and kind of prompt."""
+) -> dict[str, dict[str, Any]]:
+    """Rows by system (all, unless `only` names some): tokens per pass by kind of prompt,
+    "milliseconds" of CPU time per token, "bytes" at the peak of the first prompt beside the weights
+    and the drafter's own, "fits" (seconds by kind of draft)."""
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
-    rows: dict[str, dict[str, float]] = {}
-    for name, arguments in systems(runs, tokens).items():
+    rows: dict[str, dict[str, Any]] = {}
+    fits = Fits(runs)
+    for name, arguments in systems(fits, tokens).items():
         if only and name not in only:
             continue
+        fits.asked = {}
+
+        def answer(message: str, arguments: Any = arguments, **options: Any) -> Any:
+            return generate(
+                network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
+            )
+
+        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:
             made = passes = 0
             for message in PROMPTS[kind][:per_kind]:
-                out = generate(
-                    network,
-                    message,
-                    tokenizer=tokenizer,
-                    chat=True,
-                    max_new_tokens=tokens,
-                    **arguments(),
-                )
+                started = time.process_time()
+                out = answer(message, max_new_tokens=tokens)
+                seconds += time.process_time() - started
+                total += out.stats.tokens
                 made, passes = made + out.stats.tokens - 1, passes + out.stats.forward_passes
-                seconds, total = seconds + out.stats.seconds, total + out.stats.tokens
             row[kind] = made / max(1, passes)
-        rows[name] = row | {"milliseconds": 1e3 * seconds / max(1, total)}
-        print(name, {kind: round(value, 2) for kind, value in rows[name].items()}, flush=True)
+        rows[name] = row | {
+            "milliseconds": 1e3 * seconds / max(1, total),
+            "bytes": most,
+            "fits": fits.asked,
+        }
+        print(name, rows[name], flush=True)
     return rows
 
 

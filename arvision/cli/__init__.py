@@ -17,6 +17,7 @@ from ..errors import ArvisionError, DiskError, one_line
 from . import (
     bench,
     compare,
+    complete,
     convert,
     distill,
     doctor,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 sample.add_to(app)
 generate.add_to(app)
+complete.add_to(app)
 compare.add_to(app)
 serve.add_to(app)
 ui.add_to(app)

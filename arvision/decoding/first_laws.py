@@ -60,9 +60,9 @@ class LawMemory:
 
         Images of the same condition count by their number, all images together count one.
         """
-        own = torch.where(slots > 0, slots, len(self._sums))[:, None]
-        sums = torch.cat([self._sums, torch.zeros_like(self._sums[:1])])[own, positions]
-        counts = torch.cat([self._counts, torch.zeros_like(self._counts[:1])])[own, positions]
+        own, is_own = slots[:, None], (slots > 0).to(self._counts.dtype)[:, None]
+        sums = self._sums[own, positions] * is_own[..., None]
+        counts = self._counts[own, positions] * is_own
         every = self._counts[0, positions]
         common = self._sums[0, positions] / every.clamp(min=1)[..., None]
         return (sums + common) / (counts + 1)[..., None], every > 0
@@ -80,6 +80,14 @@ class LawMemory:
             mine = weight if kept is not own else weight * (own > 0)
             self._counts.index_put_((kept, places), mine, accumulate=True)
             self._sums.index_put_((kept, places), given * (mine > 0)[..., None], accumulate=True)
+
+    def buffers(self) -> list[Tensor]:
+        """What `add` changes, in place."""
+        return [self._sums, self._counts]
+
+    def move(self, buffers: list[Tensor]) -> None:
+        """Go on in other tensors, of the shapes of `buffers`."""
+        self._sums, self._counts = buffers
 
 
 class Memories:
@@ -114,6 +122,8 @@ class FirstLaws:
         columns: of the image grid; None to take the last law of the last pass everywhere.
         memory: of earlier images; None to look at the line above only.
     """
+
+    renewed = ("_laws", "_held", "_prior")
 
     def __init__(self, columns: int | None, memory: LawMemory | None = None) -> None:
         self._columns, self._memory = columns, memory
@@ -150,11 +160,25 @@ class FirstLaws:
     def carry(self) -> list[Tensor]:
         """What one pass leaves for the next; see `restore`."""
         assert self._laws is not None
-        return [self._laws, self._held, self._prior]
+        kept = [] if self._memory is None else self._memory.buffers()
+        return [self._laws, self._held, self._prior, *kept]
 
     def restore(self, carried: list[Tensor]) -> None:
         """Go on from what a pass left."""
-        self._laws, self._held, self._prior = carried
+        self._laws, self._held, self._prior, *kept = carried
+        if self._memory is not None:
+            self._memory.move(kept)
+
+    def join(self, other: FirstLaws) -> None:
+        """Take in the rows of other images, behind the own ones; a memory is that of both."""
+        assert self._laws is not None
+        assert other._laws is not None
+        self._laws = torch.cat([self._laws, other._laws])
+        self._held = torch.cat([self._held, other._held])
+        self._prior = torch.cat([self._prior, other._prior])
+        self._batch += other._batch
+        if self._slots is not None and other._slots is not None:
+            self._slots = torch.cat([self._slots, other._slots])
 
     def _last(self, positions: Tensor) -> int:
         assert self._memory is not None

@@ -77,6 +77,8 @@ class JacobiDrafter:
         memory: of earlier images, for init "memory".
     """
 
+    renewed = ("_drafts", "_laws", "_prior", "_num_held", "_least_held")
+
     def __init__(
         self,
         init: str,
@@ -93,10 +95,19 @@ class JacobiDrafter:
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
-    @property
-    def has_fixed_shapes(self) -> bool:
-        """Whether drafts follow from the last verdict alone, by a function of fixed shapes."""
-        return self._first_laws is None
+    has_fixed_shapes = True
+
+    def fix(self, num: int) -> None:
+        """Nothing that is kept depends on the number of candidates."""
+
+    def carry(self) -> list[Tensor]:
+        """What is known of the laws of places; see `arvision.decoding.drafter.Carries`."""
+        return [] if self._first_laws is None else self._first_laws.carry()
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        if self._first_laws is not None:
+            self._first_laws.restore(carried)
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Forget everything of an earlier batch."""
@@ -215,11 +226,9 @@ class JacobiDrafter:
             self._prior = self._prior[rows]
 
     def join(self, other: JacobiDrafter) -> None:
-        """Take in the rows of a drafter with the same options, behind the own ones.
-
-        Only where `has_fixed_shapes`: what is known of the laws of a picture's places stays apart.
-        """
-        assert self._first_laws is None
+        """Take in the rows of a drafter with the same options, behind the own ones."""
+        if self._first_laws is not None and other._first_laws is not None:
+            self._first_laws.join(other._first_laws)
         assert self._prior is not None
         assert other._prior is not None
         self._noise = self._noise.join(other._noise)

@@ -49,6 +49,9 @@ class Run:
         InputError: another number of seeds than of images.
     """
 
+    unread = ("seeds", "guidance_scale", "given", "steps", "_on_step", "num_passes", "stopped")
+    unread += ("_num_final", "warm_up", "_is_no_tree")
+
     noise: Noise
     tokens: Tensor
     commit_pass: Tensor
@@ -208,6 +211,12 @@ class Run:
     def buffers(self) -> list[Tensor]:
         """Everything that `record_rows`, `count` and `watch_laws` change."""
         return [self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken]
+
+    def move_out(self) -> None:
+        """Keep the books in memory of their own; where they stood is for other calls."""
+        books = [part.clone() for part in self.buffers()]
+        self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken = books
+        self.tokens, self.commit_pass = self._tokens[:, :-1], self._commit_pass[:, :-1]
 
     def watch(self, values: Tensor) -> None:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""

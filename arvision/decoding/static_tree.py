@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,11 +115,9 @@ class StaticTreeDrafter:
     """
 
     branches = True
+    renewed = ("_tables",)
 
-    @property
-    def has_fixed_shapes(self) -> bool:
-        """Whether the chain's drafts follow from the last verdict alone."""
-        return self._chain.has_fixed_shapes
+    has_fixed_shapes = True
 
     def __init__(
         self,
@@ -131,11 +130,24 @@ class StaticTreeDrafter:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._levels = 0
+        # What a captured pass looks at must not be dropped by others meanwhile.
+        self._tables: dict[Any, Tensor] = {}
         self._chain.start(noise, vocab_size, num_tokens)
 
     def attach(self, state: object, conditions: Conditions) -> None:
         """See `arvision.decoding.loop.Attached`."""
         self._chain.attach(state, conditions)
+
+    def fix(self, num: int) -> None:
+        """Nothing that is kept depends on the number of candidates."""
+
+    def carry(self) -> list[Tensor]:
+        """What the chain's drafter keeps; see `arvision.decoding.drafter.Carries`."""
+        return self._chain.carry()
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        self._chain.restore(carried)
 
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
@@ -148,7 +160,9 @@ class StaticTreeDrafter:
         shape = topology(parents, lengths.device)
         assert chain.logq is not None
         siblings = self._siblings(chain, lengths, shape.children.shape[1], round_number)
-        drafts = siblings[:, shape.depths, sibling_numbers(parents, lengths.device)]
+        numbers = sibling_numbers(parents, lengths.device)
+        numbers = self._tables.setdefault(parents, numbers)
+        drafts = siblings[:, shape.depths, numbers]
         return TokenTree(drafts, chain.logq[:, shape.depths], torch.tensor(parents))
 
     def _siblings(self, chain: TokenTree, lengths: Tensor, num: int, round_number: int) -> Tensor:
@@ -174,7 +188,9 @@ class StaticTreeDrafter:
         levels, rows = self._levels, torch.arange(len(batch.drafts), device=verdict.counts.device)
         last = verdict.path.gather(1, (verdict.counts - 2).clamp(min=0)[:, None])[:, 0]
         end = torch.where(verdict.counts > 1, last + 1, 0)
-        spine = spines(batch.topology.parents, levels, end.device)[end]
+        parents = batch.topology.parents
+        table = self._tables.setdefault((parents, levels), spines(parents, levels, end.device))
+        spine = table[end]
         chain = Round(
             batch.drafts[:, :levels],
             batch.draft_logp[:, :levels],

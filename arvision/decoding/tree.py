@@ -197,6 +197,8 @@ class Topology:
         most_children: of any candidate or more, where rows have their own and the drafter knows.
     """
 
+    is_constant = True
+
     depths: Tensor
     ancestors: Tensor
     laws: Tensor
@@ -289,38 +291,46 @@ def topology_of(
     return Topology(depths, ancestors, parents + 1, num_levels or num, most_children=most_children)
 
 
-def best_tree(acceptance: Sequence[float], num: int, max_depth: int) -> Tensor:
+def best_tree(
+    acceptance: Sequence[float] | Sequence[Sequence[float]], num: int, max_depth: int
+) -> Tensor:
     """Parents [num] of the tree with the most expected accepted drafts.
 
-    The k-th best guess at any place is taken to be right with probability `acceptance[k]`,
-    whatever its place; a candidate is then accepted with the product along its path, and the best
-    tree of n candidates holds the n largest products. Siblings stand in the order of their rank.
+    The k-th best guess at a place is taken to be right with probability `acceptance[k]`, or
+    `acceptance[level][k]`, whatever stands before it; a candidate is then accepted with the product
+    along its path, and the best tree of n candidates holds the n largest products. Siblings stand in
+    the order of their rank.
 
     Args:
-        acceptance: probabilities by rank, descending.
+        acceptance: probabilities by rank, descending; the same for all levels, or by level.
         num: candidates.
         max_depth: levels at most.
 
     Paper: Chen et al., "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding", 2024,
     section 3.1 (there by dynamic programming; with positional acceptance the greedy choice is
-    the same tree).
+    the same tree); by level: Cai et al., "Medusa", 2024, section 2.3.3.
     """
     import heapq
 
-    # (minus the product, order of entry, depth, rank, parent in `parents`)
-    heap = [(-acceptance[0], 0, 0, 0, -1)]
+    rates: Any = acceptance
+    levels: list[Sequence[float]] = list(rates)
+    if not isinstance(rates[0], Sequence):
+        levels = [rates] * max_depth
+    # (minus the product, order of entry, the parent's product, level, rank, parent in `parents`)
+    heap = [(-levels[0][0], 0, 1.0, 0, 0, -1)]
     parents: list[int] = []
     entered = 1
     while heap and len(parents) < num:
-        value, _, depth, rank, parent = heapq.heappop(heap)
+        value, _, above, level, rank, parent = heapq.heappop(heap)
         own = len(parents)
         parents.append(parent)
-        if rank + 1 < len(acceptance):
-            sibling = value / acceptance[rank] * acceptance[rank + 1]
-            heapq.heappush(heap, (sibling, entered, depth, rank + 1, parent))
+        if rank + 1 < len(levels[level]):
+            sibling = -above * levels[level][rank + 1]
+            heapq.heappush(heap, (sibling, entered, above, level, rank + 1, parent))
             entered += 1
-        if depth + 1 < max_depth:
-            heapq.heappush(heap, (value * acceptance[0], entered, depth + 1, 0, own))
+        if level + 1 < min(max_depth, len(levels)):
+            child = value * levels[level + 1][0]
+            heapq.heappush(heap, (child, entered, -value, level + 1, 0, own))
             entered += 1
     return torch.tensor(parents, dtype=torch.int64)
 

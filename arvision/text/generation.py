@@ -28,6 +28,7 @@ from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
 from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
+from .drafters.mtp import MTP_FILE
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
@@ -155,9 +156,8 @@ def generate(
             f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
             f"{', '.join(fitting)}"
         )
-    if isinstance(model, str | Path):
-        model, own = _load(str(model), str(device or "cpu"), dtype)
-        tokenizer = tokenizer or own
+    model, own = open_model(model, device, dtype)
+    tokenizer = tokenizer or own
     lm = as_text_model(model, max_new_tokens)
     steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
@@ -299,6 +299,7 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
     for file, found in (
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
+        (MTP_FILE, ("mtp", "folder")),
     ):
         if (user_path(folder) / file).exists():
             return found
@@ -370,6 +371,7 @@ def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> Non
     """
     if isinstance(drafter, DraftTree):
         own, drafter.translation = drafter.tokenizer, None
+        drafter.text_tokenizer = tokenizer
         if own is not None and tokenizer is not None and not same_tokens(tokenizer, own):
             drafter.translation = Translation.between(tokenizer, own)
             return
@@ -417,6 +419,13 @@ def end_ids(network: Any) -> list[int]:
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_model(model: Any, device: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A model and its tokenizer where it was given by name; else what was given, and None."""
+    if isinstance(model, str | Path):
+        return _load(str(model), str(device or "cpu"), dtype)
+    return model, None
 
 
 @lru_cache(maxsize=2)

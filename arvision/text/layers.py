@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from ..contracts import Edit
 from ..decoding.transformers_cache import TextSizes
 from ..errors import InputError
 
@@ -80,27 +81,30 @@ def watching(network: Any, layers: Sequence[int], seen: dict[int, Tensor]) -> It
 
 
 @contextmanager
-def edited(network: Any, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within this block, layer number `layer` sees what `function` makes of its input [B, T, C].
+def edited(network: Any, edit: Edit) -> Iterator[None]:
+    """Within this block, layers see what the functions of `edit` make of their inputs [B, T, C].
 
     Raises:
         InputError: a network without a list of layers.
     """
 
-    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        by_name = not arguments
-        hidden = options["hidden_states"] if by_name else arguments[0]
-        changed = function(hidden)
-        if changed is None:
-            return None
-        if by_name:
-            return arguments, {**options, "hidden_states": changed}
-        return (changed, *arguments[1:]), options
+    def changing(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            if arguments:
+                return (function(arguments[0]), *arguments[1:]), options
+            return arguments, {**options, "hidden_states": function(options["hidden_states"])}
+
+        return hook
 
     with alone(network):
         owner, name = find_layers(network)
-        handle = getattr(owner, name)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        stack = getattr(owner, name)
+        handles = [
+            stack[layer].register_forward_pre_hook(changing(function), with_kwargs=True)
+            for layer, function in edit.items()
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

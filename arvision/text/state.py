@@ -45,6 +45,7 @@ class HFState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "hidden", "features", "_prompts", "_fed", "_tree")
 
     def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
         sizes, device = model.sizes, model.device
@@ -141,6 +142,15 @@ class HFState:
         return topology_of(parents.to(tokens.device))
 
     @torch.no_grad()
+    def extend_vectors(self, vectors: Tensor) -> Tensor:
+        """Logits [B, T, V] behind a chain of vectors [B, T, C] in the place of tokens, as `extend`."""
+        self._tree, self._is_draft = None, False
+        tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+        logits = self._run(tokens, None, embeddings=vectors)
+        check_numbers(logits)
+        return logits
+
+    @torch.no_grad()
     def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
         """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
         return self._extend(tokens, tree)
@@ -184,7 +194,7 @@ class HFState:
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
-        with self._altered(), edited(self._network, *edit):
+        with self._altered(), edited(self._network, edit):
             return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()

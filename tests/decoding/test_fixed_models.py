@@ -14,6 +14,7 @@ from text_models import random_prompts, tiny_llama
 import arvision
 from arvision import get_sampler
 from arvision.decoding.fixed_step import Steps
+from arvision.decoding.tree import topology
 from arvision.models import Chameleon, Emu3, GlmImage, Janus
 from arvision.testing import DroppingTableModel, law_p_value
 
@@ -117,23 +118,36 @@ class FixedTable(DroppingTableModel):
         memory = torch.zeros(len(conditions), self.num_tokens + 64, dtype=torch.int64)
         rows = torch.arange(len(conditions))[:, None]
 
-        def extend_fixed(tokens, lengths):
-            slots = lengths[:, None] + torch.arange(tokens.shape[1])
+        def extend_fixed(tokens, lengths, tree=None):
+            num, order = tokens.shape[1], torch.arange(tokens.shape[1])
             if self.forgets:
                 memory.zero_()
-            memory[rows, slots] = tokens
+            memory[rows, lengths[:, None] + order] = tokens
+            tree = topology(tuple(range(-1, num - 1)), lengths.device) if tree is None else tree
+            depths = tree.depths.expand(len(tokens), num)
             out = []
-            for place in slots.T:
+            for place in range(num):
+                above = tree.ancestors[..., place, :].expand(len(tokens), num)
+                slots = torch.arange(self.num_tokens).expand(len(tokens), -1).clone()
+                behind = torch.where(above, lengths[:, None] + depths, self.num_tokens)
+                padded = torch.nn.functional.pad(slots, (0, num + 1))
+                padded.scatter_(1, behind.clamp(max=self.num_tokens), lengths[:, None] + order)
+                read, end = padded[:, : self.num_tokens], lengths + depths[:, place]
                 prefix = torch.zeros_like(lengths)
                 for depth in range(self.num_tokens):
-                    longer = prefix * self.vocab_size + memory[:, depth]
-                    prefix = torch.where(depth <= place, longer, prefix)
-                beyond = place + 1 >= self.num_tokens
-                row = self.row(prefix.masked_fill(beyond, 0), (place + 1).masked_fill(beyond, 0))
+                    longer = prefix * self.vocab_size + memory[rows[:, 0], read[:, depth]]
+                    prefix = torch.where(depth <= end, longer, prefix)
+                beyond = end + 1 >= self.num_tokens
+                row = self.row(prefix.masked_fill(beyond, 0), (end + 1).masked_fill(beyond, 0))
                 out.append(self.table[row])
             return torch.stack(out, dim=1)
 
-        state.extend_fixed = extend_fixed
+        def keep_fixed(path, counts, lengths):
+            order = torch.arange(path.shape[1])
+            kept = torch.where(order < counts[:, None], path, order)
+            memory[rows, lengths[:, None] + order] = memory[rows, lengths[:, None] + kept]
+
+        state.extend_fixed, state.keep_fixed = extend_fixed, keep_fixed
         drop = state.select
 
         def select(kept):
@@ -146,11 +160,22 @@ class FixedTable(DroppingTableModel):
 
 
 @pytest.mark.parametrize("forgets", [False, True])
-@pytest.mark.parametrize("coupling", ["gumbel", "maximal", "independent"])
-def test_the_law_is_the_models_own(coupling, forgets):
-    model = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "sjd:window=3",
+        "sjd:window=3:coupling=maximal",
+        "sjd:window=3:coupling=independent",
+        "sjd:window=3:coupling=maximal:init=above",
+        "sjd:window=3:init=memory",
+        "sjd:window=6:tree=drift:init=memory",
+        "sjd:window=6:tree=static:coupling=maximal:init=above",
+    ],
+)
+def test_the_law_is_the_models_own(spec, forgets):
+    model = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0, grid=(2, 2))
     model.forgets = forgets
-    sampler = get_sampler("sjd", window=3, coupling=coupling)
+    sampler = get_sampler(spec)
     num = 6000
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

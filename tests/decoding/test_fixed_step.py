@@ -21,9 +21,14 @@ SAMPLERS = [
     "sjd:window=16:coupling=independent",
     "sjd:window=5:coupling=maximal:init=neighbour_mix",
     "sjd:window=7:coupling=maximal:reuse=0.2",
+    "sjd:window=7:init=above",
+    "sjd:window=7:coupling=independent:init=above",
+    "sjd:window=7:init=memory",
     "sjd:window=9:tree=drift",
     "sjd:window=9:tree=drift:init=above:min_share=0.05",
+    "sjd:window=9:tree=drift:init=memory",
     "sjd:window=9:tree=static:coupling=maximal",
+    "sjd:window=9:tree=static:coupling=maximal:init=above",
     "gsd",
     "lantern",
 ]
@@ -84,6 +89,7 @@ def test_captions_of_different_lengths():
         "ar",
         "sjd:window=6",
         "sjd:window=6:coupling=maximal",
+        "sjd:window=6:init=memory",
         "sjd:window=5:tree=static:coupling=maximal",
         "sjd:window=5:tree=drift",
     ],
@@ -102,8 +108,10 @@ def test_a_step_is_one_graph_and_is_compiled_once(model, sampler, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     steps = Steps("default")
-    fixed = draw(model, sampler, steps, num=2)
-    assert torch.equal(fixed.tokens, draw(model, sampler, num=2).tokens)
+    fixed, loop = draw(model, sampler, steps, num=2), draw(model, sampler, num=2)
+    assert torch.equal(fixed.tokens, loop.tokens)
+    # What the pass that compiled it has learned is forgotten.
+    assert fixed.stats.commit_pass == loop.stats.commit_pass
     assert fixed.stats.warm_up > 0
     made = len(graphs)
     assert 1 <= made <= 3  # for two images, for the last one of them, and no more

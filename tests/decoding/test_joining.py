@@ -113,10 +113,12 @@ def test_an_image_that_enters_later_is_the_image_alone(case):
         assert found[image].tolist() == expected.tolist(), image
 
 
-@pytest.mark.parametrize("coupling", ["maximal", "independent"])
-def test_rounds_of_an_image_are_counted_from_its_own_beginning(coupling):
+@pytest.mark.parametrize(
+    ("coupling", "init"), [("maximal", "prior"), ("independent", "prior"), ("maximal", "above")]
+)
+def test_rounds_of_an_image_are_counted_from_its_own_beginning(coupling, init):
     model, prompts, scales = CASES["classes"]()
-    sampler = get_sampler("sjd", window=4, coupling=coupling)
+    sampler = get_sampler("sjd", window=4, coupling=coupling, init=init)
     found = staggered(model, prompts, scales, sampler, [0, 2, 3, 3, 9])
     for image, prompt in enumerate(prompts):
         expected = alone(model, prompt, (image, 3), scales[image % 2], LAWS[image % 3], sampler)

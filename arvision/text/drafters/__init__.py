@@ -6,8 +6,9 @@ from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
-from .papers.pseudo import PseudoDrafter
-from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
+from .papers.pseudo_drafter import PseudoDrafter
+from .papers.retrieved import Retrieved, RetrievedContext
+from .papers.self_draft import LayerSkip, NestedExit
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter
 from .recycling import TokenRecycling
@@ -27,6 +28,7 @@ __all__ = [
     "PastOutputs",
     "PromptLookup",
     "PseudoDrafter",
+    "Retrieved",
     "RetrievedContext",
     "SuffixDecoding",
     "Superposed",

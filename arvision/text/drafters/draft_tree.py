@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -21,21 +24,33 @@ from ...decoding.tree import (
     topology,
     topology_of,
 )
+from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
-from ..model import as_text_model
+from ...files import user_path
+from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation
+from .online import DraftLearner
 from .recycling import RANKS
 
 EXPANSIONS = {
     "chain": "one draft after another",
-    "dyspec": "the candidates of the largest estimated acceptance (DySpec)",
+    "dyspec": "the candidates of the largest estimated acceptance (DySpec, greedy)",
+    "dyspec_drawn": "likewise, siblings drawn without replacement (DySpec above temperature 0)",
     "sequoia": "a fixed tree, best for acceptances by rank (Sequoia)",
     "independent": "a fixed number of independent draws per node (SpecInfer, SpecTr)",
     "distinct": "a fixed number of draws without replacement per node (RSD-C)",
     "beam": "stochastic beam search: draws without replacement of whole paths (RSD-S)",
 }
-DRAWN = {"independent": "independent", "distinct": "distinct", "beam": "distinct"}
+DRAWN = {
+    "independent": "independent",
+    "distinct": "distinct",
+    "beam": "distinct",
+    "dyspec_drawn": "distinct",
+}
+FIXED = ("independent", "distinct", "beam")
+"""Expansions whose sizes are those of `branching`."""
+
 LANES = 1 << 8
 FINER = 4
 """Tokens of a draft with another vocabulary that there is room for, per token of the target."""
@@ -65,12 +80,14 @@ class DraftTree(TextDrafter):
 
     Where tokens are drawn and drafts are chosen ("chain", "dyspec", "sequoia"), candidates are
     ranked by log q + g with the very noise g of their position, which is what the Gumbel walk asks
-    of the target: they meet more often. At temperature 0 all expansions choose.
+    of the target: they meet more often. "dyspec_drawn" is the paper's own tree for these runs: its
+    siblings are drawn one after another without replacement, and "without_replacement" judges them.
+    At temperature 0 all expansions choose.
 
     Args:
         draft: a token model of the target's vocabulary, or a model of transformers of any.
         expansion: see `EXPANSIONS`.
-        num_draft: candidates per pass ("chain", "dyspec", "sequoia").
+        num_draft: candidates per pass ("chain", "dyspec", "dyspec_drawn", "sequoia").
         max_depth: levels, likewise.
         branching: children per node and level ("independent", "distinct"), or the number of paths
             per level ("beam").
@@ -78,13 +95,20 @@ class DraftTree(TextDrafter):
         context: what the draft reads instead of the prompts; None for the prompts.
         tokenizer: the draft's, where it may be another one than the target's: `generate` then makes
             a `translation`, and the two draft and read across vocabularies.
+        online: learning rate of updates from the target's own answers as they are served; 0 for
+            none. Examples are the places where drafts ended, with the target's laws. A copy of
+            the draft learns; `save` writes it.
+        every: examples gathered before an update.
+        capacity: examples that are kept to be learned from again.
 
     Raises:
-        InputError: an unknown expansion, or a value out of range.
+        InputError: an unknown expansion, or a value out of range; updates of a draft that is no
+            model of transformers in float32, or has another vocabulary.
 
     Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
     2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
-    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023.
+    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Liu et al., "Online Speculative
+    Decoding", 2023, section 4.
     """
 
     def __init__(
@@ -97,6 +121,9 @@ class DraftTree(TextDrafter):
         ranks: Sequence[float] = RANKS,
         context: Callable[[list[list[int]]], Conditions] | None = None,
         tokenizer: Any = None,
+        online: float = 0.0,
+        every: int = 16,
+        capacity: int = 256,
     ) -> None:
         if expansion not in EXPANSIONS:
             raise unknown_name("expansion", expansion, EXPANSIONS)
@@ -105,13 +132,23 @@ class DraftTree(TextDrafter):
                 f"num_draft {num_draft}, max_depth {max_depth}, branching {tuple(branching)}: "
                 "expected numbers >= 1"
             )
+        self.learner: DraftLearner | None = None
+        if online:
+            if not isinstance(draft, HFCausalLM):
+                raise InputError(
+                    f"online {online} with a draft {type(draft).__name__}: expected a language "
+                    "model of transformers"
+                )
+            draft = as_text_model(copy.deepcopy(draft.network), draft.num_tokens)
+            self.learner = DraftLearner(draft.network, online, every, capacity)
         self.draft, self.expansion, self.max_depth = draft, expansion, max_depth
         self.branching, self.ranks, self._context = tuple(branching), tuple(ranks), context
         self.draft_vocab_size = draft.vocab_size
         self.tokenizer = tokenizer
         self.translation: Translation | None = None
+        self.text_tokenizer: Any = None
         self.shaping = Shaping()
-        if expansion in DRAWN:
+        if expansion in FIXED:
             full = len(parents_of(self.branching))
             num_draft = full if expansion != "beam" else sum(self.branching)
         self.num_draft = num_draft
@@ -125,7 +162,7 @@ class DraftTree(TextDrafter):
     def branches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether a node may have several children."""
         return self.expansion != "chain" and (
-            self.expansion not in DRAWN or max(self.branching) > 1
+            self.expansion not in FIXED or max(self.branching) > 1
         )
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
@@ -145,6 +182,10 @@ class DraftTree(TextDrafter):
         if self.translation is None:
             self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
             return
+        if self.learner is not None:
+            raise InputError(
+                "online updates of a draft of another vocabulary: expected the target's"
+            )
         draft = as_text_model(self.draft, FINER * self.num_tokens)
         texts = [torch.as_tensor(ids).tolist() for ids in read]
         self._state = TranslatedState(draft, self.translation, texts, law, self.vocab_size)
@@ -154,8 +195,22 @@ class DraftTree(TextDrafter):
         self._known = [known + len(own) for known, own in zip(self._known, new, strict=True)]
         super().hear(new, told)
 
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Note where drafts ended, if that is learned from."""
+        if self.learner is not None and batch.number != 0:
+            self.learner.hear(self.histories, batch, verdict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the draft as it is now, as transformers does, and its tokenizer where it is known."""
+        network: Any = self.draft
+        network.network.save_pretrained(user_path(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(user_path(folder))
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
+        for row in set(range(len(self.histories))) - set(rows.tolist()):
+            self.histories[row] += self._fresh[row]  # what is learned from is whole
         super().select(rows)
         self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
@@ -163,16 +218,18 @@ class DraftTree(TextDrafter):
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
+        if self.learner is not None:
+            self.learner.learn()
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
         if law is None:  # another vocabulary's text has outgrown the draft
             logq = root.new_zeros(len(root), 0, self.vocab_size).float()
             return TokenTree(root[:, :0], None if self.draws == "chosen" else logq)
-        if self.expansion == "dyspec":
-            return self._greedy_expansion(root, law, lengths, num)
+        if self.expansion in ("dyspec", "dyspec_drawn"):
+            return self._greedy_expansion(root, law, lengths, num, round_number)
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
-        if self.expansion in DRAWN:
+        if self.expansion in FIXED:
             parents = parents_of(self.branching)[:num]
         elif self.expansion == "chain":
             parents = torch.arange(-1, min(num, self.max_depth) - 1)
@@ -245,33 +302,71 @@ class DraftTree(TextDrafter):
         last = [node for _, children in levels[-1] for node in children]
         return {node: found[:, place[node]] for node in last}
 
-    def _greedy_expansion(self, root: Tensor, law: Tensor, lengths: Tensor, num: int) -> TokenTree:
-        """Grow each row's tree by the candidates with the largest product of probabilities.
+    def _greedy_expansion(
+        self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
+    ) -> TokenTree:
+        """Grow each row's tree by the places with the largest estimated acceptance.
 
-        A child is never likelier than its parent, so after each level the `num` best candidates so
-        far are a tree, and only those of them that are new can have children among the best. All
-        rows grow at once, where the laws lie; what a row does not have is -1 with no probability.
+        A place is worth the probability that a rule tries it: the product of the draft's
+        probabilities down to its parent, times what its elder siblings leave of the law where
+        siblings are drawn; a chosen one is worth its own token. No place is worth more than the one
+        above it or its elder sibling, so after each level the `num` best places so far are a tree,
+        and only those of them that are new can have children among the best. Whether a place is
+        among the best follows from what was drawn at better ones and never from its own token: so
+        drawn trees keep the law. All rows grow at once, where the laws lie; what a row does not
+        have is -1 with no probability.
         """
         width = min(num, 8, law.shape[-1])
-        values, tokens = _best(law + self._numbers(law, lengths), width)
-        parents, depths = torch.full_like(tokens, -1), torch.zeros_like(tokens)
+        grow = self._chosen if self.draws == "chosen" else self._drawn
+        laws = law[:, None]
+        tree = _Grown.roots(*grow(laws, lengths, 0, width, round_number))
         for level in range(1, self.max_depth):
-            values, tokens, parents, depths = _pruned(values, tokens, parents, depths, num)
-            fresh = (depths == level - 1) & (values > float("-inf"))
+            kept, _ = tree.best(num)
+            fresh = (kept.depths == level - 1) & (kept.worth > float("-inf"))
             if none_left(fresh):
                 break
-            fed = torch.cat([root, tokens.clamp(min=0)], dim=1)
-            laws = self._state.extend(fed, topology_of(parents, level).rooted)[:, 1:]
-            numbers = self._numbers(law, lengths + level)
-            more, below = _best(laws + numbers[:, None], width)
-            more = (values[..., None] + more).masked_fill(~fresh[..., None], float("-inf"))
-            above = torch.arange(tokens.shape[1], device=root.device)[:, None].expand(-1, width)
-            values = torch.cat([values, more.flatten(1)], dim=1)
-            tokens = torch.cat([tokens, below.flatten(1)], dim=1)
-            parents = torch.cat([parents, above.reshape(1, -1).expand(len(root), -1)], dim=1)
-            depths = torch.cat([depths, torch.full_like(below, level).flatten(1)], dim=1)
-        _, tokens, parents, _ = _pruned(values, tokens, parents, depths, num)
-        return TokenTree(tokens, parents=parents, num_levels=self.max_depth, most_children=width)
+            fed = torch.cat([root, kept.tokens.clamp(min=0)], dim=1)
+            laws = self._state.extend(fed, topology_of(kept.parents, level).rooted)
+            found = grow(laws[:, 1:], lengths, level, width, round_number)
+            tree = kept.longer(level, fresh, *found)
+        best, order = tree.best(num)
+        logq = None
+        if self.draws != "chosen":
+            above = tree.parents.gather(1, order) + 1  # places of the last pass
+            logq = laws.gather(1, above[..., None].expand(-1, -1, laws.shape[-1]))
+        return TokenTree(
+            best.tokens, logq, best.parents, num_levels=self.max_depth, most_children=width
+        )
+
+    def _chosen(
+        self, laws: Tensor, lengths: Tensor, level: int, width: int, round_number: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `width` best children of nodes with laws [B, N, V]: logarithms of their worth and of
+        their probability (the same), and their tokens, [B, N, width]."""
+        scores = laws + self._numbers(laws[:, 0], lengths + level)[:, None]
+        best = scores.topk(width, dim=-1)
+        values = best.values - scores.logsumexp(-1, keepdim=True)
+        return values, values, best.indices
+
+    def _drawn(
+        self, laws: Tensor, lengths: Tensor, level: int, width: int, round_number: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`width` children drawn without replacement, as `_chosen`; worth what is left of the law."""
+        batch, nodes, vocab = laws.shape
+        number = round_number * LANES + level
+        uniforms = self.noise.uniform((lengths + level)[:, None], "draft", number, nodes * width)
+        uniforms = uniforms.view(batch * nodes, width)
+        left = laws.reshape(-1, vocab).exp()
+        worth, values, tokens = [], [], []
+        for place in range(width):
+            mass = left.sum(-1)
+            token = draw(left.where((mass > 0)[:, None], 1.0), uniforms[:, place])[:, None]
+            values.append(left.gather(1, token)[:, 0].log())
+            left = left.scatter(1, token, 0.0)
+            worth.append(mass.log())
+            tokens.append(token[:, 0])
+        shape = batch, nodes, width
+        return tuple(torch.stack(part, dim=1).view(shape) for part in (worth, values, tokens))  # pyright: ignore[reportReturnType]
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
         """Stochastic beam search; every row grows a tree of its own, level by level, best first.
@@ -341,22 +436,59 @@ def _levels(parents: tuple[int, ...]) -> list[Families]:
     return [levels[depth] for depth in sorted(levels)]
 
 
-def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest of scores [..., V], normalised, and where they are."""
-    best = scores.topk(width, dim=-1)
-    return best.values - scores.logsumexp(-1, keepdim=True), best.indices
+@dataclass(frozen=True)
+class _Grown:
+    """Places of growing trees, M of each row, parents first.
 
+    Attributes:
+        worth: [B, M], logarithms of what places are worth; -inf where there is none.
+        values: [B, M], of the products of the draft's probabilities down to their tokens.
+        tokens: [B, M].
+        parents: [B, M], -1 for the last known token.
+        depths: [B, M].
+    """
 
-def _pruned(
-    values: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, num: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best `num` of candidates [B, M] in their order; what remains of a tree is one."""
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :num].sort(dim=1).values
-    place = torch.full_like(parents, -1)
-    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    values, tokens, parents, depths = (
-        part.gather(1, order) for part in (values, tokens, parents, depths)
-    )
-    is_real = values > float("-inf")
-    above = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
-    return values, tokens.where(is_real, -1), above.where(is_real, -1), depths
+    worth: Tensor
+    values: Tensor
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+
+    @classmethod
+    def roots(cls, worth: Tensor, values: Tensor, tokens: Tensor) -> _Grown:
+        """The children [B, 1, W] of the last known token."""
+        tokens = tokens[:, 0]
+        return cls(
+            worth[:, 0], values[:, 0], tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens)
+        )
+
+    def best(self, num: int) -> tuple[_Grown, Tensor]:
+        """The best `num` places in their order, which are trees, and where they stood."""
+        worth, parents = self.worth, self.parents
+        order = worth.argsort(dim=1, descending=True, stable=True)[:, :num].sort(dim=1).values
+        place = torch.full_like(parents, -1)
+        place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        worth, values, tokens, parents, depths = (
+            part.gather(1, order)
+            for part in (worth, self.values, self.tokens, parents, self.depths)
+        )
+        is_real = worth > float("-inf")
+        above = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
+        above, tokens = above.where(is_real, -1), tokens.where(is_real, -1)
+        return _Grown(worth, values, tokens, above, depths), order
+
+    def longer(
+        self, level: int, fresh: Tensor, worth: Tensor, values: Tensor, tokens: Tensor
+    ) -> _Grown:
+        """With children [B, M, W] of the places that are `fresh`, [B, M]."""
+        batch, num, width = tokens.shape
+        above = torch.arange(num, device=tokens.device)[:, None].expand(batch, -1, width)
+        worth = (self.values[..., None] + worth).masked_fill(~fresh[..., None], float("-inf"))
+        values = self.values[..., None] + values
+        return _Grown(
+            torch.cat([self.worth, worth.flatten(1)], dim=1),
+            torch.cat([self.values, values.flatten(1)], dim=1),
+            torch.cat([self.tokens, tokens.flatten(1)], dim=1),
+            torch.cat([self.parents, above.flatten(1)], dim=1),
+            torch.cat([self.depths, torch.full_like(above, level).flatten(1)], dim=1),
+        )
