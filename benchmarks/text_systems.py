@@ -122,11 +122,12 @@ TABLE = (
         "yes, verified here",
     ),
     (
-        "SWIFT",
-        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
-        "layer_skip",
+        "whole layers skipped",
+        '`drafter="layer_skip"`, `drafter_options={"whole": True}`',
+        "layer_skip, whole",
         "yes",
     ),
+    ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
         "S2D",
         '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
@@ -390,6 +391,7 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
 
     return {
         **greedy,
+        "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
         "medusa2": lambda: heads("medusa2") | {"model": backbone()},
         "medusa, constant tree": lambda: heads("medusa", ranks=RANKS),
