@@ -22,6 +22,7 @@ from . import (
     distill,
     doctor,
     generate,
+    mark_answers,
     models,
     sample,
     serve,
@@ -47,6 +48,7 @@ bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)
 train.add_to(app)
+mark_answers.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
 doctor.add_to(app)
