@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters import DraftTree
 from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.data import Answers
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
@@ -36,6 +37,7 @@ from arvision.text.loading import load_text_model
 from .common import load, save
 from .memory import peak_bytes
 from .text import model_file
+from .text_drafts import train_other_vocabulary
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
@@ -65,6 +67,7 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250, "batch_size": 128},
     "chimera": {"steps": 250, "batch_size": 128},
     "eagle3": {"steps": 250},
+    "mtp": {"steps": 150, "num_heads": 2},
     "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
     "model": {"steps": 250},
@@ -115,11 +118,12 @@ TABLE = (
         "yes, verified here",
     ),
     (
-        "SWIFT",
-        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
-        "layer_skip",
+        "whole layers skipped",
+        '`drafter="layer_skip"`, `drafter_options={"whole": True}`',
+        "layer_skip, whole",
         "yes",
     ),
+    ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
         "S2D",
         '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
@@ -128,13 +132,14 @@ TABLE = (
     ),
     (
         "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
-        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        '`drafter="mtp"`; this model ships none, so one was fitted: `train-draft --kind mtp`',
         "mtp",
         "yes",
     ),
     (
         "a draft of another vocabulary (TLI)",
-        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        '`drafter="draft_model"` with a draft whose tokenizer differs (here one of 2,048 tokens, trained on '
+        "the answers)",
         "draft of another vocabulary",
         "yes",
     ),
@@ -215,7 +220,7 @@ TABLE = (
         "yes",
     ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
-    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("RAPID", '`drafter="retrieved"`: see [long prompts](#long-prompts)', "", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
@@ -245,7 +250,8 @@ TABLE = (
         "no",
     ),
 )
-"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+"""System, where it lives, its name in the record (None where it does not run on text, "" for a
+benchmark of its own), lossless."""
 
 
 class Fits:
@@ -284,6 +290,10 @@ class Fits:
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        if kind == "other vocabulary":
+            kept = json.loads(answers.read_text())
+            target = load_text_model(model_file())[1]
+            return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
         settings = {"kind": kind} | FITS[kind]
         if settings.pop("pretrain", False):
             settings["pretrain"] = self.runs / "texts.txt"
@@ -341,6 +351,7 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
 
     return {
         **greedy,
+        "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
         **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
         **{
@@ -351,6 +362,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},
         },
+        "mtp": lambda: {"drafter": "mtp", "drafter_options": {"folder": fits("mtp")}},
+        "draft of another vocabulary": lambda: {
+            "drafter": "draft_model",
+            "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
@@ -360,7 +376,6 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
-        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
         "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
         "judge": lambda: {
             "drafter": tree("chain"),

@@ -48,15 +48,21 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
+<<<<<<< HEAD
             help="medusa, hydra, clover, chimera, eagle3, ppd, hidden_transfer, model, "
             "acceptance, judge."
+=======
+            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
+>>>>>>> main
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     num_heads: Annotated[
         int | None,
-        typer.Option(help="Longest draft of heads or pseudo tokens, steps that eagle3 unrolls; 3."),
+        typer.Option(
+            help="Longest draft of heads or pseudo tokens, steps that eagle3 and mtp unroll; 3."
+        ),
     ] = None,
     divergence: Annotated[
         str | None,

@@ -21,11 +21,16 @@ from .data import Answers, answer, question_ids
 from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
+from .mtp import train_mtp
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
 
+<<<<<<< HEAD
 ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "acceptance", "judge")
+=======
+ALL_KINDS = (*KINDS, "eagle3", "mtp", "ppd", "hidden_transfer", "model", "judge")
+>>>>>>> main
 
 
 UNUSED = {
@@ -170,7 +175,7 @@ def fit_draft(
     heads = HeadTraining(
         kind=kind if kind in KINDS else "hydra", num_heads=num_heads, divergence=divergence
     )
-    heads = replace(heads, fit=replace(heads.fit, **changed))
+    heads = replace(heads, fit=replace(heads.config, **changed))
     pseudo = PseudoTraining(
         kind=kind if kind in ("ppd", "hidden_transfer") else "ppd",
         num_guesses=num_heads,
@@ -194,6 +199,7 @@ def fit_draft(
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
+<<<<<<< HEAD
     if kind == "eagle3":
         return train_eagle3(network, answers, out, eagle3, progress=progress)
     if kind == "acceptance":
@@ -202,6 +208,11 @@ def fit_draft(
             raise InputError(f"draft {draft!r}: expected one with the target's tokenizer")
         small_network.requires_grad_(False)
         return train_acceptance(network, small_network, answers, out, head, progress=progress)
+=======
+    if kind in ("eagle3", "mtp"):
+        train = train_eagle3 if kind == "eagle3" else train_mtp
+        return train(network, answers, out, eagle3, progress=progress)
+>>>>>>> main
     if kind == "model":
         blocks = text_blocks(own, tokenizer) if own else None
         return train_small_model(
