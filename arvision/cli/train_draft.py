@@ -48,12 +48,8 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-<<<<<<< HEAD
-            help="medusa, hydra, clover, chimera, eagle3, ppd, hidden_transfer, model, "
+            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, "
             "acceptance, judge."
-=======
-            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
->>>>>>> main
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,

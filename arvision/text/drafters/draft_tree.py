@@ -30,12 +30,9 @@ from ...files import user_path
 from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation
-<<<<<<< HEAD
 from .growing import Grown
-from .papers.acceptance import AcceptanceHead
-=======
 from .online import DraftLearner
->>>>>>> main
+from .papers.acceptance import AcceptanceHead
 from .recycling import RANKS
 
 EXPANSIONS = {
@@ -115,13 +112,8 @@ class DraftTree(TextDrafter):
 
     Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
     2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
-<<<<<<< HEAD
-    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Huang, Guo and Wang, "SpecDec++",
-    2024, section 3 (the length of a chain).
-=======
     Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Liu et al., "Online Speculative
-    Decoding", 2023, section 4.
->>>>>>> main
+    Decoding", 2023, section 4; Huang, Guo and Wang, "SpecDec++", 2024, section 3.
     """
 
     def __init__(

@@ -26,11 +26,7 @@ from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
 
-<<<<<<< HEAD
-ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "acceptance", "judge")
-=======
-ALL_KINDS = (*KINDS, "eagle3", "mtp", "ppd", "hidden_transfer", "model", "judge")
->>>>>>> main
+ALL_KINDS = (*KINDS, "eagle3", "mtp", "ppd", "hidden_transfer", "model", "acceptance", "judge")
 
 
 UNUSED = {
@@ -199,20 +195,15 @@ def fit_draft(
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
-<<<<<<< HEAD
-    if kind == "eagle3":
-        return train_eagle3(network, answers, out, eagle3, progress=progress)
     if kind == "acceptance":
-        small_network, own = load_text_model(str(draft), device=device, dtype=dtype)
-        if not same_tokens(tokenizer, own):
+        drafting, its_own = load_text_model(str(draft), device=device, dtype=dtype)
+        if not same_tokens(tokenizer, its_own):
             raise InputError(f"draft {draft!r}: expected one with the target's tokenizer")
-        small_network.requires_grad_(False)
-        return train_acceptance(network, small_network, answers, out, head, progress=progress)
-=======
+        drafting.requires_grad_(False)
+        return train_acceptance(network, drafting, answers, out, head, progress=progress)
     if kind in ("eagle3", "mtp"):
         train = train_eagle3 if kind == "eagle3" else train_mtp
         return train(network, answers, out, eagle3, progress=progress)
->>>>>>> main
     if kind == "model":
         blocks = text_blocks(own, tokenizer) if own else None
         return train_small_model(
