@@ -23,6 +23,7 @@ from . import (
     doctor,
     finetune,
     generate,
+    mark_answers,
     models,
     sample,
     serve,
@@ -50,6 +51,7 @@ bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)
 train.add_to(app)
+mark_answers.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
 finetune.add_to(app)
