@@ -46,7 +46,8 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
+            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, lud, "
+            "model, nested, judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,

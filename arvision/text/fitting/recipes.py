@@ -20,17 +20,21 @@ from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
 from .mtp import train_mtp
+from .nested import NestedTraining, train_nested
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
+from .units import UNIT_FIT, UnitTraining, train_units
 
-ALL_KINDS = (*KINDS, "eagle3", "mtp", "ppd", "hidden_transfer", "model", "judge")
+ALL_KINDS = (*KINDS, "eagle3", "mtp", "ppd", "hidden_transfer", "lud", "model", "nested", "judge")
 
 
 UNUSED = {
     "ppd": ("divergence",),
     "hidden_transfer": ("divergence",),
+    "lud": ("divergence",),
     "model": ("num_heads",),
+    "nested": ("num_heads", "divergence"),
     "judge": ("num_heads", "divergence", "answer_tokens"),
 }
 """Settings of `fit_draft` that mean nothing to a kind of draft."""
@@ -189,4 +193,10 @@ def fit_draft(
         return train_small_model(
             network, tokenizer, answers, out, small, blocks=blocks, progress=progress
         )
+    if kind == "nested":
+        nested = NestedTraining(fit=replace(SMALL_FIT, **changed))
+        return train_nested(network, tokenizer, [answers], out, nested, progress=progress)
+    if kind == "lud":
+        units = UnitTraining(num_guesses=num_heads, fit=replace(UNIT_FIT, **changed))
+        return train_units(network, tokenizer, answers, out, units, progress=progress)
     return train_pseudo(network, answers, out, pseudo, progress=progress)
