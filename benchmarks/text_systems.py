@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree
+from arvision.text.drafters import DraftTree, HeadDrafter
+from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS
 from arvision.text.fitting.data import Answers
+from arvision.text.fitting.medusa2 import BACKBONE
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
@@ -63,13 +65,17 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
+    "medusa2": {"steps": 250, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
-    "clover": {"steps": 250, "batch_size": 128},
-    "chimera": {"steps": 250, "batch_size": 128},
+    "hydra++": {"steps": 250},
+    "clover": {"steps": 250},
+    "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
     "mtp": {"steps": 150, "num_heads": 2},
-    "ppd": {"num_ensemble": 2},
-    "hidden_transfer": {},
+    "ppd": {"steps": 60, "num_ensemble": 2},
+    "hidden_transfer": {"steps": 80},
+    "lud": {"steps": 40},
+    "nested": {"steps": 80, "batch_size": 2},
     "model": {"steps": 250},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
     "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
@@ -125,9 +131,15 @@ TABLE = (
     ),
     ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
-        "S2D",
-        '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
+        "the target's own first layers",
+        '`drafter="nested_exit"` (not trained to be nested)',
         "nested_exit",
+        "yes",
+    ),
+    (
+        "S2D",
+        "`train-draft --kind nested` (the first nine layers, exits behind 3, 6 and 9)",
+        "nested",
         "yes",
     ),
     (
@@ -144,20 +156,23 @@ TABLE = (
         "yes",
     ),
     ("EAGLE-3", "`train-draft --kind eagle3`", "eagle3", "yes"),
-    ("Medusa-1, tree from a constant", "`train-draft --kind medusa`", "medusa", "yes"),
-    ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),
     (
-        "regressive heads, after Clover",
-        "`train-draft --kind clover` (no augmenting block)",
-        "clover",
+        "Medusa-1, tree from a constant",
+        "`train-draft --kind medusa`, `HeadDrafter(ranks=RANKS)`",
+        "medusa, constant tree",
         "yes",
     ),
+    ("Medusa-1", "`train-draft --kind medusa` (tree from measured accuracies)", "medusa", "yes"),
     (
-        "trigram heads, after Chimera",
-        "`train-draft --kind chimera` (trigram encoder; no encoder of the whole context)",
-        "chimera",
-        "yes",
+        "Medusa-2",
+        "`train-draft --kind medusa2` (heads and backbone; the target is another one then)",
+        "medusa2",
+        "yes, of the new target",
     ),
+    ("Hydra", "`train-draft --kind hydra`", "hydra", "yes"),
+    ("Hydra++", "`train-draft --kind hydra++`", "hydra++", "yes"),
+    ("Clover", "`train-draft --kind clover`", "clover", "yes"),
+    ("Chimera", "`train-draft --kind chimera`", "chimera", "yes"),
     (
         "PPD's prompt tokens, chain of first guesses",
         '`PseudoDrafter(shape="chain")`',
@@ -182,12 +197,30 @@ TABLE = (
         "hidden_transfer",
         "yes",
     ),
-    ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
-    ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
+    ("confident chains of Hydra's heads", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes"),
+    (
+        "LUD, verified",
+        "`train-draft --kind lud` (the whole target is tuned)",
+        "lud",
+        "yes, of the tuned model",
+    ),
+    ("LUD", 'the same, rule "unverified"', "lud, unverified", "no"),
+    (
+        "Online SD, heads",
+        "`HeadDrafter(online=rate)` (Hydra's, after 24 answers to other prompts)",
+        "online (OSD)",
+        "yes",
+    ),
     (
         "a draft model from the target's layers, chain",
         '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
+        "yes",
+    ),
+    (
+        "Online SD, a draft model",
+        "`DraftTree(..., online=rate)` (the chain, after 24 answers to other prompts)",
+        "draft chain, online",
         "yes",
     ),
     (
@@ -312,7 +345,7 @@ class Fits:
         return figures
 
 
-def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name to the arguments of `generate`, made anew for each prompt."""
 
     @cache
@@ -342,9 +375,39 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     def pseudo(kind: str, **options: Any) -> dict[str, Any]:
         return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
+    @cache
+    def tuned() -> Any:
+        """The target that was tuned for lexical units."""
+        return load_text_model(fits("lud"), device="cpu", dtype=torch.float32)[0]
+
+    def units(**options: Any) -> dict[str, Any]:
+        return pseudo("lud") | {"model": tuned()} | options
+
     def heads(kind: str, **options: Any) -> dict[str, Any]:
         folder = str(fits(kind))
         return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
+
+    @cache
+    def backbone() -> Any:
+        """The target that was trained with its heads."""
+        folder = fits("medusa2") / BACKBONE
+        return load_text_model(folder, device="cpu", dtype=torch.float32)[0]
+
+    @cache
+    def served(kind: str) -> Any:
+        """A drafter that has learned from answers to the prompts that are not measured."""
+        drafter: Any = (
+            tree("chain", online=1e-4, every=16)
+            if kind == "model"
+            else HeadDrafter(fits(kind), online=3e-4, every=16)
+        )
+        others = [message for kind in PROMPTS for message in PROMPTS[kind][per_kind:]]
+        for message in others:
+            options = {"chat": True, "device": "cpu", "dtype": torch.float32}
+            generate(str(model_file()), message, drafter=drafter, max_new_tokens=tokens, **options)
+        replay = drafter.learner.replay if kind == "model" else drafter.replay
+        print(kind, "served", len(others), "with", replay.num_updates, "updates", flush=True)
+        return drafter
 
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
@@ -353,6 +416,8 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         **greedy,
         "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
+        "medusa2": lambda: heads("medusa2") | {"model": backbone()},
+        "medusa, constant tree": lambda: heads("medusa", ranks=RANKS),
         **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
         **{
             f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
@@ -367,9 +432,16 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "drafter": "draft_model",
             "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
         },
+        "lud": lambda: units(),
+        "lud, unverified": lambda: units(rule="unverified"),
+        "nested": lambda: {
+            "drafter": "nested_exit",
+            "drafter_options": {"draft": draft(fits("nested"))},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
-        "online (OSD)": lambda: heads("hydra", online=1e-3),
+        "online (OSD)": lambda: {"drafter": served("hydra")},
         "draft chain": lambda: {"drafter": tree("chain")},
+        "draft chain, online": lambda: {"drafter": served("model")},
         "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
         "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
         "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
@@ -406,16 +478,16 @@ def measure(
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
     rows: dict[str, dict[str, Any]] = {}
     fits = Fits(runs)
-    for name, arguments in systems(fits, tokens).items():
+    for name, arguments in systems(fits, tokens, per_kind).items():
         if only and name not in only:
             continue
         fits.asked = {}
 
         def answer(message: str, arguments: Any = arguments, **options: Any) -> Any:
-            return generate(
-                network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
-            )
+            given = {"model": network} | arguments()
+            return generate(prompts=message, tokenizer=tokenizer, chat=True, **options, **given)
 
+        arguments()  # what is not fitted yet is fitted before anything is counted
         most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:

@@ -32,6 +32,7 @@ from arvision.text.fitting.data import (
 )
 from arvision.text.fitting.eagle3 import Eagle3Training, make_eagle3
 from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
+from arvision.text.fitting.medusa2 import Medusa2Training, train_medusa2
 from arvision.text.fitting.mtp import train_mtp
 from arvision.text.fitting.pretrain import fresh_copy, own_texts, text_blocks
 from arvision.text.fitting.recipes import fit_draft
@@ -153,6 +154,30 @@ def test_heads_learn_resume_and_keep_the_text(
     plain = {"max_new_tokens": 30, "temperature": 0.9, "seed": 4}
     drawn = arvision.generate(network, prompts[:2], drafter=HeadDrafter(tmp_path / "a"), **plain)
     assert drawn.tokens == arvision.generate(network, prompts[:2], **plain).tokens
+
+
+def test_medusa2_trains_heads_and_a_copy_of_the_target(
+    network, answers, unseen, tokens_per_pass, tmp_path
+):
+    """The copy stays near; with it the heads are worth more than those of a frozen target."""
+    from transformers import AutoModelForCausalLM
+
+    heads = HeadTraining(kind="medusa", num_heads=2, num_vocabulary=60, fit=FIT)
+    joint = replace(FIT, steps=60, batch_size=8, learning_rate=5e-3)
+    training = Medusa2Training(heads=heads, fit=joint, weight=0.5)
+    before = [parameter.clone() for parameter in network.parameters()]
+    figures = train_medusa2(network, None, answers, tmp_path, training, progress=False)
+    assert all(map(torch.equal, before, network.parameters()))
+    assert figures["target_changed"]["same_token"] > 0.9
+    assert 0 < figures["target_changed"]["divergence"] < 0.2
+    first = tokens_per_pass(HeadDrafter(tmp_path / "heads"))
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone").eval()
+    assert not torch.equal(changed.model.layers[1].mlp.up_proj.weight, before[1])
+    out = arvision.generate(changed, unseen, drafter=HeadDrafter(tmp_path), max_new_tokens=30)
+    assert out.tokens == [greedy_reference(changed, ids, 30) for ids in unseen]
+    assert out.stats.tokens_per_pass > first + 0.35
+    with pytest.raises(InputError, match="expected 'medusa'"):
+        Medusa2Training(heads=HeadTraining(kind="hydra"))
 
 
 def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(network, answers, tmp_path):
