@@ -51,12 +51,8 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-<<<<<<< HEAD
-            help="medusa, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, lud, "
-            "model, nested, judge."
-=======
-            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
->>>>>>> main
+            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, "
+            "lud, model, nested, judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
