@@ -71,14 +71,14 @@ FITS: dict[str, dict[str, Any]] = {
     "clover": {"steps": 250},
     "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
-    "mtp": {"steps": 60, "num_heads": 2},
+    "mtp": {"steps": 80, "num_heads": 2},
     "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
-    "model": {"steps": 250},
-    # Pilots take a quarter of the steps each.
-    "distillspec": {"kind": "model", "steps": 48, "divergence": "auto", "on_policy": 0.5},
-    "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
-    "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
+    "model": {"steps": 100},
+    # Pilots take a quarter of the steps each: as many steps in all as "model".
+    "distillspec": {"kind": "model", "steps": 50, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 100, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 100, "pretrain": True, "pretrain_steps": 50},
     "judge": {},
 }
 PROFILED = 8

@@ -51,7 +51,7 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
+            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, parallel (of an encoder-decoder target), judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
