@@ -79,7 +79,9 @@ class _Written(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
+        data = args[1 if func is Tensor.new_tensor else 0] if args else None
+        makes = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        if makes and not isinstance(data, Tensor):
             self._tape.written[out.untyped_storage().data_ptr()] = out
         return out
 
