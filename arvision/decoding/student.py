@@ -217,8 +217,8 @@ class _Canvas:
         self._write(tokens[:, begin:], mixed[:, begin:], begin)
 
     def _about(self, known: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """What the student says of vectors, with conditions that it need not read again."""
-        if isinstance(self.model, TakesVectors):
+        """What the student says of vectors; a graph does not read the conditions again."""
+        if self.run.told and isinstance(self.model, TakesVectors):
             return self.model.about(self.conditions, known)
         return lambda vectors: self.model.predict(self.conditions, vectors, known)
 
