@@ -483,17 +483,6 @@ class StudentModel(Protocol):
         ...
 
 
-@runtime_checkable
-class TakesVectors(Protocol):
-    """A student whose pass can be made a function of vectors alone, of fixed shapes."""
-
-    def about(
-        self, conditions: Conditions, known: int
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`StudentModel.predict` with these conditions and this number of known units."""
-        ...
-
-
 class Sampler(Protocol):
     """A loop around a model; it knows the contract and never the network."""
 

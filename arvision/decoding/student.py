@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..contracts import (
     Samples,
     ScaleModel,
     StudentModel,
-    TakesVectors,
     codebook_of,
 )
 from ..errors import InputError
@@ -162,6 +161,17 @@ def _teacher_laws(
             state.commit(every, torch.full_like(part[:, 0], part.shape[1]))
             fed = unit
         yield unit, logits[:, None]
+
+
+@runtime_checkable
+class TakesVectors(Protocol):
+    """A student whose pass can be made a function of vectors alone, of fixed shapes."""
+
+    def about(
+        self, conditions: Conditions, known: int
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`StudentModel.predict` with these conditions and this number of known units."""
+        ...
 
 
 @dataclass
