@@ -27,8 +27,11 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters import DraftTree, HeadDrafter
+from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.data import Answers
+from arvision.text.fitting.medusa2 import BACKBONE
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
@@ -36,6 +39,7 @@ from arvision.text.loading import load_text_model
 from .common import load, save
 from .memory import peak_bytes
 from .text import model_file
+from .text_drafts import train_other_vocabulary
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
@@ -61,10 +65,13 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
+    "medusa2": {"steps": 250, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
-    "clover": {"steps": 250, "batch_size": 128},
-    "chimera": {"steps": 250, "batch_size": 128},
+    "hydra++": {"steps": 250},
+    "clover": {"steps": 250},
+    "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
+    "mtp": {"steps": 150, "num_heads": 2},
     "ppd": {"num_ensemble": 2},
     "hidden_transfer": {},
     "model": {"steps": 250},
@@ -115,11 +122,12 @@ TABLE = (
         "yes, verified here",
     ),
     (
-        "SWIFT",
-        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
-        "layer_skip",
+        "whole layers skipped",
+        '`drafter="layer_skip"`, `drafter_options={"whole": True}`',
+        "layer_skip, whole",
         "yes",
     ),
+    ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
         "S2D",
         '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
@@ -128,31 +136,35 @@ TABLE = (
     ),
     (
         "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
-        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        '`drafter="mtp"`; this model ships none, so one was fitted: `train-draft --kind mtp`',
         "mtp",
         "yes",
     ),
     (
         "a draft of another vocabulary (TLI)",
-        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        '`drafter="draft_model"` with a draft whose tokenizer differs (here one of 2,048 tokens, trained on '
+        "the answers)",
         "draft of another vocabulary",
         "yes",
     ),
     ("EAGLE-3", "`train-draft --kind eagle3`", "eagle3", "yes"),
-    ("Medusa-1, tree from a constant", "`train-draft --kind medusa`", "medusa", "yes"),
-    ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),
     (
-        "regressive heads, after Clover",
-        "`train-draft --kind clover` (no augmenting block)",
-        "clover",
+        "Medusa-1, tree from a constant",
+        "`train-draft --kind medusa`, `HeadDrafter(ranks=RANKS)`",
+        "medusa, constant tree",
         "yes",
     ),
+    ("Medusa-1", "`train-draft --kind medusa` (tree from measured accuracies)", "medusa", "yes"),
     (
-        "trigram heads, after Chimera",
-        "`train-draft --kind chimera` (trigram encoder; no encoder of the whole context)",
-        "chimera",
-        "yes",
+        "Medusa-2",
+        "`train-draft --kind medusa2` (heads and backbone; the target is another one then)",
+        "medusa2",
+        "yes, of the new target",
     ),
+    ("Hydra", "`train-draft --kind hydra`", "hydra", "yes"),
+    ("Hydra++", "`train-draft --kind hydra++`", "hydra++", "yes"),
+    ("Clover", "`train-draft --kind clover`", "clover", "yes"),
+    ("Chimera", "`train-draft --kind chimera`", "chimera", "yes"),
     (
         "PPD's prompt tokens, chain of first guesses",
         '`PseudoDrafter(shape="chain")`',
@@ -178,11 +190,22 @@ TABLE = (
         "yes",
     ),
     ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
-    ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
+    (
+        "Online SD, heads",
+        "`HeadDrafter(online=rate)` (Hydra's, after 24 answers to other prompts)",
+        "online (OSD)",
+        "yes",
+    ),
     (
         "a draft model from the target's layers, chain",
         '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
+        "yes",
+    ),
+    (
+        "Online SD, a draft model",
+        "`DraftTree(..., online=rate)` (the chain, after 24 answers to other prompts)",
+        "draft chain, online",
         "yes",
     ),
     (
@@ -215,7 +238,7 @@ TABLE = (
         "yes",
     ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
-    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("RAPID", '`drafter="retrieved"`: see [long prompts](#long-prompts)', "", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
@@ -245,7 +268,8 @@ TABLE = (
         "no",
     ),
 )
-"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+"""System, where it lives, its name in the record (None where it does not run on text, "" for a
+benchmark of its own), lossless."""
 
 
 class Fits:
@@ -284,6 +308,10 @@ class Fits:
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        if kind == "other vocabulary":
+            kept = json.loads(answers.read_text())
+            target = load_text_model(model_file())[1]
+            return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
         settings = {"kind": kind} | FITS[kind]
         if settings.pop("pretrain", False):
             settings["pretrain"] = self.runs / "texts.txt"
@@ -302,7 +330,7 @@ class Fits:
         return figures
 
 
-def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name to the arguments of `generate`, made anew for each prompt."""
 
     @cache
@@ -336,12 +364,37 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         folder = str(fits(kind))
         return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
 
+    @cache
+    def backbone() -> Any:
+        """The target that was trained with its heads."""
+        folder = fits("medusa2") / BACKBONE
+        return load_text_model(folder, device="cpu", dtype=torch.float32)[0]
+
+    @cache
+    def served(kind: str) -> Any:
+        """A drafter that has learned from answers to the prompts that are not measured."""
+        drafter: Any = (
+            tree("chain", online=1e-4, every=16)
+            if kind == "model"
+            else HeadDrafter(fits(kind), online=3e-4, every=16)
+        )
+        others = [message for kind in PROMPTS for message in PROMPTS[kind][per_kind:]]
+        for message in others:
+            options = {"chat": True, "device": "cpu", "dtype": torch.float32}
+            generate(str(model_file()), message, drafter=drafter, max_new_tokens=tokens, **options)
+        replay = drafter.learner.replay if kind == "model" else drafter.replay
+        print(kind, "served", len(others), "with", replay.num_updates, "updates", flush=True)
+        return drafter
+
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
 
     return {
         **greedy,
+        "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
+        "medusa2": lambda: heads("medusa2") | {"model": backbone()},
+        "medusa, constant tree": lambda: heads("medusa", ranks=RANKS),
         **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
         **{
             f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
@@ -351,16 +404,21 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},
         },
+        "mtp": lambda: {"drafter": "mtp", "drafter_options": {"folder": fits("mtp")}},
+        "draft of another vocabulary": lambda: {
+            "drafter": "draft_model",
+            "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
-        "online (OSD)": lambda: heads("hydra", online=1e-3),
+        "online (OSD)": lambda: {"drafter": served("hydra")},
         "draft chain": lambda: {"drafter": tree("chain")},
+        "draft chain, online": lambda: {"drafter": served("model")},
         "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
         "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
         "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
-        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
         "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
         "judge": lambda: {
             "drafter": tree("chain"),
@@ -391,16 +449,16 @@ def measure(
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
     rows: dict[str, dict[str, Any]] = {}
     fits = Fits(runs)
-    for name, arguments in systems(fits, tokens).items():
+    for name, arguments in systems(fits, tokens, per_kind).items():
         if only and name not in only:
             continue
         fits.asked = {}
 
         def answer(message: str, arguments: Any = arguments, **options: Any) -> Any:
-            return generate(
-                network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
-            )
+            given = {"model": network} | arguments()
+            return generate(prompts=message, tokenizer=tokenizer, chat=True, **options, **given)
 
+        arguments()  # what is not fitted yet is fitted before anything is counted
         most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:

@@ -37,6 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "known": {"errors"},
     "going": set(),
     "networks": set(),
+    "acceptance": set(),
+    "hosting": {"errors"},
     "schema": {"errors", "files"},
     "prompt_files": {"errors", "files", "schema"},
     "portable": {"errors", "folders", "schema"},
@@ -101,7 +103,8 @@ ALLOWED: dict[str, set[str]] = {
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "bench": {"api", "counting", "official", "pipeline", "samplers", "decoding"} | GROUND,
     "official": {"pipeline"} | GROUND,
-    "comparison": {"api", "batches", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
+    "comparison": {"acceptance", "api", "batches", "pipeline", "inputs", "samplers", "sheet"}
+    | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
     "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
@@ -109,6 +112,9 @@ ALLOWED: dict[str, set[str]] = {
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
     | {"pipeline", "previews", "samplers"}
+    | GROUND,
+    "ui": {"acceptance", "api", "catalog", "folders", "inputs", "opening", "pipeline", "samplers"}
+    | {"sheet"}
     | GROUND,
     "testing": {"models"} | GROUND,
 }

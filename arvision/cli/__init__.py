@@ -27,6 +27,7 @@ from . import (
     serve,
     train,
     train_draft,
+    ui,
 )
 from . import eval as evaluation
 
@@ -43,6 +44,7 @@ generate.add_to(app)
 complete.add_to(app)
 compare.add_to(app)
 serve.add_to(app)
+ui.add_to(app)
 bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)

@@ -29,6 +29,16 @@ def add_to(app: typer.Typer) -> None:
     app.command("serve", epilog=EPILOG)(serve)
 
 
+def bearer_token() -> str | None:
+    """The token of the environment; None for none (`InputError`: an empty one)."""
+    from ..errors import InputError
+
+    token = os.environ.get(TOKEN)
+    if token is not None and not token.strip():
+        raise InputError(f"{TOKEN} is empty: expected a token, or no such variable")
+    return token
+
+
 def serve(
     model: Annotated[str, typer.Option(help="Embedded name, folder or hub id.")],
     host: Annotated[str, typer.Option(help="Address; 0.0.0.0 for all of the machine's.")] = (
@@ -49,10 +59,10 @@ def serve(
 ) -> None:
     """Serve a model over HTTP; ARVISION_TOKEN in the environment asks requests for that token."""
     from .. import load
-    from ..errors import InputError
     from ..folders import parse_device, parse_dtype
-    from ..serving import Limits, Studio
-    from ..serving.server import listen, run
+    from ..hosting import host as host_app
+    from ..hosting import listen
+    from ..serving import Limits, Studio, make_app
 
     limits = Limits(
         batch=batch,
@@ -62,11 +72,10 @@ def serve(
         timeout=timeout,
         batching=batching,
     )
-    token = os.environ.get(TOKEN)
-    if token is not None and not token.strip():
-        raise InputError(f"{TOKEN} is empty: expected a token, or no such variable")
+    token = bearer_token()
     # A port in use is told before anything is loaded.
     socket = listen(host, port)
     place = parse_device(device)
     pipe = load(model, device=place, dtype=parse_dtype(dtype, place))
-    run(Studio(pipe, name or model, limits), socket, token)
+    studio = Studio(pipe, name or model, limits)
+    host_app(make_app(studio, token), socket, studio.name, limits.timeout)

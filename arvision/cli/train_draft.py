@@ -14,6 +14,10 @@ EPILOG = """Examples:
 
 arvision train-draft --model ./SmolLM2-135M-Instruct --prompts prompts.txt --kind hydra --out runs/hydra
 
+arvision train-draft --model ./target --prompts prompts.txt --kind medusa2 --out runs/medusa2
+
+arvision generate --model runs/medusa2/backbone --prompt "Hello" --draft runs/medusa2
+
 arvision train-draft --model ./target --prompts prompts.txt --kind ppd --steps 200 --out runs/ppd
 
 arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draft runs/hydra --stats
@@ -26,7 +30,8 @@ arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out 
 
 PROMPTS holds one prompt per line, or is a .csv or .tsv file with a column named prompt, or a .jsonl
 or .json file; each is wrapped in the model's chat template where it has one. The target
-stays frozen and answers them itself; what is fitted learns from these answers. Run a command again
+stays frozen and answers them itself; what is fitted learns from these answers. Only medusa2 trains
+the target as well: a copy of it, OUT/backbone, which is another model then. Run a command again
 to resume it. For a judge (`--rule judge`) it holds marked answers, a JSON object per line:
 {"prompt": "2 + 2?", "answer": "It is 5.", "wrong": "5"}, without "wrong" where all is fine.
 """
@@ -46,14 +51,16 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-            help="medusa, hydra, clover, chimera, eagle3, ppd, hidden_transfer, model, judge."
+            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, model, judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     num_heads: Annotated[
         int | None,
-        typer.Option(help="Longest draft of heads or pseudo tokens, steps that eagle3 unrolls; 3."),
+        typer.Option(
+            help="Longest draft of heads or pseudo tokens, steps that eagle3 and mtp unroll; 3."
+        ),
     ] = None,
     divergence: Annotated[
         str | None,

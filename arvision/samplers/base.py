@@ -387,6 +387,20 @@ def get_sampler(name: str, **options: Any) -> BaseSampler:
     return cls(**{name: plain_numbers(value) for name, value in options.items()})
 
 
+def strangers_sampler(spec: str) -> BaseSampler:
+    """`get_sampler` of what a stranger wrote: options that name files or further models are refused.
+
+    Raises:
+        InputError: such an option, or what `get_sampler` refuses.
+    """
+    kind, own = parse_sampler(spec)
+    sampler = SAMPLERS[kind]
+    for name in own:
+        if name in sampler.local_files or name in sampler.needs:
+            raise InputError(f"sampler {spec!r}: {name} is for the server to say")
+    return get_sampler(spec)
+
+
 class TokenSampler(BaseSampler):
     """A sampler that runs the one decoding loop of token models.
 

@@ -28,6 +28,7 @@ from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
 from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
+from .drafters.mtp import MTP_FILE
 from .model import as_text_model
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
@@ -298,6 +299,7 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
     for file, found in (
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
+        (MTP_FILE, ("mtp", "folder")),
     ):
         if (user_path(folder) / file).exists():
             return found
@@ -369,6 +371,7 @@ def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> Non
     """
     if isinstance(drafter, DraftTree):
         own, drafter.translation = drafter.tokenizer, None
+        drafter.text_tokenizer = tokenizer
         if own is not None and tokenizer is not None and not same_tokens(tokenizer, own):
             drafter.translation = Translation.between(tokenizer, own)
             return

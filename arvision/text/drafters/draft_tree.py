@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -22,10 +24,13 @@ from ...decoding.tree import (
     topology,
     topology_of,
 )
+from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
-from ..model import as_text_model
+from ...files import user_path
+from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation
+from .online import DraftLearner
 from .recycling import RANKS
 
 EXPANSIONS = {
@@ -90,13 +95,20 @@ class DraftTree(TextDrafter):
         context: what the draft reads instead of the prompts; None for the prompts.
         tokenizer: the draft's, where it may be another one than the target's: `generate` then makes
             a `translation`, and the two draft and read across vocabularies.
+        online: learning rate of updates from the target's own answers as they are served; 0 for
+            none. Examples are the places where drafts ended, with the target's laws. A copy of
+            the draft learns; `save` writes it.
+        every: examples gathered before an update.
+        capacity: examples that are kept to be learned from again.
 
     Raises:
-        InputError: an unknown expansion, or a value out of range.
+        InputError: an unknown expansion, or a value out of range; updates of a draft that is no
+            model of transformers in float32, or has another vocabulary.
 
     Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
     2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
-    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023.
+    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Liu et al., "Online Speculative
+    Decoding", 2023, section 4.
     """
 
     def __init__(
@@ -109,6 +121,9 @@ class DraftTree(TextDrafter):
         ranks: Sequence[float] = RANKS,
         context: Callable[[list[list[int]]], Conditions] | None = None,
         tokenizer: Any = None,
+        online: float = 0.0,
+        every: int = 16,
+        capacity: int = 256,
     ) -> None:
         if expansion not in EXPANSIONS:
             raise unknown_name("expansion", expansion, EXPANSIONS)
@@ -117,11 +132,21 @@ class DraftTree(TextDrafter):
                 f"num_draft {num_draft}, max_depth {max_depth}, branching {tuple(branching)}: "
                 "expected numbers >= 1"
             )
+        self.learner: DraftLearner | None = None
+        if online:
+            if not isinstance(draft, HFCausalLM):
+                raise InputError(
+                    f"online {online} with a draft {type(draft).__name__}: expected a language "
+                    "model of transformers"
+                )
+            draft = as_text_model(copy.deepcopy(draft.network), draft.num_tokens)
+            self.learner = DraftLearner(draft.network, online, every, capacity)
         self.draft, self.expansion, self.max_depth = draft, expansion, max_depth
         self.branching, self.ranks, self._context = tuple(branching), tuple(ranks), context
         self.draft_vocab_size = draft.vocab_size
         self.tokenizer = tokenizer
         self.translation: Translation | None = None
+        self.text_tokenizer: Any = None
         self.shaping = Shaping()
         if expansion in FIXED:
             full = len(parents_of(self.branching))
@@ -157,6 +182,10 @@ class DraftTree(TextDrafter):
         if self.translation is None:
             self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
             return
+        if self.learner is not None:
+            raise InputError(
+                "online updates of a draft of another vocabulary: expected the target's"
+            )
         draft = as_text_model(self.draft, FINER * self.num_tokens)
         texts = [torch.as_tensor(ids).tolist() for ids in read]
         self._state = TranslatedState(draft, self.translation, texts, law, self.vocab_size)
@@ -166,8 +195,22 @@ class DraftTree(TextDrafter):
         self._known = [known + len(own) for known, own in zip(self._known, new, strict=True)]
         super().hear(new, told)
 
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Note where drafts ended, if that is learned from."""
+        if self.learner is not None and batch.number != 0:
+            self.learner.hear(self.histories, batch, verdict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the draft as it is now, as transformers does, and its tokenizer where it is known."""
+        network: Any = self.draft
+        network.network.save_pretrained(user_path(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(user_path(folder))
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
+        for row in set(range(len(self.histories))) - set(rows.tolist()):
+            self.histories[row] += self._fresh[row]  # what is learned from is whole
         super().select(rows)
         self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
@@ -175,6 +218,8 @@ class DraftTree(TextDrafter):
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
+        if self.learner is not None:
+            self.learner.learn()
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
         if law is None:  # another vocabulary's text has outgrown the draft

@@ -19,11 +19,13 @@ from .data import Answers, answer, question_ids
 from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
+from .medusa2 import medusa2_training, train_medusa2
+from .mtp import train_mtp
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
 
-ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "judge")
+ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "model", "judge")
 
 
 UNUSED = {
@@ -158,9 +160,12 @@ def fit_draft(
     # Only a draft model can choose among divergences.
     divergence = "forward_kl" if kind == "model" else divergence
     heads = HeadTraining(
-        kind=kind if kind in KINDS else "hydra", num_heads=num_heads, divergence=divergence
+        kind=kind if kind in KINDS else "medusa", num_heads=num_heads, divergence=divergence
     )
-    heads = replace(heads, fit=replace(heads.fit, **changed))
+    of_heads = dict(changed)
+    if kind == "medusa2":  # whose batches are texts, and those of its heads alone are places
+        of_heads.pop("batch_size", None)
+    heads = replace(heads, fit=replace(heads.config, **of_heads))
     pseudo = PseudoTraining(
         kind=kind if kind in ("ppd", "hidden_transfer") else "ppd",
         num_guesses=num_heads,
@@ -180,8 +185,12 @@ def fit_draft(
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
-    if kind == "eagle3":
-        return train_eagle3(network, answers, out, eagle3, progress=progress)
+    if kind == "medusa2":
+        joint = medusa2_training(heads, steps, batch_size)
+        return train_medusa2(network, tokenizer, answers, out, joint, progress=progress)
+    if kind in ("eagle3", "mtp"):
+        train = train_eagle3 if kind == "eagle3" else train_mtp
+        return train(network, answers, out, eagle3, progress=progress)
     if kind == "model":
         blocks = text_blocks(own, tokenizer) if own else None
         return train_small_model(

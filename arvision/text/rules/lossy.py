@@ -1,14 +1,23 @@
-"""Acceptance that is lossy on purpose, for trees and chains: typical tokens, and a learned judge."""
+"""Acceptance that is lossy on purpose: typical tokens, a learned judge, the draft's knowledge."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
-from ...decoding.verify import Round, Rule, Verdict, coupled_draw, deepest
+from ...decoding.verify import (
+    Round,
+    Rule,
+    Verdict,
+    coupled_draw,
+    deepest,
+    draft_laws,
+    independent_redraw,
+)
 from ...errors import InputError
 from ...files import user_path
 
@@ -57,6 +66,38 @@ def typical(epsilon: float = 0.09, delta: float = 0.3, *, is_greedy: bool = Fals
         index = batch.drafts.clamp(min=0)[..., None]
         probability = _after_parent(batch, logp).gather(-1, index)[..., 0].exp()
         return deepest(batch, probability > _after_parent(batch, least), choice)
+
+    return rule
+
+
+def transfer(strength: float = 10.0, *, is_greedy: bool = False) -> Rule:
+    """Speculative sampling from the target enriched with what the draft knows.
+
+    p' = softmax(log p + strength (q - p)): a gradient step of the target's logits towards the draft's
+    law q, which was read on other text. Lossy for p, exact for p': a draft is accepted with
+    probability min(1, p' / q) and else recovered from (p' - q)+. Where nothing was drafted p' is p.
+
+    Args:
+        strength: of the step; 0 is the target's own law. RAPID's eta; the default is ours.
+        is_greedy: refused by the drafts that it judges, which are drawn.
+
+    Raises:
+        InputError: a negative strength.
+
+    Paper: Chen et al., "Long-Context Inference with Retrieval-Augmented Speculative Decoding", 2025
+    (RAPID), section 3.2.
+    """
+    if not strength >= 0:
+        raise InputError(f"strength {strength}: expected a number >= 0")
+
+    def rule(batch: Round) -> Verdict:
+        laws = draft_laws(batch)
+        logp = batch.target_logp
+        step = strength * (laws.exp() - logp[:, :-1].exp())
+        step = step * (batch.drafts >= 0)[..., None]
+        richer = (logp[:, :-1] + step).log_softmax(-1)
+        enriched = torch.cat([richer, logp[:, -1:]], dim=1)
+        return independent_redraw(replace(batch, target_logp=enriched))
 
     return rule
 

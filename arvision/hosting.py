@@ -1,15 +1,12 @@
-"""A process that serves: its socket, and uvicorn around the application."""
+"""A process that serves an application: its socket, and uvicorn around it."""
 
 from __future__ import annotations
 
 import socket as sockets
 import sys
+from typing import Any
 
-import uvicorn
-
-from ..errors import InputError
-from .app import make_app
-from .studio import Studio
+from .errors import InputError
 
 CONNECTIONS = 1024
 """Connections at a time; further ones are told 503."""
@@ -42,18 +39,27 @@ def listen(host: str, port: int) -> sockets.socket:
     return found
 
 
-def run(studio: Studio, socket: sockets.socket, token: str | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then draw what was ordered, and end."""
-    host, port = socket.getsockname()[:2]
+def host(app: Any, socket: sockets.socket, title: str, grace: float) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        app: ASGI application.
+        socket: see `listen`.
+        title: what stderr is told to be there, with its address.
+        grace: seconds that requests have to end in.
+    """
+    import uvicorn  # comes with every extra that serves something
+
     config = uvicorn.Config(
-        make_app(studio, token),
+        app,
         log_level="warning",
         access_log=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=IDLE,
-        timeout_graceful_shutdown=int(studio.limits.timeout) + 1,
+        timeout_graceful_shutdown=int(grace) + 1,
         server_header=False,
     )
-    shown = f"[{host}]" if ":" in str(host) else host
-    print(f"arvision: {studio.name} at http://{shown}:{port}", file=sys.stderr, flush=True)  # noqa: T201
+    name, port = socket.getsockname()[:2]
+    shown = f"[{name}]" if ":" in str(name) else name
+    print(f"arvision: {title} at http://{shown}:{port}", file=sys.stderr, flush=True)  # noqa: T201
     uvicorn.Server(config).run(sockets=[socket])
