@@ -77,8 +77,8 @@ FITS: dict[str, dict[str, Any]] = {
     "model": {"steps": 48},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
     "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
-    "fresh": {"kind": "model", "steps": 80, "start": "fresh"},
-    "fastdraft": {"kind": "model", "steps": 40, "pretrain": True, "pretrain_steps": 40},
+    "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
     "judge": {},
 }
 PROFILED = 8
