@@ -30,7 +30,7 @@ from arvision.text.drafters import (
 from arvision.text.drafters.base import Trie, union
 from arvision.text.drafters.draft_tree import EXPANSIONS
 from arvision.text.drafters.papers import trigram
-from arvision.text.drafters.papers.self_draft import expected_improvement
+from arvision.text.drafters.papers.layer_skip import expected_improvement
 from arvision.text.drafters.papers.trigram import Trigrams
 from arvision.text.rules import choose_rule
 
@@ -230,12 +230,19 @@ def test_layer_skip_tries_sets_of_layers_and_leaves_the_cache_as_it_was():
     network = tiny_llama(num_hidden_layers=6)
     prompts = random_prompts([9, 6])
     expected = [greedy_reference(network, ids, 60) for ids in prompts]
-    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5)
+    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5, bayes_every=2)
     out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=60)
     assert out.tokens == expected
     assert len(drafter._found) == 5
-    assert len({runs for runs, _ in drafter._found}) > 1
-    assert all(sum(runs) == 3 and runs[0] and runs[-1] for runs, _ in drafter._found)
+    assert len({bits for bits, _ in drafter._found}) > 1
+    for bits, _ in drafter._found:
+        attention, mlp = bits[:6], bits[6:]
+        assert sum(bits) == 6
+        assert all(part[0] and part[5] for part in (attention, mlp))
+    assert any(bits[:6] != bits[6:] for bits, _ in drafter._found)
+    layers = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5, whole=True)
+    assert arvision.generate(network, prompts, drafter=layers, max_new_tokens=60).tokens == expected
+    assert all(bits[:6] == bits[6:] and sum(bits) == 6 for bits, _ in layers._found)
     whole = LayerSkip(layers=range(6), confidence=0.0)
     out = arvision.generate(network, prompts, drafter=whole, max_new_tokens=60)
     assert out.tokens == expected
@@ -281,15 +288,15 @@ def test_nested_exits_stop_at_the_first_sure_one():
     network = tiny_llama()
     ids = random_prompts([9])
     for confidence in (0.0, 0.9):
-        drafter = NestedExit((0.5, 1.0), confidence=confidence)
+        drafter = NestedExit(exits=(0.5, 1.0), confidence=confidence)
         out = arvision.generate(network, ids, drafter=drafter, max_new_tokens=40)
         assert out.tokens == [greedy_reference(network, ids[0], 40)]
     sure = arvision.generate(
-        network, ids, drafter=NestedExit((1.0,), confidence=0.0), max_new_tokens=41
+        network, ids, drafter=NestedExit(exits=(1.0,), confidence=0.0), max_new_tokens=41
     )
     assert sure.stats.tokens_per_pass == 5.0
     with pytest.raises(InputError, match="ascending"):
-        NestedExit((0.8, 0.2))
+        NestedExit(exits=(0.8, 0.2))
 
 
 def test_trigrams_learn_from_the_corpus_and_the_text():

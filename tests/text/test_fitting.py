@@ -32,6 +32,7 @@ from arvision.text.fitting.data import (
 )
 from arvision.text.fitting.eagle3 import Eagle3Training, make_eagle3
 from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
+from arvision.text.fitting.medusa2 import Medusa2Training, train_medusa2
 from arvision.text.fitting.mtp import train_mtp
 from arvision.text.fitting.pretrain import fresh_copy, own_texts, text_blocks
 from arvision.text.fitting.recipes import fit_draft
@@ -155,6 +156,30 @@ def test_heads_learn_resume_and_keep_the_text(
     assert drawn.tokens == arvision.generate(network, prompts[:2], **plain).tokens
 
 
+def test_medusa2_trains_heads_and_a_copy_of_the_target(
+    network, answers, unseen, tokens_per_pass, tmp_path
+):
+    """The copy stays near; with it the heads are worth more than those of a frozen target."""
+    from transformers import AutoModelForCausalLM
+
+    heads = HeadTraining(kind="medusa", num_heads=2, num_vocabulary=60, fit=FIT)
+    joint = replace(FIT, steps=60, batch_size=8, learning_rate=5e-3)
+    training = Medusa2Training(heads=heads, fit=joint, weight=0.5)
+    before = [parameter.clone() for parameter in network.parameters()]
+    figures = train_medusa2(network, None, answers, tmp_path, training, progress=False)
+    assert all(map(torch.equal, before, network.parameters()))
+    assert figures["target_changed"]["same_token"] > 0.9
+    assert 0 < figures["target_changed"]["divergence"] < 0.2
+    first = tokens_per_pass(HeadDrafter(tmp_path / "heads"))
+    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone").eval()
+    assert not torch.equal(changed.model.layers[1].mlp.up_proj.weight, before[1])
+    out = arvision.generate(changed, unseen, drafter=HeadDrafter(tmp_path), max_new_tokens=30)
+    assert out.tokens == [greedy_reference(changed, ids, 30) for ids in unseen]
+    assert out.stats.tokens_per_pass > first + 0.35
+    with pytest.raises(InputError, match="expected 'medusa'"):
+        Medusa2Training(heads=HeadTraining(kind="hydra"))
+
+
 def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(network, answers, tmp_path):
     from arvision.training import loop
 
@@ -191,8 +216,9 @@ def test_online_updates_make_heads_better_and_are_saved(
     assert drafter.replay is not None
     before = [parameter.clone() for parameter in heads.parameters()]
     first = tokens_per_pass(HeadDrafter(heads))
-    for _ in range(12):
-        arvision.generate(network, prompts[:12], drafter=drafter, max_new_tokens=30)
+    options = {"drafter": drafter, "max_new_tokens": 30}
+    calls = [arvision.generate(network, prompts[:12], **options).stats for _ in range(12)]
+    assert calls[-1].tokens_per_pass > calls[0].tokens_per_pass + 0.8
     # Drafts end in nearly every pass of a row, until they are mostly right.
     assert drafter.replay.num_updates > 40
     assert len(drafter.replay) == 400
@@ -200,6 +226,28 @@ def test_online_updates_make_heads_better_and_are_saved(
     saved = tokens_per_pass(HeadDrafter(tmp_path))
     assert saved > first + 0.8
     assert all(map(torch.equal, before, heads.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["hydra", "chimera"])
+def test_examples_are_the_places_where_drafts_ended_with_the_targets_laws(network, unseen, kind):
+    torch.manual_seed(0)
+    drafter = HeadDrafter(make_heads(kind, 32, 2), online=1e-2, every=500)
+    (text,) = arvision.generate(network, unseen[:1], drafter=drafter, max_new_tokens=30).tokens
+    assert drafter.replay is not None
+    examples, whole = list(drafter.replay._kept), unseen[0] + text
+    assert len(examples) > 10
+    states = hidden_states(network, whole)
+    for head, hidden, path, law in examples:
+        ends = [
+            place
+            for place in range(7, len(whole))
+            if whole[place - len(path) : place] == path.tolist() and law.argmax() == whole[place]
+        ]
+        assert ends
+        if kind == "hydra":
+            # What the head saw: the state that the root was drawn from.
+            nearest = min(float((hidden - states[end - head - 2]).abs().max()) for end in ends)
+            assert nearest < 1e-4
 
 
 def test_online_updates_make_a_draft_model_better_and_are_saved(

@@ -6,9 +6,10 @@ from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
+from .papers.layer_skip import LayerSkip
+from .papers.nested import NestedExit
 from .papers.pseudo_drafter import PseudoDrafter
 from .papers.retrieved import Retrieved, RetrievedContext
-from .papers.self_draft import LayerSkip, NestedExit
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter
 from .recycling import TokenRecycling

@@ -114,16 +114,12 @@ class HeadObjective(Objective):
 
     def places(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Places of answers: "seen" [M, C], what heads draft from, "path" [M, R + K + 1], the R
-        tokens before the one drawn there, that one, and K behind; "teacher" [M, K, C], the hidden
-        states behind the place."""
+        tokens before the one drawn there, that one, and K behind; "teacher" [M, K + 1, C], the
+        target's hidden states at the place and behind it."""
         # The heads are trained in float32 (under autocast), whatever the target's dtype.
         hidden, num = inputs["hidden"].float(), self.heads.num_heads
         if "texts" not in inputs:
-            return {
-                "seen": hidden[:, 0],
-                "path": inputs["tokens"],
-                "teacher": hidden[:, 1:],
-            }
+            return {"seen": hidden[:, 0], "path": inputs["tokens"], "teacher": hidden}
         texts, reach = inputs["texts"], self.heads.reach
         first = torch.arange(texts.shape[1] - 1, device=texts.device)
         seen = self.read(texts, hidden)
@@ -131,7 +127,7 @@ class HeadObjective(Objective):
         told = first + 1 >= inputs["starts"][:, None]
         told &= first + 1 + num < inputs["lengths"][:, None]
         rows, place = told.nonzero(as_tuple=True)
-        behind = place[:, None] + torch.arange(1, num + 1, device=texts.device)
+        behind = place[:, None] + torch.arange(num + 1, device=texts.device)
         path = place[:, None] + torch.arange(1 - reach, num + 2, device=texts.device)
         return {
             "seen": seen[rows, place],
@@ -140,20 +136,22 @@ class HeadObjective(Objective):
         }
 
     def read(self, texts: Tensor, hidden: Tensor) -> Tensor:
-        """What the prefix layer makes of pairs of tokens and hidden states, [B, L - 1, C].
+        """What heads draft from, [B, L - 1, C]: what their prefix layer makes of pairs of tokens and
+        hidden states, or without one the hidden states themselves.
 
         Args:
             texts: [B, L].
             hidden: [B, L, C].
         """
+        if not isinstance(self.heads, PrefixHeads):
+            return hidden[:, :-1]
         num, reach = texts.shape[1] - 1, self.heads.reach
         place = torch.arange(num, device=texts.device)
         window = place[:, None] + torch.arange(1 - reach, 2, device=texts.device)
         embedded = self._embed(texts[:, window.clamp(min=0)], hidden).flatten(-2)
         mask = hidden.new_full((num, num), float("-inf")).triu(1)[None, None]
         positions = place.expand(len(texts), -1)
-        heads: Any = self.heads
-        return heads.step(embedded, hidden[:, :-1], mask, positions, None)
+        return self.heads.step(embedded, hidden[:, :-1], mask, positions, None)
 
     def laws(self, head: int, places: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The target's and a head's log-probabilities [M, W] at places."""
@@ -161,7 +159,7 @@ class HeadObjective(Objective):
         guess = self.heads(head, places["seen"], self._embed(path, places["seen"]))
         logq = (guess.to(self._output.dtype) @ self._output.T).float().log_softmax(-1)
         with torch.no_grad():
-            teacher = places["teacher"][:, head].to(self._output.dtype)
+            teacher = places["teacher"][:, head + 1].to(self._output.dtype)
             logp = (teacher @ self._output.T).float().log_softmax(-1)
         return logp, logq
 

@@ -15,7 +15,7 @@ from ....errors import InputError
 from ....networks import place_of
 from ...ngrams import NGrams, mixed
 from ..base import Trie, register
-from .self_draft import ShortTarget, num_skipped, spread_layers
+from .short_target import ShortTarget, num_skipped, spread_layers
 
 
 @dataclass(frozen=True)
