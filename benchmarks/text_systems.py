@@ -66,20 +66,20 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
-    "medusa2": {"steps": 250, "batch_size": 2},
+    "medusa2": {"steps": 60, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
     "hydra++": {"steps": 250},
     "clover": {"steps": 250},
     "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
-    "mtp": {"steps": 80, "num_heads": 2},
-    "ppd": {"num_ensemble": 2},
-    "hidden_transfer": {},
-    "model": {"steps": 100},
+    "mtp": {"steps": 60, "num_heads": 2},
+    "ppd": {"steps": 60, "num_ensemble": 2},
+    "hidden_transfer": {"steps": 60},
+    "model": {"steps": 48},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
-    "distillspec": {"kind": "model", "steps": 50, "divergence": "auto", "on_policy": 0.5},
-    "fresh": {"kind": "model", "steps": 100, "start": "fresh"},
-    "fastdraft": {"kind": "model", "steps": 100, "pretrain": True, "pretrain_steps": 50},
+    "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
     "acceptance": {},
     "judge": {},
 }
