@@ -19,7 +19,7 @@ from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
-from ..decoding.window import CostTable, GoodputWindow
+from ..decoding.window import CostTable, GoodputWindow, RowGoodput
 from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
 from ..memory import Peak, check_memory
@@ -121,6 +121,7 @@ def generate(
         num_draft: candidates per pass; None for what the drafter recommends, "auto" for what
             promises the most tokens per second, drafting included, and for plain decoding where
             drafts do not pay: rounds of the run's own size are measured once per model and drafter.
+            Each row of a batch gets as many as its own acceptances so far pay for.
         drafter_options: of a drafter given by name.
         rule_options: of the rule.
         logits_hook: changes logits [..., V] before they become laws: a mask, a bias.
@@ -211,8 +212,9 @@ def generate(
         policy = FixedWindow(1)
     elif num_draft == "auto":
         label = f"{label_of(proposer)} {chosen.name}"
+        goodput = RowGoodput if getattr(proposer, "takes_rows", True) else GoodputWindow
         proposer = Resting(proposer)
-        policy = GoodputWindow(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
+        policy = goodput(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
     else:
         policy = WholeTree(int(num_draft or getattr(proposer, "num_draft", 10)) + 1)
     lm.prefixes = prepared.prefixes
