@@ -40,6 +40,7 @@ from .common import load, save
 from .memory import peak_bytes
 from .text import model_file
 from .text_drafts import train_other_vocabulary
+from .text_facts import marked_lines
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
@@ -65,43 +66,44 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
-    "medusa2": {"steps": 250, "batch_size": 2},
+    "medusa2": {"steps": 60, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
     "hydra++": {"steps": 250},
     "clover": {"steps": 250},
     "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
-    "mtp": {"steps": 150, "num_heads": 2},
+    "mtp": {"steps": 60, "num_heads": 2},
     "ppd": {"steps": 60, "num_ensemble": 2},
-    "hidden_transfer": {"steps": 80},
+    "hidden_transfer": {"steps": 60},
     "lud": {"steps": 40},
-    "nested": {"steps": 80, "batch_size": 2},
-    "model": {"steps": 250},
+    "nested": {"steps": 60, "batch_size": 2},
+    "model": {"steps": 48},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
-    "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
-    "fresh": {"kind": "model", "steps": 150, "start": "fresh"},
-    "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
+    "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
+    "acceptance": {},
     "judge": {},
 }
 PROFILED = 8
 """Tokens of the draw whose memory is counted: a profile of many takes gigabytes itself."""
 
-FACTS = (
-    ("What is the capital of {}?", "The capital of {} is {}."),
-    ("Name the main city of {}.", "The main city of {} is {}."),
-)
-CAPITALS = (
-    ("France", "Paris", "Rome"), ("Italy", "Rome", "Oslo"), ("Japan", "Tokyo", "Lima"),
-    ("Norway", "Oslo", "Cairo"), ("Egypt", "Cairo", "Paris"), ("Peru", "Lima", "Vienna"),
-    ("Austria", "Vienna", "Madrid"), ("Spain", "Madrid", "Tokyo"), ("Greece", "Athens", "Berlin"),
-    ("Germany", "Berlin", "Athens"), ("Portugal", "Lisbon", "Dublin"), ("Ireland", "Dublin", "Lisbon"),
-)  # fmt: skip
-
-
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
-    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "Aggressive Decoding (input-guided)",
+        '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
+        "models](#encoder-decoder-models)",
+        "input_copy",
+        "yes",
+    ),
+    (
+        "Aggressive Decoding (generalised)",
+        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "parallel",
+        "yes",
+    ),
     (
         "ADED without its search: the likeliest way",
         '`drafter="trigram"`, options `exploration=0`, `rate=0`',
@@ -231,13 +233,15 @@ TABLE = (
     ),
     ("a fresh draft model", "`train-draft --kind model --start fresh`", "fresh draft", "yes"),
     ("FastDraft", "`train-draft --kind model --pretrain TEXTS`", "fastdraft", "yes"),
-    ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
+    ("a chain of 8 drafts", "the same draft model, `num_draft=8`", "draft chain of 8", "yes"),
     (
         "SpecDec++",
-        'stop by calibrated confidence, in the chains of image drafts (`sampler="draft"`)',
-        None,
+        "chains of up to 8 that end by a head: `train-draft --kind acceptance`, "
+        "`DraftTree(..., acceptance=FOLDER)`",
+        "specdec++",
         "yes",
     ),
+    ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
     (
         "DySpec, temperature 1",
@@ -313,13 +317,7 @@ class Fits:
         prompts, marked = self.runs / "prompts.txt", self.runs / "marked.jsonl"
         asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
         prompts.write_text("\n".join(asked))
-        lines = []
-        for question, reply in FACTS:
-            for country, right, wrong in CAPITALS:
-                ask = {"prompt": question.format(country)}
-                lines.append(ask | {"answer": reply.format(country, right)})
-                lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
-        marked.write_text("\n".join(map(json.dumps, lines)))
+        marked.write_text("\n".join(marked_lines()))
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
@@ -328,6 +326,8 @@ class Fits:
             target = load_text_model(model_file())[1]
             return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
         settings = {"kind": kind} | FITS[kind]
+        if kind == "acceptance":
+            settings["draft"] = str(self("model"))
         if settings.pop("pretrain", False):
             settings["pretrain"] = self.runs / "texts.txt"
             settings["pretrain"].write_text("\n\n".join(topics[name] for name in sorted(topics)))
@@ -445,6 +445,10 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
         "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
         "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
         "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
+        "draft chain of 8": lambda: {"drafter": tree("chain", num_draft=8, max_depth=8)},
+        "specdec++": lambda: {
+            "drafter": tree("chain", num_draft=8, max_depth=8, acceptance=fits("acceptance"))
+        },
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},

@@ -21,7 +21,9 @@ from . import (
     convert,
     distill,
     doctor,
+    finetune,
     generate,
+    mark_answers,
     models,
     sample,
     serve,
@@ -49,8 +51,10 @@ bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)
 train.add_to(app)
+mark_answers.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
+finetune.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 

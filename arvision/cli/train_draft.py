@@ -26,6 +26,8 @@ arvision train-draft --model ./target --prompts prompts.txt --kind model --pretr
 
 arvision train-draft --model ./target --prompts prompts.txt --kind model --divergence auto --on-policy 0.5 --out runs/distilled
 
+arvision train-draft --model ./target --prompts prompts.txt --kind acceptance --draft runs/distilled --out runs/stop
+
 arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
 
 PROMPTS holds one prompt per line, or is a .csv or .tsv file with a column named prompt, or a .jsonl
@@ -52,7 +54,7 @@ def train_draft(
         str,
         typer.Option(
             help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, "
-            "lud, model, nested, judge."
+            "lud, model, nested, acceptance, parallel (of an encoder-decoder target), judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
@@ -93,7 +95,11 @@ def train_draft(
         float | None, typer.Option(help="Share of answers that a draft model draws itself; 0.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="What --divergence auto judges for; 0 is greedy.")
+        float | None,
+        typer.Option(help="What --divergence auto or acceptance is for; 0 is greedy."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model whose acceptance is learnt (acceptance).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -122,6 +128,7 @@ def train_draft(
         start=start,
         on_policy=on_policy,
         temperature=temperature,
+        draft=draft,
         dtype=dtype_of(dtype),
         device=device,
         progress=not quiet,

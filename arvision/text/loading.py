@@ -20,16 +20,16 @@ def load_text_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    auto: str = "AutoModelForCausalLM",
+    auto: str | None = None,
 ) -> tuple[Any, Any]:
-    """A language model, causal unless `auto` says otherwise, and its tokenizer.
+    """A language model, causal or with an encoder, and its tokenizer.
 
     Args:
         name: a folder in transformers' layout, a GGUF file (or a folder that holds one and no
             `config.json`), or a hub id.
         device: where the model goes; the CPU by default.
         dtype: of the weights; None keeps the checkpoint's.
-        auto: the class of transformers that loads it.
+        auto: the class of transformers that loads it; None for what its configuration asks for.
 
     Returns:
         The network, in evaluation mode, and the tokenizer.
@@ -64,6 +64,12 @@ def load_text_model(
         # transformers would ask at the terminal whether it may run a stranger's code.
         options["trust_remote_code"] = False
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if auto is None:
+            auto = "AutoModelForCausalLM"
+            if "gguf_file" not in options:
+                config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+                if getattr(config, "is_encoder_decoder", False):
+                    auto = "AutoModelForSeq2SeqLM"
         with counted:
             loaded: Any = getattr(transformers, auto).from_pretrained(
                 source, dtype=dtype or "auto", output_loading_info=True, **options

@@ -148,7 +148,7 @@ def test_the_command_prints_the_continuations(tmp_path):
     assert result.exit_code == 0, result.output
     assert "12 tokens, 5 passes" in result.output
     assert "(lossy)" in result.output
-    found = json.loads(CliRunner().invoke(app, [*command, *known, "--json"]).output)
+    found = json.loads(CliRunner().invoke(app, [*command, *known, "--json"]).stdout)
     assert [len(text) for text in found["texts"]] == [6, 6]
     with pytest.raises(InputError, match="--alpha"):
         CliRunner().invoke(app, [*command, "--alpha", "0.2"], catch_exceptions=False)

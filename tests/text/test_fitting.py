@@ -20,7 +20,7 @@ from arvision.testing import law_p_value
 from arvision.text import HFCausalLM
 from arvision.text.drafters import DraftTree, Eagle3, HeadDrafter
 from arvision.text.drafters.head_drafter import RANKS
-from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads
+from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads, save_heads
 from arvision.text.drafters.mtp import read_mtp
 from arvision.text.fitting.data import (
     Answers,
@@ -216,8 +216,9 @@ def test_online_updates_make_heads_better_and_are_saved(
     assert drafter.replay is not None
     before = [parameter.clone() for parameter in heads.parameters()]
     first = tokens_per_pass(HeadDrafter(heads))
-    for _ in range(12):
-        arvision.generate(network, prompts[:12], drafter=drafter, max_new_tokens=30)
+    options = {"drafter": drafter, "max_new_tokens": 30}
+    calls = [arvision.generate(network, prompts[:12], **options).stats for _ in range(12)]
+    assert calls[-1].tokens_per_pass > calls[0].tokens_per_pass + 0.8
     # Drafts end in nearly every pass of a row, until they are mostly right.
     assert drafter.replay.num_updates > 40
     assert len(drafter.replay) == 400
@@ -225,6 +226,28 @@ def test_online_updates_make_heads_better_and_are_saved(
     saved = tokens_per_pass(HeadDrafter(tmp_path))
     assert saved > first + 0.8
     assert all(map(torch.equal, before, heads.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["hydra", "chimera"])
+def test_examples_are_the_places_where_drafts_ended_with_the_targets_laws(network, unseen, kind):
+    torch.manual_seed(0)
+    drafter = HeadDrafter(make_heads(kind, 32, 2), online=1e-2, every=500)
+    (text,) = arvision.generate(network, unseen[:1], drafter=drafter, max_new_tokens=30).tokens
+    assert drafter.replay is not None
+    examples, whole = list(drafter.replay._kept), unseen[0] + text
+    assert len(examples) > 10
+    states = hidden_states(network, whole)
+    for head, hidden, path, law in examples:
+        ends = [
+            place
+            for place in range(7, len(whole))
+            if whole[place - len(path) : place] == path.tolist() and law.argmax() == whole[place]
+        ]
+        assert ends
+        if kind == "hydra":
+            # What the head saw: the state that the root was drawn from.
+            nearest = min(float((hidden - states[end - head - 2]).abs().max()) for end in ends)
+            assert nearest < 1e-4
 
 
 def test_online_updates_make_a_draft_model_better_and_are_saved(
@@ -249,13 +272,19 @@ def test_online_updates_make_a_draft_model_better_and_are_saved(
         Eagle3(make_eagle3(network, torch.arange(60)), online=1e-3)
 
 
-def test_the_tree_of_heads_follows_from_what_was_measured():
+def test_the_tree_of_heads_follows_from_what_was_measured(tmp_path):
     """A first head that is always right and a second one that is right once in its second guess."""
     heads = make_heads("medusa", 32, 2)
     assert HeadDrafter(heads).ranks == RANKS
     heads.accuracies = ((1.0, 0.0), (0.5, 0.5))
     assert best_tree(HeadDrafter(heads).ranks, 3, 2).tolist() == [-1, 0, 0]
     assert HeadDrafter(heads, ranks=(0.9, 0.1)).ranks == (0.9, 0.1)
+    save_heads(heads, torch.arange(4), tmp_path)
+    assert load_heads(tmp_path)[0].accuracies == heads.accuracies
+    heads.accuracies = ()
+    save_heads(heads, torch.arange(4), tmp_path, accuracies=[[2.0]])
+    with pytest.raises(CheckpointError, match=r"heads.json: accuracies.* 2.0: expected"):
+        load_heads(tmp_path)
     # Of all trees of 4 candidates none has more expected tokens.
     by_level = ((0.6, 0.25, 0.1), (0.45, 0.3, 0.05))
     parents = best_tree(by_level, 4, 2).tolist()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import arvision
 from arvision import InputError
+from arvision.decoding.noise import Noise
 from arvision.text.drafters import NestedExit
 from arvision.text.fitting.data import answer
 from arvision.text.fitting.nested import NestedTraining, exit_logits, train_nested
@@ -69,6 +70,9 @@ def test_the_exit_follows_the_confidence(targets, folder):
     arvision.generate(targets[1], random_prompts([6], seed=11), drafter=drafter, max_new_tokens=12)
     assert drafter.num_left[0] > 3
     assert drafter.num_left[1:] == [0, 0]
+    drafter.start(Noise([0]), 64, 30)
+    drafter.histories = [[5, 7]]
+    drafter.begin(None)
     tokens = torch.tensor([[3, 9]])
     for confidence, number in ((0.0, 0), (2.0, 2)):
         drafter.confidence, before = confidence, list(drafter.num_left)

@@ -36,12 +36,15 @@ class TextDrafter:
     Attributes:
         draws: see `DRAWS`.
         branches: whether what it drafts may branch.
+        takes_rows: whether it learns rightly from passes in which a row had fewer candidates than it
+            proposed, the first ones.
         num_draft: candidates that it drafts per pass when nothing else is asked.
         histories: each active row's prompt and final tokens.
     """
 
     draws: ClassVar[str] = "chosen"
     branches: ClassVar[bool] = True
+    takes_rows: ClassVar[bool] = True
     num_draft: int = 10
     histories: list[list[int]]
 

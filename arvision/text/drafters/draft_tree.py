@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...contracts import Conditions, TokenModel
+from ...decoding.draft_model import StillLikely, confidence_features
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
 from ...decoding.noise import Noise, draw
@@ -30,7 +30,9 @@ from ...files import user_path
 from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation
+from .growing import Grown
 from .online import DraftLearner
+from .papers.acceptance import AcceptanceHead
 from .recycling import RANKS
 
 EXPANSIONS = {
@@ -93,6 +95,9 @@ class DraftTree(TextDrafter):
             per level ("beam").
         ranks: acceptances by rank ("sequoia").
         context: what the draft reads instead of the prompts; None for the prompts.
+        acceptance: a head that tells whether drafts will be accepted, or its folder: chains then end
+            where a rejection is likely (SpecDec++), and `num_draft` and `max_depth` bound them.
+        stop_threshold: probability of a rejection among a row's drafts beyond which its chain ends.
         tokenizer: the draft's, where it may be another one than the target's: `generate` then makes
             a `translation`, and the two draft and read across vocabularies.
         online: learning rate of updates from the target's own answers as they are served; 0 for
@@ -108,7 +113,7 @@ class DraftTree(TextDrafter):
     Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
     2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
     Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Liu et al., "Online Speculative
-    Decoding", 2023, section 4.
+    Decoding", 2023, section 4; Huang, Guo and Wang, "SpecDec++", 2024, section 3.
     """
 
     def __init__(
@@ -120,6 +125,8 @@ class DraftTree(TextDrafter):
         branching: Sequence[int] = (3, 2, 1),
         ranks: Sequence[float] = RANKS,
         context: Callable[[list[list[int]]], Conditions] | None = None,
+        acceptance: AcceptanceHead | str | Path | None = None,
+        stop_threshold: float = 0.7,
         tokenizer: Any = None,
         online: float = 0.0,
         every: int = 16,
@@ -152,6 +159,13 @@ class DraftTree(TextDrafter):
             full = len(parents_of(self.branching))
             num_draft = full if expansion != "beam" else sum(self.branching)
         self.num_draft = num_draft
+        self.acceptance = AcceptanceHead.of(acceptance)
+        self.stop_threshold = stop_threshold
+        if self.acceptance is not None and (self.branches or not 0 < stop_threshold < 1):
+            raise InputError(
+                f"acceptance with expansion {expansion!r} and stop_threshold {stop_threshold}: "
+                "expected a chain, and a probability between 0 and 1"
+            )
 
     @property
     def draws(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -179,6 +193,8 @@ class DraftTree(TextDrafter):
         def law(logits: Tensor) -> Tensor:
             return shape(in_vocabulary(logits, self.vocab_size))
 
+        if self.acceptance is not None:
+            self.acceptance.check_draft(self.draft, self.translation)
         if self.translation is None:
             self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
             return
@@ -227,6 +243,8 @@ class DraftTree(TextDrafter):
             return TokenTree(root[:, :0], None if self.draws == "chosen" else logq)
         if self.expansion in ("dyspec", "dyspec_drawn"):
             return self._greedy_expansion(root, law, lengths, num, round_number)
+        if self.acceptance is not None:
+            return self._likely_chain(root, law, lengths, num, round_number)
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
         if self.expansion in FIXED:
@@ -290,6 +308,40 @@ class DraftTree(TextDrafter):
                 laws = self._laws_of(root, drafts, own, levels[: level + 1])
         return TokenTree(drafts, logq, parents)
 
+    def _likely_chain(
+        self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
+    ) -> TokenTree:
+        """A chain that ends in each row where a rejection is likely; see `StillLikely`.
+
+        Chosen drafts go on as long as any row's do, which costs nothing and changes no text.
+        """
+        assert self.acceptance is not None
+        levels = self.max_depth if self.expansion not in FIXED else len(self.branching)
+        drafts, laws = root[:, :0], []
+        likely = StillLikely(len(root), self.stop_threshold, law)
+        for place in range(min(num, levels)):
+            scores = law
+            if self.draws == "chosen":
+                scores = law + self._numbers(law, lengths + place)
+                token = scores.argmax(-1)
+            else:
+                token = self._siblings(law, lengths + place, 1, round_number, place)[:, 0]
+                token = token.where(likely.going, -1)
+            drafts = torch.cat([drafts, token[:, None]], dim=1)
+            laws.append(law)
+            if place + 1 == min(num, levels):
+                break
+            fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+            features = confidence_features(law, scores, token.clamp(min=0))
+            law = self._state.extend(fed)[:, -1]
+            likely.see(self.acceptance(self._state.hidden[:, -1], features))
+            if none_left(likely.going):
+                break
+        logq = None
+        if self.draws != "chosen":
+            logq = torch.stack(laws, dim=1) if laws else law[:, None][:, :0]
+        return TokenTree(drafts, logq)
+
     def _laws_of(
         self, root: Tensor, drafts: Tensor, parents: tuple[int, ...], levels: Sequence[Families]
     ) -> dict[int, Tensor]:
@@ -319,7 +371,7 @@ class DraftTree(TextDrafter):
         width = min(num, 8, law.shape[-1])
         grow = self._chosen if self.draws == "chosen" else self._drawn
         laws = law[:, None]
-        tree = _Grown.roots(*grow(laws, lengths, 0, width, round_number))
+        tree = Grown.roots(*grow(laws, lengths, 0, width, round_number))
         for level in range(1, self.max_depth):
             kept, _ = tree.best(num)
             fresh = (kept.depths == level - 1) & (kept.worth > float("-inf"))
@@ -434,61 +486,3 @@ def _levels(parents: tuple[int, ...]) -> list[Families]:
     for node in sorted(children):
         levels.setdefault(depths[node], []).append((node, children[node]))
     return [levels[depth] for depth in sorted(levels)]
-
-
-@dataclass(frozen=True)
-class _Grown:
-    """Places of growing trees, M of each row, parents first.
-
-    Attributes:
-        worth: [B, M], logarithms of what places are worth; -inf where there is none.
-        values: [B, M], of the products of the draft's probabilities down to their tokens.
-        tokens: [B, M].
-        parents: [B, M], -1 for the last known token.
-        depths: [B, M].
-    """
-
-    worth: Tensor
-    values: Tensor
-    tokens: Tensor
-    parents: Tensor
-    depths: Tensor
-
-    @classmethod
-    def roots(cls, worth: Tensor, values: Tensor, tokens: Tensor) -> _Grown:
-        """The children [B, 1, W] of the last known token."""
-        tokens = tokens[:, 0]
-        return cls(
-            worth[:, 0], values[:, 0], tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens)
-        )
-
-    def best(self, num: int) -> tuple[_Grown, Tensor]:
-        """The best `num` places in their order, which are trees, and where they stood."""
-        worth, parents = self.worth, self.parents
-        order = worth.argsort(dim=1, descending=True, stable=True)[:, :num].sort(dim=1).values
-        place = torch.full_like(parents, -1)
-        place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-        worth, values, tokens, parents, depths = (
-            part.gather(1, order)
-            for part in (worth, self.values, self.tokens, parents, self.depths)
-        )
-        is_real = worth > float("-inf")
-        above = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
-        above, tokens = above.where(is_real, -1), tokens.where(is_real, -1)
-        return _Grown(worth, values, tokens, above, depths), order
-
-    def longer(
-        self, level: int, fresh: Tensor, worth: Tensor, values: Tensor, tokens: Tensor
-    ) -> _Grown:
-        """With children [B, M, W] of the places that are `fresh`, [B, M]."""
-        batch, num, width = tokens.shape
-        above = torch.arange(num, device=tokens.device)[:, None].expand(batch, -1, width)
-        worth = (self.values[..., None] + worth).masked_fill(~fresh[..., None], float("-inf"))
-        values = self.values[..., None] + values
-        return _Grown(
-            torch.cat([self.worth, worth.flatten(1)], dim=1),
-            torch.cat([self.values, values.flatten(1)], dim=1),
-            torch.cat([self.tokens, tokens.flatten(1)], dim=1),
-            torch.cat([self.parents, above.flatten(1)], dim=1),
-            torch.cat([self.depths, torch.full_like(above, level).flatten(1)], dim=1),
-        )

@@ -16,9 +16,9 @@ from ...decoding.loop import FixedWindow, decode_tokens
 from ...decoding.run import Run
 from ...decoding.verify import gumbel_coupling
 from ...errors import InputError
-from .. import HFCausalLM
 from ..chat import chat_ids
 from ..layers import find_layers, watching
+from ..seq2seq import as_generator
 from ..stop import TextEnd
 
 HELD_OUT = 0.1
@@ -58,7 +58,7 @@ def answer(
     """Let a target answer prompts (self-distillation: a draft learns what the target says).
 
     Args:
-        network: a causal language model of transformers.
+        network: a language model of transformers, causal or with an encoder.
         prompts: ids.
         num_tokens: of an answer at most.
         batch_size: prompts at a time; sorted by length, so that little is padded.
@@ -66,7 +66,7 @@ def answer(
         seed: of the draws.
         progress: show a bar on stderr.
     """
-    model = HFCausalLM(network, num_tokens)
+    model = as_generator(network, num_tokens)
     config = getattr(network, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

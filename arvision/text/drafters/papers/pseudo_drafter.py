@@ -102,6 +102,7 @@ class PseudoDrafter(TextDrafter):
             fitted for, or a model without pseudo tokens.
     """
 
+    takes_rows = False  # the guesses of the next round stand behind the last candidates
     rule: str = "greedy"
     """What judges the drafts; `arvision.generate` tells."""
 
