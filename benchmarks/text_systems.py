@@ -66,18 +66,18 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
-    "medusa2": {"steps": 250, "batch_size": 2},
+    "medusa2": {"steps": 60, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
     "hydra++": {"steps": 250},
     "clover": {"steps": 250},
     "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
     "mtp": {"steps": 60, "num_heads": 2},
-    "ppd": {"num_ensemble": 2},
-    "hidden_transfer": {},
-    "model": {"steps": 250},
-    # Pilots take a quarter of the steps each.
-    "distillspec": {"kind": "model", "steps": 48, "divergence": "auto", "on_policy": 0.5},
+    "ppd": {"steps": 60, "num_ensemble": 2},
+    "hidden_transfer": {"steps": 60},
+    "model": {"steps": 48},
+    # Pilots take a quarter of the steps each: as many steps in all as "model".
+    "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
     "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
     "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
     "acceptance": {},
@@ -89,7 +89,19 @@ PROFILED = 8
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
-    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "Aggressive Decoding (input-guided)",
+        '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
+        "models](#encoder-decoder-models)",
+        "input_copy",
+        "yes",
+    ),
+    (
+        "Aggressive Decoding (generalised)",
+        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "parallel",
+        "yes",
+    ),
     (
         "ADED without its search: the likeliest way",
         '`drafter="trigram"`, options `exploration=0`, `rate=0`',

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"errors"},
     "batches": {"contracts", "memory"},
     "card": {"errors", "files"},
+    "adapters": {"errors", "files", "schema", "stored"},
     "lazy": set(),
     "known": {"errors"},
     "going": set(),
@@ -99,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "known", "models", "needed", "samplers"} | GROUND,
     "conversion": {"folders", "known", "models", "pipeline", "samplers"} | GROUND,
     "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
-    "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
+    "api": {"adapters", "opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "bench": {"api", "counting", "official", "pipeline", "samplers", "decoding"} | GROUND,
     "official": {"pipeline"} | GROUND,
@@ -107,7 +108,17 @@ ALLOWED: dict[str, set[str]] = {
     | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
-    "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
+    "training": {
+        "adapters",
+        "api",
+        "card",
+        "pipeline",
+        "samplers",
+        "models",
+        "decoding",
+        "eval",
+        "sheet",
+    }
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}

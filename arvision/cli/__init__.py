@@ -21,6 +21,7 @@ from . import (
     convert,
     distill,
     doctor,
+    finetune,
     generate,
     mark_answers,
     models,
@@ -53,6 +54,7 @@ train.add_to(app)
 mark_answers.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
+finetune.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 

@@ -56,11 +56,12 @@ class AutoencoderObjective(Objective):
 def encode_moments(autoencoder: MARAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Unscaled means and standard deviations [M, N, D] of the latents of images, see `to_pixels`."""
     autoencoder.eval()
+    side = autoencoder.config["patch_size"]
     means, deviations = [], []
     for part in in_batches(images):
         mean, log_variance = autoencoder.moments(to_pixels(part))
-        means.append(mean.flatten(2).mT.contiguous())
-        deviations.append((0.5 * log_variance).exp().flatten(2).mT.contiguous())
+        for found, value in ((means, mean), (deviations, (0.5 * log_variance).exp())):
+            found.append(F.pixel_unshuffle(value, side).flatten(2).mT.contiguous())
     return torch.cat(means), torch.cat(deviations)
 
 

@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -19,19 +20,18 @@ import torch
 from accelerate import PartialState
 
 from ..card import megabytes, settings_in_words, write_card
-from ..errors import InputError
 from ..files import check_out, making_folder, user_path, working_in, write_json
 from ..pipeline import ARPipeline
 from .loop import fit
-from .own_data import FACTS, OwnPictures, open_pictures, pack_pictures
+from .own_data import WORK, OwnPictures, check_run, open_pictures, pack_pictures
 from .own_recipes import RECIPES, SHARES, OwnSettings, check_captions, timed
-from .own_watch import Watch
+from .own_watch import Watch, held_out_loss, prompts_of, rebuilt_sheet, reconstruction, sample_sheet
 from .stages import Stage, Work, run_stages, stage_seconds
 
-WORK = "work"
-"""The folder of what a run needs to go on."""
-
 DEFAULT_MINUTES = 10.0
+MASKED_PASSES = 16
+"""Passes of a MAR on the way; published pictures take as many as there are latents."""
+
 FEWEST_STEPS, TIMED_STEPS = 20, 6
 
 
@@ -76,9 +76,9 @@ def train(
     if captions is not None:
         asked["captions"] = str(user_path(captions).absolute())
     processes = PartialState()
-    packed = out / WORK / "pictures"
-    is_new = _check_run(out, packed, asked)
+    is_new = check_run(out, asked)
     with working_in(out) if processes.is_main_process else contextlib.nullcontext():
+        packed = out / WORK / "pictures"
         if processes.is_main_process and is_new:
             how = {"captions": captions, "is_unconditional": settings.is_unconditional}
             how |= {"seed": settings.seed, "progress": progress}
@@ -86,38 +86,6 @@ def train(
         processes.wait_for_everyone()
         pictures = open_pictures(packed)
         return _Run(settings, pictures, out, progress).figures(asked)
-
-
-def _check_run(out: Path, packed: Path, asked: dict[str, Any]) -> bool:
-    """Whether a run starts anew.
-
-    Raises:
-        InputError: the folder holds another run, or something else.
-    """
-    if not packed.exists():
-        for folder, own in ((out, WORK), (out / WORK, None)):
-            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-            for name in found:
-                if name != own and not name.startswith("."):
-                    raise InputError(
-                        f"out {out} holds {name} and no run: expected a new or empty folder, or that "
-                        "of a run to go on with"
-                    )
-        return True
-    try:
-        before = json.loads((packed / FACTS).read_text())["run"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{packed / FACTS} cannot be read ({error}): expected another folder"
-        ) from error
-    for name in [*asked, *before]:
-        old, new = before.get(name), asked.get(name)
-        if old != new:
-            raise InputError(
-                f"out {out} holds a run with {name} {old}, not {new}: expected another folder, or "
-                "the settings of that run"
-            )
-    return False
 
 
 class _Run:
@@ -162,7 +130,7 @@ class _Run:
         figures["reconstruction_psnr"] = first.score()["psnr"]
         figures["held_out_loss"] = last.keep_best()
         self._publish(figures, asked)
-        _tell(figures["held_out_loss"])
+        tell_fall(figures["held_out_loss"])
         self.processes.wait_for_everyone()
         return figures
 
@@ -211,12 +179,48 @@ class _Run:
             )
         return median(b - a for a, b in pairwise(ends))
 
-    def _watch(self, stage: Stage[Work], objective: Any) -> Watch:
+    def _watch(self, stage: Stage[Work], objective: Any) -> Any:
+        """What looks at a stage; only in the first process."""
         objective.num_items = self.pictures.num_train
-        every = self.settings.sample_every or max(1, stage.fit.steps // 10)
-        watch = Watch(stage.name, objective, self, every, stage.fit.steps)
+        if not self.processes.is_main_process:
+            return None
+        pictures = self.pictures
+        place = (
+            stage.name,
+            objective,
+            self.out,
+            self.settings.sample_every or max(1, stage.fit.steps // 10),
+            stage.fit.steps,
+        )
+        if stage.name == "transformer":
+            watch = Watch(
+                *place,
+                score=lambda: held_out_loss(objective, pictures.held_out),
+                sheet=lambda: self._samples(objective),
+                keeps_best=True,
+            )
+        else:
+            own = getattr(objective, "tokenizer", None) or objective.autoencoder
+            held = pictures.images[pictures.held_out]
+            watch = Watch(
+                *place,
+                score=lambda: reconstruction(own, held),
+                sheet=lambda: rebuilt_sheet(own, held[:8]),
+                prefix="tokenizer-",
+            )
         self.watches[stage.name] = watch
         return watch
+
+    def _samples(self, objective: Any) -> Any:
+        """A sheet of samples of the transformer as it is."""
+        parts = {**self.work.parts, "transformer": objective.transformer}
+        if self.pictures.captions is not None:
+            parts |= {name: getattr(objective, name) for name in ("text_encoder", "text_tokenizer")}
+        options: dict[str, Any] = {}
+        if self.settings.recipe == "mar":
+            passes = min(MASKED_PASSES, objective.transformer.num_tokens)
+            options = {"sampler": "ar", "num_iter": passes}
+        return sample_sheet(self.pipeline(**parts), prompts_of(self.pictures), **options)
 
     def pipeline(self, **parts: Any) -> ARPipeline:
         """A pipeline of networks, with plain settings."""
@@ -232,20 +236,8 @@ class _Run:
             if isinstance(part, torch.nn.Module):
                 part.eval()
         pipe = self.pipeline(**self.work.parts)
-        finished = self.out / WORK / "finished"
-        index = "model_index.json"
-        with making_folder(finished, is_ours=lambda _: True) as place:
-            pipe.save_pretrained(place)
-        (self.out / index).unlink(missing_ok=True)
-        for path in sorted(finished.iterdir()):
-            goal = self.out / path.name
-            if path.is_dir():
-                shutil.rmtree(goal, ignore_errors=True)
-            if path.name not in (index, "README.md"):
-                path.rename(goal)
-        self._card(figures, asked, settings_in_words(pipe.config))
-        (finished / index).rename(self.out / index)
-        shutil.rmtree(finished)
+        card = partial(self._card, figures, asked, settings_in_words(pipe.config))
+        put_pipeline(pipe, self.out, card)
 
     def _card(self, figures: dict[str, Any], asked: dict[str, Any], law: str) -> None:
         kind = {"llamagen": "LlamaGen", "var": "VAR", "mar": "MAR"}[self.settings.recipe]
@@ -274,11 +266,34 @@ class _Run:
         write_card(self.out, f"A {kind} trained on a person's own pictures.", facts)
 
 
-def _tell(found: dict[str, Any]) -> None:
+def put_pipeline(pipe: ARPipeline, out: Path, card: Callable[[], None]) -> None:
+    """Put the parts of a pipeline into the folder of a run, its index last.
+
+    Args:
+        pipe: to save.
+        out: folder of the run.
+        card: writes the README.md, when all parts are there.
+    """
+    index, finished = "model_index.json", out / WORK / "finished"
+    with making_folder(finished, is_ours=lambda _: True) as place:
+        pipe.save_pretrained(place)
+    (out / index).unlink(missing_ok=True)
+    for path in sorted(finished.iterdir()):
+        goal = out / path.name
+        if path.is_dir():
+            shutil.rmtree(goal, ignore_errors=True)
+        if path.name not in (index, "README.md"):
+            path.rename(goal)
+    card()
+    (finished / index).rename(out / index)
+    shutil.rmtree(finished)
+
+
+def tell_fall(found: dict[str, Any]) -> None:
     """Warn of a training that taught nothing."""
     if not found["best"] < found["first"]:
         warnings.warn(
-            f"the loss on held-out pictures did not fall ({found['first']:.3f} untrained, "
+            f"the loss on held-out pictures did not fall ({found['first']:.3f} at first, "
             f"{found['last']:.3f} in the end): expected more steps or more pictures",
             stacklevel=2,
         )

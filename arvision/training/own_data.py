@@ -27,6 +27,9 @@ MOST_SIDE = 512
 HELD_OUT, MOST_HELD_OUT = 0.1, 500
 """Share of the pictures that is never trained on, and how many at most."""
 
+WORK = "work"
+"""The folder of what a run needs to go on."""
+
 FACTS = "pictures.json"
 """The file beside the packed pictures: labels, captions, and what they were read for."""
 
@@ -78,6 +81,39 @@ class OwnPictures:
         return torch.arange(self.num_train, len(self.images))
 
 
+def check_run(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether the run that `asked` describes starts anew in a folder.
+
+    Raises:
+        InputError: the folder holds another run, or something else.
+    """
+    packed = out / WORK / "pictures"
+    if not packed.exists():
+        for folder, own in ((out, WORK), (out / WORK, None)):
+            found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            for name in found:
+                if name != own and not name.startswith("."):
+                    raise InputError(
+                        f"out {out} holds {name} and no run: expected a new or empty folder, or that "
+                        "of a run to go on with"
+                    )
+        return True
+    try:
+        before = json.loads((packed / FACTS).read_text())["run"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{packed / FACTS} cannot be read ({error}): expected another folder"
+        ) from error
+    for name in [*asked, *before]:
+        old, new = before.get(name), asked.get(name)
+        if old != new:
+            raise InputError(
+                f"out {out} holds a run with {name} {old}, not {new}: expected another folder, or "
+                "the settings of that run"
+            )
+    return False
+
+
 def open_pictures(place: Path) -> OwnPictures:
     """What `pack_pictures` wrote."""
     facts = json.loads((place / FACTS).read_text())
@@ -98,6 +134,7 @@ def pack_pictures(
     captions: str | Path | None = None,
     is_unconditional: bool = False,
     seed: int = 0,
+    most_side: int = MOST_SIDE,
     progress: bool = True,
 ) -> None:
     """Read the pictures of a folder and write them, cropped, into `place`.
@@ -111,6 +148,7 @@ def pack_pictures(
             are left out.
         is_unconditional: whether subfolders are no classes.
         seed: of the order.
+        most_side: what `side` may be.
         progress: show a bar on stderr.
 
     Raises:
@@ -120,7 +158,7 @@ def pack_pictures(
     path = user_path(folder)
     if not path.is_dir():
         raise InputError(f"data {folder}: expected a folder of pictures")
-    check_count("size", side, MOST_SIDE)
+    check_count("size", side, most_side)
     source = OwnSource(path, side)
     names = [entry.inside for entry in source.entries]
     kept: Sequence[int] = range(len(names))

@@ -153,6 +153,19 @@ def scales_of(grid: int) -> tuple[int, ...]:
     return tuple(sorted({round(grid ** (k / (num - 1))) for k in range(num)} | {1, grid}))
 
 
+def caption_writer(
+    captions: Sequence[Sequence[str]],
+) -> tuple[Callable[[int, torch.Generator], str], list[list[str]]]:
+    """What gives one of the captions of a picture by its number; and all of them, cleaned."""
+    cleaned = [[clean_caption(text) for text in own] for own in captions]
+
+    def write(index: int, generator: torch.Generator) -> str:
+        own = cleaned[index]
+        return own[int(torch.randint(len(own), (), generator=generator))]
+
+    return write, cleaned
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnCaptionStage(TransformerStage):
     """A text-conditional transformer and its text encoder, on captions of a file.
@@ -169,7 +182,7 @@ class OwnCaptionStage(TransformerStage):
 
     def objective(self, work: Work) -> CaptionObjective:
         """Next tokens behind a caption of the picture, drawn anew for each step."""
-        cleaned = [[clean_caption(text) for text in own] for own in self.captions]
+        write, cleaned = caption_writer(self.captions)
         words = build_text_tokenizer(words_of(text for own in cleaned for text in own))
         longest = max(len(words(text)["input_ids"]) for own in cleaned for text in own)
         transformer = LlamaGenTransformer(
@@ -178,11 +191,6 @@ class OwnCaptionStage(TransformerStage):
             caption_length=min(longest, MOST_CAPTION),
             **self.sizes,
         )
-
-        def write(index: int, generator: torch.Generator) -> str:
-            own = cleaned[index]
-            return own[int(torch.randint(len(own), (), generator=generator))]
-
         encoder = build_text_encoder(len(words), TEXT_WIDTH, self.fit.seed)
         return CaptionObjective(transformer, work.codes, write, encoder, words)
 
