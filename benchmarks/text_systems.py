@@ -89,7 +89,19 @@ PROFILED = 8
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
-    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "Aggressive Decoding (input-guided)",
+        '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
+        "models](#encoder-decoder-models)",
+        "input_copy",
+        "yes",
+    ),
+    (
+        "Aggressive Decoding (generalised)",
+        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "parallel",
+        "yes",
+    ),
     (
         "ADED without its search: the likeliest way",
         '`drafter="trigram"`, options `exploration=0`, `rate=0`',

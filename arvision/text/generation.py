@@ -29,6 +29,7 @@ from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
 from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
 from .drafters.mtp import MTP_FILE
+from .drafters.papers.parallel import PARALLEL_FILE
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
@@ -310,6 +311,7 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
         (MTP_FILE, ("mtp", "folder")),
+        (PARALLEL_FILE, ("parallel", "folder")),
     ):
         if (user_path(folder) / file).exists():
             return found
@@ -382,7 +384,7 @@ def check_drafter(drafter: Any, model: HFCausalLM | Seq2SeqLM, tokenizer: Any = 
     if isinstance(model, Seq2SeqLM) and getattr(drafter, "branches", False):
         raise InputError(
             f"{type(drafter).__name__} drafts trees, and {type(model.network).__name__} takes chains: "
-            "expected input_copy, prompt_lookup with max_branches 1, or draft_model with "
+            "expected input_copy, parallel, prompt_lookup with max_branches 1, or draft_model with "
             "expansion 'chain'"
         )
     if isinstance(drafter, DraftTree):
