@@ -11,7 +11,7 @@ from ..errors import ArvisionError, optional
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who draws what
 
 with optional("ui", "the page"):
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from fastapi import FastAPI
 
