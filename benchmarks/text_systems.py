@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ FITS: dict[str, dict[str, Any]] = {
     "eagle3": {"steps": 250},
     "ppd": {},
     "hidden_transfer": {},
-    "model": {},
+    "model": {"steps": 250},
+    # Pilots take a quarter of the steps each: as many steps in all as "model".
+    "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 150, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
     "judge": {},
 }
 FACTS = (
@@ -154,12 +159,19 @@ TABLE = (
     ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
     ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
     (
-        "DistillSpec, FastDraft: a draft model, chain",
-        "`train-draft --kind model`, `--divergence ...` (from the target's own layers, on its "
-        'answers; no pre-training); `drafter="draft_model"`, expansion "chain"',
+        "a draft model from the target's layers, chain",
+        '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
         "yes",
     ),
+    (
+        "DistillSpec",
+        "`train-draft --kind model --divergence auto --on-policy 0.5`",
+        "distillspec",
+        "yes",
+    ),
+    ("a fresh draft model", "`train-draft --kind model --start fresh`", "fresh draft", "yes"),
+    ("FastDraft", "`train-draft --kind model --pretrain TEXTS`", "fastdraft", "yes"),
     ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
     (
         "SpecDec++",
@@ -239,15 +251,18 @@ class Fits:
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        settings = {"kind": kind} | FITS[kind]
+        if settings.pop("pretrain", False):
+            settings["pretrain"] = self.runs / "texts.txt"
+            settings["pretrain"].write_text("\n\n".join(topics[name] for name in sorted(topics)))
         figures = fit_draft(
             str(model_file()),
             marked if kind == "judge" else prompts,
             out,
-            kind,
             answer_tokens=None if kind == "judge" else 64,
             dtype=torch.bfloat16,
             progress=False,
-            **FITS[kind],
+            **settings,
         )
         if (out / "answers.json").exists():
             shutil.copy(out / "answers.json", answers)
@@ -261,8 +276,8 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
     def draft(folder: Path) -> Any:
         return as_draft(str(folder), tokens, "cpu", torch.float32)
 
-    def tree(expansion: str, **options: Any) -> DraftTree:
-        return DraftTree(draft(fits("model")), expansion=expansion, **options)
+    def tree(expansion: str, kind: str = "model", **options: Any) -> DraftTree:
+        return DraftTree(draft(fits(kind)), expansion=expansion, **options)
 
     chain = {"branching": (1, 1, 1, 1)}
     greedy = {
@@ -306,6 +321,9 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: heads("hydra", online=1e-3),
         "draft chain": lambda: {"drafter": tree("chain")},
+        "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
+        "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
+        "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},

@@ -18,6 +18,10 @@ arvision train-draft --model ./target --prompts prompts.txt --kind ppd --steps 2
 
 arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draft runs/hydra --stats
 
+arvision train-draft --model ./target --prompts prompts.txt --kind model --pretrain ./my-texts --out runs/fastdraft
+
+arvision train-draft --model ./target --prompts prompts.txt --kind model --divergence auto --on-policy 0.5 --out runs/distilled
+
 arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
 
 PROMPTS holds one prompt per line, or is a .csv or .tsv file with a column named prompt, or a .jsonl
@@ -53,10 +57,32 @@ def train_draft(
     ] = None,
     divergence: Annotated[
         str | None,
-        typer.Option(help="forward_kl (the default), reverse_kl, jensen_shannon, total_variation."),
+        typer.Option(
+            help="forward_kl (the default), reverse_kl, jensen_shannon, total_variation; for a model "
+            "also auto, the best of pilots."
+        ),
     ] = None,
     answer_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; 96.")
+    ] = None,
+    pretrain: Annotated[
+        Path | None,
+        typer.Option(
+            help="File or folder of texts that a fresh draft model learns from first.",
+            callback=expanded,
+        ),
+    ] = None,
+    pretrain_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of the pre-training; 400.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Of a draft model: layers (of the target) or fresh.")
+    ] = None,
+    on_policy: Annotated[
+        float | None, typer.Option(help="Share of answers that a draft model draws itself; 0.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="What --divergence auto judges for; 0 is greedy.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -79,6 +105,11 @@ def train_draft(
         num_heads=num_heads,
         divergence=divergence,
         answer_tokens=answer_tokens,
+        pretrain=pretrain,
+        pretrain_steps=pretrain_steps,
+        start=start,
+        on_policy=on_policy,
+        temperature=temperature,
         dtype=dtype_of(dtype),
         device=device,
         progress=not quiet,

@@ -11,18 +11,32 @@ import itertools
 
 import pytest
 import torch
-from text_models import greedy_reference, random_prompts, walking_llama
+from text_models import greedy_reference, random_prompts, tiny_llama, walk, walking_llama
 
 import arvision
 from arvision import CheckpointError, InputError
+from arvision.testing import law_p_value
 from arvision.text.drafters import HeadDrafter, PseudoDrafter
 from arvision.text.drafters.heads import KINDS, load_heads, make_heads
 from arvision.text.drafters.papers.pseudo import load_pseudo, make_pseudo, pseudo_layout
-from arvision.text.fitting.data import answer, frequent_tokens, head_examples, hidden_states
+from arvision.text.fitting.data import (
+    Answers,
+    answer,
+    frequent_tokens,
+    head_examples,
+    hidden_states,
+)
 from arvision.text.fitting.heads import HeadObjective, HeadTraining, train_heads
+from arvision.text.fitting.pretrain import fresh_copy, own_texts, text_blocks
 from arvision.text.fitting.pseudo import PseudoObjective, PseudoTraining, train_pseudo
-from arvision.text.fitting.small_model import small_copy, train_small_model
-from arvision.training.loop import FitConfig
+from arvision.text.fitting.recipes import fit_draft
+from arvision.text.fitting.small_model import (
+    SmallModelObjective,
+    SmallTraining,
+    small_copy,
+    train_small_model,
+)
+from arvision.training.loop import Chance, FitConfig
 
 FIT = FitConfig(steps=120, batch_size=64, learning_rate=1e-2, warmup=5, log_every=10)
 
@@ -202,20 +216,107 @@ def test_pseudo_tokens_learn_and_keep_the_text(
         )
 
 
-def test_a_small_model_drafts_for_its_target(network, answers, tokens_per_pass, tmp_path):
-    fit = FitConfig(steps=40, batch_size=4, learning_rate=1e-2, warmup=2)
-    figures = train_small_model(
-        network, None, answers, tmp_path / "small", share=0.5, config=fit, progress=False
-    )
-    assert figures["layers"] == 2
+def saved_draft(folder):
     from transformers import AutoModelForCausalLM
 
-    draft = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize(("on_policy", "divergence"), [(0.0, "forward_kl"), (0.5, "reverse_kl")])
+def test_a_small_model_drafts_for_its_target(
+    network, answers, tokens_per_pass, tmp_path, on_policy, divergence
+):
+    fit = FitConfig(steps=40, batch_size=4, learning_rate=1e-2, warmup=2)
+    training = SmallTraining(share=0.5, fit=fit, on_policy=on_policy, divergence=divergence)
+    figures = train_small_model(
+        network, None, answers, tmp_path / "small", training, progress=False
+    )
+    assert figures["layers"] == 2
     passes = [
         tokens_per_pass("draft_model", drafter_options={"draft": one})
-        for one in (small_copy(network, 0.5).eval(), draft)
+        for one in (small_copy(network, 0.5).eval(), saved_draft(tmp_path / "small"))
     ]
     assert passes[1] > passes[0] + 1.0
+
+
+def test_on_policy_texts_have_the_prompts_and_the_drafts_own_law():
+    """Two tokens behind a prompt of one, against the draft's law, which is not the target's."""
+    target, draft = (
+        tiny_llama(seed=seed, vocab_size=4, num_hidden_layers=2, sharpness=1.0) for seed in (0, 1)
+    )
+    num = 3000
+    answers = Answers([[1, 0, 0]] * num, [1] * num)
+    objective = SmallModelObjective(draft, target, answers, SmallTraining())
+    texts = objective.inputs(torch.arange(num), torch.Generator())["texts"]
+    chance = Chance(torch.Generator().manual_seed(3), torch.device("cpu"))
+    own = torch.cat(objective.own(texts, [1] * num, chance))
+    assert own.shape == (num, 3)
+    assert bool((own[:, 0] == 1).all())
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    ids = torch.cat([torch.ones(16, 1, dtype=torch.int64), pairs], dim=1)
+
+    def joint(network):
+        with torch.no_grad():
+            logp = network(ids).logits[:, :-1].log_softmax(-1)
+        return logp.gather(2, pairs[..., None])[..., 0].sum(1).exp()
+
+    found = own[:, 1] * 4 + own[:, 2]
+    assert law_p_value(found, joint(draft)) > 1e-4
+    assert law_p_value(found, joint(target)) < 1e-6
+
+
+def test_pretraining_on_texts_helps_a_fresh_draft(network, answers, tokens_per_pass, tmp_path):
+    """The same alignment, with and without pre-training on walks that no answer shows."""
+    fit = FitConfig(steps=30, batch_size=4, learning_rate=5e-3, warmup=2)
+    before = FitConfig(steps=200, batch_size=32, learning_rate=1e-2, warmup=5)
+    training = SmallTraining(
+        share=0.5, width=1.0, start="fresh", fit=fit, pretrain_fit=before, length=40
+    )
+    starts = torch.randint(64, (400, 2), generator=torch.Generator().manual_seed(5))
+    blocks = walk(starts, 18)
+    passes = []
+    for name, own in (("plain", None), ("pretrained", blocks)):
+        out = tmp_path / name
+        train_small_model(network, None, answers, out, training, blocks=own, progress=False)
+        drafter = {"draft": saved_draft(out)}
+        passes.append(tokens_per_pass("draft_model", drafter_options=drafter))
+    assert passes[1] > passes[0] + 0.5
+
+
+def test_a_fresh_copy_is_narrower_and_runs():
+    draft = fresh_copy(tiny_llama(), 0.5, 0.5)
+    assert draft.config.hidden_size == 16
+    assert draft.config.num_hidden_layers == 2
+    assert draft(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
+
+
+def test_the_divergence_is_the_one_whose_pilot_suits_the_task(network, answers, tmp_path):
+    fit = FitConfig(steps=40, batch_size=4, learning_rate=1e-2, warmup=2)
+    for temperature, by in ((0.0, "agreement"), (0.7, "acceptance")):
+        training = SmallTraining(share=0.5, fit=fit, divergence="auto", temperature=temperature)
+        figures = train_small_model(network, None, answers, tmp_path / by, training, progress=False)
+        pilots = figures["pilots"]
+        assert len(pilots) == 4
+        assert figures["divergence"] == max(pilots, key=lambda name: pilots[name][by])
+        assert figures[by] > pilots[figures["divergence"]][by]
+
+
+def test_own_texts_become_blocks(tmp_path):
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").write_text("def")
+    texts = own_texts(tmp_path)
+    assert text_blocks(texts, Letters(), 3).tolist() == [[97, 98, 99], [0, 100, 101]]
+    with pytest.raises(InputError, match="texts of 8 tokens: expected at least 128"):
+        text_blocks(texts, Letters())
+    with pytest.raises(InputError, match="expected a file of text or a folder with some"):
+        own_texts(tmp_path / "none")
 
 
 def test_bad_input_has_one_clear_message(network, answers, tmp_path):
@@ -233,3 +334,9 @@ def test_bad_input_has_one_clear_message(network, answers, tmp_path):
         arvision.generate(network, [[1, 2]], drafter=PseudoDrafter(make_pseudo("ppd", 8, 2, 0)))
     with pytest.raises(InputError, match="expected shorter prompts or longer answers"):
         train_pseudo(network, answers, tmp_path, PseudoTraining(length=8), progress=False)
+    with pytest.raises(InputError, match="unknown start 'frech': did you mean 'fresh'"):
+        SmallTraining(start="frech")
+    with pytest.raises(InputError, match=r"on_policy 2, temperature 0\.0: expected a share"):
+        SmallTraining(on_policy=2)
+    with pytest.raises(InputError, match="on_policy with kind 'hydra': it would have no effect"):
+        fit_draft("none", tmp_path / "none", tmp_path, "hydra", on_policy=0.5)

@@ -19,8 +19,9 @@ from .data import Answers, answer, question_ids
 from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
+from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
-from .small_model import SMALL_FIT, train_small_model
+from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
 
 ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "judge")
 
@@ -32,6 +33,9 @@ UNUSED = {
     "judge": ("num_heads", "divergence", "answer_tokens"),
 }
 """Settings of `fit_draft` that mean nothing to a kind of draft."""
+
+OF_MODELS = ("pretrain", "pretrain_steps", "start", "on_policy", "temperature")
+"""Further settings of the kind "model"."""
 
 MOST_ANSWERS = 1 << 32
 """Bytes of the target's answers, which are a run's own."""
@@ -73,6 +77,37 @@ def answers_of(
     return made
 
 
+def small_training(
+    kind: str, divergence: str, fit: dict[str, Any], given: dict[str, Any]
+) -> tuple[SmallTraining, list[str]]:
+    """Settings of a draft model, and the texts that it is pre-trained on.
+
+    Args:
+        kind: of draft.
+        divergence: which other kinds check for themselves.
+        fit: settings of the loop that differ from `SMALL_FIT`'s.
+        given: `OF_MODELS`; None for a default.
+
+    Raises:
+        InputError: a bad setting, or one that means nothing to the kind.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in OF_MODELS:
+            raise unknown_name("setting of a draft", name, OF_MODELS)
+        if kind != "model":
+            raise InputError(f"{name} with kind {kind!r}: it would have no effect")
+    if kind != "model":
+        return SmallTraining(), []
+    pretrain, steps = given.pop("pretrain", None), given.pop("pretrain_steps", None)
+    if pretrain is not None:
+        given.setdefault("start", "fresh")
+    if steps is not None:
+        given["pretrain_fit"] = replace(PRETRAIN_FIT, steps=steps)
+    training = SmallTraining(divergence=divergence, fit=replace(SMALL_FIT, **fit), **given)
+    return training, [] if pretrain is None else own_texts(pretrain)
+
+
 def fit_draft(
     model: str,
     prompts: Path,
@@ -87,10 +122,13 @@ def fit_draft(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     progress: bool = True,
+    **of_models: Any,
 ) -> dict[str, Any]:
     """Fit a draft of a kind on a frozen target; see `arvision train-draft`.
 
-    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens.
+    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens. The kind "model"
+    takes `OF_MODELS` besides: `pretrain`, a file or folder of texts to learn from first, with which
+    it starts "fresh", for `pretrain_steps`; and what `SmallTraining` has of these names.
 
     Returns:
         Figures of the fit.
@@ -108,8 +146,11 @@ def fit_draft(
                 f"{name} {settings[name]!r} with kind {kind!r}: it would have no effect"
             )
     num_heads, divergence = num_heads or 3, divergence or "forward_kl"
-    given = {"steps": steps, "batch_size": batch_size}
-    changed = {name: value for name, value in given.items() if value is not None}
+    sizes = {"steps": steps, "batch_size": batch_size}
+    changed = {name: value for name, value in sizes.items() if value is not None}
+    small, own = small_training(kind, divergence, changed, of_models)
+    # Only a draft model can choose among divergences.
+    divergence = "forward_kl" if kind == "model" else divergence
     heads = HeadTraining(
         kind=kind if kind in KINDS else "hydra", num_heads=num_heads, divergence=divergence
     )
@@ -135,14 +176,8 @@ def fit_draft(
     if kind == "eagle3":
         return train_eagle3(network, answers, out, eagle3, progress=progress)
     if kind == "model":
-        config = replace(SMALL_FIT, **changed)
+        blocks = text_blocks(own, tokenizer) if own else None
         return train_small_model(
-            network,
-            tokenizer,
-            answers,
-            out,
-            divergence=divergence,
-            config=config,
-            progress=progress,
+            network, tokenizer, answers, out, small, blocks=blocks, progress=progress
         )
     return train_pseudo(network, answers, out, pseudo, progress=progress)
