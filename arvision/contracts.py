@@ -175,6 +175,15 @@ class TakesFixedTrees(TakesFixedChains, Protocol):
 
 
 @runtime_checkable
+class TellsFixedHidden(Protocol):
+    """A state whose passes of fixed shapes tell `hidden`, see `TellsHidden`, where that is asked for."""
+
+    hidden: Tensor | None
+    keeps_hidden: bool
+    """To be set before the first such pass."""
+
+
+@runtime_checkable
 class Overruns(Protocol):
     """A state that may accept candidates past the last token (their logits mean nothing)."""
 

@@ -17,9 +17,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..contracts import TakesFixedChains, TakesFixedTrees
+from ..contracts import TakesFixedChains, TakesFixedTrees, TellsFixedHidden
 from ..errors import InputError, as_integer, unknown_name
-from .drafter import LARGEST_TREE, Branches, Carries, Drafter, FixedDrafter, WindowPolicy
+from .drafter import (
+    LARGEST_TREE,
+    Branches,
+    Carries,
+    Drafter,
+    FixedDrafter,
+    NeedsHidden,
+    RepeatsLaws,
+    WindowPolicy,
+)
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, topology_of
@@ -83,6 +92,12 @@ class FixedStep:
             self.topology = first.topology(images.device)
         self.rooted = None if self.topology is None else self.topology.with_root()
         self.num_levels, self.most_children = first.num_levels, first.most_children
+        self.tells_hidden = isinstance(state, TellsFixedHidden) and any(
+            isinstance(part, NeedsHidden) and part.needs_hidden for part in (drafter, rule)
+        )
+        if self.tells_hidden:
+            cast(TellsFixedHidden, state).keeps_hidden = True
+        self.watches_drafts = not isinstance(drafter, RepeatsLaws)
         self.carried: list[Tensor] = []
         if isinstance(drafter, Carries):
             self.carried = [part.clone() for part in drafter.carry()]
@@ -124,9 +139,14 @@ class FixedStep:
         trees = [] if rooted is None else [rooted]
         laws = self.shape(self.state.extend_fixed(fed, begin, *trees))
         run.watch_laws(laws)
+        if self.draft_logp is not None and self.watches_drafts:
+            run.watch_laws(self.draft_logp)
+        hidden = cast(TellsFixedHidden, self.state).hidden if self.tells_hidden else None
         places = lengths[:, None] + (self.offsets if rooted is None else rooted.depths)
         number: Any = self.number
-        batch = Round(self.drafts, self.draft_logp, laws, places, self.noise, number, topology)
+        batch = Round(
+            self.drafts, self.draft_logp, laws, places, self.noise, number, topology, hidden
+        )
         verdict = self.rule(batch)
         counts = torch.minimum(verdict.counts, self.ends - lengths)
         if verdict.path is not None:
@@ -254,7 +274,8 @@ def why_no_fixed_rounds(run: Run, state: Any, drafter: Any) -> str | None:
     if why is not None:
         return why
     if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
+        why = getattr(drafter, "why_not_fixed", None)
+        return why or f"the drafts of {type(drafter).__name__} are made on the host"
     if _branches(drafter) and not isinstance(state, TakesFixedTrees):
         return "this model has no trees of fixed shapes"
     return None

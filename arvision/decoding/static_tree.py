@@ -115,7 +115,7 @@ class StaticTreeDrafter:
 
     branches = True
 
-    has_fixed_shapes = True
+    has_fixed_shapes = repeats_laws = True
 
     def __init__(
         self,

@@ -13,10 +13,20 @@ from text_models import random_prompts, tiny_llama
 
 import arvision
 from arvision import get_sampler
+from arvision.counting import count_calls
+from arvision.decoding.drafter import FixedWindow
 from arvision.decoding.fixed_step import Steps
+from arvision.decoding.logits import Shaping
+from arvision.decoding.loop import decode_tokens
+from arvision.decoding.run import Run
 from arvision.decoding.tree import topology
 from arvision.models import Chameleon, Emu3, GlmImage, Janus
 from arvision.testing import DroppingTableModel, law_p_value
+from arvision.text.drafters.draft_tree import EXPANSIONS, DraftTree
+from arvision.text.drafters.head_drafter import HeadDrafter
+from arvision.text.drafters.heads import MedusaHeads
+from arvision.text.drafters.recycling import TokenRecycling
+from arvision.text.rules import choose_rule
 
 
 def emu3():
@@ -64,6 +74,70 @@ def test_text_ends_where_the_loop_ends_it(temperature):
     assert len(fixed.tokens[0]) <= 5
 
 
+def text_drafter(name):
+    """Options of `generate` for a drafter whose drafts are a function of fixed shapes."""
+    if name in ("tree", "unit"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            heads = MedusaHeads(32, 2).double()
+        return {"drafter": HeadDrafter(heads, shape=name, threshold=0.02)}
+    if name not in EXPANSIONS:
+        return {"drafter": name}
+    draft = tiny_llama(sharpness=3.0)  # as the target, but for the sharpness: some drafts are wrong
+    sizes = {"num_draft": 4, "max_depth": 3, "branching": (2, 1)}
+    options = {"draft": draft, "expansion": name, **sizes}
+    return {"drafter": "draft_model", "drafter_options": options}
+
+
+DRAFTERS = ["jacobi", "token_recycling", "tree", "unit", *EXPANSIONS]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafted_text_is_the_loops_and_nothing_is_read(name, temperature, monkeypatch):
+    prompts, reads, ready = random_prompts((5, 9, 3)), [], Steps.ready
+
+    def watched(self, step):
+        def work():
+            places = [buffer.data_ptr() for buffer in step.buffers()]
+            with count_calls() as calls:
+                ready(self, step)()
+            reads.append(calls.num_reads)
+            assert [buffer.data_ptr() for buffer in step.buffers()] == places
+
+        return work
+
+    monkeypatch.setattr(Steps, "ready", watched)
+    options: dict[str, Any] = {"max_new_tokens": 11, "temperature": temperature, "seed": 4}
+    loop = arvision.generate(tiny_llama(), prompts, **text_drafter(name), **options)
+    fixed = arvision.generate(
+        tiny_llama(), prompts, **text_drafter(name), **options, compile="eager"
+    )
+    assert (loop.stats.step, fixed.stats.step) == ("loop", "eager")
+    assert fixed.tokens == loop.tokens
+    assert fixed.stats.passes_per_row == loop.stats.passes_per_row
+    assert set(reads) == {0}
+
+
+def test_what_a_matrix_has_learned_in_fixed_steps_stays():
+    drafter, prompts = TokenRecycling(), random_prompts((5,))
+    options: dict[str, Any] = {"max_new_tokens": 30, "drafter": drafter}
+    cold = arvision.generate(tiny_llama(), prompts, **options, compile="eager")
+    warm = arvision.generate(tiny_llama(), prompts, **options)
+    assert cold.stats.forward_passes > warm.stats.forward_passes
+    assert cold.tokens == warm.tokens
+
+
+@pytest.mark.slow
+def test_lengths_of_drafts_may_change_between_fixed_steps():
+    options: dict[str, Any] = {"max_new_tokens": 20, "num_draft": "auto"}
+    prompts = random_prompts((5, 9))
+    loop = arvision.generate(tiny_llama(), prompts, max_new_tokens=20)
+    fixed = arvision.generate(tiny_llama(), prompts, drafter="jacobi", **options, compile="eager")
+    assert fixed.stats.step == "eager"
+    assert fixed.tokens == loop.tokens
+
+
 @pytest.mark.skipif(
     "isolate_recompiles" not in signature(torch.compile).parameters,
     reason="this torch counts compiled steps as recompilations of one another",
@@ -87,6 +161,18 @@ def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
     # One graph for both rows until they end together, made once and kept with the network.
     assert len(graphs) == 1
     assert found[0].stats.warm_up > 0 == found[1].stats.warm_up
+    for name in ("jacobi", "tree"):
+        graphs.clear()
+        drawn = [
+            arvision.generate(
+                network, prompts, max_new_tokens=6, **text_drafter(name), compile="default"
+            )
+            for _ in "ab"
+        ]
+        assert [out.tokens for out in drawn] == [wanted.tokens] * 2
+        # For both rows and for the last one; the second call makes none.
+        assert 1 <= len(graphs) <= 2
+        assert drawn[1].stats.warm_up == 0
     graphs.clear()
     model, prompts = FAMILIES["janus"]()
     sampler, options = get_sampler("sjd:window=4"), {"seeds": [0, 1], "guidance_scale": 2.0}
@@ -96,13 +182,23 @@ def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
     assert 1 <= len(graphs) <= 2
 
 
-def test_drafts_made_on_the_host_run_the_ordinary_loop():
-    with pytest.warns(UserWarning, match="drafts are made on the host"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("prompt_lookup", "the drafts of PromptLookup are made on the host"),
+        ("suffix", "the drafts of SuffixDecoding are made on the host"),
+        ("jacobi+prompt_lookup", "the drafts of Combined are made on the host"),
+        ("online", "heads that learn online do so on the host"),
+    ],
+)
+def test_drafts_made_on_the_host_run_the_ordinary_loop(name, why):
+    drafter = HeadDrafter(MedusaHeads(32, 2).double(), online=0.1) if name == "online" else name
+    with pytest.warns(UserWarning, match=f"the ordinary loop runs: {why}"):
         out = arvision.generate(
             tiny_llama(),
             random_prompts((5,)),
             max_new_tokens=6,
-            drafter="prompt_lookup",
+            drafter=drafter,
             compile="eager",
         )
     assert out.stats.step == "loop"
@@ -159,6 +255,26 @@ class FixedTable(DroppingTableModel):
         return state, logits
 
 
+class Drafted:
+    """The token loop with a draft model of text, as a sampler."""
+
+    def __init__(self, expansion):
+        self._expansion, self.shaping = expansion, Shaping
+
+    def __call__(self, model, conditions, *, seeds, steps):
+        draft = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0, seed=1)
+        drafter = DraftTree(draft, self._expansion, branching=(2, 1), num_draft=3)
+        return decode_tokens(
+            model,
+            conditions,
+            Run(len(conditions), model.num_tokens, seeds, steps=steps),
+            drafter=drafter,
+            rule=choose_rule("lossless", drafter.draws, 1.0, branches=drafter.branches).rule,
+            shape=Shaping(),
+            policy=FixedWindow(drafter.num_draft + 1),
+        )
+
+
 @pytest.mark.parametrize("forgets", [False, True])
 @pytest.mark.parametrize(
     "spec",
@@ -170,16 +286,17 @@ class FixedTable(DroppingTableModel):
         "sjd:window=3:init=memory",
         "sjd:window=6:tree=drift:init=memory",
         "sjd:window=6:tree=static:coupling=maximal:init=above",
+        *EXPANSIONS,
     ],
 )
 def test_the_law_is_the_models_own(spec, forgets):
     model = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0, grid=(2, 2))
     model.forgets = forgets
-    sampler = get_sampler(spec)
+    sampler: Any = Drafted(spec) if spec in EXPANSIONS else get_sampler(spec)
     num = 6000
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        out = sampler(model, [None] * num, seeds=[(5, k) for k in range(num)], steps=Steps("eager"))
+        out = sampler(model, [[0]] * num, seeds=[(5, k) for k in range(num)], steps=Steps("eager"))
     assert out.stats.step == "eager"
     p_value = law_p_value(model.number(out.tokens), model.joint(sampler.shaping()))
     assert p_value < 1e-6 if forgets else p_value > 1e-4

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, TokenModel
+from ...contracts import Conditions, TakesFixedTrees, TokenModel
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
 from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
+    Topology,
     best_tree,
+    is_chain,
     listed,
     none_left,
     topology,
     topology_of,
 )
+from ...decoding.tree_levels import Level, by_level, levels_of
 from ...errors import InputError, unknown_name
 from ..model import as_text_model
 from .base import TextDrafter, register
@@ -142,6 +145,7 @@ class DraftTree(TextDrafter):
         def law(logits: Tensor) -> Tensor:
             return shape(in_vocabulary(logits, self.vocab_size))
 
+        self._plans: dict[int, Plan] = {}
         if self.translation is None:
             self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
             return
@@ -160,6 +164,20 @@ class DraftTree(TextDrafter):
         self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
 
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the draft does not draft in passes of fixed shapes."""
+        if self.translation is not None:
+            return "a draft of another vocabulary reads the text itself, on the host"
+        if self.branches and not isinstance(self._state.state, TakesFixedTrees):
+            return "the draft model has no trees of fixed shapes"
+        return self._state.why_not_fixed
+
+    def fix(self, num: int) -> None:
+        """From now on the draft follows in passes of fixed shapes."""
+        super().fix(num)
+        self._state = self._state.fixed(num)
+
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
@@ -172,13 +190,17 @@ class DraftTree(TextDrafter):
             return self._greedy_expansion(root, law, lengths, num)
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
+        if num not in self._plans:
+            self._plans[num] = Plan.of(self._parents(num), root.device)
+        return self._fill(root, law, lengths, self._plans[num], round_number)
+
+    def _parents(self, num: int) -> Tensor:
+        """Parents of a fixed tree of `num` candidates, or fewer, numbered level by level."""
         if self.expansion in DRAWN:
-            parents = parents_of(self.branching)[:num]
-        elif self.expansion == "chain":
-            parents = torch.arange(-1, min(num, self.max_depth) - 1)
-        else:
-            parents = best_tree(self.ranks, num, self.max_depth)
-        return self._fill(root, law, lengths, parents, round_number)
+            return parents_of(self.branching)[:num]
+        if self.expansion == "chain":
+            return torch.arange(-1, min(num, self.max_depth) - 1)
+        return by_level(best_tree(self.ranks, num, self.max_depth))
 
     def _numbers(self, law: Tensor, positions: Tensor) -> Tensor:
         """What ranks chosen drafts at positions [B] besides log q: where tokens are drawn, the noise
@@ -206,44 +228,30 @@ class DraftTree(TextDrafter):
         return torch.stack(chosen, dim=1)
 
     def _fill(
-        self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, round_number: int
+        self, root: Tensor, law: Tensor, lengths: Tensor, plan: Plan, round_number: int
     ) -> TokenTree:
         """Fill a fixed tree level by level."""
-        own = listed(parents)
-        drafts = torch.full((len(root), len(own)), -1, dtype=torch.int64, device=root.device)
-        wants_laws = self.draws != "chosen"
-        logq = law.new_zeros(*drafts.shape, law.shape[-1]) if wants_laws else None
-        laws = {-1: law}
-        levels = _levels(own)
-        for level, families in enumerate(levels):
-            positions = lengths + level
-            numbers = None if wants_laws else self._numbers(law, positions)
-            for node, children in families:
-                count, own_law = len(children), laws[node]
-                if numbers is None:
-                    found = self._siblings(own_law, positions, count, round_number, node + 1)
-                else:
-                    found = (own_law + numbers).topk(count, dim=-1).indices
-                if node >= 0:
-                    found = found.where(drafts[:, node : node + 1] >= 0, -1)
-                drafts[:, children] = found
-                if logq is not None:
-                    logq[:, children] = own_law[:, None]
-            if level + 1 < len(levels):
-                laws = self._laws_of(root, drafts, own, levels[: level + 1])
-        return TokenTree(drafts, logq, parents)
-
-    def _laws_of(
-        self, root: Tensor, drafts: Tensor, parents: tuple[int, ...], levels: Sequence[Families]
-    ) -> dict[int, Tensor]:
-        """Laws [B, V] after the nodes of the last of these levels, all of them fed."""
-        nodes = sorted(node for level in levels for _, children in level for node in children)
-        place = {-1: 0} | {node: number + 1 for number, node in enumerate(nodes)}
-        tree = topology((-1, *(place[parents[node]] for node in nodes)), root.device)
-        fed = torch.cat([root, drafts[:, nodes].clamp(min=0)], dim=1)
-        found = self._state.extend(fed, tree)
-        last = [node for _, children in levels[-1] for node in children]
-        return {node: found[:, place[node]] for node in last}
+        drafts, before, laws = root[:, :0], root, law[:, None]
+        wants_laws, drawn_from = self.draws != "chosen", []
+        for number, level in enumerate(plan.levels):
+            if number:
+                fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+                laws = self._state.extend(fed, plan.fed[number])[:, -before.shape[1] :]
+            positions, laws = lengths + number, laws[:, level.above]
+            if wants_laws:
+                children = [
+                    self._siblings(laws[:, place], positions, level.widest, round_number, node + 1)
+                    for place, node in enumerate(level.parents)
+                ]
+                found = torch.stack(children, dim=1)
+                drawn_from.append(laws[:, level.places])
+            else:
+                numbers = self._numbers(law, positions)
+                found = (laws + numbers[:, None]).topk(level.widest, dim=-1).indices
+            is_there = before[:, level.above][:, level.places] >= 0
+            before = level.pick(found).where(is_there, -1)
+            drafts = torch.cat([drafts, before], dim=1)
+        return TokenTree(drafts, torch.cat(drawn_from, dim=1) if wants_laws else None, plan.parents)
 
     def _greedy_expansion(self, root: Tensor, law: Tensor, lengths: Tensor, num: int) -> TokenTree:
         """Grow each row's tree by the candidates with the largest product of probabilities.
@@ -323,22 +331,30 @@ class DraftTree(TextDrafter):
         )
 
 
-Families: TypeAlias = "list[tuple[int, list[int]]]"
-"""Nodes of a level (-1: the last known token) and the children of each, in order."""
+@dataclass(frozen=True)
+class Plan:
+    """How a tree of one shape is filled.
 
+    Attributes:
+        parents: [T], numbered level by level.
+        levels: of the tree.
+        fed: for each level, how what the draft reads before it hangs together: the last known token
+            and the levels above; None for a chain.
+    """
 
-@lru_cache(maxsize=64)
-def _levels(parents: tuple[int, ...]) -> list[Families]:
-    """The nodes of a tree that have children, level by level."""
-    children: dict[int, list[int]] = {}
-    depths = {-1: 0}
-    for child, parent in enumerate(parents):
-        children.setdefault(parent, []).append(child)
-        depths[child] = depths[parent] + 1
-    levels: dict[int, Families] = {}
-    for node in sorted(children):
-        levels.setdefault(depths[node], []).append((node, children[node]))
-    return [levels[depth] for depth in sorted(levels)]
+    parents: Tensor
+    levels: list[Level]
+    fed: list[Topology | None]
+
+    @classmethod
+    def of(cls, parents: Tensor, device: torch.device) -> Plan:
+        """The plan of a tree [T]."""
+        own, levels, fed, num = listed(parents), levels_of(listed(parents), device), [], 0
+        for level in levels:
+            shape = (-1, *(parent + 1 for parent in own[:num]))
+            fed.append(None if is_chain(own) else topology(shape, device))
+            num += len(level.places)
+        return cls(parents, levels, fed)
 
 
 def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:

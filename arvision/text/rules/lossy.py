@@ -119,4 +119,5 @@ def judge(head: JudgeHead | str | Path, threshold: float = 0.5, *, is_greedy: bo
         same = batch.drafts == _after_parent(batch, choice)
         return deepest(batch, same | fine, choice)
 
+    rule.needs_hidden = True  # pyright: ignore[reportFunctionMemberAccess]
     return rule
