@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..contracts import TakesFixedChains, TakesFixedTrees, TellsFixedHidden
+from ..contracts import MakesRoom, TakesFixedChains, TakesFixedTrees, TellsFixedHidden
 from ..errors import InputError, as_integer, unknown_name
 from .drafter import (
     LARGEST_TREE,
@@ -101,6 +101,8 @@ class FixedStep:
         self.carried: list[Tensor] = []
         if isinstance(drafter, Carries):
             self.carried = [part.clone() for part in drafter.carry()]
+        if isinstance(state, MakesRoom):
+            state.make_room(self.window, self._tree()[1])
         self.ends = torch.full_like(self.lengths, run.num_tokens)
         self.counts = torch.zeros_like(self.lengths)
         self.number = torch.full((), run.num_passes + 1, dtype=torch.int64, device=images.device)

@@ -69,7 +69,7 @@ class HFState:
         self._keeps_logits = "logits_to_keep" in accepts
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
-        self.keeps_hidden = False
+        self.keeps_hidden = self._has_hooks = False
         self.pseudo: Tensor | None = None
         self._tree: Topology | None = None
         self.features: Tensor | None = None
@@ -162,6 +162,18 @@ class HFState:
         if self._prefixes is not None:
             return "the model's logits processors look at each text on the host"
         return None if self.pseudo is None and not self._watched else "the drafter changes the pass"
+
+    def make_room(self, num: int, tree: Topology | None) -> None:
+        """See `arvision.contracts.MakesRoom`: there is room, but compiled passes put up no hooks.
+
+        What tells hidden states is put up by the first call that asks for them. It is fed where
+        nothing ever looks.
+        """
+        if self.keeps_hidden and not self._has_hooks:
+            self._has_hooks = True
+            self.extend_fixed(
+                self._begins[:, None] * 0, torch.full_like(self._begins, num) + self.cache.capacity
+            )
 
     @torch.no_grad()
     def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:

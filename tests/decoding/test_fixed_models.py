@@ -47,7 +47,12 @@ FAMILIES: dict[str, Any] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_image_models_draw_what_the_loop_draws(name):
     model, prompts = FAMILIES[name]()
-    for spec in ("sjd:window=4", "sjd:window=3:coupling=maximal"):
+    for spec in (
+        "sjd:window=4",
+        "sjd:window=3:coupling=maximal",
+        "sjd:window=7:tree=drift",
+        "sjd:window=7:tree=static:coupling=maximal",
+    ):
         sampler = get_sampler(spec)
         scale = 2.0 if model.has_guidance else 1.0
         options: dict[str, Any] = {"seeds": [0, (3, 1)], "guidance_scale": scale}
@@ -116,6 +121,7 @@ def test_drafted_text_is_the_loops_and_nothing_is_read(name, temperature, monkey
     assert (loop.stats.step, fixed.stats.step) == ("loop", "eager")
     assert fixed.tokens == loop.tokens
     assert fixed.stats.passes_per_row == loop.stats.passes_per_row
+    assert min(fixed.stats.windows) > 1
     assert set(reads) == {0}
 
 
@@ -173,13 +179,14 @@ def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
         # For both rows and for the last one; the second call makes none.
         assert 1 <= len(graphs) <= 2
         assert drawn[1].stats.warm_up == 0
-    graphs.clear()
-    model, prompts = FAMILIES["janus"]()
-    sampler, options = get_sampler("sjd:window=4"), {"seeds": [0, 1], "guidance_scale": 2.0}
-    drawn = sampler(model, prompts, **options, steps=Steps("default"))
-    assert drawn.stats.step == "default"
-    assert torch.equal(drawn.tokens, sampler(model, prompts, **options).tokens)
-    assert 1 <= len(graphs) <= 2
+    for family, spec in (("janus", "sjd:window=4"), ("emu3", "sjd:window=5:tree=drift")):
+        graphs.clear()
+        model, prompts = FAMILIES[family]()
+        sampler, options = get_sampler(spec), {"seeds": [0, 1], "guidance_scale": 2.0}
+        drawn = sampler(model, prompts, **options, steps=Steps("default"))
+        assert drawn.stats.step == "default"
+        assert torch.equal(drawn.tokens, sampler(model, prompts, **options).tokens)
+        assert 1 <= len(graphs) <= 2
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ class JacobiWindow(TextDrafter):
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """The guesses, continued."""
         first = min(self._least_held, num)
-        chain = [self._root, *self._guesses[:, :first].split(1, dim=1)]
+        chain = [self._root, *(self._guesses[:, place : place + 1] for place in range(first))]
         for place in range(first, num):
             found = self._after.gather(1, chain[-1])
             token = torch.where(found < 0, chain[-1], found)
