@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .models import Prompt
     from .pipeline import ARPipeline, SampleOutput
     from .samplers import get_sampler
+    from .text.completion import Completions, complete
     from .text.custom_generate import custom_generate
     from .text.generation import TextOutput, generate, list_drafters
     from .training.distill import distill
@@ -46,6 +47,7 @@ __all__ = [
     "ARPipeline",
     "ArvisionError",
     "CheckpointError",
+    "Completions",
     "DiskError",
     "InputError",
     "MissingDependencyError",
@@ -55,6 +57,7 @@ __all__ = [
     "TextOutput",
     "accelerate",
     "compare",
+    "complete",
     "custom_generate",
     "distill",
     "evaluate",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .adapters import merge_adapter
 from .contracts import Schedule
 from .errors import InputError
 from .folders import parse_device, parse_dtype
@@ -23,7 +24,7 @@ LEAST_WINDOW, MOST_WINDOW = 4, 16
 
 CANDIDATES = {"cpu": 16, "accelerator": 256}
 """Tokens of all images that a pass of that sampler holds at most: more, and a pass costs more than
-its guesses save. That of a CPU is measured (docs/samplers.md), that of accelerators is not: their
+its guesses save. That of a CPU is measured (docs/samplers/sjd.md), that of accelerators is not: their
 passes are bound by reading weights up to some hundred tokens."""
 
 
@@ -43,6 +44,7 @@ def load(
     device_map: Any = None,
     quantization_config: Any = None,
     decoder: str | Path | None = None,
+    adapter: str | Path | None = None,
     **options: Any,
 ) -> ARPipeline:
     """Load a pipeline, or an image model of transformers with its authors' settings.
@@ -73,6 +75,8 @@ def load(
             must run on one device, with weights offloaded or not.
         quantization_config: of an image model of transformers, such as `TorchAoConfig`; None for
             what its `config.json` says.
+        adapter: folder of a LoRA adapter in peft's layout, such as `arvision finetune --lora-rank` writes;
+            it is merged into the transformer (extra `peft`).
         decoder: of a Chameleon's pixels, a `vqgan.ckpt` or a folder; None for one beside the network.
         **options: arguments of an image model's class, such as `layout="lumina"`, `height=768`, or
             `processor=` (a loaded one, or a tokenizer) where the repository has none.
@@ -98,6 +102,8 @@ def load(
         decoder=decoder,
         options=options,
     )
+    if adapter is not None:
+        merge_adapter(pipe, adapter)
     if quantize is not None:
         pipe.quantize(quantize)
     return pipe if compile is None else pipe.compile(compile)

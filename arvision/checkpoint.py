@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, unknown_name
-from .files import user_path
+from .files import replacing, user_path
 from .schema import Modules, check_fields, hints_of, read_json, short
 
 StateDict = dict[str, Tensor]
@@ -80,7 +80,7 @@ def read_state_dict(
             raise CheckpointError(f"{name}: no such file")
         content = _read_content(path, device)
     wrappers = tuple(wrappers)
-    content = _unwrapped(content, wrappers)
+    content, _ = _unwrapped(content, wrappers)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name}: expected a dict of tensors, found {type(content).__name__}")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
@@ -92,8 +92,47 @@ def read_state_dict(
     return _plain_keys(tensors, has_wrappers=bool(wrappers))
 
 
-def _unwrapped(content: object, wrappers: tuple[str, ...]) -> object:
-    """The innermost dict that the wrappers' names lead to."""
+def write_like(
+    source: str | Path, path: str | Path, wrappers: Iterable[str], weights: StateDict
+) -> None:
+    """Write weights in the layout of another file: its names around them, its types, its other tensors.
+
+    Args:
+        source: a file that `read_state_dict` reads.
+        path: to write, by `torch.save`, or as safetensors where its suffix says so.
+        wrappers: see `read_state_dict`.
+        weights: by name; those that the file lacks are left out.
+
+    Raises:
+        CheckpointError: see `read_state_dict`.
+        DiskError: the disk is full or fails.
+    """
+    content, steps = _unwrapped(_read_content(user_path(source), "cpu"), tuple(wrappers))
+    assert isinstance(content, Mapping)
+    held = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    plain = dict(zip(held, _plain_keys(held, has_wrappers=True), strict=True))
+    new = {
+        key: weights[plain[key]].detach().to("cpu", value.dtype).contiguous()
+        if plain[key] in weights
+        else value
+        for key, value in held.items()
+    }
+    with replacing(path, durable=True) as temporary:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(new, temporary)
+            return
+        whole: Any = new
+        for step in reversed(steps):
+            whole = {step: whole}
+        with open(temporary, "wb") as file:
+            torch.save(whole, file)
+
+
+def _unwrapped(content: object, wrappers: tuple[str, ...]) -> tuple[object, list[str]]:
+    """The innermost dict that the wrappers' names lead to, and the names that do."""
+    steps: list[str] = []
     for _ in range(4):
         if not isinstance(content, Mapping):
             break
@@ -104,10 +143,11 @@ def _unwrapped(content: object, wrappers: tuple[str, ...]) -> object:
                 inner = inner.get(step) if isinstance(inner, Mapping) else None
             if isinstance(inner, Mapping) and inner:
                 content = inner
+                steps += wrapper.split(".")
                 break
         else:
             break
-    return content
+    return content, steps
 
 
 def is_stray(key: str) -> bool:

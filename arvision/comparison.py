@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .acceptance import company
 from .api import load, sample
 from .batches import image_memory
 from .errors import InputError, check_count, optional
@@ -159,7 +160,7 @@ class Comparison:
 
         rows = [row for row in self.rows if row.commit_pass]
         assert self.grid is not None
-        maps = [_company(torch.tensor(row.commit_pass)).mean(0) for row in rows]
+        maps = [company(torch.tensor(row.commit_pass)).double().mean(0) for row in rows]
         most = max(float(values.max()) for values in maps)
         columns = min(4, len(rows))
         lines = -(-len(rows) // columns)
@@ -175,12 +176,6 @@ class Comparison:
             figure.colorbar(shown, ax=axes, label="tokens accepted in the same pass", shrink=0.8)
         figure.suptitle(f"{self.model}: which tokens were easy", fontsize=10)
         figure.savefig(path, dpi=120)
-
-
-def _company(commit_pass: Tensor) -> Tensor:
-    """For each token of [B, N], how many tokens of its image became final in the same pass."""
-    same = commit_pass[:, :, None] == commit_pass[:, None, :]
-    return same.sum(-1).double()
 
 
 def compare(

@@ -23,7 +23,7 @@ Words used throughout:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -214,8 +214,8 @@ class TellsHidden(Protocol):
     """[B, T, C]."""
 
 
-Edit: TypeAlias = "tuple[int, Callable[[Tensor], Tensor | None]]"
-"""A layer's number, and a function from its input [B, T, C] to what takes its place (None: nothing)."""
+Edit: TypeAlias = "Mapping[int, Callable[[Tensor], Tensor]]"
+"""Numbers of layers to functions from a layer's input [B, T, C] to what takes its place."""
 
 
 @runtime_checkable

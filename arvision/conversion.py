@@ -49,9 +49,32 @@ def convert(
         InputError: an unknown family, a size that there is not, or a folder that is not empty.
         CheckpointError: a file that cannot be read or does not fit, naming the key.
     """
+    check_out(out, is_folder=True)
+    pipe = read_published(
+        family,
+        transformer,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        sizes=sizes,
+        dtype=dtype,
+    )
+    with making_folder(out) as folder:
+        pipe.save_pretrained(folder)
+    return pipe
+
+
+def read_published(
+    family: str,
+    transformer: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    sizes: Sizes | None = None,
+    dtype: Any = None,
+) -> ARPipeline:
+    """The pipeline of a published checkpoint; arguments and errors as of `convert`."""
     if family not in READERS:
         raise unknown_name("family", family, READERS)
-    check_out(out, is_folder=True)
     given = dict(sizes or {})
     if isinstance(given.get("grid"), int):
         given["grid"] = (given["grid"], given["grid"])
@@ -62,10 +85,7 @@ def convert(
     config = _settings(family, transformer)
     if family == "dd":
         config["sampler"] = get_sampler("dd")
-    pipe = ARPipeline.from_model(model, **{**captions, **config})
-    with making_folder(out) as folder:
-        pipe.save_pretrained(folder)
-    return pipe
+    return ARPipeline.from_model(model, **{**captions, **config})
 
 
 def _needs(tokenizer: Any, family: str) -> Any:

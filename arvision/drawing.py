@@ -143,7 +143,9 @@ class Draws:
                 if callback_on_step_end is not None:
                     given = {n: v for n, v in figures.items() if n in wanted_inputs}
                     if every is not None and step % every == 0:
+                        begun = time.perf_counter()
                         given["preview"] = preview(model, *figures["drawn"]())
+                        given["preview_seconds"] = time.perf_counter() - begun
                     callback_on_step_end(self, step, step, given)
                 return call.is_interrupted
 

@@ -67,6 +67,23 @@ def check_weights(value: Any) -> Any:
     return rows
 
 
+def parse_schedule(name: str, text: str | None) -> Any:
+    """Numbers as they are written: "3" to 3.0, "1,2" to [1.0, 2.0], None to None.
+
+    Raises:
+        InputError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"{name} {shown(text)}: expected a number, or numbers as in 1,2,3"
+        ) from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def check_images(num_prompts: int, num_images_per_prompt: Any) -> int:
     """Images of each prompt, as many as a call may draw.
 

@@ -1,9 +1,10 @@
-"""Prompt files: a prompt per line, tables with a column of prompts, JSON lines, JSON."""
+"""Files of texts: prompts in lines, tables, JSON lines or JSON; and captions of pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -60,12 +61,53 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+class CaptionRecord(TypedDict):
+    """A picture, by its name within a folder, and what it shows."""
+
+    file: str
+    text: str
+
+
+def read_captions(path: str | Path) -> list[CaptionRecord]:
+    """Captions of pictures, from a table (`.csv`, `.tsv`) or JSON lines (`.jsonl`) in UTF-8.
+
+    Each record has "file", a name within a folder, and "text"; a picture may have several.
+
+    Raises:
+        InputError: unreadable, empty, another suffix, or a record without a file or a text.
+    """
+    path = user_path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (*DELIMITERS, ".jsonl"):
+        raise InputError(f"{path}: expected captions in a .csv, .tsv or .jsonl file")
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise InputError(f"{path}: expected captions ({error})") from error
+    if suffix in DELIMITERS:
+        found: Any = _table(text, DELIMITERS[suffix], path, ("file", "text"))
+    else:
+        lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1)]
+        found = [parse_json(line, f"{path}, line {n}") for n, line in lines if line]
+    for number, record in enumerate(found, 1):
+        name = f"{path}, record {number}"
+        check_fields(record, CaptionRecord, name)
+        for part in ("file", "text"):
+            if not record[part].strip():
+                raise InputError(f"{name}: {part} is empty")
+    if not found:
+        raise InputError(f"{path}: expected a caption or more, found none")
+    return found
+
+
 def is_plain(path: str | Path) -> bool:
     """Whether a prompt file has a prompt per line, which cannot hold line ends."""
     return Path(path).suffix.lower() not in (*DELIMITERS, ".jsonl", ".json")
 
 
-def _table(text: str, delimiter: str, path: Path) -> list[dict[str, str]]:
+def _table(
+    text: str, delimiter: str, path: Path, wanted: Sequence[str] = ("prompt",)
+) -> list[dict[str, str]]:
     """Rows of a table, its columns named by the first row."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -73,10 +115,11 @@ def _table(text: str, delimiter: str, path: Path) -> list[dict[str, str]]:
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: expected a table ({error})") from error
     names = [name.strip() for name in rows[0][1]] if rows else []
-    if rows and names.count("prompt") != 1:
-        raise InputError(
-            f"{path}: columns {', '.join(names)[:200]}: expected one of them to be named prompt"
-        )
+    for column in wanted if rows else ():
+        if names.count(column) != 1:
+            raise InputError(
+                f"{path}: columns {', '.join(names)[:200]}: expected one of them to be named {column}"
+            )
     for number, row in rows[1:]:
         if len(row) != len(names):
             raise InputError(f"{path}, line {number}: {len(row)} cells, expected {len(names)}")

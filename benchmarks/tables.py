@@ -10,6 +10,7 @@ from typing import Any
 
 from .common import RESULTS, load
 from .image_systems import table as image_systems_table
+from .rapid import rapid_table
 from .text_prompts import PROMPTS
 from .text_systems import TABLE
 from .trees import law_table, trees_table
@@ -198,6 +199,10 @@ def text_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
 
 
+ELSEWHERE: dict[str | None, str] = {None: "for images", "": "below"}
+"""Where systems are measured whose rows name no record."""
+
+
 def systems_table(record: dict[str, Any]) -> str:
     """Every text-side system: where it lives, and what it gave beside the row it builds on."""
     lines = [
@@ -207,7 +212,7 @@ def systems_table(record: dict[str, Any]) -> str:
     ]
     for system, where, name, is_lossless in TABLE:
         found = record["systems"].get(name)
-        cells = ["for images" if name is None else "not measured", "", "", ""]
+        cells = [ELSEWHERE.get(name, "not measured"), "", "", ""]
         if found is not None:
             fits = found.get("fits", {}).values()
             cells = [
@@ -253,14 +258,16 @@ def main() -> None:
     times = time_table(records) + "\n\n" + machine(record, "time")
     path.write_text(fill(path.read_text(), "time", times))
     page = fill(SAMPLERS_PAGE.read_text(), "lossy", lossy_table(load("lossy")))
-    page = fill(page, "grid", grid_table(record))
-    page = fill(page, "window", window_table(load("window")))
     SAMPLERS_PAGE.write_text(page)
+    path = SAMPLERS_PAGE.with_suffix("") / "sjd.md"
+    page = fill(path.read_text(), "grid", grid_table(record))
+    path.write_text(fill(page, "window", window_table(load("window"))))
     pages = (
         ("distillation", "dd", dd_tables),
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
         ("text", "text_systems", systems_table),
+        ("text", "rapid", rapid_table),
         ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")

@@ -9,7 +9,7 @@ is fitted first by `arvision.training` on the model's own answers to prompts tha
 (settings below; small on purpose: minutes on two cores) when it is first asked for, and kept in --runs, so that
 a second call only measures. Systems that choose drafts run greedily; those that draw them run at temperature 1. Tokens per
 pass are over all prompts of a kind, the pass that reads the prompt left out; CPU time is per token, over all prompts;
-memory is the most that lay beside the weights while the first prompt was answered.
+memory is the most that lay beside the weights while the first prompt was read and answered with eight tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from typing import Any
 import torch
 
 from arvision import generate
-from arvision.text.drafters import DraftTree, RetrievedContext
+from arvision.text.drafters import DraftTree, HeadDrafter
+from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS
+from arvision.text.fitting.data import Answers
+from arvision.text.fitting.medusa2 import BACKBONE
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
 from arvision.text.loading import load_text_model
@@ -36,6 +39,8 @@ from arvision.text.loading import load_text_model
 from .common import load, save
 from .memory import peak_bytes
 from .text import model_file
+from .text_drafts import train_other_vocabulary
+from .text_facts import marked_lines
 from .text_prompts import PROMPTS
 
 SUBJECTS = (
@@ -61,35 +66,48 @@ ASKED = (
 )
 FITS: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 250, "batch_size": 128},
+    "medusa2": {"steps": 60, "batch_size": 2},
     "hydra": {"steps": 250, "batch_size": 128},
-    "clover": {"steps": 250, "batch_size": 128},
-    "chimera": {"steps": 250, "batch_size": 128},
+    "hydra++": {"steps": 250},
+    "clover": {"steps": 250},
+    "chimera": {"steps": 250},
     "eagle3": {"steps": 250},
-    "ppd": {},
-    "hidden_transfer": {},
-    "model": {"steps": 250},
+    "mtp": {"steps": 60, "num_heads": 2},
+    "ppd": {"steps": 60, "num_ensemble": 2},
+    "hidden_transfer": {"steps": 60},
+    "model": {"steps": 48},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
-    "distillspec": {"kind": "model", "steps": 125, "divergence": "auto", "on_policy": 0.5},
-    "fresh": {"kind": "model", "steps": 150, "start": "fresh"},
-    "fastdraft": {"kind": "model", "steps": 150, "pretrain": True, "pretrain_steps": 80},
+    "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
+    "fresh": {"kind": "model", "steps": 60, "start": "fresh"},
+    "fastdraft": {"kind": "model", "steps": 60, "pretrain": True, "pretrain_steps": 50},
+    "acceptance": {},
     "judge": {},
 }
-FACTS = (
-    ("What is the capital of {}?", "The capital of {} is {}."),
-    ("Name the main city of {}.", "The main city of {} is {}."),
-)
-CAPITALS = (
-    ("France", "Paris", "Rome"), ("Italy", "Rome", "Oslo"), ("Japan", "Tokyo", "Lima"),
-    ("Norway", "Oslo", "Cairo"), ("Egypt", "Cairo", "Paris"), ("Peru", "Lima", "Vienna"),
-    ("Austria", "Vienna", "Madrid"), ("Spain", "Madrid", "Tokyo"), ("Greece", "Athens", "Berlin"),
-    ("Germany", "Berlin", "Athens"), ("Portugal", "Lisbon", "Dublin"), ("Ireland", "Dublin", "Lisbon"),
-)  # fmt: skip
-
+PROFILED = 8
+"""Tokens of the draw whose memory is counted: a profile of many takes gigabytes itself."""
 
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
-    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "Aggressive Decoding (input-guided)",
+        '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
+        "models](#encoder-decoder-models)",
+        "input_copy",
+        "yes",
+    ),
+    (
+        "Aggressive Decoding (generalised)",
+        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "parallel",
+        "yes",
+    ),
+    (
+        "ADED without its search: the likeliest way",
+        '`drafter="trigram"`, options `exploration=0`, `rate=0`',
+        "trigram, likeliest way",
+        "yes",
+    ),
     ("ADED", '`drafter="trigram"`', "trigram", "yes"),
     ("Token Recycling", '`drafter="token_recycling"`', "token_recycling", "yes"),
     (
@@ -101,16 +119,17 @@ TABLE = (
     ("Jacobi window", '`drafter="jacobi"`', "jacobi", "yes"),
     (
         "Superposed Decoding",
-        '`drafter="superposed"` (bigrams of the text itself; the paper\'s come from corpora)',
+        '`drafter="superposed"` (n-grams of the text itself); as k suggestions: `arvision.complete`',
         "superposed",
         "yes, verified here",
     ),
     (
-        "SWIFT",
-        '`drafter="layer_skip"` (whole layers; the paper skips attention and MLP one by one)',
-        "layer_skip",
+        "whole layers skipped",
+        '`drafter="layer_skip"`, `drafter_options={"whole": True}`',
+        "layer_skip, whole",
         "yes",
     ),
+    ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
         "S2D",
         '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
@@ -119,49 +138,76 @@ TABLE = (
     ),
     (
         "MTP layers (DeepSeek-V3, GLM-4.5, Qwen3-Next, MiMo)",
-        '`drafter="mtp"` (for models that ship one, which this one does not)',
+        '`drafter="mtp"`; this model ships none, so one was fitted: `train-draft --kind mtp`',
         "mtp",
         "yes",
     ),
     (
         "a draft of another vocabulary (TLI)",
-        '`drafter="draft_model"` with a draft whose tokenizer differs',
+        '`drafter="draft_model"` with a draft whose tokenizer differs (here one of 2,048 tokens, trained on '
+        "the answers)",
         "draft of another vocabulary",
         "yes",
     ),
     ("EAGLE-3", "`train-draft --kind eagle3`", "eagle3", "yes"),
-    ("Medusa-1, tree from a constant", "`train-draft --kind medusa`", "medusa", "yes"),
-    ("Hydra", "`train-draft --kind hydra` (without Hydra++'s prefix attention)", "hydra", "yes"),
     (
-        "regressive heads, after Clover",
-        "`train-draft --kind clover` (no augmenting block)",
-        "clover",
+        "Medusa-1, tree from a constant",
+        "`train-draft --kind medusa`, `HeadDrafter(ranks=RANKS)`",
+        "medusa, constant tree",
+        "yes",
+    ),
+    ("Medusa-1", "`train-draft --kind medusa` (tree from measured accuracies)", "medusa", "yes"),
+    (
+        "Medusa-2",
+        "`train-draft --kind medusa2` (heads and backbone; the target is another one then)",
+        "medusa2",
+        "yes, of the new target",
+    ),
+    ("Hydra", "`train-draft --kind hydra`", "hydra", "yes"),
+    ("Hydra++", "`train-draft --kind hydra++`", "hydra++", "yes"),
+    ("Clover", "`train-draft --kind clover`", "clover", "yes"),
+    ("Chimera", "`train-draft --kind chimera`", "chimera", "yes"),
+    (
+        "PPD's prompt tokens, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "ppd, chain",
         "yes",
     ),
     (
-        "trigram heads, after Chimera",
-        "`train-draft --kind chimera` (trigram encoder; no encoder of the whole context)",
-        "chimera",
-        "yes",
-    ),
-    (
-        "prompt tokens, after PPD",
-        "`train-draft --kind ppd` (chains of guesses, no ensemble, no tree)",
+        "PPD",
+        "`train-draft --kind ppd --num-ensemble 2` (tree by measured acceptance and pass costs)",
         "ppd",
         "yes",
     ),
     (
-        "hidden transfer at one layer",
-        "`train-draft --kind hidden_transfer` (chains)",
+        "hidden transfer, chain of first guesses",
+        '`PseudoDrafter(shape="chain")`',
+        "hidden_transfer, chain",
+        "yes",
+    ),
+    (
+        "hidden transfer",
+        "`train-draft --kind hidden_transfer` (a layer for each guess, tree)",
         "hidden_transfer",
         "yes",
     ),
     ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
-    ("Online SD", "`HeadDrafter(online=rate)`", "online (OSD)", "yes"),
+    (
+        "Online SD, heads",
+        "`HeadDrafter(online=rate)` (Hydra's, after 24 answers to other prompts)",
+        "online (OSD)",
+        "yes",
+    ),
     (
         "a draft model from the target's layers, chain",
         '`train-draft --kind model`; `drafter="draft_model"`, expansion "chain"',
         "draft chain",
+        "yes",
+    ),
+    (
+        "Online SD, a draft model",
+        "`DraftTree(..., online=rate)` (the chain, after 24 answers to other prompts)",
+        "draft chain, online",
         "yes",
     ),
     (
@@ -172,17 +218,31 @@ TABLE = (
     ),
     ("a fresh draft model", "`train-draft --kind model --start fresh`", "fresh draft", "yes"),
     ("FastDraft", "`train-draft --kind model --pretrain TEXTS`", "fastdraft", "yes"),
-    ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
+    ("a chain of 8 drafts", "the same draft model, `num_draft=8`", "draft chain of 8", "yes"),
     (
         "SpecDec++",
-        'stop by calibrated confidence, in the chains of image drafts (`sampler="draft"`)',
-        None,
+        "chains of up to 8 that end by a head: `train-draft --kind acceptance`, "
+        "`DraftTree(..., acceptance=FOLDER)`",
+        "specdec++",
         "yes",
     ),
+    ("SmartSpec", '`num_draft="auto"`', "draft chain, auto length", "yes"),
     ("DySpec", 'expansion "dyspec"', "dyspec", "yes"),
-    ("DySpec, temperature 1", "judged by the Gumbel walk", "dyspec, temperature 1", "yes"),
+    (
+        "DySpec, temperature 1",
+        'expansion "dyspec_drawn" (siblings drawn without replacement, as published), rule '
+        '"without_replacement"',
+        "dyspec drawn, temperature 1",
+        "yes",
+    ),
+    (
+        "DySpec's tree under the run's own noise, temperature 1",
+        'expansion "dyspec", judged by the Gumbel walk',
+        "dyspec, temperature 1",
+        "yes",
+    ),
     ("Sequoia", 'expansion "sequoia"', "sequoia", "yes"),
-    ("RAPID", "`DraftTree(..., context=RetrievedContext())`", "rapid", "yes"),
+    ("RAPID", '`drafter="retrieved"`: see [long prompts](#long-prompts)', "", "yes"),
     ("chain speculative sampling", 'rule "independent", temperature 1', "chain rule", "yes"),
     ("block verification", 'rule "block", temperature 1', "block", "yes"),
     (
@@ -212,7 +272,8 @@ TABLE = (
         "no",
     ),
 )
-"""System, where it lives, its name in the record (None where it does not run on text), lossless."""
+"""System, where it lives, its name in the record (None where it does not run on text, "" for a
+benchmark of its own), lossless."""
 
 
 class Fits:
@@ -241,17 +302,17 @@ class Fits:
         prompts, marked = self.runs / "prompts.txt", self.runs / "marked.jsonl"
         asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
         prompts.write_text("\n".join(asked))
-        lines = []
-        for question, reply in FACTS:
-            for country, right, wrong in CAPITALS:
-                ask = {"prompt": question.format(country)}
-                lines.append(ask | {"answer": reply.format(country, right)})
-                lines.append(ask | {"answer": reply.format(country, wrong), "wrong": wrong})
-        marked.write_text("\n".join(map(json.dumps, lines)))
+        marked.write_text("\n".join(marked_lines()))
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
+        if kind == "other vocabulary":
+            kept = json.loads(answers.read_text())
+            target = load_text_model(model_file())[1]
+            return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
         settings = {"kind": kind} | FITS[kind]
+        if kind == "acceptance":
+            settings["draft"] = str(self("model"))
         if settings.pop("pretrain", False):
             settings["pretrain"] = self.runs / "texts.txt"
             settings["pretrain"].write_text("\n\n".join(topics[name] for name in sorted(topics)))
@@ -269,7 +330,7 @@ class Fits:
         return figures
 
 
-def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name to the arguments of `generate`, made anew for each prompt."""
 
     @cache
@@ -295,39 +356,73 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "nested_exit",
         )
     }
-    pseudo = {
-        kind: lambda kind=kind: {
-            "drafter": "pseudo",
-            "drafter_options": {"module": str(fits(kind))},
-        }
-        for kind in ("ppd", "hidden_transfer")
-    }
+
+    def pseudo(kind: str, **options: Any) -> dict[str, Any]:
+        return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
     def heads(kind: str, **options: Any) -> dict[str, Any]:
         folder = str(fits(kind))
         return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
+
+    @cache
+    def backbone() -> Any:
+        """The target that was trained with its heads."""
+        folder = fits("medusa2") / BACKBONE
+        return load_text_model(folder, device="cpu", dtype=torch.float32)[0]
+
+    @cache
+    def served(kind: str) -> Any:
+        """A drafter that has learned from answers to the prompts that are not measured."""
+        drafter: Any = (
+            tree("chain", online=1e-4, every=16)
+            if kind == "model"
+            else HeadDrafter(fits(kind), online=3e-4, every=16)
+        )
+        others = [message for kind in PROMPTS for message in PROMPTS[kind][per_kind:]]
+        for message in others:
+            options = {"chat": True, "device": "cpu", "dtype": torch.float32}
+            generate(str(model_file()), message, drafter=drafter, max_new_tokens=tokens, **options)
+        replay = drafter.learner.replay if kind == "model" else drafter.replay
+        print(kind, "served", len(others), "with", replay.num_updates, "updates", flush=True)
+        return drafter
 
     def drawn(rule: str, expansion: str, **options: Any) -> dict[str, Any]:
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
 
     return {
         **greedy,
+        "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},
-        **pseudo,
+        "medusa2": lambda: heads("medusa2") | {"model": backbone()},
+        "medusa, constant tree": lambda: heads("medusa", ranks=RANKS),
+        **{kind: lambda kind=kind: pseudo(kind) for kind in ("ppd", "hidden_transfer")},
+        **{
+            f"{kind}, chain": lambda kind=kind: pseudo(kind, shape="chain")
+            for kind in ("ppd", "hidden_transfer")
+        },
         "eagle3": lambda: {
             "drafter": "eagle3",
             "drafter_options": {"head": str(fits("eagle3"))},
         },
+        "mtp": lambda: {"drafter": "mtp", "drafter_options": {"folder": fits("mtp")}},
+        "draft of another vocabulary": lambda: {
+            "drafter": "draft_model",
+            "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
+        },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
-        "online (OSD)": lambda: heads("hydra", online=1e-3),
+        "online (OSD)": lambda: {"drafter": served("hydra")},
         "draft chain": lambda: {"drafter": tree("chain")},
+        "draft chain, online": lambda: {"drafter": served("model")},
         "distillspec": lambda: {"drafter": tree("chain", "distillspec")},
         "fresh draft": lambda: {"drafter": tree("chain", "fresh")},
         "fastdraft": lambda: {"drafter": tree("chain", "fastdraft")},
+        "draft chain of 8": lambda: {"drafter": tree("chain", num_draft=8, max_depth=8)},
+        "specdec++": lambda: {
+            "drafter": tree("chain", num_draft=8, max_depth=8, acceptance=fits("acceptance"))
+        },
         "draft chain, auto length": lambda: {"drafter": tree("chain"), "num_draft": "auto"},
         "dyspec": lambda: {"drafter": tree("dyspec")},
         "sequoia": lambda: {"drafter": tree("sequoia")},
-        "rapid": lambda: {"drafter": tree("chain", context=RetrievedContext(128, 16, 32))},
         "typical": lambda: {"drafter": tree("dyspec"), "rule": "typical", "temperature": 1.0},
         "judge": lambda: {
             "drafter": tree("chain"),
@@ -335,6 +430,11 @@ def systems(fits: Fits, tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
             "rule_options": {"head": fits("judge")},
         },
         "dyspec, temperature 1": lambda: {"drafter": tree("dyspec"), "temperature": 1.0},
+        "dyspec drawn, temperature 1": lambda: drawn("without_replacement", "dyspec_drawn"),
+        "trigram, likeliest way": lambda: {
+            "drafter": "trigram",
+            "drafter_options": {"exploration": 0.0, "rate": 0.0},
+        },
         "chain rule": lambda: drawn("independent", "independent", **chain),
         "block": lambda: drawn("block", "independent", **chain),
         "multi_round (SpecInfer)": lambda: drawn("multi_round", "independent"),
@@ -353,17 +453,17 @@ def measure(
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
     rows: dict[str, dict[str, Any]] = {}
     fits = Fits(runs)
-    for name, arguments in systems(fits, tokens).items():
+    for name, arguments in systems(fits, tokens, per_kind).items():
         if only and name not in only:
             continue
         fits.asked = {}
 
         def answer(message: str, arguments: Any = arguments, **options: Any) -> Any:
-            return generate(
-                network, message, tokenizer=tokenizer, chat=True, **options, **arguments()
-            )
+            given = {"model": network} | arguments()
+            return generate(prompts=message, tokenizer=tokenizer, chat=True, **options, **given)
 
-        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=tokens))
+        arguments()  # what is not fitted yet is fitted before anything is counted
+        most, _ = peak_bytes(lambda: answer(PROMPTS[kinds[0]][0], max_new_tokens=PROFILED))
         row, seconds, total = {}, 0.0, 0
         for kind in kinds:
             made = passes = 0

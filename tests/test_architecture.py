@@ -33,10 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"errors"},
     "batches": {"contracts", "memory"},
     "card": {"errors", "files"},
+    "adapters": {"errors", "files", "schema", "stored"},
     "lazy": set(),
     "known": {"errors"},
     "going": set(),
     "networks": set(),
+    "acceptance": set(),
+    "hosting": {"errors"},
     "schema": {"errors", "files"},
     "prompt_files": {"errors", "files", "schema"},
     "portable": {"errors", "folders", "schema"},
@@ -97,18 +100,32 @@ ALLOWED: dict[str, set[str]] = {
     "catalog": {"folders", "hub", "known", "models", "needed", "samplers"} | GROUND,
     "conversion": {"folders", "known", "models", "pipeline", "samplers"} | GROUND,
     "inspection": {"catalog", "folders", "headers", "hub", "known", "needed"} | GROUND,
-    "api": {"opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
+    "api": {"adapters", "opening", "pipeline", "samplers", "folders", "inputs"} | GROUND,
     "acceleration": {"models", "samplers", "text"} | GROUND,
     "bench": {"api", "counting", "official", "pipeline", "samplers", "decoding"} | GROUND,
     "official": {"pipeline"} | GROUND,
-    "comparison": {"api", "batches", "pipeline", "inputs", "samplers", "sheet"} | GROUND,
+    "comparison": {"acceptance", "api", "batches", "pipeline", "inputs", "samplers", "sheet"}
+    | GROUND,
     "evaluation": {"api", "pipeline", "samplers", "decoding", "eval", "training", "folders"}
     | GROUND,
-    "training": {"api", "card", "pipeline", "samplers", "models", "decoding", "eval", "sheet"}
+    "training": {
+        "adapters",
+        "api",
+        "card",
+        "pipeline",
+        "samplers",
+        "models",
+        "decoding",
+        "eval",
+        "sheet",
+    }
     | GROUND,
     "fitting": {"text", "training", "decoding"} | GROUND,
     "serving": {"api", "decoding", "glm_pipeline", "image_pipeline", "inputs", "models"}
     | {"pipeline", "previews", "samplers"}
+    | GROUND,
+    "ui": {"acceptance", "api", "catalog", "folders", "inputs", "opening", "pipeline", "samplers"}
+    | {"sheet"}
     | GROUND,
     "testing": {"models"} | GROUND,
 }

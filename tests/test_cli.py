@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 def test_sample_writes_a_sheet_and_statistics(tmp_path, cli):
@@ -41,6 +41,26 @@ def test_one_image_of_a_run_alone(tmp_path, cli):
         assert small.tobytes() == whole.images[2].tobytes()
 
 
+def test_a_guidance_scale_for_each_image(tmp_path, cli):
+    from arvision import sample
+
+    done = cli(
+        *("sample", "--model", "llamagen-fashion", "--prompt", "bag", "--num-images", "2"),
+        *("--guidance-scale", "1", "--guidance-scale", "4", "--seed", "3", "--quiet"),
+        *("--out", str(tmp_path / "bags.png")),
+    )
+    assert done.returncode == 0, done.stderr
+    for number, scale in enumerate((1.0, 4.0)):
+        alone = sample(
+            "llamagen-fashion", "bag", seed=[(3, number)], guidance_scale=scale, progress=False
+        )
+        with Image.open(tmp_path / "bags.png") as sheet:
+            left = 4 + number * (96 + 4)
+            drawn = sheet.crop((left, 4, left + 96, 100)).resize((32, 32), Image.Resampling.NEAREST)
+        # Decoding two pictures rounds otherwise than decoding one.
+        assert max(ImageChops.difference(drawn, alone.images[0]).tobytes()) <= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -53,6 +73,13 @@ def test_one_image_of_a_run_alone(tmp_path, cli):
         (["--model", "llamagen-fashion", "--prompt", "1", "--option", "a=1"], "option"),
         (["--model", "llamagen-fashion", "--prompt", "1", "--seed", "x"], "seed 'x'"),
         (["--model", "llamagen-fashion", "--prompt", "1", "--guidance-scale", "-1"], "guidance"),
+        (
+            [
+                *("--model", "llamagen-fashion", "--prompt", "1", "--num-images", "3"),
+                *("--guidance-scale", "1", "--guidance-scale", "2"),
+            ],
+            "guidance_scale of 2 lists: expected 3",
+        ),
         (["--model", "llamagen-fashion", "--prompt", "1", "--out", "/"], "is a folder"),
     ],
 )

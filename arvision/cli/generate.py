@@ -52,7 +52,7 @@ def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     return [record["prompt"] for record in read_prompts(prompts)]
 
 
-def _tame(text: str) -> str:
+def tame(text: str) -> str:
     """What a model wrote, for a terminal: it may break lines, but not move the cursor or the like."""
     if not sys.stdout.isatty():
         return text
@@ -121,7 +121,7 @@ def generate(
     streams = len(texts) == 1 and not as_json
 
     def show(_: int, text: str) -> None:
-        sys.stdout.write(_tame(text))
+        sys.stdout.write(tame(text))
         sys.stdout.flush()
 
     out = run(
@@ -150,7 +150,7 @@ def generate(
         typer.echo()
     else:
         for text in out.texts or []:
-            typer.echo(_tame(text))
+            typer.echo(tame(text))
     if stats:
         typer.echo(
             f"{out.stats.tokens} tokens, {out.stats.forward_passes} passes, "

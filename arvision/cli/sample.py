@@ -20,6 +20,8 @@ arvision sample --model llamagen-fashion-dd --prompt boot --steps 1 --out boot.p
 
 arvision sample --model ./infinity-2b --prompt "a red fox" --negative "blurry" --guidance-scale 3
 
+arvision sample --model llamagen-fashion --prompt bag --num-images 3 --guidance-scale 1 --guidance-scale 2 --guidance-scale 4 --out bags.png
+
 arvision sample --model zai-org/GLM-Image --prompt "make it night" --image day.png --out night.png
 
 arvision sample --model llamagen-fashion --prompt bag --image sneaker.png --mask mask.png --out edited.png
@@ -46,21 +48,20 @@ def parse_seed(text: str) -> Any:
     return numbers[0] if len(numbers) == 1 else [numbers]
 
 
-def parse_schedule(name: str, text: str | None) -> Any:
-    """ "3" to 3.0, and "1,2" to [1.0, 2.0]."""
-    from ..errors import InputError
+def weights_of(texts: list[str] | None) -> Any:
+    """["3"] to 3.0, ["1,2"] to [1.0, 2.0], and ["2", "4"] to [[2.0], [4.0]], one for each image."""
+    from ..inputs import parse_schedule
 
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{name} {text!r}: expected a number, or numbers as in 1,2,3") from error
-    return numbers if len(numbers) > 1 else numbers[0]
+    found = [parse_schedule("guidance-scale", text) for text in texts or ()]
+    if len(found) < 2:
+        return found[0] if found else None
+    return [one if isinstance(one, list) else [one] for one in found]
 
 
 def shares_of(text: str | None) -> Any:
     """ "0,0.5" to [0.0, 0.5]; names stay."""
+    from ..inputs import parse_schedule
+
     return text if text is None or "," not in text else parse_schedule("guidance-schedule", text)
 
 
@@ -146,7 +147,10 @@ def sample(
     ] = None,
     negative: Annotated[str | None, typer.Option(help="What to lead away from (text).")] = None,
     guidance_scale: Annotated[
-        str | None, typer.Option(help="Weight of the prompt, or one for each scale: 1,2,3.")
+        list[str] | None,
+        typer.Option(
+            help="Weight of the prompt, or one for each scale: 1,2,3; repeated: one for each image."
+        ),
     ] = None,
     guidance_schedule: Annotated[
         str | None,
@@ -200,6 +204,7 @@ def sample(
     from .. import Prompt, api
     from ..errors import InputError
     from ..files import check_out, replacing
+    from ..inputs import parse_schedule
     from ..samplers.base import parse_value
     from ..sheet import PICTURES, contact_sheet, enlarge
 
@@ -237,7 +242,7 @@ def sample(
         sampler,
         num_images=num_images,
         seed=parse_seed(seed),
-        guidance_scale=parse_schedule("guidance-scale", guidance_scale),
+        guidance_scale=weights_of(guidance_scale),
         guidance_schedule=shares_of(guidance_schedule),
         temperature=parse_schedule("temperature", temperature),
         top_k=top_k,

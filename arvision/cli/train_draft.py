@@ -14,6 +14,10 @@ EPILOG = """Examples:
 
 arvision train-draft --model ./SmolLM2-135M-Instruct --prompts prompts.txt --kind hydra --out runs/hydra
 
+arvision train-draft --model ./target --prompts prompts.txt --kind medusa2 --out runs/medusa2
+
+arvision generate --model runs/medusa2/backbone --prompt "Hello" --draft runs/medusa2
+
 arvision train-draft --model ./target --prompts prompts.txt --kind ppd --steps 200 --out runs/ppd
 
 arvision generate --model ./SmolLM2-135M-Instruct --prompt "Hello" --chat --draft runs/hydra --stats
@@ -22,11 +26,14 @@ arvision train-draft --model ./target --prompts prompts.txt --kind model --pretr
 
 arvision train-draft --model ./target --prompts prompts.txt --kind model --divergence auto --on-policy 0.5 --out runs/distilled
 
+arvision train-draft --model ./target --prompts prompts.txt --kind acceptance --draft runs/distilled --out runs/stop
+
 arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
 
 PROMPTS holds one prompt per line, or is a .csv or .tsv file with a column named prompt, or a .jsonl
 or .json file; each is wrapped in the model's chat template where it has one. The target
-stays frozen and answers them itself; what is fitted learns from these answers. Run a command again
+stays frozen and answers them itself; what is fitted learns from these answers. Only medusa2 trains
+the target as well: a copy of it, OUT/backbone, which is another model then. Run a command again
 to resume it. For a judge (`--rule judge`) it holds marked answers, a JSON object per line:
 {"prompt": "2 + 2?", "answer": "It is 5.", "wrong": "5"}, without "wrong" where all is fine.
 """
@@ -46,14 +53,17 @@ def train_draft(
     kind: Annotated[
         str,
         typer.Option(
-            help="medusa, hydra, clover, chimera, eagle3, ppd, hidden_transfer, model, judge."
+            help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, "
+            "model, acceptance, parallel (of an encoder-decoder target), judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     num_heads: Annotated[
         int | None,
-        typer.Option(help="Longest draft of heads or pseudo tokens, steps that eagle3 unrolls; 3."),
+        typer.Option(
+            help="Longest draft of heads or pseudo tokens, steps that eagle3 and mtp unroll; 3."
+        ),
     ] = None,
     divergence: Annotated[
         str | None,
@@ -64,6 +74,9 @@ def train_draft(
     ] = None,
     answer_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an answer at most; 96.")
+    ] = None,
+    num_ensemble: Annotated[
+        int | None, typer.Option(help="Members of each prompt token of ppd; 1.")
     ] = None,
     pretrain: Annotated[
         Path | None,
@@ -82,7 +95,11 @@ def train_draft(
         float | None, typer.Option(help="Share of answers that a draft model draws itself; 0.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="What --divergence auto judges for; 0 is greedy.")
+        float | None,
+        typer.Option(help="What --divergence auto or acceptance is for; 0 is greedy."),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model whose acceptance is learnt (acceptance).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -105,11 +122,13 @@ def train_draft(
         num_heads=num_heads,
         divergence=divergence,
         answer_tokens=answer_tokens,
+        num_ensemble=num_ensemble,
         pretrain=pretrain,
         pretrain_steps=pretrain_steps,
         start=start,
         on_policy=on_policy,
         temperature=temperature,
+        draft=draft,
         dtype=dtype_of(dtype),
         device=device,
         progress=not quiet,

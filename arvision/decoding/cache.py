@@ -36,6 +36,10 @@ class KVCache:
             (padding); None for no such positions.
     """
 
+    unread = ("lengths", "_host_lengths", "_slots", "_first", "_end", "_num", "_is_chain")
+    """See `arvision.decoding.reach`: candidates of fixed shapes are told where they stand."""
+    renewed = ("_causal",)
+
     def __init__(
         self,
         num_layers: int,

@@ -26,8 +26,8 @@ HEADER = f'{{\n "kind": "{KIND}"'
 LARGEST_FILE = 1 << 24
 """Bytes; a file of more is no cost table."""
 
-MEASURING = threading.Lock()
-"""Held while passes are timed: two threads at once would time each other."""
+MEASURING = threading.RLock()
+"""Held while passes are timed: two threads at once would time each other. What is timed may measure."""
 
 Table = dict[int, list[list[float]]]
 """Entries [images, window, seconds, tokens per pass] by number of images."""

@@ -40,6 +40,35 @@ def confidence_features(logq: Tensor, scores: Tensor, drafts: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(gap), log_q, entropy, gap], dim=-1)
 
 
+class StillLikely:
+    """Which rows draft on: those of which no draft so far is likely to be rejected.
+
+    A row stops when the predicted probability that at least one of its drafts is rejected exceeds
+    a threshold. What is seen of a draft decides about later ones only, so a rule's proof holds.
+
+    Args:
+        num_rows: B.
+        threshold: see above; 1 never stops.
+        like: a tensor of the device and dtype that predictions have.
+
+    Attributes:
+        going: [B] bool.
+
+    Paper: Huang, Guo and Wang, "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate
+    Lengths", 2024, section 3.
+    """
+
+    def __init__(self, num_rows: int, threshold: float, like: Tensor) -> None:
+        self._least = 1.0 - threshold
+        self._all_accepted = like.new_ones(num_rows)
+        self.going = torch.ones_like(self._all_accepted, dtype=torch.bool)
+
+    def see(self, probability: Tensor) -> None:
+        """The latest draft of each row will be accepted with probability [B]."""
+        self._all_accepted = self._all_accepted * probability
+        self.going = self.going & (self._all_accepted >= self._least)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Predicts the probability that a draft is accepted: a logistic function of its confidence.
@@ -117,16 +146,16 @@ class DraftModelDrafter:
 
     The draft's state follows the target's, and k drafts cost k calls; see `FollowingState`.
 
-    A row stops when the predicted probability that at least one of its drafts is rejected exceeds
-    `stop_threshold`. The batch goes on until its last row has stopped. With Gumbel coupling a row
-    that has stopped drafts on as long as others do, which costs nothing and cannot change its
-    picture. An accelerator is not asked whether all have stopped: there a batch drafts as far as its
-    host allows, see `_reach`, and with other couplings to the end. Otherwise its chain is padded with -1, "no draft", so that what it drafts, and with it
-    its picture, does not depend on the rows beside it.
+    A row stops where a rejection is likely, see `StillLikely`. The batch goes on until its last row
+    has stopped. With Gumbel coupling a row that has stopped drafts on as long as others do, which
+    costs nothing and cannot change its picture. An accelerator is not asked whether all have
+    stopped: there a batch drafts as far as its host allows, see `_reach`, and with other couplings
+    to the end. Otherwise its chain is padded with -1, "no draft", so that what it drafts, and with
+    it its picture, does not depend on the rows beside it.
 
     Whether a position is drafted at all is decided before anything is drawn there, from what stands
     at earlier positions: a row may look at its last draft and then stop, as that draft is verified
-    all the same. So the rule's proof holds for every stopping rule of this kind.
+    all the same.
 
     Args:
         draft: the draft model.
@@ -135,10 +164,10 @@ class DraftModelDrafter:
         shape: guided logits to log-probabilities, the target's.
         coupling: see `arvision.decoding.verify.COUPLINGS`.
         calibration: confidence to acceptance.
-        stop_threshold: see above; 1 never stops early.
+        stop_threshold: see `StillLikely`; 1 never stops early.
 
-    Paper: Huang, Guo and Wang, "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate
-    Lengths", 2024, section 3 (there a trained head predicts the acceptance).
+    Paper: that of `StillLikely` (there a trained head predicts the acceptance, as for text in
+    `arvision.text.drafters.papers.acceptance`).
     """
 
     def __init__(
@@ -154,7 +183,7 @@ class DraftModelDrafter:
     ) -> None:
         self._draft, self._conditions, self._scale = draft, conditions, guidance_scale
         self._shape, self._coupling, self._calibration = shape, coupling, calibration
-        self._least = 1.0 - stop_threshold
+        self._threshold = stop_threshold
         self._accepted = self._passes = 0
         self._drafted: Tensor | int = 0
 
@@ -191,10 +220,10 @@ class DraftModelDrafter:
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
         num = min(num, self._state.most(), most_room)
-        if self._coupling == "gumbel" and self._least > 0 and not tokens.is_cpu:
+        if self._coupling == "gumbel" and self._threshold < 1 and not tokens.is_cpu:
             num = min(num, self._reach)
         drafts, laws = root[:, :0], []
-        acceptance = torch.ones_like(lengths, dtype=law.dtype)
+        likely = StillLikely(len(root), self._threshold, law)
         while True:
             place = drafts.shape[1]
             if self._given is not None:
@@ -203,12 +232,12 @@ class DraftModelDrafter:
             is_draft = place < room if self._coupling == "gumbel" else is_going
             drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
             laws.append(law)
-            if self._least > 0:
+            if self._threshold < 1:
                 features = confidence_features(law, scores, token)
-                acceptance = acceptance * self._calibration(self._coupling, features)
-            is_going = is_going & (acceptance >= self._least) & (place + 1 < room)
+                likely.see(self._calibration(self._coupling, features))
+            is_going = is_going & likely.going & (place + 1 < room)
             # Where no row stops early, all go on to the end of the longest.
-            if place + 1 == num or (self._least > 0 and none_left(is_going)):
+            if place + 1 == num or (self._threshold < 1 and none_left(is_going)):
                 break
             law = self._state.extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
         logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)

@@ -77,6 +77,11 @@ class FollowingState:
                 last = (pending - 1)[:, None, None].expand(-1, 1, law.shape[-1])
                 return law.gather(1, last)[:, 0]
 
+    @property
+    def hidden(self) -> Tensor:
+        """What the draft's last layer made of the last candidates, [B, T, C], where it tells."""
+        return self.state.hidden[self.rows]
+
     def most(self) -> int:
         """Candidates that the state takes in one call, at least one."""
         if isinstance(self.state, Overruns) and self.state.allows_overrun:

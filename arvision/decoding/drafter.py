@@ -155,6 +155,21 @@ class WindowPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class RowPolicy(Protocol):
+    """A policy that gives every row a length of its own; a pass is as long as the longest."""
+
+    def next_of(self, rows: Sequence[int], most: int) -> list[int]:
+        """Candidates of each row in the next pass, at most `most`; rows are places of the run."""
+        ...
+
+    def observe_of(
+        self, rows: Sequence[int], given: Sequence[int], counts: Sequence[int], room: Sequence[int]
+    ) -> None:
+        """How many tokens a pass made final in each of `rows`, which had `given` candidates."""
+        ...
+
+
 class FixedWindow:
     """The same number of candidates in every pass."""
 

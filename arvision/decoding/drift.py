@@ -11,6 +11,8 @@ All of it is done for all rows at once, where the laws lie, and nothing is read 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class DriftDrafter:
     """
 
     branches = True
+    renewed = ("_contexts", "_passes")
 
     def __init__(
         self,
@@ -206,9 +209,8 @@ class DriftDrafter:
         tokens, parents, chances, contexts = (
             torch.cat(parts, dim=1) for parts in zip(*out, strict=True)
         )
-        self._firsts = [0]
-        for part in out[:-1]:
-            self._firsts.append(self._firsts[-1] + part[0].shape[1])
+        widths = [part[0].shape[1] for part in out]
+        self._firsts = _firsts(tuple(accumulate(widths[:-1], initial=0)), root.device)
         return tokens, parents, chances, contexts
 
     def _choose(
@@ -256,6 +258,12 @@ class DriftDrafter:
         self._contexts = self._contexts[rows]
         self._passes = [tuple(part[rows] for part in kept) for kept in self._passes]
         self._first_laws.select(rows)
+
+
+@lru_cache(maxsize=64)
+def _firsts(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """The candidates of the main chain, made once: see `StaticTreeDrafter._tables`."""
+    return torch.tensor(places, device=device)
 
 
 def _padded(part: Tensor, num: int) -> Tensor:

@@ -123,6 +123,8 @@ class FirstLaws:
         memory: of earlier images; None to look at the line above only.
     """
 
+    renewed = ("_laws", "_held", "_prior")
+
     def __init__(self, columns: int | None, memory: LawMemory | None = None) -> None:
         self._columns, self._memory = columns, memory
         self._size = RING + (columns or 0)

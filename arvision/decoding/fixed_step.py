@@ -7,7 +7,6 @@ and nothing read back. Finished images stay in the batch, masked, until it shrin
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from .drafter import (
     RepeatsLaws,
     WindowPolicy,
 )
+from .graphs import GraphPool, prepared
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, topology_of
@@ -36,10 +36,7 @@ from .verify import Round, Rule, Verdict
 
 MODES = ("auto", "eager", "default", "reduce-overhead", "max-autotune")
 MOST_KEPT = 16
-"""Compiled or captured steps that are kept, one for each (images, window); the oldest go first."""
-
-WARM_UP = 3
-"""Passes before a graph is captured, as CUDA's libraries choose their kernels in the first ones."""
+"""Compiled steps that are kept, one for each (images, window); the oldest go first."""
 
 ISOLATED = (
     {"isolate_recompiles": True}
@@ -52,7 +49,8 @@ ISOLATED = (
 class FixedStep:
     """One pass of A images with `window` candidates each, over buffers of its own and of the run.
 
-    Calling it makes a pass. The buffers keep their places, so that a captured pass can be replayed.
+    Calling it makes a pass. The buffers keep their places, so that a captured pass can be replayed,
+    also for another call: see `arvision.decoding.graphs`.
 
     Args:
         state: of the model, in whose rows the images stand.
@@ -65,6 +63,8 @@ class FixedStep:
         wanted: candidates that are asked for, the root included; the drafter may have fewer.
         first: drafts [A, window - 1] of the first pass.
     """
+
+    unread = ("_asked",)
 
     def __init__(
         self,
@@ -79,6 +79,7 @@ class FixedStep:
         first: TokenTree,
     ) -> None:
         self.state, self.drafter, self.rule, self.shape = state, drafter, rule, shape
+        self._asked = images
         self.run, self.images, self.noise = run, images, noise
         self.wanted, self.window = wanted, first.tokens.shape[1] + 1
         self.lengths = run.lengths[images]
@@ -110,9 +111,19 @@ class FixedStep:
         # The drafter need not ask how many of its drafts are new: it makes all of them.
         self.given = [self.window]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Images and candidates."""
+        return len(self.lengths), self.window
+
+    @property
+    def device(self) -> torch.device:
+        """Of all buffers."""
+        return self.lengths.device
+
     def is_other(self, images: Tensor, wanted: int) -> bool:
         """Whether a pass of these images needs another step, where `wanted` candidates are asked for."""
-        return wanted != self.wanted or images is not self.images
+        return wanted != self.wanted or images is not self._asked
 
     def end(self, lengths: Sequence[int], ends: Sequence[int]) -> None:
         """Let the images stand at `lengths` [A] again, and draw each up to `ends` [A] only."""
@@ -187,7 +198,8 @@ class Steps:
     Args:
         mode: "eager" runs the step as it is; "default", "reduce-overhead" and "max-autotune" are
             those of `torch.compile`, without a graph break; "auto" captures a CUDA graph for each
-            window on an NVIDIA GPU, and elsewhere leaves the ordinary loop as it is.
+            window on an NVIDIA GPU, and elsewhere leaves the ordinary loop as it is. Captured
+            graphs are kept in `graphs` for later calls.
         reads_every: passes between two looks at how many images go on; passes after the last token
             of an image change nothing.
 
@@ -203,21 +215,24 @@ class Steps:
             raise InputError(f"reads_every {reads_every!r}: expected an integer >= 1")
         self.mode, self.reads_every = mode, number
         self._known: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self.graphs = GraphPool()
 
     def drives(self, device: torch.device) -> bool:
         """Whether this mode replaces the ordinary loop on that device."""
-        return self.mode != "auto" or device.type == "cuda"
+        return self.mode != "auto" or device.type == self.graphs.device_type
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether graphs are captured on that device."""
+        return self.mode == "auto" and self.drives(device)
 
     def ready(self, step: FixedStep) -> Callable[[], Any]:
         """What makes a pass of `step` in this mode."""
         if self.mode == "eager":
             return step
-        key = (len(step.images), step.window)
-        is_new = key not in self._known
         if self.mode == "auto":
-            self._keep(key, None)
-            return _prepared(step, lambda: capture(step, WARM_UP if is_new else 0))
-        if is_new:
+            return self.graphs.ready(step)
+        key = (len(step.images), step.window)
+        if key not in self._known:
             compiled = cast(Any, torch).compile(
                 FixedStep.__call__,
                 mode=self.mode,
@@ -225,45 +240,12 @@ class Steps:
                 dynamic=False,
                 **ISOLATED,
             )
-            _prepared(step, lambda: compiled(step))
-            self._keep(key, compiled)
+            prepared(step, lambda: compiled(step))
+            self._known[key] = compiled
+            while len(self._known) > MOST_KEPT:
+                self._known.popitem(last=False)
         self._known.move_to_end(key)
         return partial(self._known[key], step)
-
-    def _keep(self, key: tuple[int, int], value: Any) -> None:
-        self._known[key] = value
-        while len(self._known) > MOST_KEPT:
-            self._known.popitem(last=False)
-
-
-def _prepared(step: FixedStep, work: Callable[[], Any]) -> Any:
-    """Do what makes a step ready, write down its seconds, and undo the passes that it made."""
-    kept = [buffer.clone() for buffer in step.buffers()]
-    started = time.perf_counter()
-    made = work()
-    step.run.warm_up += time.perf_counter() - started
-    for buffer, old in zip(step.buffers(), kept, strict=True):
-        buffer.copy_(old)
-    return made
-
-
-def capture(step: FixedStep, warm_up: int) -> Callable[[], Any]:
-    """A CUDA graph of `step`: what it replays changes the same buffers.
-
-    Args:
-        step: of a run that goes on.
-        warm_up: passes before, in which libraries choose their kernels.
-    """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(warm_up):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def why_no_fixed_rounds(run: Run, state: Any, drafter: Any) -> str | None:
@@ -308,27 +290,30 @@ def fixed_rounds(
     run, candidates, windows = rows.run, 0, []
     run.noise.reserve([0] * run.batch, 2 * run.num_tokens)
     ready, step = None, None
-    while rows.num_going and not run.stopped:
-        if step is not None and isinstance(drafter, Carries):
-            drafter.restore(step.carried)
-        rows.shrink(drafter)
-        most = LARGEST_TREE if _branches(drafter) else run.num_tokens
-        wanted = max(1, policy.next(rows.num_active, most))
-        if ready is None or step is None or step.is_other(rows.active, wanted):
-            known, lengths = rows.known()
-            if isinstance(drafter, Carries):
-                drafter.fix(wanted)
-            first = drafter.propose(known, lengths, wanted - 1, run.num_passes + 1)
-            step = FixedStep(
-                state, drafter, rule, shape, run, rows.active, rows.noise, wanted, first
-            )
-            ready = run.steps.ready(step)
-        for _ in range(run.steps.reads_every):
-            ready()
-            run.num_passes += 1
-            windows.append(step.window)
-        candidates += run.steps.reads_every * rows.num_active * step.window
-        room = rows.room
-        rows.catch_up(step)
-        policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+    try:
+        while rows.num_going and not run.stopped:
+            if step is not None and isinstance(drafter, Carries):
+                drafter.restore(step.carried)
+            rows.shrink(drafter)
+            most = LARGEST_TREE if _branches(drafter) else run.num_tokens
+            wanted = max(1, policy.next(rows.num_active, most))
+            if ready is None or step is None or step.is_other(rows.active, wanted):
+                known, lengths = rows.known()
+                if isinstance(drafter, Carries):
+                    drafter.fix(wanted)
+                first = drafter.propose(known, lengths, wanted - 1, run.num_passes + 1)
+                step = FixedStep(
+                    state, drafter, rule, shape, run, rows.active, rows.noise, wanted, first
+                )
+                ready = run.steps.ready(step)
+            for _ in range(run.steps.reads_every):
+                ready()
+                run.num_passes += 1
+                windows.append(step.window)
+            candidates += run.steps.reads_every * rows.num_active * step.window
+            room = rows.room
+            rows.catch_up(step)
+            policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
+    finally:
+        run.leave_graphs()
     return candidates, windows

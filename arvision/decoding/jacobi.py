@@ -77,6 +77,8 @@ class JacobiDrafter:
         memory: of earlier images, for init "memory".
     """
 
+    renewed = ("_drafts", "_laws", "_prior", "_num_held", "_least_held")
+
     def __init__(
         self,
         init: str,

@@ -28,6 +28,7 @@ from .drafter import (
     Joins,
     NoDrafter,
     RepeatsLaws,
+    RowPolicy,
     WindowPolicy,
 )
 from .fixed_step import fixed_rounds, why_no_fixed_rounds
@@ -82,8 +83,7 @@ def decode_tokens(
         why_not = why_no_fixed_rounds(run, state, drafter)
         if why_not is None:
             candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
-            told = {"step": run.steps.mode, "warm_up": run.warm_up}
-            return run.samples(candidates=candidates, windows=windows, **told)
+            return run.samples(candidates=candidates, windows=windows, **run.told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )
@@ -131,6 +131,7 @@ class TokenLoop:
         self.candidates = 0
         self.windows: list[int] = []
         self._is_open = self._is_mixed = False
+        self._by_row = policy if isinstance(policy, RowPolicy) else None
 
     @property
     def places(self) -> list[int]:
@@ -223,7 +224,10 @@ class TokenLoop:
         run, rows, state, drafter = self.run, self.rows, self._state, self._drafter
         known, lengths = rows.known()
         room = rows.room
-        num = max(1, self._policy.next(rows.num_active, self._most(room)))
+        own = None
+        if self._by_row is not None:
+            own = self._by_row.next_of(rows.images, self._most(room))
+        num = max(1, max(own) if own else self._policy.next(rows.num_active, self._most(room)))
         rows.reserve(num)
         run.next_pass(None if rows.is_whole else rows.active)
         # Of images that entered later, a round has another number.
@@ -234,6 +238,8 @@ class TokenLoop:
         tree = drafter.propose(known, lengths, num - 1, number)
         if tree.logq is not None and not self._repeats_laws:
             run.watch_laws(tree.logq)  # of another model
+        if own is not None and min(own) < num:
+            tree = tree.shortened([length - 1 for length in own])
         # A drafter may have less to say than asked: the pass shrinks to what there is.
         num = tree.tokens.shape[1] + 1
         if tree.parents is not None and not tree.parents.is_cpu:
@@ -264,6 +270,10 @@ class TokenLoop:
         if rows.given is not None:
             judged = replace(batch, target_logp=rows.given.pin(laws, positions))
         verdict = rows.learn(drafter, batch, self._rule(judged))
-        self._policy.observe(num, verdict.given or (), room)
+        if self._by_row is None or own is None:
+            self._policy.observe(num, verdict.given or (), room)
+        else:
+            fed_of = [min(length, num) for length in own]
+            self._by_row.observe_of(rows.images, fed_of, verdict.given or (), room)
         rows.commit(verdict, num, front)
         rows.leave(drafter)

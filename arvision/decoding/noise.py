@@ -73,6 +73,8 @@ class Noise:
         device: where the numbers are wanted.
     """
 
+    unread = ("_places", "_host_rows")
+
     def __init__(self, seeds: Seeds, device: torch.device | str = "cpu") -> None:
         self._words = _words(seeds, device)
         self._memo = _Memo(self._words)

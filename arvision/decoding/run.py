@@ -49,6 +49,9 @@ class Run:
         InputError: another number of seeds than of images.
     """
 
+    unread = ("seeds", "guidance_scale", "given", "steps", "_on_step", "num_passes", "stopped")
+    unread += ("_num_final", "warm_up", "_is_no_tree", "_is_placed")
+
     noise: Noise
     tokens: Tensor
     commit_pass: Tensor
@@ -209,6 +212,12 @@ class Run:
         """Everything that `record_rows`, `count` and `watch_laws` change."""
         return [self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken]
 
+    def move_out(self) -> None:
+        """Keep the books in memory of their own; where they stood is for other calls."""
+        books = [part.clone() for part in self.buffers()]
+        self._tokens, self._commit_pass, self.lengths, self.passes, self._is_broken = books
+        self.tokens, self.commit_pass = self._tokens[:, :-1], self._commit_pass[:, :-1]
+
     def watch(self, values: Tensor) -> None:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""
         self._is_broken |= ~values.isfinite().all()
@@ -338,6 +347,19 @@ class Run:
             **more,
         )
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `stats` tells of parts of fixed shapes, where these are used."""
+        if self.steps is None or not self.steps.drives(self.tokens.device):
+            return {}
+        return {"step": self.steps.mode, "warm_up": self.warm_up}
+
+    def leave_graphs(self) -> None:
+        """Nothing of this run is captured or replayed any more."""
+        if self.steps is not None:
+            self.steps.graphs.leave(self)
+
     def samples(self, embeddings: Tensor | None = None, **more: Any) -> Samples:
         """What was drawn, with its statistics."""
+        self.leave_graphs()
         return Samples(self.tokens.contiguous(), self.stats(**more), embeddings)

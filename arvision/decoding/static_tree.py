@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,7 @@ class StaticTreeDrafter:
     """
 
     branches = True
+    renewed = ("_tables",)
 
     has_fixed_shapes = repeats_laws = True
 
@@ -128,6 +130,8 @@ class StaticTreeDrafter:
         """Forget everything of an earlier batch."""
         self._noise, self._vocab_size = noise, vocab_size
         self._levels = 0
+        # What a captured pass looks at must not be dropped by others meanwhile.
+        self._tables: dict[Any, Tensor] = {}
         self._chain.start(noise, vocab_size, num_tokens)
 
     def attach(self, state: object, conditions: Conditions) -> None:
@@ -156,7 +160,9 @@ class StaticTreeDrafter:
         shape = topology(parents, lengths.device)
         assert chain.logq is not None
         siblings = self._siblings(chain, lengths, shape.children.shape[1], round_number)
-        drafts = siblings[:, shape.depths, sibling_numbers(parents, lengths.device)]
+        numbers = sibling_numbers(parents, lengths.device)
+        numbers = self._tables.setdefault(parents, numbers)
+        drafts = siblings[:, shape.depths, numbers]
         return TokenTree(drafts, chain.logq[:, shape.depths], torch.tensor(parents))
 
     def _siblings(self, chain: TokenTree, lengths: Tensor, num: int, round_number: int) -> Tensor:
@@ -182,7 +188,9 @@ class StaticTreeDrafter:
         levels, rows = self._levels, torch.arange(len(batch.drafts), device=verdict.counts.device)
         last = verdict.path.gather(1, (verdict.counts - 2).clamp(min=0)[:, None])[:, 0]
         end = torch.where(verdict.counts > 1, last + 1, 0)
-        spine = spines(batch.topology.parents, levels, end.device)[end]
+        parents = batch.topology.parents
+        table = self._tables.setdefault((parents, levels), spines(parents, levels, end.device))
+        spine = table[end]
         chain = Round(
             batch.drafts[:, :levels],
             batch.draft_logp[:, :levels],

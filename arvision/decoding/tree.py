@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -169,6 +169,20 @@ class TokenTree:
         if self.parents is not None and self.parents.is_cpu and not torch.compiler.is_compiling():
             check_parents(self.parents, self.tokens.shape[1])
 
+    def shortened(self, most: Sequence[int]) -> TokenTree:
+        """The same with at most `most[b]` candidates in row b, the first ones.
+
+        Parents come before their children and elder siblings before younger ones, so that what is
+        left is a tree, and as lawful as before where `most` does not depend on what was drawn.
+        """
+        limits = torch.tensor(most, device=self.tokens.device)[:, None]
+        order = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        rows = self.rows
+        if rows is not None:
+            pairs = zip(rows, most, strict=True)
+            rows = [(tokens[:num], above[:num]) for (tokens, above), num in pairs]
+        return replace(self, tokens=self.tokens.where(order < limits, -1), rows=rows)
+
     def topology(self, device: torch.device) -> Topology | None:
         """How the candidates hang together; None for a chain."""
         above = self.parents
@@ -196,6 +210,8 @@ class Topology:
         listed: parents on the host, of a topology that rows share; None where rows have their own.
         most_children: of any candidate or more, where rows have their own and the drafter knows.
     """
+
+    is_constant = True
 
     depths: Tensor
     ancestors: Tensor

@@ -36,6 +36,12 @@ PRIOR_ACCEPTANCE = 0.7
 PRIOR_DRAFTS = 16.0
 """Expected accepted drafts that the table's word weighs against the run's own count."""
 
+ROW_PRIOR = 2.0
+"""The same for the count of one row."""
+
+MEMORY = 0.95
+"""Share of a row's acceptances that still counts a round later; the table's word takes the rest."""
+
 MAX_SECONDS = 2.0
 """Time spent on one entry of a table that is measured, beyond the fewest passes needed."""
 
@@ -165,6 +171,60 @@ class GoodputWindow:
             if useful >= num_candidates:
                 self._accepted += count - 1
                 self._promised += promised
+
+
+class RowGoodput(GoodputWindow):
+    """A window for each row: what promises the most tokens per second by its own acceptances.
+
+    The longest window is the one with the most expected tokens of all rows together per second of a
+    pass. Up to it, a row takes as many candidates as pay for themselves: those with the most expected
+    tokens beyond what its share of such a pass would give at the best rate. Acceptances are moving
+    averages, so that a row whose drafts failed tries again. A pass is a rectangle here: shorter rows
+    are padded, and what they save is candidates, not time.
+
+    Paper: that of `decoding.window`, section 4 (there from acceptance rates of requests).
+    """
+
+    def __init__(self, table: CostTable) -> None:
+        super().__init__(table)
+        self._of: dict[int, tuple[float, float]] = {}
+
+    def expected(self, row: int, window: int) -> float:
+        """Final tokens of a row in a pass."""
+        accepted, promised = self._of.get(row, (ROW_PRIOR, ROW_PRIOR))
+        drafts = (self._table.tokens(window) - 1) * accepted / promised
+        return 1 + min(drafts, window - 1)
+
+    def next_of(self, rows: Sequence[int], most: int) -> list[int]:
+        """See `arvision.decoding.drafter.RowPolicy`."""
+        windows = sorted({min(window, most) for window in self._table.windows})
+        seconds = {window: self._table.seconds(len(rows), window) for window in windows}
+        rates = {
+            window: sum(self.expected(row, window) for row in rows) / seconds[window]
+            for window in windows
+        }
+        longest = max(windows, key=lambda window: (rates[window], -window))
+        price, allowed = rates[longest] / len(rows), [w for w in windows if w <= longest]
+
+        def gain(row: int, window: int) -> float:
+            return self.expected(row, window) - price * seconds[window]
+
+        return [max(allowed, key=lambda window: (gain(row, window), -window)) for row in rows]
+
+    def observe_of(
+        self, rows: Sequence[int], given: Sequence[int], counts: Sequence[int], room: Sequence[int]
+    ) -> None:
+        """See `arvision.decoding.drafter.RowPolicy`."""
+        for row, window, count, useful in zip(rows, given, counts, room, strict=True):
+            seen = (0.0, 0.0)
+            if useful >= window:
+                seen = (count - 1.0, self._table.tokens(window) - 1)
+            old = self._of.get(row, (ROW_PRIOR, ROW_PRIOR))
+            prior = (1 - MEMORY) * ROW_PRIOR
+            self._of[row] = (
+                MEMORY * old[0] + prior + seen[0],
+                MEMORY * old[1] + prior + seen[1],
+            )
 
 
 _MEASURED: dict[str, Table] = {}

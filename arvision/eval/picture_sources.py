@@ -36,10 +36,11 @@ NUM_NAMED = 3
 
 
 class Entry(NamedTuple):
-    """One thing that may be a picture."""
+    """One thing that may be a picture; `inside` is its name within its folder, parts joined by "/"."""
 
     name: str
     open: Callable[[], BinaryIO | Image.Image]
+    inside: str = ""
 
 
 class Notes:
@@ -90,6 +91,8 @@ class PictureSource:
             differ.
     """
 
+    rgb = staticmethod(to_rgb)
+
     def __init__(
         self,
         name: str,
@@ -124,7 +127,12 @@ class PictureSource:
                     raise
                 self._notes.add("left_out", "no picture", where)
                 return False
-            facts = picture_facts(picture, None if file is picture else file)
+            self._look(picture, None if file is picture else file, where, allow_jpeg)
+        return True
+
+    def _look(self, picture: Image.Image, file: Any, where: str, allow_jpeg: bool) -> None:
+        """Refuse what would not be scored as it is seen, and note what reading changes."""
+        facts = picture_facts(picture, file)
         if facts.lossy is not None and not allow_jpeg:
             raise InputError(
                 f"{where} is {facts.lossy}, which changes every distance: expected a lossless "
@@ -138,7 +146,6 @@ class PictureSource:
         notes = facts.notes if facts.lossy is None else (f"lossy ({facts.lossy})", *facts.notes)
         for note in notes:
             self._notes.add("read_with", note, where)
-        return True
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -149,7 +156,7 @@ class PictureSource:
 
     def _pixels(self, entry: Entry) -> Tensor:
         with _opened(entry) as file:
-            picture = to_rgb(open_picture(file, entry.name), entry.name)
+            picture = self.rgb(open_picture(file, entry.name), entry.name)
         if self.crop is not None:
             picture = centre_crop(picture, self.crop)
         elif picture.size != self._first:
@@ -220,7 +227,7 @@ class FolderSource(PictureSource):
     def __init__(self, folder: str | Path, allow_jpeg: bool = False, crop: int | None = None):
         notes = Notes()
         paths = sorted(_walk(user_path(folder), notes), key=lambda pair: natural_key(pair[0]))
-        entries = [Entry(shown(p), lambda p=p: regular_file(p)) for _, p in paths]
+        entries = [Entry(shown(p), lambda p=p: regular_file(p), inside) for inside, p in paths]
         super().__init__(str(folder), entries, notes, allow_jpeg, crop)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ArvisionError, InputError
 
@@ -239,3 +239,19 @@ def to_rgb(picture: Image.Image, name: str) -> Image.Image:
             # Out of premultiplied levels; and Pillow warns of palettes with levels of alpha.
             picture = picture.convert("RGBA")
         return picture.convert("RGB")
+
+
+def as_seen(picture: Image.Image, name: str) -> Image.Image:
+    """An open picture as viewers show it, as 8-bit RGB: turned as its EXIF says, on white where it is
+    transparent.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
+    with _reading(name):
+        ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode[-1:] in "Aa" or "transparency" in picture.info:
+            coloured = picture.convert("RGBA")
+            white = Image.new("RGBA", coloured.size, "white")
+            return Image.alpha_composite(white, coloured).convert("RGB")
+    return to_rgb(picture, name)

@@ -123,7 +123,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
                 also take a list with a weight for each scale; everything else that changes is a
                 `Guidance`.
             on_step: called after each pass.
-            steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
+            steps: how passes of fixed shapes run, see `arvision.decoding.fixed_step`; None for the
                 ordinary loop.
             given: tokens that are not drawn, conditions of the others; None for none.
 
@@ -153,7 +153,10 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             given=given,
         )
         with Peak(device_of(model)) as peak:
-            samples = self.decode(model, conditions, run)
+            try:
+                samples = self.decode(model, conditions, run)
+            finally:
+                run.leave_graphs()
         samples.stats["lossless"] = self.is_exact
         samples.stats["peak_memory"] = peak.bytes
         return samples
@@ -385,6 +388,20 @@ def get_sampler(name: str, **options: Any) -> BaseSampler:
         if option not in known:
             raise unknown_name(f"option of sampler {name!r}:", option, known)
     return cls(**{name: plain_numbers(value) for name, value in options.items()})
+
+
+def strangers_sampler(spec: str) -> BaseSampler:
+    """`get_sampler` of what a stranger wrote: options that name files or further models are refused.
+
+    Raises:
+        InputError: such an option, or what `get_sampler` refuses.
+    """
+    kind, own = parse_sampler(spec)
+    sampler = SAMPLERS[kind]
+    for name in own:
+        if name in sampler.local_files or name in sampler.needs:
+            raise InputError(f"sampler {spec!r}: {name} is for the server to say")
+    return get_sampler(spec)
 
 
 class TokenSampler(BaseSampler):

@@ -18,8 +18,8 @@ from ..models import GlmImage
 from ..models.pixels import written
 from ..pipeline import ARPipeline
 from ..previews import check_preview, preview
-from ..samplers import SAMPLERS, get_sampler
-from ..samplers.base import parse_sampler
+from ..samplers import get_sampler
+from ..samplers.base import parse_sampler, strangers_sampler
 from .engine import Engine
 from .limits import Limits
 from .metrics import Metrics
@@ -140,12 +140,7 @@ class Studio:
     def _sampler(self, spec: str | None, changes: dict[str, Any]) -> Any:
         if spec is None:
             return self.pipe.sampler.with_options(**changes) if changes else self.pipe.sampler
-        kind, own = parse_sampler(spec)
-        sampler = SAMPLERS[kind]
-        for name in own:
-            if name in sampler.local_files or name in sampler.needs:
-                raise InputError(f"sampler {spec!r}: {name} is for the server to say")
-        chosen = get_sampler(spec)
+        chosen, own = strangers_sampler(spec), parse_sampler(spec)[1]
         law = {name: self.pipe.config[name] for name in ("temperature", "top_k", "top_p")}
         law = {k: v for k, v in law.items() if k in chosen.config and k not in own} | changes
         return chosen.with_options(**law)

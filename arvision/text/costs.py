@@ -17,11 +17,16 @@ from ..decoding.drafter import (
     FixedDrafter,
     Hears,
     NeedsHidden,
+    NoDrafter,
 )
+from ..decoding.loop import FixedWindow, decode_tokens
 from ..decoding.noise import Noise
+from ..decoding.run import Run
 from ..decoding.tree import TokenTree
-from ..decoding.verify import Round, Verdict
-from ..decoding.window import model_key, time_passes
+from ..decoding.verify import Round, Verdict, greedy
+from ..decoding.window import WINDOWS as WIDTHS
+from ..decoding.window import measured_costs, model_key, time_passes
+from .model import HFCausalLM
 
 WINDOWS = (1, 2, 4, 8, 16, 32, 65)
 """Candidates of a pass that `num_draft="auto"` chooses from; 1 is plain decoding."""
@@ -158,3 +163,34 @@ def round_costs(
         if rows >= len(prompts):
             return table
         rows *= 4
+
+
+class Copies(NoDrafter):
+    """A chain of the last known token again and again: passes of a width, and nothing to draft."""
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
+        """See `arvision.decoding.loop.Drafter`."""
+        return TokenTree(tokens.gather(1, lengths[:, None] - 1).expand(-1, num))
+
+
+def width_costs(model: HFCausalLM, num_rows: int) -> list[list[float]]:
+    """Rows [texts, candidates, seconds, ...] of passes alone, whatever is drafted.
+
+    Measured once per model and machine and kept, see `arvision.decoding.window.measured_costs`.
+    """
+
+    def make(width: int) -> Sampler:
+        return lambda lm, conditions, *, seeds, guidance_scale, on_step: decode_tokens(
+            lm,
+            conditions,
+            Run(len(conditions), lm.num_tokens, seeds, on_step),
+            drafter=Copies(),
+            rule=greedy,
+            shape=lambda logits: logits,
+            policy=FixedWindow(width),
+        )
+
+    prompt = [0] * 32
+    room = model.sizes.num_positions - len(prompt)
+    lm = HFCausalLM(model.called, min(max(WIDTHS), room))
+    return measured_costs(make, "passes of copies", lm, [prompt] * num_rows, 1.0)

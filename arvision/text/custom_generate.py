@@ -13,6 +13,7 @@ from ..contracts import Stats
 from ..errors import InputError
 from .generation import Prepared, generate
 from .processors import Criteria, Prefixes, check_usable
+from .seq2seq import is_encoder_decoder
 
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 """What transformers makes of a generation config's temperature, top_k and top_p, in this order. Where
@@ -79,6 +80,11 @@ def custom_generate(
             criteria that need more than ids and logits.
     """
     config = generation_config
+    if is_encoder_decoder(model):
+        raise InputError(
+            f"{type(model).__name__} has an encoder: expected arvision.generate(model, prompts), which "
+            "takes the encoder's ids"
+        )
     asked = _arguments_of_generate()
     _check_config(config)
     _check_inputs(model_kwargs, input_ids)

@@ -19,7 +19,7 @@ from ..decoding.fixed_step import Steps
 from ..decoding.logits import Shaping
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
-from ..decoding.window import CostTable, GoodputWindow
+from ..decoding.window import CostTable, GoodputWindow, RowGoodput
 from ..errors import InputError, as_integer, check_count, shown
 from ..files import user_path
 from ..memory import Peak, check_memory
@@ -28,10 +28,12 @@ from .costs import Resting, label_of, round_costs
 from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
 from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
-from .model import as_text_model
+from .drafters.mtp import MTP_FILE
+from .drafters.papers.parallel import PARALLEL_FILE
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
+from .seq2seq import Seq2SeqLM, as_generator
 from .stop import TextEnd, stop_strings
 from .stream import Flow, OnText, until
 
@@ -90,15 +92,16 @@ def generate(
     dtype: torch.dtype | None = None,
     compile: str | None = None,
 ) -> TextOutput:
-    """Continue prompts with a causal language model, several tokens per pass.
+    """Continue prompts with a language model, or answer them with an encoder-decoder model (T5, BART),
+    several tokens per pass.
 
     At temperature 0 the tokens are those of `model.generate(do_sample=False)`: the model's own
     generation config acts as it does there (end tokens, stop strings, repetition penalty, forbidden
     and forced tokens, least lengths), on every candidate with the candidate's own prefix.
 
     Args:
-        model: a causal language model of transformers, an `HFCausalLM`, or the name of one: a
-            folder, a GGUF file, a hub id.
+        model: a causal or encoder-decoder language model of transformers, an `HFCausalLM`, or the
+            name of one: a folder, a GGUF file, a hub id.
         prompts: a string, a list of strings, a list of messages (dicts with "role" and "content"),
             a list of such lists, or ids: [B, L] or [L], lists of them, arrays, or what a tokenizer
             of transformers returns.
@@ -119,6 +122,7 @@ def generate(
         num_draft: candidates per pass; None for what the drafter recommends, "auto" for what
             promises the most tokens per second, drafting included, and for plain decoding where
             drafts do not pay: rounds of the run's own size are measured once per model and drafter.
+            Each row of a batch gets as many as its own acceptances so far pay for.
         drafter_options: of a drafter given by name.
         rule_options: of the rule.
         logits_hook: changes logits [..., V] before they become laws: a mask, a bias.
@@ -155,10 +159,9 @@ def generate(
             f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
             f"{', '.join(fitting)}"
         )
-    if isinstance(model, str | Path):
-        model, own = _load(str(model), str(device or "cpu"), dtype)
-        tokenizer = tokenizer or own
-    lm = as_text_model(model, max_new_tokens)
+    model, own = open_model(model, device, dtype)
+    tokenizer = tokenizer or own
+    lm = as_generator(model, max_new_tokens)
     steps = None if compile is None else steps_of(lm.network, compile)
     ids = encode(prompts, tokenizer, chat, attention_mask)
     check_room(lm, ids, max_new_tokens)
@@ -170,7 +173,8 @@ def generate(
     check_num_draft(num_draft)
     strings, special = stop_strings(stop, tokenizer)
     if prepared is None:
-        prepared = Prepared.of(lm.network, ids, max_new_tokens)
+        starts = lm.starts(len(ids)) if isinstance(lm, Seq2SeqLM) else None
+        prepared = Prepared.of(lm.network, ids, max_new_tokens, starts)
         strings += prepared.strings
     decode = None if tokenizer is None else _decoder(tokenizer)
     ends = [*prepared.end_ids, *check_token_ids([*stop_token_ids, *special], lm.vocab_size)]
@@ -209,8 +213,9 @@ def generate(
         policy = FixedWindow(1)
     elif num_draft == "auto":
         label = f"{label_of(proposer)} {chosen.name}"
+        goodput = RowGoodput if getattr(proposer, "takes_rows", True) else GoodputWindow
         proposer = Resting(proposer)
-        policy = GoodputWindow(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
+        policy = goodput(CostTable(round_costs(lm, label, fixed, ids, MOST_DRAFTS)))
     else:
         policy = WholeTree(int(num_draft or getattr(proposer, "num_draft", 10)) + 1)
     lm.prefixes = prepared.prefixes
@@ -273,13 +278,19 @@ class Prepared:
     criterion: Callable[[int, list[int]], bool] | None = None
 
     @classmethod
-    def of(cls, network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Prepared:
+    def of(
+        cls,
+        network: Any,
+        ids: Sequence[Tensor],
+        max_new_tokens: int,
+        starts: Sequence[Tensor] | None = None,
+    ) -> Prepared:
         """What a model's own generation config asks for."""
         strings = getattr(getattr(network, "generation_config", None), "stop_strings", None) or []
         return cls(
             end_ids=end_ids(network),
             strings=[strings] if isinstance(strings, str) else list(strings),
-            prefixes=own_prefixes(network, ids, max_new_tokens),
+            prefixes=own_prefixes(network, ids, max_new_tokens, starts),
         )
 
 
@@ -290,7 +301,7 @@ def as_draft(
     if isinstance(draft, str | Path):
         draft = _load(str(draft), str(device or "cpu"), dtype)[0]
     if isinstance(draft, HFCausalLM) or hasattr(draft, "get_output_embeddings"):
-        return as_text_model(draft, num_tokens)
+        return as_generator(draft, num_tokens)
     return draft
 
 
@@ -299,6 +310,8 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
     for file, found in (
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
+        (MTP_FILE, ("mtp", "folder")),
+        (PARALLEL_FILE, ("parallel", "folder")),
     ):
         if (user_path(folder) / file).exists():
             return found
@@ -360,7 +373,7 @@ def check_sizes(options: dict[str, Any]) -> None:
             raise InputError(f"{name} {shown(value)}: expected at most {most:,}")
 
 
-def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> None:
+def check_drafter(drafter: Any, model: HFCausalLM | Seq2SeqLM, tokenizer: Any = None) -> None:
     """Refuse a drafter of another vocabulary; one that is padded to another size is the same.
 
     A draft model with a tokenizer of its own gets a translation, if it is not the target's.
@@ -368,8 +381,15 @@ def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> Non
     Raises:
         InputError: see above.
     """
+    if isinstance(model, Seq2SeqLM) and getattr(drafter, "branches", False):
+        raise InputError(
+            f"{type(drafter).__name__} drafts trees, and {type(model.network).__name__} takes chains: "
+            "expected input_copy, parallel, prompt_lookup with max_branches 1, or draft_model with "
+            "expansion 'chain'"
+        )
     if isinstance(drafter, DraftTree):
         own, drafter.translation = drafter.tokenizer, None
+        drafter.text_tokenizer = tokenizer
         if own is not None and tokenizer is not None and not same_tokens(tokenizer, own):
             drafter.translation = Translation.between(tokenizer, own)
             return
@@ -384,13 +404,21 @@ def check_drafter(drafter: Any, model: HFCausalLM, tokenizer: Any = None) -> Non
         )
 
 
-def check_room(model: HFCausalLM, ids: Sequence[Tensor], max_new_tokens: int) -> None:
+def check_room(model: HFCausalLM | Seq2SeqLM, ids: Sequence[Tensor], max_new_tokens: int) -> None:
     """Refuse prompts that leave no room for `max_new_tokens`, in the model or in the memory.
 
     Raises:
         InputError: see above.
     """
     longest = max(map(len, ids), default=0)
+    if isinstance(model, Seq2SeqLM):
+        source, room = model.sizes.num_source, model.sizes.num_positions
+        if (source and longest > source) or (room and max_new_tokens >= room):
+            raise InputError(
+                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens}: the model has "
+                f"{source} positions for the one and {room} for the other and its start"
+            )
+        return
     most = model.sizes.num_positions
     if longest + max_new_tokens > most:
         raise InputError(
@@ -417,6 +445,13 @@ def end_ids(network: Any) -> list[int]:
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_model(model: Any, device: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A model and its tokenizer where it was given by name; else what was given, and None."""
+    if isinstance(model, str | Path):
+        return _load(str(model), str(device or "cpu"), dtype)
+    return model, None
 
 
 @lru_cache(maxsize=2)

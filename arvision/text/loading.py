@@ -20,14 +20,16 @@ def load_text_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    auto: str | None = None,
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
+    """A language model, causal or with an encoder, and its tokenizer.
 
     Args:
         name: a folder in transformers' layout, a GGUF file (or a folder that holds one and no
             `config.json`), or a hub id.
         device: where the model goes; the CPU by default.
         dtype: of the weights; None keeps the checkpoint's.
+        auto: the class of transformers that loads it; None for what its configuration asks for.
 
     Returns:
         The network, in evaluation mode, and the tokenizer.
@@ -37,7 +39,7 @@ def load_text_model(
         CheckpointError: what is there cannot be read.
         MissingDependencyError: a GGUF file, and no `gguf` package.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     path = user_path(name)
     options: dict[str, Any] = {}
@@ -61,9 +63,15 @@ def load_text_model(
                 counted = few_modules(len(check_layers(path)), str(path / "config.json"))
         # transformers would ask at the terminal whether it may run a stranger's code.
         options["trust_remote_code"] = False
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if auto is None:
+            auto = "AutoModelForCausalLM"
+            if "gguf_file" not in options:
+                config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+                if getattr(config, "is_encoder_decoder", False):
+                    auto = "AutoModelForSeq2SeqLM"
         with counted:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, auto).from_pretrained(
                 source, dtype=dtype or "auto", output_loading_info=True, **options
             )
         network, report = loaded

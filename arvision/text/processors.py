@@ -106,13 +106,19 @@ class Prefixes:
         self.texts = [self.texts[row] for row in keep]
 
 
-def own_prefixes(network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Prefixes | None:
+def own_prefixes(
+    network: Any,
+    ids: Sequence[Tensor],
+    max_new_tokens: int,
+    starts: Sequence[Tensor] | None = None,
+) -> Prefixes | None:
     """What a model's own generation config asks for, besides temperature, top-k and top-p.
 
     Args:
         network: a model of transformers.
         ids: prompts [L].
         max_new_tokens: of the run.
+        starts: what stands before the new tokens, where that is not the prompts.
 
     Returns:
         None where it asks for nothing.
@@ -120,8 +126,8 @@ def own_prefixes(network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Pr
     config = getattr(network, "generation_config", None)
     if config is None or not hasattr(network, "_get_logits_processor"):
         return None
-    made = []
-    for row in ids:
+    made, starts = [], ids if starts is None else starts
+    for row, source in zip(starts, ids, strict=True):
         own = type(config)(**{**config.to_dict(), "do_sample": False, "num_beams": 1})
         own.max_length = len(row) + max_new_tokens
         if own.min_length is not None and own.min_new_tokens is not None:
@@ -130,7 +136,7 @@ def own_prefixes(network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Pr
         found = network._get_logits_processor(
             generation_config=own,
             input_ids_seq_length=len(row),
-            encoder_input_ids=row[None],
+            encoder_input_ids=source[None],
             prefix_allowed_tokens_fn=None,
             logits_processor=[],
             device=row.device,
@@ -140,7 +146,7 @@ def own_prefixes(network: Any, ids: Sequence[Tensor], max_new_tokens: int) -> Pr
         made.append(found)
     if not any(made):
         return None
-    return Prefixes(made, [row.tolist() for row in ids])
+    return Prefixes(made, [row.tolist() for row in starts])
 
 
 class Criteria:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contracts import Edit
 from ..decoding.cache import KVCache
@@ -17,7 +17,7 @@ from ..decoding.transformers_cache import CacheView
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
-from .layers import alone, edited, find_layers, watching
+from .layers import Parts, alone, edited, running_only, watching
 
 if TYPE_CHECKING:
     from .model import HFCausalLM
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, in transformers' words."""
+
+NO_EXITS: Mapping[int, Callable[[Tensor], bool]] = {}
 
 PREFILL_PIECE = 1024
 """Tokens of a prompt that one pass reads: its mask has this many rows."""
@@ -46,6 +48,7 @@ class HFState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "hidden", "features", "_prompts", "_fed", "_tree")
 
     def __init__(self, model: HFCausalLM, batch: int, capacity: int) -> None:
         sizes, device = model.sizes, model.device
@@ -143,6 +146,15 @@ class HFState:
         return topology_of(parents.to(tokens.device))
 
     @torch.no_grad()
+    def extend_vectors(self, vectors: Tensor) -> Tensor:
+        """Logits [B, T, V] behind a chain of vectors [B, T, C] in the place of tokens, as `extend`."""
+        self._tree, self._is_draft = None, False
+        tokens = torch.zeros(vectors.shape[:2], dtype=torch.int64, device=vectors.device)
+        logits = self._run(tokens, None, embeddings=vectors)
+        check_numbers(logits)
+        return logits
+
+    @torch.no_grad()
     def extend_along(self, tokens: Tensor, tree: Topology | None) -> Tensor:
         """`extend` with a topology; see `arvision.contracts.AdvancesAlong`."""
         return self._extend(tokens, tree)
@@ -205,7 +217,7 @@ class HFState:
 
     def extend_edited(self, tokens: Tensor, parents: Tensor | None, edit: Edit) -> Tensor:
         """`extend` while a layer's input is changed, see `arvision.contracts.Editable`."""
-        with self._altered(), edited(self._network, *edit):
+        with self._altered(), edited(self._network, edit):
             return self._extend(tokens, self._topology(tokens, parents))
 
     @torch.no_grad()
@@ -214,7 +226,8 @@ class HFState:
         tokens: Tensor,
         parents: Tensor | None = None,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | Parts | None = None,
+        exits: Mapping[int, Callable[[Tensor], bool]] = NO_EXITS,
         embeddings: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] from the same network, shortened or fed with vectors, as a draft model.
@@ -225,26 +238,30 @@ class HFState:
         Args:
             tokens: [B, T] int64.
             parents: as in `extend`.
-            layers: the layers to run, ascending; None for all.
+            layers: the layers to run, ascending, or the parts of layers; None for all.
+            exits: where a pass of `layers` may end, see `arvision.text.layers.running_only`; the
+                logits are then those behind the layers that ran.
             embeddings: [B, T, C], fed instead of the tokens' own.
         """
         self._is_draft = True
         hidden = self.hidden
         tree = None if parents is None else topology_of(parents.to(tokens.device))
-        with self._only(layers):
+        with self._shortened(layers, exits):
             logits = self._run(tokens, tree, embeddings=embeddings)
         if layers is not None:
             self.hidden = hidden
         return logits
 
     @torch.no_grad()
-    def replay(self, tokens: Tensor, num: int, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def replay(
+        self, tokens: Tensor, num: int, layers: Sequence[int] | Parts
+    ) -> tuple[Tensor, Tensor]:
         """What some of the layers would have said along the last committed tokens.
 
         Args:
             tokens: [B, N], the rows' tokens from the first new one on.
             num: tokens that are read again, at most as many as every row has committed.
-            layers: the layers to run.
+            layers: the layers to run, or the parts of layers.
 
         Returns:
             The most likely tokens [B, num - 1], and the ones that came.
@@ -267,19 +284,14 @@ class HFState:
         )
 
     @contextmanager
-    def _only(self, layers: Sequence[int] | None) -> Iterator[None]:
+    def _shortened(
+        self, layers: Sequence[int] | Parts | None, exits: Mapping[int, Callable[[Tensor], bool]]
+    ) -> Iterator[None]:
         if layers is None:
             yield
             return
-        with alone(self._network):
-            owner, name = find_layers(self._network)
-            whole = getattr(owner, name)
-            setattr(owner, name, nn.ModuleList([whole[index] for index in layers]))
-            try:
-                with self._altered():
-                    yield
-            finally:
-                setattr(owner, name, whole)
+        with running_only(self._network, layers, exits), self._altered():
+            yield
 
     def _run(
         self,

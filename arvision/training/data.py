@@ -10,6 +10,7 @@ import gzip
 import math
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -112,5 +113,11 @@ def load_fashion(split: str) -> tuple[Tensor, Tensor]:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Grey images [M, H, W] uint8 to pixels [M, 3, H, W] float32 in [-1, 1]."""
-    return (images.float() / 127.5 - 1.0).unsqueeze(1).expand(-1, 3, -1, -1)
+    """Grey images [M, H, W] or coloured ones [M, 3, H, W], uint8, to pixels [M, 3, H, W] in [-1, 1]."""
+    pixels = images.float() / 127.5 - 1.0
+    return pixels if pixels.dim() == 4 else pixels.unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def in_batches(images: Tensor) -> Iterable[Tensor]:
+    """Images [M, ...] in parts, each of as many pixels as 500 images of 32 x 32 have."""
+    return images.split(max(1, 500 * 1024 // (images.shape[-2] * images.shape[-1])))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import to_pixels
+from .data import in_batches, to_pixels
 from .loop import Chance, Objective
 
 
@@ -20,7 +20,7 @@ class CodebookObjective(Objective):
 
     Args:
         tokenizer: the model to train, with `quantize.embedding`; its codebook gets no gradient.
-        images: [M, H, W] uint8.
+        images: see `arvision.training.data.to_pixels`.
         unquantised_steps: steps before the codebook is switched on.
         decay: of the exponential averages.
         commitment: weight of the distance between an encoder output and its code.
@@ -137,7 +137,7 @@ class TokenizerObjective(CodebookObjective):
 
 
 @torch.no_grad()
-def encode_all(tokenizer: Any, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Code indices [M, N] that a discrete tokenizer gives for grey images [M, H, W] uint8."""
+def encode_all(tokenizer: Any, images: Tensor) -> Tensor:
+    """Code indices [M, N] that a discrete tokenizer gives for images, see `to_pixels`."""
     tokenizer.eval()
-    return torch.cat([tokenizer.encode(to_pixels(part)) for part in images.split(batch_size)])
+    return torch.cat([tokenizer.encode(to_pixels(part)) for part in in_batches(images)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..decoding.latents.schedule import NUM_TRAIN_STEPS, Schedule
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
-from .data import to_pixels
+from .data import in_batches, to_pixels
 from .loop import Chance, Objective
 
 
@@ -20,7 +20,7 @@ class AutoencoderObjective(Objective):
 
     Args:
         autoencoder: the model to train.
-        images: [M, H, W] uint8.
+        images: see `arvision.training.data.to_pixels`.
         divergence_weight: of the mean divergence per latent number. The evidence bound asks for
             half the mean squared error of a pixel times the pixels per latent number, about 3e-3
             here; less gives sharper pictures and latents that are harder to predict.
@@ -53,16 +53,15 @@ class AutoencoderObjective(Objective):
 
 
 @torch.no_grad()
-def encode_moments(
-    autoencoder: MARAutoencoder, images: Tensor, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:
-    """Unscaled means and standard deviations [M, N, D] of the latents of images [M, H, W] uint8."""
+def encode_moments(autoencoder: MARAutoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Unscaled means and standard deviations [M, N, D] of the latents of images, see `to_pixels`."""
     autoencoder.eval()
+    side = autoencoder.config["patch_size"]
     means, deviations = [], []
-    for part in images.split(batch_size):
+    for part in in_batches(images):
         mean, log_variance = autoencoder.moments(to_pixels(part))
-        means.append(mean.flatten(2).mT.contiguous())
-        deviations.append((0.5 * log_variance).exp().flatten(2).mT.contiguous())
+        for found, value in ((means, mean), (deviations, (0.5 * log_variance).exp())):
+            found.append(F.pixel_unshuffle(value, side).flatten(2).mT.contiguous())
     return torch.cat(means), torch.cat(deviations)
 
 

@@ -85,7 +85,6 @@ class MARTransformerStage(Stage[Work]):
             "num_heads": 4,
             "head_width": 192,
             "head_depth": 2,
-            "num_classes": 10,
             "num_buffer": 4,
             "num_sampling_steps": 50,
             "noisiest": 980,
@@ -94,7 +93,7 @@ class MARTransformerStage(Stage[Work]):
 
     def objective(self, work: Work) -> MARObjective:
         """Noise on masked latents."""
-        transformer = MARTransformer(**self.sizes)
+        transformer = MARTransformer(num_classes=work.num_classes, **self.sizes)
         initialise(transformer)
         means, deviations = work.codes
         return MARObjective(transformer, means, deviations, work.labels)

@@ -62,7 +62,10 @@ class TokenizerStage(Stage[Work]):
 
     def objective(self, work: Work) -> TokenizerObjective:
         """Reconstruction."""
-        return TokenizerObjective(LlamaGenTokenizer(**self.sizes), work.images)
+        # A short run needs its codebook before it ends.
+        plain = min(150, self.fit.steps // 4)
+        tokenizer = LlamaGenTokenizer(**self.sizes)
+        return TokenizerObjective(tokenizer, work.images, unquantised_steps=plain)
 
     def finish(self, work: Work, objective: TokenizerObjective) -> None:
         """The tokenizer, and the images as tokens."""
@@ -95,7 +98,7 @@ class ClassStage(TransformerStage):
 
     def objective(self, work: Work) -> ClassObjective:
         """Next tokens behind the true ones."""
-        transformer = LlamaGenTransformer(num_classes=len(CLASS_NAMES), **self.sizes)
+        transformer = LlamaGenTransformer(num_classes=work.num_classes, **self.sizes)
         return ClassObjective(transformer, work.codes, work.labels)
 
 

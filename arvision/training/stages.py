@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .data import load_fashion
+from .data import CLASS_NAMES, load_fashion
 from .loop import FitConfig, Objective, fit
 
 Components = dict[str, Any]
@@ -23,8 +23,9 @@ class Work:
     """What the stages of a recipe on pictures hand to each other.
 
     Attributes:
-        images: [M, 32, 32] uint8, the training images.
+        images: [M, 32, 32] uint8, the training images, or [M, 3, H, W] of a person's own.
         labels: [M] int64, their classes.
+        num_classes: of how many.
         target: model that a draft is made for; None for other recipes.
         parts: finished so far.
         codes: the images as the image tokenizer of `parts` has them: tokens, or moments of latents.
@@ -37,6 +38,7 @@ class Work:
     parts: Components = field(default_factory=dict)
     codes: Any = None
     last: Any = None
+    num_classes: int = len(CLASS_NAMES)
 
 
 Shared = TypeVar("Shared")
@@ -67,14 +69,32 @@ class Stage(Generic[Shared]):
         return replace(self, fit=replace(self.fit, steps=min(steps, self.fit.steps), **changes))
 
 
+Watch = Callable[[dict[str, Any]], None]
+"""What is called with each line of a training's log."""
+
+
 def run_stages(
-    stages: Iterable[Stage[Shared]], work: Shared, folder: Path, *, progress: bool = True
+    stages: Iterable[Stage[Shared]],
+    work: Shared,
+    folder: Path,
+    *,
+    progress: bool = True,
+    watch: Callable[[Stage[Shared], Any], Watch] | None = None,
 ) -> None:
-    """Train (or resume) stage after stage under `folder`."""
+    """Train (or resume) stage after stage under `folder`.
+
+    Args:
+        stages: in their order.
+        work: what they hand to each other.
+        folder: takes a folder per stage.
+        progress: show bars on stderr.
+        watch: called with each stage and its objective before it is trained.
+    """
     for stage in stages:
         torch.manual_seed(stage.fit.seed)
         objective = stage.objective(work)
-        fit(objective, stage.fit, folder / stage.name, progress=progress)
+        on_log = None if watch is None else watch(stage, objective)
+        fit(objective, stage.fit, folder / stage.name, progress=progress, on_log=on_log)
         stage.finish(work, objective)
 
 

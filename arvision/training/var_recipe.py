@@ -47,7 +47,9 @@ class VARTokenizerStage(Stage[Work]):
 
     def objective(self, work: Work) -> VARTokenizerObjective:
         """Reconstruction."""
-        return VARTokenizerObjective(VARTokenizer(**self.sizes), work.images)
+        plain = min(150, self.fit.steps // 4)  # a short run needs its codebook before it ends
+        tokenizer = VARTokenizer(**self.sizes)
+        return VARTokenizerObjective(tokenizer, work.images, unquantised_steps=plain)
 
     def finish(self, work: Work, objective: VARTokenizerObjective) -> None:
         """The tokenizer, and the images as tokens."""
@@ -85,7 +87,7 @@ class VARTransformerStage(Stage[Work]):
 
     def objective(self, work: Work) -> VARClassObjective:
         """Tokens of every scale behind the coarser ones."""
-        transformer = VARTransformer(num_classes=len(CLASS_NAMES), **self.sizes)
+        transformer = VARTransformer(num_classes=work.num_classes, **self.sizes)
         return VARClassObjective(transformer, work.parts["tokenizer"], work.codes, work.labels)
 
     def finish(self, work: Work, objective: VARClassObjective) -> None:

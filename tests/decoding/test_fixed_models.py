@@ -144,15 +144,13 @@ def test_lengths_of_drafts_may_change_between_fixed_steps():
     assert fixed.tokens == loop.tokens
 
 
-@pytest.mark.skipif(
-    "isolate_recompiles" not in signature(torch.compile).parameters,
-    reason="this torch counts compiled steps as recompilations of one another",
-)
-def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
-    graphs, compiler = [], torch.compile
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that `torch.compile` makes of the steps, which nothing compiles."""
+    made, compiler = [], torch.compile
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        made.append(graph)
         return graph.forward
 
     monkeypatch.setattr(
@@ -160,6 +158,14 @@ def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
         "compile",
         lambda function, *, mode, **options: compiler(function, backend=backend, **options),
     )
+    return made
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in signature(torch.compile).parameters,
+    reason="this torch counts compiled steps as recompilations of one another",
+)
+def test_steps_of_transformers_are_one_graph_and_kept(graphs):
     network, prompts = tiny_llama(), random_prompts((5, 9))
     wanted = arvision.generate(network, prompts, max_new_tokens=6)
     found = [arvision.generate(network, prompts, max_new_tokens=6, compile="default") for _ in "ab"]
@@ -179,14 +185,27 @@ def test_steps_of_transformers_are_one_graph_and_kept(monkeypatch):
         # For both rows and for the last one; the second call makes none.
         assert 1 <= len(graphs) <= 2
         assert drawn[1].stats.warm_up == 0
-    for family, spec in (("janus", "sjd:window=4"), ("emu3", "sjd:window=5:tree=drift")):
-        graphs.clear()
-        model, prompts = FAMILIES[family]()
-        sampler, options = get_sampler(spec), {"seeds": [0, 1], "guidance_scale": 2.0}
-        drawn = sampler(model, prompts, **options, steps=Steps("default"))
-        assert drawn.stats.step == "default"
-        assert torch.equal(drawn.tokens, sampler(model, prompts, **options).tokens)
-        assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in signature(torch.compile).parameters,
+    reason="this torch counts compiled steps as recompilations of one another",
+)
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("janus", "sjd:window=4:tree=drift"),
+        pytest.param("janus", "sjd:window=4", marks=pytest.mark.slow),
+        pytest.param("emu3", "sjd:window=5:tree=drift", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_image_models_are_one_graph(graphs, family, spec):
+    model, prompts = FAMILIES[family]()
+    sampler, options = get_sampler(spec), {"seeds": [0, 1], "guidance_scale": 2.0}
+    drawn = sampler(model, prompts, **options, steps=Steps("default"))
+    assert drawn.stats.step == "default"
+    assert torch.equal(drawn.tokens, sampler(model, prompts, **options).tokens)
+    assert 1 <= len(graphs) <= 3
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,11 @@ DRAFTERS = {
     "jacobi": 1,
     "layer_skip": 1,
     "nested_exit": 1,
-    "superposed": 4,  # every level of its drafts is told apart by bigrams on the host
+    "superposed": 4,  # every level of its drafts is told apart by n-grams on the host
     "heads": 1,
     "chain": 1,
     "dyspec": 1,
+    "dyspec_drawn": 1,
     "sequoia": 1,
     "distinct": 1,
     "beam": 1,
@@ -98,7 +99,7 @@ def test_text_reads_once_a_pass(name, mode, temperature, reads):
     drafter: Any = name
     if name == "heads":
         drafter = HeadDrafter(MedusaHeads(32, 2).double())
-    elif name in ("chain", "dyspec", "sequoia", "distinct", "beam"):
+    elif name in ("chain", "dyspec", "dyspec_drawn", "sequoia", "distinct", "beam"):
         options["drafter_options"] = {"draft": tiny_llama(seed=1), "expansion": name}
         drafter = "draft_model"
     out = arvision.generate(

@@ -11,7 +11,13 @@ import torch
 
 from arvision import InputError, get_sampler
 from arvision.decoding import window
-from arvision.decoding.window import CostTable, GoodputWindow, clamp_window, measured_costs
+from arvision.decoding.window import (
+    CostTable,
+    GoodputWindow,
+    RowGoodput,
+    clamp_window,
+    measured_costs,
+)
 from arvision.testing import DroppingTableModel, draw_joint, law_p_value, tiny_llamagen
 
 
@@ -181,3 +187,30 @@ def test_a_window_larger_than_the_image_is_cut_with_one_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler(model, [0], seeds=[0])
+
+
+SERVED = [[rows, w, 1 + rows * w / 40, 1 + 0.7 * (w - 1)] for rows in (1, 4) for w in (1, 4, 8)]
+"""Passes whose candidates cost, and of which seven in ten were accepted when they were measured."""
+
+
+def test_each_row_gets_what_its_own_acceptances_pay_for():
+    policy = RowGoodput(CostTable(SERVED))
+    assert policy.next_of([5, 6, 7, 8], 8) == [8, 8, 8, 8]
+    for _ in range(12):
+        own = policy.next_of([5, 6, 7, 8], 8)
+        # Drafts of row 5 are always right, those of row 6 never.
+        counts = [own[0], 1, 1 + round(0.7 * (own[2] - 1)), 1 + round(0.7 * (own[3] - 1))]
+        policy.observe_of([5, 6, 7, 8], own, counts, [50] * 4)
+    own = policy.next_of([5, 6, 7, 8], 8)
+    assert (own[0], own[1]) == (8, 1)
+    assert own[2] == own[3] == 8
+    # A row that drafted nothing for long is tried again, and rows may leave.
+    for _ in range(60):
+        policy.observe_of([6], [1], [1], [50])
+    assert policy.next_of([6], 8) == [8]
+    # One row decides as the policy for whole batches does.
+    one, whole = RowGoodput(CostTable(SERVED)), GoodputWindow(CostTable(SERVED))
+    assert one.next_of([0], 8) == [whole.next(1, 8)]
+    # No row is longer than what pays for all of them together.
+    dear = RowGoodput(CostTable([[4, 1, 1.0, 1.0], [4, 8, 9.0, 3.0]]))
+    assert dear.next_of([0, 1, 2, 3], 8) == [1] * 4

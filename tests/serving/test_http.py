@@ -21,9 +21,9 @@ pytest.importorskip("fastapi")
 from starlette.testclient import TestClient
 
 from arvision.errors import InputError
+from arvision.hosting import listen
 from arvision.image_pipeline import ImageModelPipeline
 from arvision.serving import Limits, Studio, make_app
-from arvision.serving.server import listen
 
 PATH = "/v1/images/generations"
 

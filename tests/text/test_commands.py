@@ -80,16 +80,20 @@ def test_generate_says_what_is_wrong(folder: Path):
         assert message in err + str(result.exception)
 
 
-def test_trained_heads_draft_for_their_target(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["hydra", "chimera", "medusa2"])
+def test_trained_heads_draft_for_their_target(folder: Path, tmp_path: Path, kind: str):
     (tmp_path / "prompts.txt").write_text("Abc\nhello\nHello\nabcabc\n")
-    result, _, err = run(
+    result, out, err = run(
         *("train-draft", "--model", str(folder), "--prompts", str(tmp_path / "prompts.txt")),
-        *("--kind", "hydra", "--steps", "4", "--batch-size", "16", "--quiet"),
-        *("--out", str(tmp_path / "hydra"), "--answer-tokens", "24"),
+        *("--json", "--kind", kind, "--steps", "4", "--batch-size", "16", "--quiet"),
+        *("--out", str(tmp_path / "heads"), "--answer-tokens", "24"),
     )
     assert result.exit_code == 0, err
-    with_heads = generated(folder, "--draft", str(tmp_path / "hydra"))
-    assert with_heads["texts"] == generated(folder)["texts"]
+    target = folder if kind != "medusa2" else tmp_path / "heads" / "backbone"
+    assert (kind == "medusa2") == ("target_changed" in json.loads(out))
+    for verified_by in {folder, target}:
+        with_heads = generated(verified_by, "--draft", str(tmp_path / "heads"))
+        assert with_heads["texts"] == generated(verified_by)["texts"]
 
 
 def marked_file(path: Path) -> Path:
@@ -245,6 +249,8 @@ def test_line_ends_in_prompts_to_train_on(tmp_path: Path):
         ("ppd", "--divergence"),
         ("judge", "--answer-tokens"),
         ("judge", "--divergence"),
+        ("acceptance", "--num-heads"),
+        ("hydra", "--draft"),
     ],
 )
 def test_settings_that_mean_nothing_to_a_kind_are_refused(tmp_path: Path, kind: str, option: str):
@@ -255,7 +261,8 @@ def test_settings_that_mean_nothing_to_a_kind_are_refused(tmp_path: Path, kind: 
     )
     name = option.removeprefix("--").replace("-", "_")
     assert result.exit_code != 0
-    assert f"with kind '{kind}': it would have no effect" in err + str(result.exception)
+    assert f"with kind '{kind}'" in err + str(result.exception)
+    assert "it would have no effect" in err + str(result.exception)
     assert name in err + str(result.exception)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from arvision.decoding.logits import Shaping
 from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.run import Run
 from arvision.testing import DroppingTableModel, law_p_value
-from arvision.text.drafters import DRAFTERS
-from arvision.text.drafters.draft_tree import EXPANSIONS, DraftTree
+from arvision.text import HFCausalLM
+from arvision.text.drafters import DRAFTERS, HeadDrafter
+from arvision.text.drafters.draft_tree import DRAWN, EXPANSIONS, DraftTree
+from arvision.text.drafters.heads import KINDS, make_heads
 from arvision.text.rules import RULES, choose_rule
 from arvision.text.rules.block import block_verification
 
@@ -107,17 +111,33 @@ def small():
     return network, logp.gather(2, texts[..., None])[..., 0].sum(1).exp()
 
 
-NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "pseudo"}
-"""Drafters with tests of their law in files of their own."""
+NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "parallel", "pseudo", "retrieved"}
+"""Drafters with tests of their law in files of their own, or among those that are made."""
+
+
+def heads(kind: str, **options: Any) -> HeadDrafter:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        made = make_heads(kind, 32, 2)
+        for parameter in made.parameters():  # of which some are 0 at first
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return HeadDrafter(made.double(), **options)
+
+
+MADE: dict[str, Callable[[], Any]] = {kind: partial(heads, kind) for kind in KINDS} | {
+    f"{kind}, online": partial(heads, kind, online=1e-2, every=4) for kind in ("hydra", "clover")
+}
+"""Drafters that are made of something."""
 
 CHOOSING = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)
 
 
-@pytest.mark.parametrize("drafter", CHOOSING)
+@pytest.mark.parametrize("drafter", [*CHOOSING, *MADE])
 def test_every_rule_judges_every_chosen_draft_exactly_or_refuses(small, drafter):
     network, joint = small
     num = 600
     judged = []
+    drafter = MADE[drafter]() if drafter in MADE else drafter
     for name in LOSSLESS:
         try:
             out = arvision.generate(
@@ -135,3 +155,46 @@ def test_every_rule_judges_every_chosen_draft_exactly_or_refuses(small, drafter)
         assert law_p_value(found, joint) > ALPHA, name
     assert judged
     assert not {"independent", "block", "maximal"} & set(judged)
+    replay = getattr(drafter, "replay", None)
+    assert replay is None or replay.num_updates > 1
+
+
+@pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
+def test_every_rule_judges_a_draft_that_learns_meanwhile(small, expansion):
+    network, joint = small
+    draft = HFCausalLM(tiny_llama(seed=2, vocab_size=4, num_hidden_layers=1, sharpness=1.0), 3)
+    for tree in ((2, 1), (1, 1)):
+        drafter = DraftTree(draft, expansion, 4, 2, tree, online=1e-2, every=4)
+        if expansion not in DRAWN and tree == (1, 1):
+            continue  # these do not ask for it
+        learner, before = drafter.learner, 0
+        assert learner is not None
+        for name in LOSSLESS:
+            options: dict[str, Any] = {"drafter": drafter, "rule": name, "temperature": 1.0}
+            try:
+                out = arvision.generate(network, [[0, 1]] * 400, max_new_tokens=3, **options)
+            except InputError:
+                continue
+            found = (torch.tensor(out.tokens) * torch.tensor([16, 4, 1])).sum(1)
+            assert law_p_value(found, joint) > ALPHA, name
+            assert learner.replay.num_updates > before
+            before = learner.replay.num_updates
+
+
+@pytest.mark.parametrize("rule", ["gumbel", "independent", "block", "multi_round"])
+def test_rules_judge_a_draft_on_a_shortened_context_exactly(small, rule):
+    network, joint = small
+    num = 600
+    draft = tiny_llama(seed=1, vocab_size=4, num_hidden_layers=2, sharpness=1.0)
+    out = arvision.generate(
+        network,
+        [[0, 1]] * num,
+        drafter="retrieved",
+        drafter_options={"draft": draft, "context_tokens": 2, "chunk": 1, "num_draft": 3},
+        rule=rule,
+        temperature=1.0,
+        max_new_tokens=3,
+    )
+    assert out.stats.lossless
+    found = (torch.tensor(out.tokens) * torch.tensor([16, 4, 1])).sum(1)
+    assert law_p_value(found, joint) > ALPHA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from arvision.text.drafters import (
     LayerSkip,
     NestedExit,
     PromptLookup,
-    RetrievedContext,
     Superposed,
     TrigramDrafter,
 )
 from arvision.text.drafters.base import Trie, union
 from arvision.text.drafters.draft_tree import EXPANSIONS
-from arvision.text.drafters.papers.self_draft import expected_improvement
+from arvision.text.drafters.papers import trigram
+from arvision.text.drafters.papers.layer_skip import expected_improvement
+from arvision.text.drafters.papers.trigram import Trigrams
 from arvision.text.rules import choose_rule
 
 ALPHA = 1e-4
@@ -149,10 +151,16 @@ def test_a_trie_takes_no_more_than_its_room():
         ("distinct", (2, 2), "without_replacement"),
         ("beam", (2, 2, 2), "without_replacement"),
         ("dyspec", (1,), "gumbel"),
+        ("dyspec_drawn", (1,), "without_replacement"),
     ],
 )
 def test_draft_trees_keep_the_law(expansion, branching, rule):
-    num = 100_000 if expansion != "dyspec" else 3_000
+    num = {"dyspec": 3_000, "dyspec_drawn": 40_000}.get(expansion, 100_000)
+    assert tree_p_value(expansion, branching, rule, num) > ALPHA
+
+
+def tree_p_value(expansion, branching, rule, num):
+    """How likely the tokens of `num` texts are under the enumerated law."""
     target = DroppingTableModel(seed=3)
     draft = DroppingTableModel(seed=4, sharpness=1.0)
     drafter = DraftTree(draft, expansion, num_draft=5, branching=branching)
@@ -166,8 +174,20 @@ def test_draft_trees_keep_the_law(expansion, branching, rule):
         shape=Shaping(),
         policy=FixedWindow(drafter.num_draft + 1),
     )
-    assert law_p_value(target.number(out.tokens), target.joint(Shaping())) > ALPHA
     assert out.stats.tokens_per_pass > 1.4
+    return law_p_value(target.number(out.tokens), target.joint(Shaping()))
+
+
+def test_a_drawn_tree_that_is_cut_by_its_own_tokens_fails_the_test_of_the_law(monkeypatch):
+    """The published dynamic tree is exact because a place is chosen before its token is drawn."""
+    grow = DraftTree._drawn
+
+    def cut(*arguments):
+        _, values, tokens = grow(*arguments)
+        return values, values, tokens
+
+    monkeypatch.setattr(DraftTree, "_drawn", cut)
+    assert tree_p_value("dyspec_drawn", (1,), "without_replacement", 40_000) < ALPHA
 
 
 @pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
@@ -190,6 +210,7 @@ def test_a_draft_that_is_the_target_is_always_right(expansion):
         if temperature == 0 or out.stats.rule == "gumbel":
             assert out.tokens == plain.tokens
         least = {"independent": 2.0, "distinct": 2.0, "beam": 2.0, "dyspec": 2.0}
+        least["dyspec_drawn"] = 2.0
         assert out.stats.tokens_per_pass > least.get(expansion, 2.5)
 
 
@@ -209,12 +230,19 @@ def test_layer_skip_tries_sets_of_layers_and_leaves_the_cache_as_it_was():
     network = tiny_llama(num_hidden_layers=6)
     prompts = random_prompts([9, 6])
     expected = [greedy_reference(network, ids, 60) for ids in prompts]
-    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5)
+    drafter = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5, bayes_every=2)
     out = arvision.generate(network, prompts, drafter=drafter, max_new_tokens=60)
     assert out.tokens == expected
     assert len(drafter._found) == 5
-    assert len({runs for runs, _ in drafter._found}) > 1
-    assert all(sum(runs) == 3 and runs[0] and runs[-1] for runs, _ in drafter._found)
+    assert len({bits for bits, _ in drafter._found}) > 1
+    for bits, _ in drafter._found:
+        attention, mlp = bits[:6], bits[6:]
+        assert sum(bits) == 6
+        assert all(part[0] and part[5] for part in (attention, mlp))
+    assert any(bits[:6] != bits[6:] for bits, _ in drafter._found)
+    layers = LayerSkip(skip=0.5, confidence=0.0, context=8, trials=5, whole=True)
+    assert arvision.generate(network, prompts, drafter=layers, max_new_tokens=60).tokens == expected
+    assert all(bits[:6] == bits[6:] and sum(bits) == 6 for bits, _ in layers._found)
     whole = LayerSkip(layers=range(6), confidence=0.0)
     out = arvision.generate(network, prompts, drafter=whole, max_new_tokens=60)
     assert out.tokens == expected
@@ -238,7 +266,7 @@ def test_superposed_paths_are_the_beam_where_one_path_is_fed():
     one = arvision.generate(
         network,
         ids,
-        drafter=Superposed(num_paths=1, depth=4, skip=0.0, bigram_weight=0.0),
+        drafter=Superposed(num_paths=1, depth=4, skip=0.0, alpha=0.0),
         max_new_tokens=41,
     )
     assert one.stats.tokens_per_pass == pytest.approx(5, abs=0.01)
@@ -246,49 +274,29 @@ def test_superposed_paths_are_the_beam_where_one_path_is_fed():
         arvision.generate(
             network,
             ids,
-            drafter=Superposed(num_paths=k, depth=4, bigram_weight=0.4),
+            drafter=Superposed(num_paths=k, depth=4, alpha=0.4),
             max_new_tokens=41,
         ).stats.forward_passes
         for k in (1, 4)
     ]
     assert passes[1] <= passes[0]
-    with pytest.raises(InputError, match="bigram_weight 2"):
-        Superposed(bigram_weight=2)
+    with pytest.raises(InputError, match="alpha 2"):
+        Superposed(alpha=2)
 
 
 def test_nested_exits_stop_at_the_first_sure_one():
     network = tiny_llama()
     ids = random_prompts([9])
     for confidence in (0.0, 0.9):
-        drafter = NestedExit((0.5, 1.0), confidence=confidence)
+        drafter = NestedExit(exits=(0.5, 1.0), confidence=confidence)
         out = arvision.generate(network, ids, drafter=drafter, max_new_tokens=40)
         assert out.tokens == [greedy_reference(network, ids[0], 40)]
     sure = arvision.generate(
-        network, ids, drafter=NestedExit((1.0,), confidence=0.0), max_new_tokens=41
+        network, ids, drafter=NestedExit(exits=(1.0,), confidence=0.0), max_new_tokens=41
     )
     assert sure.stats.tokens_per_pass == 5.0
     with pytest.raises(InputError, match="ascending"):
-        NestedExit((0.8, 0.2))
-
-
-def test_a_retrieved_context_holds_what_is_asked_for():
-    prompt = [*range(100, 164), *[5] * 640, *range(200, 264), *[5] * 640, *range(210, 230), 7]
-    short = RetrievedContext(256, 64, 20)([prompt])[0]
-    assert len(short) <= 256
-    assert set(range(200, 264)) <= set(short)
-    assert short[:64] == prompt[:64]
-    assert short[-5:] == prompt[-5:]
-    assert RetrievedContext(256)([[1, 2, 3]]) == [[1, 2, 3]]
-    network = tiny_llama()
-    ids = random_prompts([150])
-    out = arvision.generate(
-        network,
-        ids,
-        drafter="draft_model",
-        drafter_options={"draft": network, "context": RetrievedContext(64, 16, 16)},
-        max_new_tokens=30,
-    )
-    assert out.tokens == [greedy_reference(network, ids[0], 30)]
+        NestedExit(exits=(0.8, 0.2))
 
 
 def test_trigrams_learn_from_the_corpus_and_the_text():
@@ -299,6 +307,38 @@ def test_trigrams_learn_from_the_corpus_and_the_text():
     tokens, parents = proposed(TrigramDrafter(), [1, 2, 3, 1, 2, 4, 1], 4, [2])
     assert parents is not None
     assert {t for t, p in zip(tokens, parents, strict=True) if p < 0} == {3, 4}
+
+
+def test_the_trigram_law_moves_towards_what_the_target_says():
+    """Counts of a corpus are not moved by three new tokens; an adaptive law is."""
+    for rate, expected in ((0.0, [3, 4]), (0.3, [4, 3])):
+        trigrams = Trigrams(rate)
+        for _ in range(100):
+            trigrams.add([1, 2, 3])
+        for _ in range(3):
+            trigrams.add([1, 2, 4])
+        law = trigrams.law(1, 2, 2)
+        assert [token for token, _ in law] == expected
+        assert sum(share for _, share in law) == pytest.approx(1.0)
+        assert law[0][1] == pytest.approx(100 / 103 if rate == 0 else 1 - 0.7**3)
+
+
+def test_the_search_for_drafts_explores_as_its_score_says():
+    text = [1, 2, 3, 1, 2, 3, 1, 2, 4, 1]
+    tokens, parents = proposed(TrigramDrafter(exploration=0.0, rate=0.0), text, 6, [2])
+    assert parents is None  # the likeliest way only: a chain
+    assert tokens[:2] == [3, 1]
+    tokens, parents = proposed(TrigramDrafter(rate=0.0), text, 12, [2])
+    assert parents is not None
+    assert {t for t, p in zip(tokens, parents, strict=True) if p < 0} == {3, 4}
+    node = trigram._Node([(3, 0.6), (4, 0.3), (5, 0.1)])
+    node.visits, node.gains = [4, 1, 0], [1.0, 0.4, 0.0]
+    weight = (1.25 + math.log((5 + 19653) / 19652)) * math.sqrt(5)
+    scores = [0.25 + weight * 0.6 / 5, 0.4 + weight * 0.3 / 2, weight * 0.1]
+    assert node.choose(1.0) == scores.index(max(scores)) == 1
+    assert node.choose(0.0) == 1
+    with pytest.raises(InputError, match="rate 1"):
+        TrigramDrafter(rate=1)
 
 
 def test_a_jacobi_window_comes_back_with_its_guesses():

@@ -18,7 +18,8 @@ from arvision.text.drafters import Eagle3, PromptLookup, combine
 from arvision.text.drafters.draft_tree import EXPANSIONS
 from arvision.text.drafters.eagle3 import Eagle3Head, load_eagle3, save_eagle3
 from arvision.text.drafters.features import FeatureState
-from arvision.text.fitting.data import Answers, answer
+from arvision.text.drafters.heads import make_heads
+from arvision.text.fitting.data import Answers, answer, read_texts
 from arvision.text.fitting.eagle3 import (
     Eagle3Objective,
     Eagle3Training,
@@ -26,6 +27,7 @@ from arvision.text.fitting.eagle3 import (
     train_eagle3,
     unrolled_mask,
 )
+from arvision.text.fitting.heads import HeadObjective, HeadTraining
 from arvision.text.generation import drafter_of
 from arvision.training.loop import FitConfig
 
@@ -109,6 +111,54 @@ def test_what_is_unrolled_in_training_is_what_drafts():
             torch.testing.assert_close(laws[step], unrolled, rtol=0, atol=2e-2)
     sees = unrolled_mask(4, 2, torch.zeros(1))[0, 0] == 0
     assert sees[3].nonzero()[:, 0].tolist() == [0, 1, 4 + 2, 8 + 3]
+
+
+@pytest.mark.parametrize("kind", ["hydra++", "clover", "chimera"])
+def test_what_a_prefix_layer_reads_in_training_is_what_it_reads_when_it_drafts(kind):
+    """Prompts of several lengths, rounds that end at different places, rows that leave."""
+    network = tiny_llama().float()
+    texts = random_prompts([14, 11, 13], seed=3)
+    heads = make_heads(kind, 32, 2)
+    for parameter in heads.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    embedding, output = network.model.embed_tokens.weight, network.lm_head.weight
+    examples = read_texts(network, Answers(texts, [1] * 3), 20, progress=False)
+    training = HeadTraining(kind=kind, num_heads=2, num_vocabulary=64)
+    objective = HeadObjective(heads, examples, embedding, output, training)
+    with torch.no_grad():
+        batch = examples.rows(torch.arange(3))
+        read = objective.read(batch["texts"], batch["hidden"].float())
+    features = batch["hidden"].float()
+    state = FeatureState(
+        heads,
+        network.get_input_embeddings(),
+        [text[:begin] for text, begin in zip(texts, (4, 1, 6), strict=True)],
+        features[:, :6],
+        lambda hidden: hidden,
+        40,
+    )
+    rows, begin = torch.arange(3), torch.tensor([4, 1, 6])
+    new = torch.stack(
+        [batch["texts"][row, place : place + 8] for row, place in enumerate((4, 1, 6))]
+    )
+    lengths = torch.ones(3, dtype=torch.int64)
+    for counts in ([1, 1, 1], [1, 3, 2], [2, 1, 1], [1, 2]):
+        taken = torch.tensor(counts)
+        if len(counts) < len(rows):
+            keep = torch.tensor([0, 2])
+            state.select(keep)
+            rows, begin, new, lengths = rows[keep], begin[keep], new[keep], lengths[keep]
+        if lengths.max() > 1 or counts != [1, 1, 1]:
+            places = (begin + lengths - 1)[:, None] + torch.arange(3)
+            state.take(features[rows[:, None], places.clamp(max=13)], taken)
+            lengths = lengths + taken
+        context = state.follow(new, lengths)
+        expected = read[rows, begin + lengths - 2]
+        torch.testing.assert_close(context, expected, rtol=0, atol=1e-5)
+        tail = [texts[row][:end] for row, end in zip(rows, (begin + lengths).tolist(), strict=True)]
+        assert state.before.tolist() == [
+            ([text[0]] * 2 + text)[-heads.reach - 1 : -1] for text in tail
+        ]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ thread of an AMD EPYC).
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import numpy as np
@@ -69,10 +70,15 @@ def _in_numpy(words: np.ndarray, made: np.ndarray) -> None:
     made[:, 0], made[:, 1], made[:, 2], made[:, 3] = landed[1], mixed[1], landed[0], mixed[0]
 
 
+@functools.cache
+def _constants(device: torch.device) -> Tensor:
+    """[2, 2, 1] int64, made once: while a graph is captured nothing can be copied to a device."""
+    return torch.tensor([MULTIPLIERS, WEYL[::-1]], device=device)[..., None]
+
+
 def _in_torch(words: Tensor) -> Tensor:
     """The ten rounds, words [6, n] int64 to [n, 4]."""
-    constants = torch.tensor([MULTIPLIERS, WEYL[::-1]], device=words.device)[..., None]
-    multipliers, weyl = constants
+    multipliers, weyl = _constants(words.device)
     c0, c1, c2, c3, k0, k1 = words
     multiplied, mixed = torch.stack([c0, c2]), torch.stack([c3, c1])
     # `keys` is ordered like the words that a product's high half lands on.

@@ -33,6 +33,7 @@ class LlamaGenState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "_prefill", "_tree")
 
     def __init__(
         self,

@@ -78,6 +78,7 @@ class ImageState:
     """
 
     allows_overrun = True
+    unread = ("lengths", "_tree", "_expansion", "_is_open")
 
     def __init__(
         self,

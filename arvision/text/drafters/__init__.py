@@ -6,8 +6,11 @@ from .eagle3 import Eagle3
 from .head_drafter import HeadDrafter
 from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
-from .papers.pseudo import PseudoDrafter
-from .papers.self_draft import LayerSkip, NestedExit, RetrievedContext
+from .papers.layer_skip import LayerSkip
+from .papers.nested import NestedExit
+from .papers.parallel import ParallelDraft
+from .papers.pseudo_drafter import PseudoDrafter
+from .papers.retrieved import Retrieved, RetrievedContext
 from .papers.superposed import Superposed
 from .papers.trigram import JacobiWindow, TrigramDrafter
 from .recycling import TokenRecycling
@@ -24,9 +27,11 @@ __all__ = [
     "JacobiWindow",
     "LayerSkip",
     "NestedExit",
+    "ParallelDraft",
     "PastOutputs",
     "PromptLookup",
     "PseudoDrafter",
+    "Retrieved",
     "RetrievedContext",
     "SuffixDecoding",
     "Superposed",

@@ -36,6 +36,8 @@ class TextDrafter:
     Attributes:
         draws: see `DRAWS`.
         branches: whether what it drafts may branch.
+        takes_rows: whether it learns rightly from passes in which a row had fewer candidates than it
+            proposed, the first ones.
         num_draft: candidates that it drafts per pass when nothing else is asked.
         needs_hidden: whether it drafts from what the target's last layer says.
         histories: each active row's prompt and final tokens; up to the prefill's where `is_fixed`.
@@ -46,6 +48,7 @@ class TextDrafter:
     draws: ClassVar[str] = "chosen"
     branches: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = True
     num_draft: int = 10
     histories: list[list[int]]
     is_fixed: bool = False

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...contracts import Conditions, TakesFixedTrees, TokenModel
+from ...decoding.draft_model import StillLikely, confidence_features
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
 from ...decoding.noise import Noise, draw
@@ -24,21 +27,35 @@ from ...decoding.tree import (
     topology_of,
 )
 from ...decoding.tree_levels import Level, by_level, levels_of
+from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
-from ..model import as_text_model
+from ...files import user_path
+from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation
+from .growing import Grown
+from .online import DraftLearner
+from .papers.acceptance import AcceptanceHead
 from .recycling import RANKS
 
 EXPANSIONS = {
     "chain": "one draft after another",
-    "dyspec": "the candidates of the largest estimated acceptance (DySpec)",
+    "dyspec": "the candidates of the largest estimated acceptance (DySpec, greedy)",
+    "dyspec_drawn": "likewise, siblings drawn without replacement (DySpec above temperature 0)",
     "sequoia": "a fixed tree, best for acceptances by rank (Sequoia)",
     "independent": "a fixed number of independent draws per node (SpecInfer, SpecTr)",
     "distinct": "a fixed number of draws without replacement per node (RSD-C)",
     "beam": "stochastic beam search: draws without replacement of whole paths (RSD-S)",
 }
-DRAWN = {"independent": "independent", "distinct": "distinct", "beam": "distinct"}
+DRAWN = {
+    "independent": "independent",
+    "distinct": "distinct",
+    "beam": "distinct",
+    "dyspec_drawn": "distinct",
+}
+FIXED = ("independent", "distinct", "beam")
+"""Expansions whose sizes are those of `branching`."""
+
 LANES = 1 << 8
 FINER = 4
 """Tokens of a draft with another vocabulary that there is room for, per token of the target."""
@@ -68,26 +85,38 @@ class DraftTree(TextDrafter):
 
     Where tokens are drawn and drafts are chosen ("chain", "dyspec", "sequoia"), candidates are
     ranked by log q + g with the very noise g of their position, which is what the Gumbel walk asks
-    of the target: they meet more often. At temperature 0 all expansions choose.
+    of the target: they meet more often. "dyspec_drawn" is the paper's own tree for these runs: its
+    siblings are drawn one after another without replacement, and "without_replacement" judges them.
+    At temperature 0 all expansions choose.
 
     Args:
         draft: a token model of the target's vocabulary, or a model of transformers of any.
         expansion: see `EXPANSIONS`.
-        num_draft: candidates per pass ("chain", "dyspec", "sequoia").
+        num_draft: candidates per pass ("chain", "dyspec", "dyspec_drawn", "sequoia").
         max_depth: levels, likewise.
         branching: children per node and level ("independent", "distinct"), or the number of paths
             per level ("beam").
         ranks: acceptances by rank ("sequoia").
         context: what the draft reads instead of the prompts; None for the prompts.
+        acceptance: a head that tells whether drafts will be accepted, or its folder: chains then end
+            where a rejection is likely (SpecDec++), and `num_draft` and `max_depth` bound them.
+        stop_threshold: probability of a rejection among a row's drafts beyond which its chain ends.
         tokenizer: the draft's, where it may be another one than the target's: `generate` then makes
             a `translation`, and the two draft and read across vocabularies.
+        online: learning rate of updates from the target's own answers as they are served; 0 for
+            none. Examples are the places where drafts ended, with the target's laws. A copy of
+            the draft learns; `save` writes it.
+        every: examples gathered before an update.
+        capacity: examples that are kept to be learned from again.
 
     Raises:
-        InputError: an unknown expansion, or a value out of range.
+        InputError: an unknown expansion, or a value out of range; updates of a draft that is no
+            model of transformers in float32, or has another vocabulary.
 
     Paper: Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure",
     2024, section 4; Chen et al., "Sequoia", 2024, section 3.1; Jeon et al., "Recursive Speculative
-    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023.
+    Decoding", 2024, section 3.1; Miao et al., "SpecInfer", 2023; Liu et al., "Online Speculative
+    Decoding", 2023, section 4; Huang, Guo and Wang, "SpecDec++", 2024, section 3.
     """
 
     def __init__(
@@ -99,7 +128,12 @@ class DraftTree(TextDrafter):
         branching: Sequence[int] = (3, 2, 1),
         ranks: Sequence[float] = RANKS,
         context: Callable[[list[list[int]]], Conditions] | None = None,
+        acceptance: AcceptanceHead | str | Path | None = None,
+        stop_threshold: float = 0.7,
         tokenizer: Any = None,
+        online: float = 0.0,
+        every: int = 16,
+        capacity: int = 256,
     ) -> None:
         if expansion not in EXPANSIONS:
             raise unknown_name("expansion", expansion, EXPANSIONS)
@@ -108,16 +142,33 @@ class DraftTree(TextDrafter):
                 f"num_draft {num_draft}, max_depth {max_depth}, branching {tuple(branching)}: "
                 "expected numbers >= 1"
             )
+        self.learner: DraftLearner | None = None
+        if online:
+            if not isinstance(draft, HFCausalLM):
+                raise InputError(
+                    f"online {online} with a draft {type(draft).__name__}: expected a language "
+                    "model of transformers"
+                )
+            draft = as_text_model(copy.deepcopy(draft.network), draft.num_tokens)
+            self.learner = DraftLearner(draft.network, online, every, capacity)
         self.draft, self.expansion, self.max_depth = draft, expansion, max_depth
         self.branching, self.ranks, self._context = tuple(branching), tuple(ranks), context
         self.draft_vocab_size = draft.vocab_size
         self.tokenizer = tokenizer
         self.translation: Translation | None = None
+        self.text_tokenizer: Any = None
         self.shaping = Shaping()
-        if expansion in DRAWN:
+        if expansion in FIXED:
             full = len(parents_of(self.branching))
             num_draft = full if expansion != "beam" else sum(self.branching)
         self.num_draft = num_draft
+        self.acceptance = AcceptanceHead.of(acceptance)
+        self.stop_threshold = stop_threshold
+        if self.acceptance is not None and (self.branches or not 0 < stop_threshold < 1):
+            raise InputError(
+                f"acceptance with expansion {expansion!r} and stop_threshold {stop_threshold}: "
+                "expected a chain, and a probability between 0 and 1"
+            )
 
     @property
     def draws(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -128,7 +179,7 @@ class DraftTree(TextDrafter):
     def branches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether a node may have several children."""
         return self.expansion != "chain" and (
-            self.expansion not in DRAWN or max(self.branching) > 1
+            self.expansion not in FIXED or max(self.branching) > 1
         )
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
@@ -146,9 +197,15 @@ class DraftTree(TextDrafter):
             return shape(in_vocabulary(logits, self.vocab_size))
 
         self._plans: dict[int, Plan] = {}
+        if self.acceptance is not None:
+            self.acceptance.check_draft(self.draft, self.translation)
         if self.translation is None:
             self._state: Any = FollowingState(self.draft, read, 1.0, law, self.num_tokens)
             return
+        if self.learner is not None:
+            raise InputError(
+                "online updates of a draft of another vocabulary: expected the target's"
+            )
         draft = as_text_model(self.draft, FINER * self.num_tokens)
         texts = [torch.as_tensor(ids).tolist() for ids in read]
         self._state = TranslatedState(draft, self.translation, texts, law, self.vocab_size)
@@ -158,8 +215,22 @@ class DraftTree(TextDrafter):
         self._known = [known + len(own) for known, own in zip(self._known, new, strict=True)]
         super().hear(new, told)
 
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Note where drafts ended, if that is learned from."""
+        if self.learner is not None and batch.number != 0:
+            self.learner.hear(self.histories, batch, verdict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the draft as it is now, as transformers does, and its tokenizer where it is known."""
+        network: Any = self.draft
+        network.network.save_pretrained(user_path(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(user_path(folder))
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
+        for row in set(range(len(self.histories))) - set(rows.tolist()):
+            self.histories[row] += self._fresh[row]  # what is learned from is whole
         super().select(rows)
         self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
@@ -169,6 +240,10 @@ class DraftTree(TextDrafter):
         """Why the draft does not draft in passes of fixed shapes."""
         if self.translation is not None:
             return "a draft of another vocabulary reads the text itself, on the host"
+        if self.learner is not None:
+            return "a draft that learns online does so on the host"
+        if self.acceptance is not None:
+            return "chains that end where a rejection is likely have no fixed shape"
         if self.branches and not isinstance(self._state.state, TakesFixedTrees):
             return "the draft model has no trees of fixed shapes"
         return self._state.why_not_fixed
@@ -181,13 +256,17 @@ class DraftTree(TextDrafter):
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
+        if self.learner is not None:
+            self.learner.learn()
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
         if law is None:  # another vocabulary's text has outgrown the draft
             logq = root.new_zeros(len(root), 0, self.vocab_size).float()
             return TokenTree(root[:, :0], None if self.draws == "chosen" else logq)
-        if self.expansion == "dyspec":
-            return self._greedy_expansion(root, law, lengths, num)
+        if self.expansion in ("dyspec", "dyspec_drawn"):
+            return self._greedy_expansion(root, law, lengths, num, round_number)
+        if self.acceptance is not None:
+            return self._likely_chain(root, law, lengths, num, round_number)
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
         if num not in self._plans:
@@ -196,7 +275,7 @@ class DraftTree(TextDrafter):
 
     def _parents(self, num: int) -> Tensor:
         """Parents of a fixed tree of `num` candidates, or fewer, numbered level by level."""
-        if self.expansion in DRAWN:
+        if self.expansion in FIXED:
             return parents_of(self.branching)[:num]
         if self.expansion == "chain":
             return torch.arange(-1, min(num, self.max_depth) - 1)
@@ -253,33 +332,105 @@ class DraftTree(TextDrafter):
             drafts = torch.cat([drafts, before], dim=1)
         return TokenTree(drafts, torch.cat(drawn_from, dim=1) if wants_laws else None, plan.parents)
 
-    def _greedy_expansion(self, root: Tensor, law: Tensor, lengths: Tensor, num: int) -> TokenTree:
-        """Grow each row's tree by the candidates with the largest product of probabilities.
+    def _likely_chain(
+        self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
+    ) -> TokenTree:
+        """A chain that ends in each row where a rejection is likely; see `StillLikely`.
 
-        A child is never likelier than its parent, so after each level the `num` best candidates so
-        far are a tree, and only those of them that are new can have children among the best. All
-        rows grow at once, where the laws lie; what a row does not have is -1 with no probability.
+        Chosen drafts go on as long as any row's do, which costs nothing and changes no text.
+        """
+        assert self.acceptance is not None
+        levels = self.max_depth if self.expansion not in FIXED else len(self.branching)
+        drafts, laws = root[:, :0], []
+        likely = StillLikely(len(root), self.stop_threshold, law)
+        for place in range(min(num, levels)):
+            scores = law
+            if self.draws == "chosen":
+                scores = law + self._numbers(law, lengths + place)
+                token = scores.argmax(-1)
+            else:
+                token = self._siblings(law, lengths + place, 1, round_number, place)[:, 0]
+                token = token.where(likely.going, -1)
+            drafts = torch.cat([drafts, token[:, None]], dim=1)
+            laws.append(law)
+            if place + 1 == min(num, levels):
+                break
+            fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+            features = confidence_features(law, scores, token.clamp(min=0))
+            law = self._state.extend(fed)[:, -1]
+            likely.see(self.acceptance(self._state.hidden[:, -1], features))
+            if none_left(likely.going):
+                break
+        logq = None
+        if self.draws != "chosen":
+            logq = torch.stack(laws, dim=1) if laws else law[:, None][:, :0]
+        return TokenTree(drafts, logq)
+
+    def _greedy_expansion(
+        self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
+    ) -> TokenTree:
+        """Grow each row's tree by the places with the largest estimated acceptance.
+
+        A place is worth the probability that a rule tries it: the product of the draft's
+        probabilities down to its parent, times what its elder siblings leave of the law where
+        siblings are drawn; a chosen one is worth its own token. No place is worth more than the one
+        above it or its elder sibling, so after each level the `num` best places so far are a tree,
+        and only those of them that are new can have children among the best. Whether a place is
+        among the best follows from what was drawn at better ones and never from its own token: so
+        drawn trees keep the law. All rows grow at once, where the laws lie; what a row does not
+        have is -1 with no probability.
         """
         width = min(num, 8, law.shape[-1])
-        values, tokens = _best(law + self._numbers(law, lengths), width)
-        parents, depths = torch.full_like(tokens, -1), torch.zeros_like(tokens)
+        grow = self._chosen if self.draws == "chosen" else self._drawn
+        laws = law[:, None]
+        tree = Grown.roots(*grow(laws, lengths, 0, width, round_number))
         for level in range(1, self.max_depth):
-            values, tokens, parents, depths = _pruned(values, tokens, parents, depths, num)
-            fresh = (depths == level - 1) & (values > float("-inf"))
+            kept, _ = tree.best(num)
+            fresh = (kept.depths == level - 1) & (kept.worth > float("-inf"))
             if none_left(fresh):
                 break
-            fed = torch.cat([root, tokens.clamp(min=0)], dim=1)
-            laws = self._state.extend(fed, topology_of(parents, level).rooted)[:, 1:]
-            numbers = self._numbers(law, lengths + level)
-            more, below = _best(laws + numbers[:, None], width)
-            more = (values[..., None] + more).masked_fill(~fresh[..., None], float("-inf"))
-            above = torch.arange(tokens.shape[1], device=root.device)[:, None].expand(-1, width)
-            values = torch.cat([values, more.flatten(1)], dim=1)
-            tokens = torch.cat([tokens, below.flatten(1)], dim=1)
-            parents = torch.cat([parents, above.reshape(1, -1).expand(len(root), -1)], dim=1)
-            depths = torch.cat([depths, torch.full_like(below, level).flatten(1)], dim=1)
-        _, tokens, parents, _ = _pruned(values, tokens, parents, depths, num)
-        return TokenTree(tokens, parents=parents, num_levels=self.max_depth, most_children=width)
+            fed = torch.cat([root, kept.tokens.clamp(min=0)], dim=1)
+            laws = self._state.extend(fed, topology_of(kept.parents, level).rooted)
+            found = grow(laws[:, 1:], lengths, level, width, round_number)
+            tree = kept.longer(level, fresh, *found)
+        best, order = tree.best(num)
+        logq = None
+        if self.draws != "chosen":
+            above = tree.parents.gather(1, order) + 1  # places of the last pass
+            logq = laws.gather(1, above[..., None].expand(-1, -1, laws.shape[-1]))
+        return TokenTree(
+            best.tokens, logq, best.parents, num_levels=self.max_depth, most_children=width
+        )
+
+    def _chosen(
+        self, laws: Tensor, lengths: Tensor, level: int, width: int, round_number: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `width` best children of nodes with laws [B, N, V]: logarithms of their worth and of
+        their probability (the same), and their tokens, [B, N, width]."""
+        scores = laws + self._numbers(laws[:, 0], lengths + level)[:, None]
+        best = scores.topk(width, dim=-1)
+        values = best.values - scores.logsumexp(-1, keepdim=True)
+        return values, values, best.indices
+
+    def _drawn(
+        self, laws: Tensor, lengths: Tensor, level: int, width: int, round_number: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`width` children drawn without replacement, as `_chosen`; worth what is left of the law."""
+        batch, nodes, vocab = laws.shape
+        number = round_number * LANES + level
+        uniforms = self.noise.uniform((lengths + level)[:, None], "draft", number, nodes * width)
+        uniforms = uniforms.view(batch * nodes, width)
+        left = laws.reshape(-1, vocab).exp()
+        worth, values, tokens = [], [], []
+        for place in range(width):
+            mass = left.sum(-1)
+            token = draw(left.where((mass > 0)[:, None], 1.0), uniforms[:, place])[:, None]
+            values.append(left.gather(1, token)[:, 0].log())
+            left = left.scatter(1, token, 0.0)
+            worth.append(mass.log())
+            tokens.append(token[:, 0])
+        shape = batch, nodes, width
+        return tuple(torch.stack(part, dim=1).view(shape) for part in (worth, values, tokens))  # pyright: ignore[reportReturnType]
 
     def _beam(self, root: Tensor, law: Tensor, lengths: Tensor, round_number: int) -> TokenTree:
         """Stochastic beam search; every row grows a tree of its own, level by level, best first.
@@ -355,24 +506,3 @@ class Plan:
             fed.append(None if is_chain(own) else topology(shape, device))
             num += len(level.places)
         return cls(parents, levels, fed)
-
-
-def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest of scores [..., V], normalised, and where they are."""
-    best = scores.topk(width, dim=-1)
-    return best.values - scores.logsumexp(-1, keepdim=True), best.indices
-
-
-def _pruned(
-    values: Tensor, tokens: Tensor, parents: Tensor, depths: Tensor, num: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best `num` of candidates [B, M] in their order; what remains of a tree is one."""
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :num].sort(dim=1).values
-    place = torch.full_like(parents, -1)
-    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    values, tokens, parents, depths = (
-        part.gather(1, order) for part in (values, tokens, parents, depths)
-    )
-    is_real = values > float("-inf")
-    above = torch.where(parents < 0, -1, place.gather(1, parents.clamp(min=0)))
-    return values, tokens.where(is_real, -1), above.where(is_real, -1), depths

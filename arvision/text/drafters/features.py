@@ -28,7 +28,11 @@ READ = 1024
 
 
 class FeatureNetwork(Protocol):
-    """What `FeatureTree` asks of a network, besides `vocab_size` (None where that is not known)."""
+    """What `FeatureTree` asks of a network, besides `vocab_size` (None where that is not known).
+
+    A network that only reads (`follow`) may have a `reach` R: then `embedded` holds at each place the
+    embeddings of the token and of the R before it, [B, T, (R + 1) C].
+    """
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:
@@ -90,6 +94,7 @@ class FeatureState:
         room: int,
     ) -> None:
         self._network, self._embed, self._shape = network, embed, shape
+        self._reach: int = getattr(network, "reach", 0)
         heads, key_width, value_width = network.cache_sizes
         fused = network.fuse(features)
         device = fused.device
@@ -103,10 +108,13 @@ class FeatureState:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        # Before a text stands its first token again.
+        self._tail = padded[:, :1].expand(-1, self._reach + 1)
         for start in range(0, longest - 1, READ):
             end = min(start + READ, longest - 1)
-            self._run(padded[:, start + 1 : end + 1], fused[:, start:end], None)
-            self._keep((lengths - 1 - start).clamp(0, end - start), end - start)
+            read = padded[:, start + 1 : end + 1]
+            self._run(read, fused[:, start:end], None)
+            self._keep((lengths - 1 - start).clamp(0, end - start), read)
         last = (lengths - 1)[:, None, None].expand(-1, 1, fused.shape[2])
         self._waiting, self._counts = fused.gather(1, last), torch.ones_like(lengths)
         self._known: list[dict[tuple[int, ...], int]] = []
@@ -121,6 +129,12 @@ class FeatureState:
         self.cache.select(rows)
         self._waiting, self._counts = self._waiting[rows], self._counts[rows]
         self._root, self._hidden = self._root[rows], self._hidden[rows]
+        self._tail = self._tail[rows]
+
+    @property
+    def before(self) -> Tensor:
+        """The `reach` tokens before the last one that was followed, [B, R]."""
+        return self._tail[:, :-1]
 
     @torch.no_grad()
     def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] = ()) -> Tensor:
@@ -129,7 +143,7 @@ class FeatureState:
         places = (lengths - self._counts)[:, None] + torch.arange(num, device=lengths.device)
         fed = tokens.gather(1, places.clamp(max=tokens.shape[1] - 1))
         hidden = self._run(fed, self._waiting, None)
-        self._keep(self._counts, num)
+        self._keep(self._counts, fed)
         last = (self._counts - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
         self._root = hidden.gather(1, last)
         self._known, self._hidden = [{} for _ in range(len(tokens))], hidden[:, :0]
@@ -183,15 +197,25 @@ class FeatureState:
         if mask is None:
             mask = hidden.new_zeros(1, 1, 1, int(slots[0, 0]) + 1)
         positions = slots if shape is None else self.cache.lengths[:, None] + shape.depths
-        embedded = self._embed(tokens.clamp(min=0)).to(hidden)
+        embedded = self._embed(tokens.clamp(min=0)) if not self._reach else self._windows(tokens)
+        embedded = embedded.to(hidden)
         rows = mask.expand(len(tokens), -1, -1, -1)
         return self._network.step(
             embedded, hidden, rows, positions.expand(len(tokens), -1), self._view
         )
 
-    def _keep(self, counts: Tensor, num: int) -> None:
-        order = torch.arange(num, device=counts.device)
-        self.cache.commit(order.expand(len(counts), num), counts)
+    def _windows(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens [B, T] behind the tail, each with those of the tokens before it."""
+        behind = torch.cat([self._tail[:, 1:], tokens.clamp(min=0)], dim=1)
+        return self._embed(behind.unfold(1, self._reach + 1, 1)).flatten(-2)
+
+    def _keep(self, counts: Tensor, tokens: Tensor) -> None:
+        """Commit the first `counts` [B] of the pairs of tokens [B, T] that were read last."""
+        order = torch.arange(tokens.shape[1], device=counts.device)
+        self.cache.commit(order.expand(tokens.shape), counts)
+        if self._reach:
+            last = counts[:, None] + torch.arange(self._reach + 1, device=counts.device)
+            self._tail = torch.cat([self._tail, tokens], dim=1).gather(1, last)
 
     def _law(self, hidden: Tensor) -> Tensor:
         return self._shape(self._network.logits(hidden).float())
@@ -230,12 +254,7 @@ class FeatureTree(DraftTree):
         Raises:
             InputError: a target that does not tell what its layers make of a text.
         """
-        features = getattr(state, "features", None)
-        if features is None:
-            raise InputError(
-                f"{type(self).__name__} drafts from what the target's layers see: expected a "
-                "language model of transformers, and `generate`"
-            )
+        features = features_of(state, self)
         embed = state.model.network.get_input_embeddings()
         shape = self.shaping if self.shaping.temperature else Shaping()
 
@@ -246,17 +265,37 @@ class FeatureTree(DraftTree):
         network: Any = self.draft
         with torch.no_grad():
             self._state: Any = FeatureState(network, embed, self.histories, features, law, room)
-        self._target, state.features = state, None
+        self._target = state
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Take the target's features along each row's accepted path."""
         if batch.number == 0:
             return  # the prefill, whose features were read already
-        features = self._target.features
-        width = max(verdict.given or verdict.counts.tolist())
-        places = torch.arange(width, device=features.device).expand(len(features), -1)
-        if verdict.path is not None:
-            path = verdict.path[:, : width - 1].clamp(min=0) + 1
-            places = torch.cat([places[:, :1], path], dim=1)
-        index = places[..., None].expand(-1, -1, features.shape[2])
-        self._state.take(features.gather(1, index), verdict.counts)
+        self._state.take(features_along(self._target.features, verdict), verdict.counts)
+
+
+def features_of(state: Any, drafter: Any) -> Tensor:
+    """The target's features of the prompts, [B, L, F C], which its state then keeps no longer.
+
+    Raises:
+        InputError: a target that does not tell what its layers make of a text.
+    """
+    features = getattr(state, "features", None)
+    if features is None:
+        raise InputError(
+            f"{type(drafter).__name__} drafts from what the target's layers see: expected a "
+            "language model of transformers, and `generate`"
+        )
+    state.features = None
+    return features
+
+
+def features_along(features: Tensor, verdict: Verdict) -> Tensor:
+    """Of the target's features [B, 1 + T, F C] of a pass, those of the root and of each row's accepted
+    path: [B, M, F C], of which the first `verdict.counts` belong to the row."""
+    width = max(verdict.given or verdict.counts.tolist())
+    places = torch.arange(width, device=features.device).expand(len(features), -1)
+    if verdict.path is not None:
+        path = verdict.path[:, : width - 1].clamp(min=0) + 1
+        places = torch.cat([places[:, :1], path], dim=1)
+    return features.gather(1, places[..., None].expand(-1, -1, features.shape[2]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ...errors import InputError
@@ -63,6 +65,11 @@ class PromptLookup(TextDrafter):
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
         self.max_branches, self.num_draft = max_branches, num_draft
 
+    @property
+    def branches(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether several continuations may be drafted."""
+        return self.max_branches > 1
+
     def begin(self, state: object) -> None:
         """Index the prompts."""
         self._indices = [_Index(self.max_ngram) for _ in self.histories]
@@ -113,6 +120,8 @@ class InputCopy(TextDrafter):
     Paper: Ge et al., "Lossless Acceleration for Seq2seq Generation with Aggressive Decoding", 2022,
     section 3.1 (input-guided).
     """
+
+    branches: ClassVar[bool] = False
 
     def __init__(self, max_match: int = 8, num_draft: int = 16) -> None:
         if max_match < 1 or num_draft < 1:

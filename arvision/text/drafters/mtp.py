@@ -73,6 +73,9 @@ LAYOUTS = {
 SHARED = ("embed_tokens.weight", "shared_head.head.weight", "rotary_emb.inv_freq")
 """Copies of the model's own weights in such a layer, which are not needed again."""
 
+MTP_FILE = "mtp.json"
+"""Figures that `arvision train-draft --kind mtp` writes beside a layer."""
+
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 

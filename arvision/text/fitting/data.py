@@ -16,8 +16,9 @@ from ...decoding.loop import FixedWindow, decode_tokens
 from ...decoding.run import Run
 from ...decoding.verify import gumbel_coupling
 from ...errors import InputError
-from .. import HFCausalLM
 from ..chat import chat_ids
+from ..layers import find_layers, watching
+from ..seq2seq import as_generator
 from ..stop import TextEnd
 
 HELD_OUT = 0.1
@@ -57,7 +58,7 @@ def answer(
     """Let a target answer prompts (self-distillation: a draft learns what the target says).
 
     Args:
-        network: a causal language model of transformers.
+        network: a language model of transformers, causal or with an encoder.
         prompts: ids.
         num_tokens: of an answer at most.
         batch_size: prompts at a time; sorted by length, so that little is padded.
@@ -65,7 +66,7 @@ def answer(
         seed: of the draws.
         progress: show a bar on stderr.
     """
-    model = HFCausalLM(network, num_tokens)
+    model = as_generator(network, num_tokens)
     config = getattr(network, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -157,6 +158,104 @@ def head_examples(
         begin = end
     tokens = torch.tensor([token for text, start in texts for token in text[start:]])
     return HeadExamples(hidden, tokens, torch.cat(places), num_heads)
+
+
+@dataclass(frozen=True)
+class TextExamples:
+    """Texts of a target from their beginnings, and what its layers made of them.
+
+    Attributes:
+        texts: ids [L] of each.
+        features: [L, F C] float16 of each, what went into some layers.
+        hidden: [L, C] float16 of each, what went into the output layer.
+        starts: where each answer begins.
+    """
+
+    texts: list[Tensor]
+    features: list[Tensor]
+    hidden: list[Tensor]
+    starts: list[int]
+
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """Texts `indices` [B], padded: "texts" [B, L], "features" [B, L, F C], "hidden" [B, L, C],
+        "starts" [B], "lengths" [B]."""
+        chosen = indices.tolist()
+
+        def pad(tensors: list[Tensor]) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(
+                [tensors[index] for index in chosen], batch_first=True
+            )
+
+        return {
+            "texts": pad(self.texts),
+            "features": pad(self.features),
+            "hidden": pad(self.hidden),
+            "starts": torch.tensor([self.starts[index] for index in chosen]),
+            "lengths": torch.tensor([len(self.texts[index]) for index in chosen]),
+        }
+
+
+@torch.no_grad()
+def read_texts(
+    network: Any,
+    answers: Answers,
+    length: int,
+    *,
+    layers: Sequence[int] = (),
+    least: int = 2,
+    progress: bool = True,
+) -> TextExamples:
+    """Let a target read its answers once.
+
+    Args:
+        network: the target.
+        answers: its answers.
+        length: tokens of a text that are read, from its start.
+        layers: whose inputs are features; none for none.
+        least: tokens of an answer among those; shorter ones are left out.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: answers that are all too short.
+    """
+    found = TextExamples([], [], [], [])
+    last = len(getattr(*find_layers(network)))
+    device = network.get_input_embeddings().weight.device
+    pairs = list(zip(answers.texts, answers.starts, strict=True))
+    for whole, start in tqdm(pairs, disable=not progress, desc="features"):
+        text = whole[:length]
+        if len(text) - start < least:
+            continue
+        seen: dict[int, Tensor] = {}
+        with watching(network, (*layers, last), seen):
+            network(torch.tensor([text], device=device), use_cache=False)
+        features = [seen[layer][0].to(torch.float16) for layer in layers]
+        found.texts.append(torch.tensor(text))
+        found.hidden.append(seen[last][0].to(torch.float16).cpu())
+        found.features.append(
+            torch.cat(features, dim=-1).cpu() if layers else found.hidden[-1][:, :0]
+        )
+        found.starts.append(start)
+    if not found.texts:
+        raise InputError(
+            f"no answer has {least} tokens among the first {length} of its text: expected shorter "
+            "prompts or longer answers"
+        )
+    return found
+
+
+def split_answers(answers: Answers) -> tuple[Answers, Answers]:
+    """Answers to learn from, and those that the fit never sees.
+
+    Raises:
+        InputError: a single answer.
+    """
+    num = num_held_out(len(answers.texts))
+    if num >= len(answers.texts):
+        raise InputError(f"{len(answers.texts)} answers: expected at least 2")
+    parts = (slice(num, None), slice(num))
+    learn, held = (Answers(answers.texts[part], answers.starts[part]) for part in parts)
+    return learn, held
 
 
 def num_held_out(num: int) -> int:

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig
 
 from ...errors import InputError, unknown_name
 from ...training.llamagen_draft import DIVERGENCES, divergence
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.eagle3 import Eagle3Head, save_eagle3
-from ..layers import find_layers, watching
-from .data import Answers, frequent_tokens, num_held_out
+from ..layers import find_layers
+from .data import Answers, frequent_tokens, read_texts, split_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,8 @@ class Eagle3Objective(Objective):
     """Divergence of the head from the target along the target's answers, at every step of the unroll.
 
     Args:
-        head: what is trained.
+        head: what is trained: an `Eagle3Head`, or another feature network with its `vocabulary`,
+            `layers_of` and `draft_logits`.
         network: the target, frozen.
         answers: its answers; features are read from the target once, and kept in half precision.
         training: settings.
@@ -164,7 +164,7 @@ class Eagle3Objective(Objective):
 
     def __init__(
         self,
-        head: Eagle3Head,
+        head: Any,
         network: Any,
         answers: Answers,
         training: Eagle3Training,
@@ -178,40 +178,14 @@ class Eagle3Objective(Objective):
         last = len(getattr(*find_layers(network)))
         vocab_size, width = self._embedding.shape
         layers = head.layers_of(last, width, vocab_size)
-        self._texts: list[tuple[Tensor, Tensor, Tensor, int]] = []
-        pairs = list(zip(answers.texts, answers.starts, strict=True))
-        for whole, start in tqdm(pairs, disable=not progress, desc="features"):
-            text = whole[: training.length]
-            if len(text) - start < 2:
-                continue
-            seen: dict[int, Tensor] = {}
-            ids = torch.tensor([text], device=self._embedding.device)
-            with torch.no_grad(), watching(network, (*layers, last), seen):
-                network(ids, use_cache=False)
-            features = torch.cat([seen[layer][0] for layer in layers], dim=-1)
-            kept = features.to(torch.float16).cpu(), seen[last][0].to(torch.float16).cpu()
-            self._texts.append((torch.tensor(text), *kept, start))
-        if not self._texts:
-            raise InputError(
-                f"no answer has 2 tokens among the first {training.length} of its text: expected "
-                "shorter prompts or longer answers"
-            )
-        self.num_items = len(self._texts)
+        self._texts = read_texts(
+            network, answers, training.length, layers=layers, progress=progress
+        )
+        self.num_items = len(self._texts.texts)
 
     def inputs(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Texts [B, L], features [B, L, 3 C], the output layer's inputs [B, L, C], starts [B]."""
-        chosen = [self._texts[index] for index in indices.tolist()]
-
-        def pad(tensors: list[Tensor]) -> Tensor:
-            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-        return {
-            "texts": pad([text for text, *_ in chosen]),
-            "features": pad([features for _, features, _, _ in chosen]),
-            "hidden": pad([hidden for _, _, hidden, _ in chosen]),
-            "starts": torch.tensor([start for *_, start in chosen]),
-            "lengths": torch.tensor([len(text) for text, *_ in chosen]),
-        }
+        """See `TextExamples.rows`."""
+        return self._texts.rows(indices)
 
     def unroll(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The head's outputs [B, L - 1, C] of each step.
@@ -289,13 +263,7 @@ def train_eagle3(
     """
     training = training or Eagle3Training()
     torch.manual_seed(training.fit.seed)
-    num_held = num_held_out(len(answers.texts))
-    if num_held >= len(answers.texts):
-        raise InputError(f"{len(answers.texts)} answers: expected at least 2")
-    held, learn = (
-        Answers(answers.texts[part], answers.starts[part])
-        for part in (slice(num_held), slice(num_held, None))
-    )
+    learn, held = split_answers(answers)
     device = network.get_output_embeddings().weight.device
     head = make_eagle3(network, frequent_tokens(answers, training.num_vocabulary)).to(device)
     objective = Eagle3Objective(head, network, learn, training, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ...errors import InputError
 from ...files import write_bytes, write_json
 from ...schema import check_fields, parse_json, read_text
 from ...training.loop import Chance, FitConfig, Objective, fit
-from ..rules.lossy import JUDGE_FILE, JudgeHead
+from ..rules.lossy import JUDGE_FIGURES, JUDGE_FILE, JudgeHead
 from .data import hidden_states, question_ids
 
 JUDGE_FIT = FitConfig(steps=400, batch_size=256, learning_rate=5e-3, warmup=20, weight_decay=0.01)
@@ -142,7 +143,8 @@ def train_judge(
     out: Path,
     *,
     config: FitConfig = JUDGE_FIT,
-    held_out: float = 0.1,
+    held_out: float = 0.2,
+    recall: float = 0.9,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Fit a judge on a frozen target and save it as `out/judge.safetensors`; resumes what lies there.
@@ -153,11 +155,14 @@ def train_judge(
         answers: marked ones, right and wrong.
         out: folder.
         config: of the loop.
-        held_out: share of the answers, the last ones, that only the figures see.
+        held_out: share of the answers, the last ones, that the head never sees: the first half of
+            them calibrates its threshold, the figures are of the second.
+        recall: share of the wrong tokens that the calibrated threshold refuses.
         progress: show bars on stderr.
 
     Returns:
-        Figures: "tokens" learnt from, and "fine_kept", "wrong_refused" on the answers held out.
+        Figures: "tokens" learnt from, the "threshold", and on the answers held out for it
+        "fine_kept", "wrong_refused" (its recall) and of how many "wrong" tokens; None for none.
 
     Raises:
         InputError: answers of which all are fine, or none.
@@ -166,7 +171,7 @@ def train_judge(
     Alignment", 2025, section 4.
     """
     torch.manual_seed(config.seed)
-    num_held = max(1, round(held_out * len(answers)))
+    num_held = max(2, round(held_out * len(answers)))
     learn = judged_tokens(network, tokenizer, answers[:-num_held], progress=progress)
     if len(learn.fine.unique()) != 2:
         raise InputError("the answers have tokens of one kind only: expected fine and wrong ones")
@@ -174,18 +179,41 @@ def train_judge(
     objective = JudgeObjective(head, learn)
     device = network.get_input_embeddings().weight.device
     log = fit(objective, config, out / "fit", device=device, progress=progress)
-    held = judged_tokens(network, tokenizer, answers[-num_held:], progress=False)
+    half = num_held // 2
+    tried, held = (
+        judged_tokens(network, tokenizer, part, progress=False)
+        for part in (answers[-num_held : len(answers) - half], answers[len(answers) - half :])
+    )
     with torch.no_grad():
-        called = head(held.hidden) > 0
+        threshold = calibrated(head(tried.hidden.to(device)).cpu(), tried.fine, recall)
+        called = head(held.hidden.to(device)).cpu().sigmoid() > threshold
     figures = {
         "tokens": len(learn.fine),
+        "threshold": round(threshold, 4),
         "fine_kept": _share(called, held.fine > 0),
         "wrong_refused": _share(~called, held.fine == 0),
+        "wrong": int((held.fine == 0).sum()),
         "seconds": log[-1]["seconds"],
     }
-    write_bytes(out / JUDGE_FILE, save(head.state_dict()))
-    write_json(out / "judge.json", figures)
+    write_bytes(out / JUDGE_FILE, save({k: v.cpu() for k, v in head.state_dict().items()}))
+    write_json(out / JUDGE_FIGURES, figures)
     return figures
+
+
+def calibrated(scores: Tensor, fine: Tensor, recall: float) -> float:
+    """The probability above which a token is fine: 0.5, or more if more wrong tokens than a share of
+    1 - `recall` would pass.
+
+    Args:
+        scores: [M], logits.
+        fine: [M], 1 or 0.
+        recall: share of the wrong tokens to refuse.
+    """
+    wrong = scores[fine == 0].sigmoid().double().sort().values
+    if not len(wrong):
+        return 0.5
+    least = wrong[min(len(wrong) - 1, max(0, math.ceil(recall * len(wrong)) - 1))]
+    return float(least.clamp(0.5, 0.9999))
 
 
 def _share(values: Tensor, chosen: Tensor) -> float | None:

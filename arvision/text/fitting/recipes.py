@@ -14,22 +14,31 @@ from ...files import write_text
 from ...prompt_files import is_plain, read_prompts
 from ...schema import check_fields, read_json
 from .. import load_text_model
+from ..drafters.cross import same_tokens
 from ..drafters.heads import KINDS
+from ..seq2seq import is_encoder_decoder
+from .acceptance import AcceptanceTraining, train_acceptance
 from .data import Answers, answer, question_ids
 from .eagle3 import Eagle3Training, train_eagle3
 from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
+from .medusa2 import medusa2_training, train_medusa2
+from .mtp import train_mtp
+from .parallel import ParallelTraining, train_parallel
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
 
-ALL_KINDS = (*KINDS, "eagle3", "ppd", "hidden_transfer", "model", "judge")
+ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "model", "parallel")
+ALL_KINDS += ("acceptance", "judge")
 
 
 UNUSED = {
     "ppd": ("divergence",),
     "hidden_transfer": ("divergence",),
     "model": ("num_heads",),
+    "parallel": ("divergence",),
+    "acceptance": ("num_heads", "divergence"),
     "judge": ("num_heads", "divergence", "answer_tokens"),
 }
 """Settings of `fit_draft` that mean nothing to a kind of draft."""
@@ -92,6 +101,8 @@ def small_training(
         InputError: a bad setting, or one that means nothing to the kind.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    if kind == "acceptance":
+        given.pop("temperature", None)
     for name in given:
         if name not in OF_MODELS:
             raise unknown_name("setting of a draft", name, OF_MODELS)
@@ -119,6 +130,8 @@ def fit_draft(
     num_heads: int | None = None,
     divergence: str | None = None,
     answer_tokens: int | None = None,
+    num_ensemble: int | None = None,
+    draft: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -126,9 +139,11 @@ def fit_draft(
 ) -> dict[str, Any]:
     """Fit a draft of a kind on a frozen target; see `arvision train-draft`.
 
-    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens. The kind "model"
-    takes `OF_MODELS` besides: `pretrain`, a file or folder of texts to learn from first, with which
-    it starts "fresh", for `pretrain_steps`; and what `SmallTraining` has of these names.
+    What is None takes its default: 3 heads, "forward_kl", answers of 96 tokens, one member of each
+    prompt token (`num_ensemble`, of the kind "ppd"). The kind "acceptance" wants a `draft` model,
+    and takes the `temperature` of the runs that it is for. The kind "model" takes `OF_MODELS`
+    besides: `pretrain`, a file or folder of texts to learn from first, with which it starts "fresh",
+    for `pretrain_steps`; and what `SmallTraining` has of these names.
 
     Returns:
         Figures of the fit.
@@ -145,6 +160,14 @@ def fit_draft(
             raise InputError(
                 f"{name} {settings[name]!r} with kind {kind!r}: it would have no effect"
             )
+    if num_ensemble is not None and (kind != "ppd" or num_ensemble < 1):
+        raise InputError(
+            f"num_ensemble {num_ensemble} with kind {kind!r}: expected kind 'ppd', >= 1"
+        )
+    parallel = ParallelTraining(num_places=num_heads or 6)
+    if (draft is None) == (kind == "acceptance"):
+        wanted = "a draft model" if kind == "acceptance" else "none, it would have no effect"
+        raise InputError(f"draft {draft!r} with kind {kind!r}: expected {wanted}")
     num_heads, divergence = num_heads or 3, divergence or "forward_kl"
     sizes = {"steps": steps, "batch_size": batch_size}
     changed = {name: value for name, value in sizes.items() if value is not None}
@@ -152,29 +175,53 @@ def fit_draft(
     # Only a draft model can choose among divergences.
     divergence = "forward_kl" if kind == "model" else divergence
     heads = HeadTraining(
-        kind=kind if kind in KINDS else "hydra", num_heads=num_heads, divergence=divergence
+        kind=kind if kind in KINDS else "medusa", num_heads=num_heads, divergence=divergence
     )
-    heads = replace(heads, fit=replace(heads.fit, **changed))
+    of_heads = dict(changed)
+    if kind == "medusa2":  # whose batches are texts, and those of its heads alone are places
+        of_heads.pop("batch_size", None)
+    heads = replace(heads, fit=replace(heads.config, **of_heads))
     pseudo = PseudoTraining(
         kind=kind if kind in ("ppd", "hidden_transfer") else "ppd",
         num_guesses=num_heads,
+        num_ensemble=num_ensemble or 1,
         fit=replace(PSEUDO_FIT, **changed),
     )
     eagle3 = Eagle3Training(num_steps=num_heads, divergence=divergence)
     eagle3 = replace(eagle3, fit=replace(eagle3.fit, **changed))
+    head = AcceptanceTraining()
+    if kind == "acceptance":
+        temperature = of_models.get("temperature") or 0.0
+        head = AcceptanceTraining(temperature=temperature, fit=replace(head.fit, **changed))
     marked = read_marked(prompts) if kind == "judge" else []
     texts = [] if kind == "judge" else questions(prompts)
     network, tokenizer = load_text_model(model, device=device, dtype=dtype)
     network.requires_grad_(False)
+    if is_encoder_decoder(network) != (kind == "parallel"):
+        wanted = "an encoder-decoder model" if kind == "parallel" else "a causal language model"
+        raise InputError(f"kind {kind!r} with {type(network).__name__}: expected {wanted}")
     if kind == "judge":
         config = replace(JUDGE_FIT, **changed)
         return train_judge(network, tokenizer, marked, out, config=config, progress=progress)
     ids = [question_ids(text, tokenizer) for text in texts]
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
+    if kind == "parallel":
+        parallel = replace(parallel, fit=replace(parallel.fit, **changed))
+        return train_parallel(network, tokenizer, answers, out, parallel, progress=progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
-    if kind == "eagle3":
-        return train_eagle3(network, answers, out, eagle3, progress=progress)
+    if kind == "acceptance":
+        drafting, its_own = load_text_model(str(draft), device=device, dtype=dtype)
+        if not same_tokens(tokenizer, its_own):
+            raise InputError(f"draft {draft!r}: expected one with the target's tokenizer")
+        drafting.requires_grad_(False)
+        return train_acceptance(network, drafting, answers, out, head, progress=progress)
+    if kind == "medusa2":
+        joint = medusa2_training(heads, steps, batch_size)
+        return train_medusa2(network, tokenizer, answers, out, joint, progress=progress)
+    if kind in ("eagle3", "mtp"):
+        train = train_eagle3 if kind == "eagle3" else train_mtp
+        return train(network, answers, out, eagle3, progress=progress)
     if kind == "model":
         blocks = text_blocks(own, tokenizer) if own else None
         return train_small_model(

@@ -15,7 +15,7 @@ from ...decoding.verify import (
 )
 from ...errors import InputError, renamed, unknown_name
 from .block import block_verification
-from .lossy import judge, typical
+from .lossy import judge, transfer, typical
 from .tree import k_sequential, multi_round, without_replacement
 
 
@@ -84,6 +84,13 @@ RULES: dict[str, RuleEntry] = {
     ),
     "typical": RuleEntry(typical, False, ANY, True, "typical acceptance (Medusa)"),
     "judge": RuleEntry(judge, False, ANY, True, "a learned judge (Judge Decoding)"),
+    "transfer": RuleEntry(
+        transfer,
+        False,
+        ("independent", "distinct"),
+        False,
+        "the target moved towards the draft's laws (RAPID)",
+    ),
 }
 OLD_RULES = {"chain": "independent"}
 """Words of earlier releases for rules; they go with the next one."""

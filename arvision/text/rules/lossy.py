@@ -1,19 +1,37 @@
-"""Acceptance that is lossy on purpose, for trees and chains: typical tokens, and a learned judge."""
+"""Acceptance that is lossy on purpose: typical tokens, a learned judge, the draft's knowledge."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, shape_of
-from ...decoding.verify import Round, Rule, Verdict, coupled_draw, deepest
+from ...decoding.verify import (
+    Round,
+    Rule,
+    Verdict,
+    coupled_draw,
+    deepest,
+    draft_laws,
+    independent_redraw,
+)
 from ...errors import InputError
 from ...files import user_path
+from ...schema import check_fields, read_json
 
-JUDGE_FILE = "judge.safetensors"
+JUDGE_FILE, JUDGE_FIGURES = "judge.safetensors", "judge.json"
 """What `arvision train-draft --kind judge` writes into its folder."""
+
+
+class JudgeFigures(TypedDict, total=False):
+    """What the rule reads of `JUDGE_FIGURES`."""
+
+    threshold: float
 
 
 def _after_parent(batch: Round, values: Tensor) -> Tensor:
@@ -61,11 +79,47 @@ def typical(epsilon: float = 0.09, delta: float = 0.3, *, is_greedy: bool = Fals
     return rule
 
 
+def transfer(strength: float = 10.0, *, is_greedy: bool = False) -> Rule:
+    """Speculative sampling from the target enriched with what the draft knows.
+
+    p' = softmax(log p + strength (q - p)): a gradient step of the target's logits towards the draft's
+    law q, which was read on other text. Lossy for p, exact for p': a draft is accepted with
+    probability min(1, p' / q) and else recovered from (p' - q)+. Where nothing was drafted p' is p.
+
+    Args:
+        strength: of the step; 0 is the target's own law. RAPID's eta; the default is ours.
+        is_greedy: refused by the drafts that it judges, which are drawn.
+
+    Raises:
+        InputError: a negative strength.
+
+    Paper: Chen et al., "Long-Context Inference with Retrieval-Augmented Speculative Decoding", 2025
+    (RAPID), section 3.2.
+    """
+    if not strength >= 0:
+        raise InputError(f"strength {strength}: expected a number >= 0")
+
+    def rule(batch: Round) -> Verdict:
+        laws = draft_laws(batch)
+        logp = batch.target_logp
+        step = strength * (laws.exp() - logp[:, :-1].exp())
+        step = step * (batch.drafts >= 0)[..., None]
+        richer = (logp[:, :-1] + step).log_softmax(-1)
+        enriched = torch.cat([richer, logp[:, -1:]], dim=1)
+        return independent_redraw(replace(batch, target_logp=enriched))
+
+    return rule
+
+
 class JudgeHead(nn.Module):
     """Says of a draft, from what the target's last layer makes of it, that it is fine.
 
     Args:
         hidden_size: C.
+
+    Attributes:
+        threshold: probability above which a draft is fine, as it was calibrated when the head was
+            fitted.
 
     Paper: Bachmann et al., "Judge Decoding: Faster Speculative Sampling Requires Going Beyond Model
     Alignment", 2025, section 4 (a linear head on the embedding of the drafted token).
@@ -74,6 +128,7 @@ class JudgeHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.score = nn.Linear(hidden_size, 1)
+        self.threshold = 0.5
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [...] that drafts are fine, from hidden states [..., C] at the drafts."""
@@ -90,32 +145,51 @@ class JudgeHead(nn.Module):
         path = path / JUDGE_FILE if path.is_dir() else path
         weights = read_state_dict(path, ())
         sizes = {"hidden_size": shape_of(weights, "score.weight", 2, str(path))[1]}
-        return load_strictly(cls, sizes, weights, str(path))
+        head = load_strictly(cls, sizes, weights, str(path)).requires_grad_(False)
+        file = path.with_name(JUDGE_FIGURES)
+        if file.exists():  # earlier releases calibrated nothing
+            found: Any = check_fields(read_json(file), JudgeFigures, str(file))
+            head.threshold = check_threshold(found.get("threshold", 0.5))
+        return head
 
 
-def judge(head: JudgeHead | str | Path, threshold: float = 0.5, *, is_greedy: bool = False) -> Rule:
+def check_threshold(threshold: Any) -> float:
+    """A probability that divides.
+
+    Raises:
+        InputError: 0, 1, or something else.
+    """
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not is_number or not 0 < threshold < 1:
+        raise InputError(f"threshold {threshold!r}: expected 0 < threshold < 1")
+    return float(threshold)
+
+
+def judge(
+    head: JudgeHead | str | Path, threshold: float | None = None, *, is_greedy: bool = False
+) -> Rule:
     """Accept a draft that the target would choose itself, or that the judge calls fine.
 
     Lossy. The token behind the path is an exact draw.
 
     Args:
-        head: trained on answers that were marked as right or wrong; or where it was saved.
-        threshold: probability above which a draft is fine.
+        head: trained on answers that were marked as right or wrong; or where it was saved. It goes to
+            the model's device.
+        threshold: probability above which a draft is fine; None for the head's own.
         is_greedy: put the most likely token behind the path instead of a draw.
 
     Raises:
         InputError: a threshold out of range; at use, a model that does not tell its hidden states.
     """
-    if not 0 < threshold < 1:
-        raise InputError(f"threshold {threshold}: expected 0 < threshold < 1")
     judging = head if isinstance(head, JudgeHead) else JudgeHead.load(head)
-    least = torch.tensor(threshold).logit()
+    share = check_threshold(judging.threshold if threshold is None else threshold)
+    least = math.log(share / (1 - share))
 
     def rule(batch: Round) -> Verdict:
         if batch.hidden is None:
             raise InputError("the judge looks at hidden states, and this model tells none")
         choice = _choose(batch, batch.target_logp.log_softmax(-1), is_greedy)
-        fine = judging(batch.hidden[:, 1:]) > least.to(batch.hidden.device)
+        fine = judging.to(batch.hidden.device)(batch.hidden[:, 1:]) > least
         same = batch.drafts == _after_parent(batch, choice)
         return deepest(batch, same | fine, choice)
 

@@ -2,18 +2,92 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ....decoding.tree import TokenTree, join_rows
 from ....errors import InputError
 from ....networks import place_of
+from ...ngrams import NGrams, mixed
 from ..base import Trie, register
-from .self_draft import ShortTarget, num_skipped, spread_layers
+from .short_target import ShortTarget, num_skipped, spread_layers
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A continuation under way.
+
+    Attributes:
+        tokens: so far.
+        score: sum of the logarithms that it is ranked by.
+        is_finished: whether it ended.
+    """
+
+    tokens: tuple[int, ...] = ()
+    score: float = 0.0
+    is_finished: bool = False
+
+
+def longer(
+    drafts: Sequence[Draft],
+    tokens: Sequence[int],
+    logp: Sequence[float],
+    sources: Sequence[NGrams],
+    context: Sequence[int],
+    *,
+    num: int,
+    alpha: float,
+    delta: float,
+    ends: Sequence[int] = (),
+) -> list[Draft]:
+    """The best `num` of all drafts, each followed by each of some tokens.
+
+    The model's one law serves every draft; which token suits which draft is told by n-grams.
+
+    Args:
+        drafts: so far; finished ones stay as they are.
+        tokens: the likeliest under the superposed law.
+        logp: their log-probabilities.
+        sources: n-grams; of several the surest counts. None for the model's law alone.
+        context: tokens before the drafts.
+        num: drafts that stay.
+        alpha: weight of the n-grams.
+        delta: probability in the place of an n-gram that was never seen.
+        ends: tokens that finish a draft.
+
+    Paper: Shen et al., "Superposed Decoding: Multiple Generations from a Single Autoregressive
+    Inference Pass", 2024, section 3.
+    """
+    found = [draft for draft in drafts if draft.is_finished]
+    for draft in drafts:
+        if draft.is_finished:
+            continue
+        scores = np.asarray(logp)
+        if sources:
+            before = [*context, *draft.tokens]
+            shares = np.max([s.probabilities(before, tokens) for s in sources], axis=0)
+            scores = mixed(logp, shares, alpha, delta)
+        for token, score in zip(tokens, scores.tolist(), strict=True):
+            path = (*draft.tokens, token)
+            found.append(Draft(path, draft.score + score, token in ends))
+    return sorted(found, key=lambda draft: -draft.score)[:num]
+
+
+def superposed(rows: Sequence[Sequence[Draft]], embed: Any) -> Tensor:
+    """For each row the sum [B, 1, C] of the embeddings of its drafts' last tokens, weighted by the
+    drafts' probabilities."""
+    device, sums = place_of(embed), []
+    for drafts in rows:
+        tokens = torch.tensor([draft.tokens[-1] for draft in drafts], device=device)
+        weights = torch.tensor([draft.score for draft in drafts], device=device).softmax(0)
+        vectors = embed(tokens)
+        sums.append((weights.to(vectors.dtype) @ vectors)[None])
+    return torch.stack(sums)
 
 
 @register("superposed", summary="several drafts from passes over added embeddings (Superposed)")
@@ -21,21 +95,22 @@ class Superposed(ShortTarget):
     """The target, or part of its layers, drafts several paths in one pass per place.
 
     What is fed is the sum of the paths' last embeddings, weighted by the paths' probabilities. The
-    one law that comes out serves every path; which token suits which path is told by the bigrams of
-    its row so far. The best paths stay.
+    one law that comes out serves every path; which token suits which path is told by the n-grams of
+    its row so far, and of a corpus. The best paths stay. `arvision.complete` hands them out as they
+    are; here they are drafts, and a rule verifies them.
 
     Args:
         num_paths: drafts at a time, k.
         depth: tokens of a draft.
         skip: share of the middle layers that do not run; 0 for the whole target.
-        bigram_weight: of the bigrams' law against the model's, 0 to 1.
+        alpha: of the n-grams' law against the model's, 0 to 1.
+        delta: probability of an n-gram that was never seen.
+        corpus: lists of ids to take n-grams from, besides the row's own text.
 
     Raises:
         InputError: a value out of range.
 
-    Paper: Shen et al., "Superposed Decoding: Multiple Generations from a Single Autoregressive
-    Inference Pass", 2024, section 3 (there the drafts are suggestions and nothing verifies them;
-    its n-grams come from large corpora).
+    Paper: see `longer`.
     """
 
     def __init__(
@@ -43,16 +118,21 @@ class Superposed(ShortTarget):
         num_paths: int = 3,
         depth: int = 3,
         skip: float = 0.4,
-        bigram_weight: float = 0.4,
+        alpha: float = 0.4,
+        delta: float = 1e-3,
+        corpus: Iterable[Sequence[int]] = (),
     ) -> None:
         super().__init__()
-        if num_paths < 1 or depth < 1 or not 0 <= skip < 1 or not 0 <= bigram_weight <= 1:
+        fits = 0 <= skip < 1 and 0 <= alpha <= 1 and 0 < delta <= 1
+        if num_paths < 1 or depth < 1 or not fits:
             raise InputError(
-                f"num_paths {num_paths}, depth {depth}, skip {skip}, bigram_weight {bigram_weight}: "
-                "expected at least 1, at least 1, 0 <= skip < 1, a share"
+                f"num_paths {num_paths}, depth {depth}, skip {skip}, alpha {alpha}, delta {delta}: "
+                "expected at least 1, at least 1, 0 <= skip < 1, a share, a probability above 0"
             )
-        self.num_paths, self.depth, self.bigram_weight = num_paths, depth, bigram_weight
+        self.num_paths, self.depth, self.alpha, self.delta = num_paths, depth, alpha, delta
         self.skip, self.num_draft = skip, num_paths * depth
+        texts = [list(text) for text in corpus]
+        self._known = [NGrams(texts)] if texts else []
 
     @property
     def _layers(self) -> list[int] | None:
@@ -66,63 +146,32 @@ class Superposed(ShortTarget):
         embed = self.state.model.network.get_input_embeddings()
         last = tokens.gather(1, lengths[:, None] - 1)
         fed, layers = embed(last), self._layers
-        follows = [_bigrams(history) for history in self.histories]
-        rows = [[([], 0.0)] for _ in range(len(lengths))]
+        sources = [[NGrams([history]), *self._known] for history in self.histories]
+        rows = [[Draft()] for _ in range(len(lengths))]
         for _ in range(min(self.depth, num)):
             law = self.shaped(self.state.draft(last, embeddings=fed, layers=layers)[:, -1])
             best = law.topk(min(law.shape[-1], 2 * self.num_paths), dim=-1)
             # Tokens are exact in the numbers of the laws: one read for both.
-            both = torch.stack([best.indices.double(), best.values.double()], dim=-1).tolist()
-            tops = [[(int(token), logp) for token, logp in own] for own in both]
+            both = torch.stack([best.indices.double(), best.values.double()], dim=1).tolist()
             rows = [
-                self._longer(paths, tops[row], follows[row], self.histories[row][-1])
-                for row, paths in enumerate(rows)
+                longer(
+                    drafts,
+                    [int(token) for token in both[row][0]],
+                    both[row][1],
+                    sources[row],
+                    self.histories[row],
+                    num=self.num_paths,
+                    alpha=self.alpha,
+                    delta=self.delta,
+                )
+                for row, drafts in enumerate(rows)
             ]
-            fed = torch.cat([fed, self._superpose(rows, embed)], dim=1)
+            fed = torch.cat([fed, superposed(rows, embed)], dim=1)
             last = torch.cat([last, last[:, -1:]], dim=1)
         trees = []
-        for paths in rows:
+        for drafts in rows:
             trie = Trie(num)
-            for path, _ in paths:
-                trie.add(path)
+            for draft in drafts:
+                trie.add(list(draft.tokens))
             trees.append(trie.tree)
         return join_rows(trees, tokens.device)
-
-    def _longer(
-        self,
-        paths: list[tuple[list[int], float]],
-        candidates: list[tuple[int, float]],
-        follows: dict[int, Counter[int]],
-        root: int,
-    ) -> list[tuple[list[int], float]]:
-        """The best paths that are longer by a token, with their log-probabilities."""
-        found = []
-        for path, score in paths:
-            seen = follows[path[-1] if path else root]
-            total = sum(seen.values())
-            for token, logp in candidates:
-                share = (seen[token] + 0.5) / (total + 0.5 * len(candidates))
-                known = math.log(share)
-                weight = self.bigram_weight if total else 0.0
-                found.append(([*path, token], score + (1 - weight) * logp + weight * known))
-        return sorted(found, key=lambda item: -item[1])[: self.num_paths]
-
-    @staticmethod
-    def _superpose(rows: list[list[tuple[list[int], float]]], embed: torch.nn.Module) -> Tensor:
-        """Sums [B, 1, C] of the embeddings of the paths' last tokens."""
-        sums = []
-        for paths in rows:
-            device = place_of(embed)
-            tokens = torch.tensor([path[-1] for path, _ in paths], device=device)
-            weights = torch.tensor([score for _, score in paths], device=device).softmax(0)
-            vectors = embed(tokens)
-            sums.append((weights.to(vectors.dtype) @ vectors)[None])
-        return torch.stack(sums)
-
-
-def _bigrams(history: list[int]) -> dict[int, Counter[int]]:
-    """What followed each token of a row, and how often."""
-    follows: dict[int, Counter[int]] = defaultdict(Counter)
-    for token, successor in itertools.pairwise(history):
-        follows[token][successor] += 1
-    return follows

@@ -1,10 +1,10 @@
-"""A law of the next token from counts of three tokens in a row, and a tree that explores it."""
+"""A law of the next token that adapts to the target, and a search that drafts from it."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,65 +13,132 @@ from torch import Tensor
 from ....decoding.tree import TokenTree
 from ....decoding.verify import Round, Verdict
 from ....errors import InputError
-from ..base import TextDrafter, Trie, register
+from ..base import TextDrafter, register
 
 BACKOFF = 0.3
 """Weight of what follows the last token alone against what follows the last two."""
 
+FIRST, SECOND = 1.25, 19652.0
+"""Constants of the exploration term, as Schrittwieser et al., "Mastering Atari, Go, Chess and Shogi by
+Planning with a Learned Model", 2020, have them."""
 
-class Trigrams:
-    """Counts of tokens after two tokens, and after one."""
+LARGEST = 1e100
+"""Weights are scaled down from here on."""
+
+
+class _Row:
+    """What follows a context: weights whose shares are probabilities, the newest with at least `rate`."""
+
+    __slots__ = ("_best", "increment", "total", "weights")
 
     def __init__(self) -> None:
-        self._pairs: dict[tuple[int, int], Counter[int]] = {}
-        self._singles: dict[int, Counter[int]] = {}
+        self.weights: dict[int, float] = {}
+        self.total, self.increment = 0.0, 1.0
+        self._best: list[tuple[int, float]] | None = None
+
+    def add(self, token: int, rate: float) -> None:
+        """P := (1 - r) P + r [token], with r = max(rate, 1 / number of tokens so far)."""
+        if rate > 0:
+            self.increment = max(self.increment, self.total * rate / (1 - rate))
+        if self.increment > LARGEST:
+            self.weights = {other: weight / LARGEST for other, weight in self.weights.items()}
+            self.total, self.increment = self.total / LARGEST, self.increment / LARGEST
+        self.weights[token] = self.weights.get(token, 0.0) + self.increment
+        self.total += self.increment
+        self._best = None
+
+    def best(self, num: int) -> list[tuple[int, float]]:
+        """The `num` likeliest tokens with their probabilities; asked for again, they are at hand."""
+        if self._best is None or len(self._best) < min(num, len(self.weights)):
+            found = heapq.nlargest(num, self.weights.items(), key=lambda item: item[1])
+            self._best = [(token, weight / self.total) for token, weight in found]
+        return self._best[:num]
+
+
+class Trigrams:
+    """The law of a token after two tokens, and after one: sparse, and it adapts.
+
+    Counted at first; each further token moves the laws of its contexts towards itself, so that what
+    the target says now weighs at least `rate` against all that was counted before.
+
+    Args:
+        rate: least weight of the newest token, 0 (counts for ever) to below 1.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        self.rate = rate
+        self._rows: dict[tuple[int, ...], _Row] = {}
 
     def add(self, text: Sequence[int], start: int = 0) -> None:
-        """Count the tokens `text[start:]` after what stands before them."""
+        """Learn the tokens `text[start:]` after what stands before them."""
         for place in range(max(1, start), len(text)):
-            token = text[place]
-            self._singles.setdefault(text[place - 1], Counter())[token] += 1
-            if place >= 2:
-                pair = (text[place - 2], text[place - 1])
-                self._pairs.setdefault(pair, Counter())[token] += 1
+            for size in range(1, min(place, 2) + 1):
+                context = tuple(text[place - size : place])
+                self._rows.setdefault(context, _Row()).add(text[place], self.rate)
 
     def law(self, before: int, last: int, num: int) -> list[tuple[int, float]]:
         """The `num` likeliest tokens after (before, last), with probabilities."""
         mixed: dict[int, float] = {}
-        for counts, weight in (
-            (self._pairs.get((before, last)), 1.0 - BACKOFF),
-            (self._singles.get(last), BACKOFF),
-        ):
-            if counts:
-                total = counts.total()
-                for token, count in counts.most_common(num):
-                    mixed[token] = mixed.get(token, 0.0) + weight * count / total
+        for context, weight in (((before, last), 1.0 - BACKOFF), ((last,), BACKOFF)):
+            row = self._rows.get(context)
+            if row is not None:
+                for token, share in row.best(num):
+                    mixed[token] = mixed.get(token, 0.0) + weight * share
         return heapq.nlargest(num, mixed.items(), key=lambda item: item[1])
 
 
-@register("trigram", summary="counts of three tokens in a row, explored as a tree (ADED)")
+class _Node:
+    """A place in the search: the tokens that may follow, how often each was tried, what it gave."""
+
+    __slots__ = ("below", "gains", "law", "visits")
+
+    def __init__(self, law: list[tuple[int, float]]) -> None:
+        self.law = law
+        self.visits, self.gains = [0] * len(law), [0.0] * len(law)
+        self.below: dict[int, _Node] = {}
+
+    def choose(self, exploration: float) -> int:
+        """The child of the largest score: Q + E P sqrt(N) / (1 + n), Q what it gave on average."""
+        total = sum(self.visits)
+        weight = exploration * (FIRST + math.log((total + SECOND + 1) / SECOND)) * total**0.5
+        best, found = -1.0, 0
+        for place, (_, share) in enumerate(self.law):
+            tried = self.visits[place]
+            score = weight * share / (1 + tried) + (self.gains[place] / tried if tried else 0.0)
+            if score > best:
+                best, found = score, place
+        return found
+
+
+@register("trigram", summary="an adaptive law of three tokens in a row, drafted by search (ADED)")
 class TrigramDrafter(TextDrafter):
-    """A tree over an adaptive trigram law, balanced between likely and little tried branches.
+    """A tree that a Monte-Carlo tree search finds in an adaptive trigram law.
 
-    The counts come from a corpus, from the prompt and from what the target made final, and stay
-    with the object. Each added candidate is the one with the largest
+    The law begins with a corpus and the prompts and moves with every token that the target makes
+    final. A search walks down from the last two tokens `searches` times, at each place to the child
+    of the largest
 
-        value of its path + exploration * probability * sqrt(visits of its parent) / (1 + visits),
+        Q + E P sqrt(N) / (1 + n),   E = exploration (1.25 + log((N + 19653) / 19652)),
 
-    where a path's value is its probability, and visits and successes of earlier passes correct it.
+    where P is the child's probability, n how often it was walked through, N the sum of these over
+    its siblings, and Q what the walks through it gave on average: the tokens that the law expects to
+    be accepted from there on, as a share of the places left. The places walked through most are the
+    draft.
 
     Args:
-        corpus: lists of ids to count first.
+        corpus: lists of ids to begin with.
         num_draft: candidates per pass.
         max_depth: levels.
         width: children of a candidate.
-        exploration: weight of little tried branches; 0 takes the likeliest only.
+        exploration: weight of little tried branches; 0 walks the likeliest way only.
+        searches: walks per pass.
+        rate: least weight of the newest token in the laws of its contexts; 0 counts for ever.
 
     Raises:
         InputError: a value out of range.
 
     Paper: Liu et al., "Adaptive Draft-Verification for Efficient Large Language Model Decoding",
-    2024 (ADED), sections 3.1-3.3.
+    2024 (ADED): the trigram representation and its update, the draft maker and its score.
     """
 
     def __init__(
@@ -80,67 +147,78 @@ class TrigramDrafter(TextDrafter):
         num_draft: int = 12,
         max_depth: int = 8,
         width: int = 4,
-        exploration: float = 0.1,
+        exploration: float = 1.0,
+        searches: int = 64,
+        rate: float = 0.1,
     ) -> None:
-        if min(num_draft, max_depth, width) < 1 or exploration < 0:
+        if min(num_draft, max_depth, width, searches) < 1 or exploration < 0 or not 0 <= rate < 1:
             raise InputError(
-                f"num_draft {num_draft}, max_depth {max_depth}, width {width}, exploration "
-                f"{exploration}: expected numbers >= 1, and exploration >= 0"
+                f"num_draft {num_draft}, max_depth {max_depth}, width {width}, searches {searches}, "
+                f"exploration {exploration}, rate {rate}: expected numbers >= 1, exploration >= 0, "
+                "0 <= rate < 1"
             )
         self.num_draft, self.max_depth, self.width = num_draft, max_depth, width
-        self.exploration = exploration
-        self.counts = Trigrams()
-        self._tried: Counter[tuple[int, int, int]] = Counter()
-        self._right: Counter[tuple[int, int, int]] = Counter()
+        self.exploration, self.searches = exploration, searches
+        self.counts = Trigrams(rate)
         for text in corpus:
             self.counts.add(text)
 
     def begin(self, state: object) -> None:
-        """Count the prompts."""
+        """Learn the prompts."""
         for text in self.histories:
             self.counts.add(text)
 
     def learn(self, row: int, new: list[int]) -> None:
-        """Count what became final, and note which guesses would have been right."""
+        """Move the law towards what became final."""
         text = self.histories[row]
-        start = len(text) - len(new)
-        for place in range(max(2, start), len(text)):
-            before, last, token = text[place - 2 : place + 1]
-            for guess, _ in self.counts.law(before, last, self.width):
-                self._tried[before, last, guess] += 1
-                self._right[before, last, guess] += guess == token
-        self.counts.add(text, start)
-
-    def _worth(self, before: int, last: int, token: int, probability: float, visits: int) -> float:
-        tried = self._tried[before, last, token]
-        value = (probability + self._right[before, last, token]) / (1 + tried)
-        return value + self.exploration * probability * visits**0.5 / (1 + tried)
+        self.counts.add(text, len(text) - len(new))
 
     def tree_of(self, row: int, num: int) -> tuple[list[int], list[int]]:
-        """The candidates of the largest worth."""
+        """The places that the search walked through most."""
         text = self.histories[row]
-        trie = Trie(num)
-        if len(text) < 2:
-            return trie.tree
-        heap: list[tuple[float, int, int, int, int, int]] = []
-        number = 0
+        if len(text) < 2 or num < 1:
+            return [], []
+        root = _Node(self.counts.law(text[-2], text[-1], self.width))
+        for _ in range(self.searches if root.law else 0):
+            self._walk(root, text[-2], text[-1])
+        # By visits; a place has no more of them than the one above it, which is listed first.
+        tokens: list[int] = []
+        parents: list[int] = []
+        numbers = itertools.count()
+        heap: list[tuple[int, int, int, _Node, int]] = []
 
-        def open_node(node: int, value: float, before: int, last: int, depth: int) -> None:
-            nonlocal number
-            law = self.counts.law(before, last, self.width)
-            visits = sum(self._tried[before, last, token] for token, _ in law)
-            for token, probability in law:
-                worth = value * min(1.0, self._worth(before, last, token, probability, visits))
-                heapq.heappush(heap, (-worth, number, node, last, token, depth))
-                number += 1
+        def open_below(node: _Node, parent: int) -> None:
+            for place, visits in enumerate(node.visits):
+                if visits:
+                    heapq.heappush(heap, (-visits, next(numbers), parent, node, place))
 
-        open_node(-1, 1.0, text[-2], text[-1], 1)
-        while heap and not trie.is_full:
-            worth, _, parent, before, token, depth = heapq.heappop(heap)
-            node = trie.child(parent, token)
-            if node is not None and depth < self.max_depth:
-                open_node(node, -worth, before, token, depth + 1)
-        return trie.tree
+        open_below(root, -1)
+        while heap and len(tokens) < num:
+            _, _, parent, node, place = heapq.heappop(heap)
+            tokens.append(node.law[place][0])
+            parents.append(parent)
+            if place in node.below:
+                open_below(node.below[place], len(tokens) - 1)
+        return tokens, parents
+
+    def _walk(self, root: _Node, before: int, last: int) -> None:
+        """One walk down to the last level, or to where the law ends, and what it gave."""
+        node, path = root, []
+        while node.law:
+            place = node.choose(self.exploration)
+            path.append((node, place))
+            if len(path) == self.max_depth:
+                break
+            before, last = last, node.law[place][0]
+            if place not in node.below:
+                node.below[place] = _Node(self.counts.law(before, last, self.width))
+            node = node.below[place]
+        expected = 0.0
+        for level in range(len(path) - 1, -1, -1):
+            node, place = path[level]
+            expected = node.law[place][1] * (1 + expected)
+            node.visits[place] += 1
+            node.gains[place] += expected / (self.max_depth - level)
 
 
 @register("jacobi", summary="the last pass's guesses for what follows (Jacobi window)")
