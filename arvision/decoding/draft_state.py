@@ -152,6 +152,8 @@ class FixedFollowing:
         num: see above.
     """
 
+    renewed = ("_begin",)
+
     def __init__(self, before: FollowingState, num: int) -> None:
         self.state, self._shape = before.state, before._shape
         self._vocab_size, self._num = before._vocab_size, num

@@ -57,8 +57,8 @@ def levels_of(parents: Sequence[int], device: torch.device) -> list[Level]:
             places.append(above.index(parents[node]))
             ranks.append(seen[parents[node]])
             seen[parents[node]] += 1
-        tables = ([before.index(parent) for parent in above], places, ranks)
-        on_device = (torch.tensor(table, dtype=torch.int64, device=device) for table in tables)
-        levels.append(Level(tuple(above), *on_device, max(seen.values())))
+        tables = [[before.index(parent) for parent in above], places, ranks]
+        own, hangs, rank = (torch.tensor(table, device=device) for table in tables)
+        levels.append(Level(tuple(above), own, hangs, rank, max(seen.values())))
         before, first = nodes, first + len(nodes)
     return levels

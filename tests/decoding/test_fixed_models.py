@@ -173,18 +173,22 @@ def test_steps_of_transformers_are_one_graph_and_kept(graphs):
     # One graph for both rows until they end together, made once and kept with the network.
     assert len(graphs) == 1
     assert found[0].stats.warm_up > 0 == found[1].stats.warm_up
-    for name in ("jacobi", "tree"):
-        graphs.clear()
-        drawn = [
-            arvision.generate(
-                network, prompts, max_new_tokens=6, **text_drafter(name), compile="default"
-            )
-            for _ in "ab"
-        ]
-        assert [out.tokens for out in drawn] == [wanted.tokens] * 2
-        # For both rows and for the last one; the second call makes none.
-        assert 1 <= len(graphs) <= 2
-        assert drawn[1].stats.warm_up == 0
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in signature(torch.compile).parameters,
+    reason="this torch counts compiled steps as recompilations of one another",
+)
+@pytest.mark.parametrize("name", ["jacobi", pytest.param("tree", marks=pytest.mark.slow)])
+def test_steps_with_drafts_of_text_are_one_graph_and_kept(graphs, name):
+    network, prompts = tiny_llama(), random_prompts((5, 9))
+    wanted = arvision.generate(network, prompts, max_new_tokens=6)
+    options = {"max_new_tokens": 6, "compile": "default"}
+    drawn = [arvision.generate(network, prompts, **text_drafter(name), **options) for _ in range(2)]
+    assert [out.tokens for out in drawn] == [wanted.tokens] * 2
+    # For both rows and for the last one; the second call makes none.
+    assert 1 <= len(graphs) <= 2
+    assert drawn[1].stats.warm_up == 0
 
 
 @pytest.mark.skipif(
@@ -194,8 +198,8 @@ def test_steps_of_transformers_are_one_graph_and_kept(graphs):
 @pytest.mark.parametrize(
     ("family", "spec"),
     [
-        ("janus", "sjd:window=4:tree=drift"),
-        pytest.param("janus", "sjd:window=4", marks=pytest.mark.slow),
+        ("janus", "sjd:window=4:tree=static:coupling=maximal"),
+        pytest.param("janus", "sjd:window=4:tree=drift", marks=pytest.mark.slow),
         pytest.param("emu3", "sjd:window=5:tree=drift", marks=pytest.mark.slow),
     ],
 )

@@ -79,6 +79,7 @@ class ImageState:
 
     allows_overrun = True
     unread = ("lengths", "_tree", "_expansion", "_is_open")
+    renewed = ("_fixed",)
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class TextDrafter:
     needs_hidden: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = True
     num_draft: int = 10
+    unread = ("histories", "_fresh", "_seen", "_is_told")
     histories: list[list[int]]
     is_fixed: bool = False
 

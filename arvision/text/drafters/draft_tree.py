@@ -182,6 +182,8 @@ class DraftTree(TextDrafter):
             self.expansion not in FIXED or max(self.branching) > 1
         )
 
+    unread = (*TextDrafter.unread, "_known", "text_tokenizer")
+
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch begins."""
         super().start(noise, vocab_size, num_tokens)
@@ -270,7 +272,9 @@ class DraftTree(TextDrafter):
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
         if num not in self._plans:
-            self._plans[num] = Plan.of(self._parents(num), root.device)
+            plan = Plan.of(self._parents(num), root.device)
+            # Steps of fixed shapes ask for as many as there were: nothing is made in them.
+            self._plans[num] = self._plans[len(plan.parents)] = plan
         return self._fill(root, law, lengths, self._plans[num], round_number)
 
     def _parents(self, num: int) -> Tensor:

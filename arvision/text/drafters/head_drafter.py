@@ -122,6 +122,7 @@ class HeadDrafter(TextDrafter):
         self._trees: dict[int, tuple[Tensor, list[Level]]] = {}
 
     needs_hidden = True
+    renewed = ("_hidden", "_source")
 
     @property
     def why_not_fixed(self) -> str | None:
@@ -187,7 +188,8 @@ class HeadDrafter(TextDrafter):
         """The fixed tree behind hidden states [B, C] and the tokens [B, R + 1] before it."""
         if num not in self._trees:
             shape = by_level(best_tree(self.ranks, num, self.heads.num_heads))
-            self._trees[num] = shape, levels_of(listed(shape), root.device)
+            tree = shape, levels_of(listed(shape), root.device)
+            self._trees[num] = self._trees[len(shape)] = tree
         parents, levels = self._trees[num]
         paths, parts = root[:, None], [root[:, :0]]
         for head, level in enumerate(levels):

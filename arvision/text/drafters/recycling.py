@@ -90,10 +90,12 @@ class TokenRecycling(TextDrafter):
         if num not in self._trees:
             parents = by_level(best_tree(self.ranks, num, self.max_depth))
             assert self.matrix is not None
-            self._trees[num] = parents, levels_of(listed(parents), self.matrix.device)
+            tree = parents, levels_of(listed(parents), self.matrix.device)
+            self._trees[num] = self._trees[len(parents)] = tree
         return self._trees[num]
 
-    why_not_fixed = None
+    why_not_fixed = None  # pyright: ignore[reportAssignmentType]
+    renewed = ("matrix", "_root")
 
     def fix(self, num: int) -> None:
         """The matrix moves to where the laws are."""

@@ -242,7 +242,8 @@ class JacobiWindow(TextDrafter):
         self.num_draft = num_draft
 
     branches = False
-    why_not_fixed = None
+    why_not_fixed = None  # pyright: ignore[reportAssignmentType]
+    renewed = ("_guesses", "_num_held", "_least_held")
 
     def begin(self, state: object) -> None:
         """No guesses yet; what follows what in the prompts."""
