@@ -175,24 +175,6 @@ class TakesFixedTrees(TakesFixedChains, Protocol):
 
 
 @runtime_checkable
-class MakesRoom(Protocol):
-    """A state that has to be told of passes of fixed shapes before the first one of its shape."""
-
-    def make_room(self, num: int, tree: Any) -> None:
-        """Passes of `num` candidates follow: chains (None), or trees like this `Topology`."""
-        ...
-
-
-@runtime_checkable
-class TellsFixedHidden(Protocol):
-    """A state whose passes of fixed shapes tell `hidden`, see `TellsHidden`, where that is asked for."""
-
-    hidden: Tensor | None
-    keeps_hidden: bool
-    """To be set before the first such pass."""
-
-
-@runtime_checkable
 class Overruns(Protocol):
     """A state that may accept candidates past the last token (their logits mean nothing)."""
 

@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..contracts import MakesRoom, TakesFixedChains, TakesFixedTrees, TellsFixedHidden
+from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
 from .drafter import (
     LARGEST_TREE,
@@ -44,6 +44,24 @@ ISOLATED = (
     else {}
 )
 """Compiled steps do not count as recompilations of one another; older torch lacks the word."""
+
+
+@runtime_checkable
+class MakesRoom(Protocol):
+    """A state that has to be told of passes of fixed shapes before the first one of its shape."""
+
+    def make_room(self, num: int, tree: Any) -> None:
+        """Passes of `num` candidates follow: chains (None), or trees like this `Topology`."""
+        ...
+
+
+@runtime_checkable
+class TellsFixedHidden(Protocol):
+    """A state whose passes of fixed shapes tell `hidden`, where that is asked for."""
+
+    hidden: Tensor | None
+    keeps_hidden: bool
+    """To be set before the first such pass."""
 
 
 class FixedStep:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tree import listed
+from .tree import Topology, is_chain, listed, topology
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,29 @@ def levels_of(parents: Sequence[int], device: torch.device) -> list[Level]:
         levels.append(Level(tuple(above), own, hangs, rank, max(seen.values())))
         before, first = nodes, first + len(nodes)
     return levels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tree of one shape is filled.
+
+    Attributes:
+        parents: [T], numbered level by level.
+        levels: of the tree.
+        fed: for each level, how what the draft reads before it hangs together: the last known token
+            and the levels above; None for a chain.
+    """
+
+    parents: Tensor
+    levels: list[Level]
+    fed: list[Topology | None]
+
+    @classmethod
+    def of(cls, parents: Tensor, device: torch.device) -> Plan:
+        """The plan of a tree [T]."""
+        own, levels, fed, num = listed(parents), levels_of(listed(parents), device), [], 0
+        for level in levels:
+            shape = (-1, *(parent + 1 for parent in own[:num]))
+            fed.append(None if is_chain(own) else topology(shape, device))
+            num += len(level.places)
+        return cls(parents, levels, fed)

@@ -176,7 +176,7 @@ class HFState:
         return None if self.pseudo is None and not self._watched else "the drafter changes the pass"
 
     def make_room(self, num: int, tree: Topology | None) -> None:
-        """See `arvision.contracts.MakesRoom`: there is room, but compiled passes put up no hooks.
+        """See `arvision.decoding.fixed_step.MakesRoom`: there is room, but compiled passes put up no hooks.
 
         What tells hidden states is put up by the first call that asks for them. It is fed where
         nothing ever looks.

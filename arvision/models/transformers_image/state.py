@@ -246,7 +246,7 @@ class ImageState:
         return self._model.run(inputs, positions, spread(mask, rows), self._seen)
 
     def make_room(self, num: int, tree: Topology | None) -> None:
-        """See `arvision.contracts.MakesRoom`."""
+        """See `arvision.decoding.fixed_step.MakesRoom`."""
         width = self._layout.widest(num, tree)
         if tree is not None:
             self._layout.widest(tree.num_levels)  # of a path that stays

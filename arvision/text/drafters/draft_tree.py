@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,11 @@ from ...decoding.logits import Shaping
 from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
-    Topology,
     best_tree,
-    is_chain,
-    listed,
     none_left,
-    topology,
     topology_of,
 )
-from ...decoding.tree_levels import Level, by_level, levels_of
+from ...decoding.tree_levels import Plan, by_level
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
 from ...files import user_path
@@ -484,29 +479,3 @@ class DraftTree(TextDrafter):
             num_levels=len(self.branching),
             most_children=max(self.branching),
         )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a tree of one shape is filled.
-
-    Attributes:
-        parents: [T], numbered level by level.
-        levels: of the tree.
-        fed: for each level, how what the draft reads before it hangs together: the last known token
-            and the levels above; None for a chain.
-    """
-
-    parents: Tensor
-    levels: list[Level]
-    fed: list[Topology | None]
-
-    @classmethod
-    def of(cls, parents: Tensor, device: torch.device) -> Plan:
-        """The plan of a tree [T]."""
-        own, levels, fed, num = listed(parents), levels_of(listed(parents), device), [], 0
-        for level in levels:
-            shape = (-1, *(parent + 1 for parent in own[:num]))
-            fed.append(None if is_chain(own) else topology(shape, device))
-            num += len(level.places)
-        return cls(parents, levels, fed)
