@@ -94,6 +94,16 @@ class FixedStep:
         # The drafter need not ask how many of its drafts are new: it makes all of them.
         self.given = [self.window]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Images and candidates."""
+        return len(self.lengths), self.window
+
+    @property
+    def device(self) -> torch.device:
+        """Of all buffers."""
+        return self.lengths.device
+
     def is_other(self, images: Tensor, wanted: int) -> bool:
         """Whether a pass of these images needs another step, where `wanted` candidates are asked for."""
         return wanted != self.wanted or images is not self._asked
@@ -189,6 +199,10 @@ class Steps:
         """Whether this mode replaces the ordinary loop on that device."""
         return self.mode != "auto" or device.type == self.graphs.device_type
 
+    def captures(self, device: torch.device) -> bool:
+        """Whether graphs are captured on that device."""
+        return self.mode == "auto" and self.drives(device)
+
     def ready(self, step: FixedStep) -> Callable[[], Any]:
         """What makes a pass of `step` in this mode."""
         if self.mode == "eager":
@@ -278,5 +292,5 @@ def fixed_rounds(
             rows.catch_up(step)
             policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
     finally:
-        run.steps.graphs.leave(run)
+        run.leave_graphs()
     return candidates, windows

@@ -83,8 +83,7 @@ def decode_tokens(
         why_not = why_no_fixed_rounds(run, state, drafter)
         if why_not is None:
             candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
-            told = {"step": run.steps.mode, "warm_up": run.warm_up}
-            return run.samples(candidates=candidates, windows=windows, **told)
+            return run.samples(candidates=candidates, windows=windows, **run.told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )

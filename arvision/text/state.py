@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..contracts import Edit
 from ..decoding.cache import KVCache
-from ..decoding.transformers_attention import all_open, kernels_in, spread
+from ..decoding.transformers_attention import all_open, kernels_in, spread, within
 from ..decoding.transformers_cache import CacheView
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
@@ -374,6 +374,7 @@ class HFState:
             )
             behind = positions[..., None] - places[:, None, : mask.shape[3]]
             near = mask.masked_fill((behind >= window)[:, None], float("-inf"))
+            near = within(near, mask, window, positions)
         return near if kinds == {SLIDING} else {FULL: mask, SLIDING: near}
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -335,7 +335,7 @@ class DraftTree(TextDrafter):
             features = confidence_features(law, scores, token.clamp(min=0))
             law = self._state.extend(fed)[:, -1]
             likely.see(self.acceptance(self._state.hidden[:, -1], features))
-            if none_left(likely.going):
+            if not bool(likely.going.any()):  # a read, which is less than a pass of the draft
                 break
         logq = None
         if self.draws != "chosen":
