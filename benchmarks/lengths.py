@@ -48,7 +48,7 @@ def main() -> None:
     ):
         for _ in range(2):
             drafter = PromptLookup()
-            drafter.takes_rows = by_row  # pyright: ignore[reportAttributeAccessIssue]
+            PromptLookup.takes_rows = by_row  # of the class: costs are kept by a drafter's options
             drafts[0], TokenTree.topology = 0, counted
             try:
                 out = generate(
