@@ -27,6 +27,8 @@ MOST_UPLOAD = 20 << 20
 
 RED = "#ff3b30"
 
+STOPPED = "Stopped; what was not drawn is missing."
+
 
 def handlers(desk: Desk) -> Any:
     """What happens when a button is pressed: (draw, redraw, take, choose)."""
@@ -216,7 +218,7 @@ def make_page(desk: Desk) -> gr.Blocks:
                 **one,
             ),
         ]
-        stop.click(None, cancels=begun, **quick)
+        stop.click(lambda: show.told(STOPPED), None, status, cancels=begun, **quick)
         taking.click(take, [kept, side, number], [painting, status], **quick)
         model.change(choose, model, [prompt, left, right, negative, known, status], **one)
     page.queue(max_size=desk.bounds.queue, default_concurrency_limit=1)

@@ -24,19 +24,23 @@ from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
 from .medusa2 import medusa2_training, train_medusa2
 from .mtp import train_mtp
+from .nested import NestedTraining, train_nested
 from .parallel import ParallelTraining, train_parallel
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
+from .units import UNIT_FIT, UnitTraining, train_units
 
-ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "model", "parallel")
-ALL_KINDS += ("acceptance", "judge")
+ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "lud", "model", "nested")
+ALL_KINDS += ("parallel", "acceptance", "judge")
 
 
 UNUSED = {
     "ppd": ("divergence",),
     "hidden_transfer": ("divergence",),
+    "lud": ("divergence",),
     "model": ("num_heads",),
+    "nested": ("num_heads", "divergence"),
     "parallel": ("divergence",),
     "acceptance": ("num_heads", "divergence"),
     "judge": ("num_heads", "divergence", "answer_tokens"),
@@ -227,4 +231,10 @@ def fit_draft(
         return train_small_model(
             network, tokenizer, answers, out, small, blocks=blocks, progress=progress
         )
+    if kind == "nested":
+        nested = NestedTraining(fit=replace(SMALL_FIT, **changed))
+        return train_nested(network, tokenizer, [answers], out, nested, progress=progress)
+    if kind == "lud":
+        units = UnitTraining(num_guesses=num_heads, fit=replace(UNIT_FIT, **changed))
+        return train_units(network, tokenizer, answers, out, units, progress=progress)
     return train_pseudo(network, answers, out, pseudo, progress=progress)
