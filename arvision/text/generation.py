@@ -133,8 +133,8 @@ def generate(
         device: for a model given by name.
         dtype: for a model given by name.
         compile: a mode of `pipe.compile`: passes of fixed shapes, compiled or captured and kept with
-            the model. For plain decoding; with drafts made on the host the ordinary loop runs, with
-            a warning. `stats.step` tells what ran.
+            the model. For plain decoding and drafters that work on the device; with drafts made on
+            the host the ordinary loop runs, with a warning. `stats.step` tells what ran.
 
     Raises:
         InputError: bad options or prompts, before any model call.

@@ -213,4 +213,5 @@ def judge(
         same = batch.drafts == _after_parent(batch, choice)
         return deepest(batch, same | fine, choice)
 
+    rule.needs_hidden = True  # pyright: ignore[reportFunctionMemberAccess]
     return rule
