@@ -179,7 +179,7 @@ def width_costs(model: HFCausalLM, num_rows: int) -> list[list[float]]:
     Measured once per model and machine and kept, see `arvision.decoding.window.measured_costs`.
     """
 
-    def make(width: int) -> Sampler:
+    def make(width: int) -> Any:
         return lambda lm, conditions, *, seeds, guidance_scale, on_step: decode_tokens(
             lm,
             conditions,

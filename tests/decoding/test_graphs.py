@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import image_networks as nets
 import pytest
@@ -127,7 +128,7 @@ def test_graphs_go_with_the_weights_that_they_read(model):
     assert torch.equal(draw(other, "sjd", steps).tokens, draw(other, "sjd").tokens)
     assert len(capture.tapes) == made
     kept = weakref.ref(next(iter(steps.graphs._graphs.values())))
-    part = other.transformer.output
+    part: Any = other.transformer.output
     for change in (
         lambda: setattr(part.weight, "data", 2 * part.weight.data),
         lambda: setattr(part, "weight", torch.nn.Parameter(0.25 * part.weight.data)),
