@@ -294,10 +294,10 @@ def main() -> None:
         ("distillation", "dd", dd_tables),
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
-        ("text", "text_systems", systems_table),
-        ("text", "rapid", rapid_table),
+        ("text-systems", "text_systems", systems_table),
+        ("text-systems", "rapid", rapid_table),
         ("text", "completion", completion_table),
-        ("text", "lengths", lengths_table),
+        ("text-systems", "lengths", lengths_table),
         ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")
