@@ -77,11 +77,12 @@ class Portable:
         Raises:
             InputError: names the first, and what it needs.
         """
-        for name, row in self.idle(self.config).items():
+        component: Any = self
+        config: Mapping[str, Any] = component.config
+        for name, row in self.idle(config).items():
             raise InputError(
-                f"{name} {shown(self.config[name])} with {row.other} "
-                f"{shown(self.config[row.other])}: it would have no effect, expected {row.other} "
-                f"{row.expected}"
+                f"{name} {shown(config[name])} with {row.other} {shown(config[row.other])}: it "
+                f"would have no effect, expected {row.other} {row.expected}"
             )
 
     @classmethod
