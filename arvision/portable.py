@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from diffusers.configuration_utils import FrozenDict
 
+from .errors import InputError, plain_numbers, shown
 from .folders import embedded_models
 from .schema import check_fields, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+
+
+class OnlyWith(NamedTuple):
+    """Options that mean something only where another one is set.
+
+    Attributes:
+        options: their names.
+        other: name of the other one.
+        is_set: of the other one's value: whether they mean something.
+        expected: such values in words, for messages.
+    """
+
+    options: tuple[str, ...]
+    other: str
+    is_set: Callable[[Any], bool]
+    expected: str
 
 
 class Portable:
@@ -32,6 +50,40 @@ class Portable:
 
     local_models: ClassVar[tuple[str, ...]] = ()
     """Options that name a model: an embedded name or a hub id travels, a folder does not."""
+
+    only_with: ClassVar[tuple[OnlyWith, ...]] = ()
+    """Options that mean something only with others; a constructor ends with `check_idle`."""
+
+    @classmethod
+    def idle(cls, config: Mapping[str, Any]) -> dict[str, OnlyWith]:
+        """Options that `config` sets, to something else than their defaults, and that change nothing.
+
+        Args:
+            config: options by name; what is missing has its default.
+        """
+        defaults = {name: plain_option(value) for name, value in options_of(cls).items()}
+        full = defaults | {name: plain_option(value) for name, value in config.items()}
+        return {
+            name: row
+            for row in cls.only_with
+            if not row.is_set(full[row.other])
+            for name in row.options
+            if full[name] != defaults[name]
+        }
+
+    def check_idle(self) -> None:
+        """Refuse options of `only_with` that are set and change nothing.
+
+        Raises:
+            InputError: names the first, and what it needs.
+        """
+        component: Any = self
+        config: Mapping[str, Any] = component.config
+        for name, row in self.idle(config).items():
+            raise InputError(
+                f"{name} {shown(config[name])} with {row.other} {shown(config[row.other])}: it "
+                f"would have no effect, expected {row.other} {row.expected}"
+            )
 
     @classmethod
     def stays(cls, option: str, value: Any) -> bool:
@@ -69,6 +121,17 @@ class Portable:
         config: Mapping[str, Any] = json.loads(base.to_json_string())
         kept = {name: value for name, value in config.items() if not self.stays(name, value)}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
+
+
+def options_of(cls: type) -> dict[str, Any]:
+    """The arguments of a class' constructor and their defaults."""
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: each.default for name, each in parameters.items() if name != "self"}
+
+
+def plain_option(value: Any) -> Any:
+    """An option's value as a file has it: Python's numbers, and lists for tuples."""
+    return list(value) if isinstance(value, tuple) else plain_numbers(value)
 
 
 def travels(name: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 
 import pytest
@@ -10,7 +12,9 @@ from tiny_pipelines import tiny
 
 import arvision
 from arvision import InputError
-from arvision.samplers import DDSampler
+from arvision.errors import warn_once
+from arvision.samplers import SAMPLERS, DDSampler, get_sampler
+from arvision.samplers.base import parse_sampler
 
 STUDENTS = ["student", "var student"]
 
@@ -52,6 +56,92 @@ def test_a_sampler_with_idle_options_says_so_once():
         warnings.simplefilter("error")
         pipe(prompt, seed=0, output_type="latent")
         arvision.load("llamagen-fashion-dd", device="cpu")("bag", seed=0, output_type="latent")
+
+
+IDLE = [
+    ("ar:prune_scales=1", "prune_scales 1 with prune 0.0", "prune=0.5"),
+    ("ar:prune_whole=[1,1]", "prune_whole [1, 1] with prune 0.0", "prune=0.5"),
+    ("ar:reuse_guidance=true", "reuse_guidance True with refresh 1", "refresh=2"),
+    ("ar:refresh_first=2", "refresh_first 2 with refresh 1", "refresh=2"),
+    ("ar:refresh_share=published", "refresh_share 'published' with refresh 1", "refresh=2"),
+    ("sjd:cost_file=costs", "cost_file 'costs' with window 16", "window=auto"),
+    ("sjd:min_share=0.1", "min_share 0.1 with tree None", "tree=drift"),
+    ("csjd:tolerance=0.2", "tolerance 0.2 with criterion 'trajectory'", "criterion=tolerance"),
+    ("cspd:inner_temperature=2:criterion=trajectory", "inner_temperature 2 with criterion", None),
+    ("csjd:max_tries=5:criterion=tolerance", "max_tries 5 with criterion 'tolerance'", None),
+    ("lantern:tv=0.2:bound=factor", "tv 0.2 with bound 'factor'", None),
+    ("lantern:factor=2", "factor 2 with bound 'step'", "bound=factor"),
+]
+"""A sampler, the message's beginning, and what lends the option its meaning (None: the other's
+default)."""
+
+
+def test_the_table_has_all_options_that_need_another():
+    declared = {
+        (entry.name, option)
+        for entry in SAMPLERS
+        for row in entry.value.only_with
+        for option in row.options
+    }
+    assert declared == {(each[0].split(":")[0], each[1].split()[0]) for each in IDLE}
+
+
+@pytest.mark.parametrize(("spec", "message", "needs"), IDLE, ids=[each[0] for each in IDLE])
+def test_an_option_that_means_nothing_without_another_is_refused(spec, message, needs):
+    match = f"^{re.escape(message)}.*: it would have no effect, expected "
+    with pytest.raises(InputError, match=match):
+        get_sampler(spec)
+    name, option = spec.split(":")[:2]
+    key = option.partition("=")[0]
+    made = get_sampler(f"{name}:{option}" if needs is None else f"{spec}:{needs}")
+    with pytest.raises(InputError, match="it would have no effect"):
+        type(made)(**parse_sampler(spec)[1])
+    defaults = get_sampler(name).config
+    get_sampler(name, **{key: defaults[key]})  # a default asks for nothing
+    # Who takes the other option back says nothing against this one.
+    other = (needs or spec.split(":")[-1]).split("=")[0]
+    change = {other: defaults[other] if needs else parse_sampler(spec)[1][other]}
+    assert made.with_options(**change).config[key] == defaults[key]
+
+
+def test_stored_samplers_of_earlier_releases_with_idle_options_open(tmp_path):
+    stored = {"_class_name": "ARSampler", "prune": 0.0, "prune_scales": 1, "prune_whole": [1, 1]}
+    (tmp_path / "sampler_config.json").write_text(json.dumps(stored))
+    opened = SAMPLERS["ar"].from_pretrained(tmp_path)
+    assert (opened.config["prune_scales"], opened.config["prune_whole"]) == (2, (0, 0))
+
+
+def test_a_file_of_costs_beside_their_table_is_refused():
+    given = {"window": "auto", "cost_table": {1: 1.0, 4: 1.0}}
+    with pytest.raises(InputError, match=r"cost_file 'c' with cost_table .*no effect, expected"):
+        get_sampler("sjd", cost_file="c", **given)
+
+
+def test_top_k_and_top_p_of_greedy_drawing_are_told_once():
+    pipe, prompt = tiny("llamagen")
+    warn_once.cache_clear()
+    draw = {"seed": 0, "output_type": "latent", "temperature": 0}
+    with pytest.warns(UserWarning, match="top_k 3 at temperature 0: it has no effect"):
+        found = pipe(prompt, top_k=3, **draw).tokens
+    with pytest.warns(UserWarning, match=r"top_p 0\.5 at temperature 0"):
+        get_sampler("sjd:temperature=0:top_p=0.5")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(pipe(prompt, top_k=3, **draw).tokens, found)
+        warn_once.cache_clear()
+        pipe(prompt, top_k=0, top_p=1.0, **draw)
+        # What the pipeline recommends is no word of the caller.
+        own = get_sampler("ar", top_k=3)
+        assert torch.equal(pipe(prompt, sampler=own, **draw).tokens, found)
+        get_sampler("ar", top_k=3, top_p=0.5)
+
+
+@pytest.mark.parametrize("given", [{"num_draft": 4}, {"drafter_options": {"max_depth": 3}}])
+def test_drafts_without_a_drafter_are_refused(given):
+    with pytest.raises(
+        InputError, match=r"(num_draft 4|max_depth) without a drafter: it would have"
+    ):
+        arvision.generate("no-such-model", "text", **given)
 
 
 @pytest.mark.parametrize("name", ["captioned", "infinity"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import Schedule
-from ..errors import InputError
+from ..errors import InputError, shown, warn_once
 from ..kernels.sampling import Shaping, guide
 
 __all__ = [
@@ -20,8 +20,24 @@ __all__ = [
     "joined_scales",
     "per_scale",
     "shape_rows",
+    "warn_of_greedy",
     "weights_at",
 ]
+
+
+def warn_of_greedy(temperature: Any, **law: Any) -> None:
+    """Say once that `top_k` or `top_p` was given and that greedy drawing does not look at it.
+
+    Args:
+        temperature: a number, or one for each scale; None for one that is not known.
+        **law: `top_k` and `top_p` as the caller gave them; None, 0 and 1 ask for nothing.
+    """
+    listed = temperature if isinstance(temperature, Sequence) else [temperature]
+    if any(value != 0 for value in listed):
+        return
+    for name, value in law.items():
+        if value not in (None, {"top_k": 0, "top_p": 1}[name]):
+            warn_once(f"{name} {shown(value)} at temperature 0: it has no effect")
 
 
 def check_guidance_scale(scale: Any) -> None:

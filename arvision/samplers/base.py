@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import sys
 import warnings
@@ -30,14 +29,14 @@ from ..contracts import (
 from ..decoding.fixed_step import Steps
 from ..decoding.given import Given
 from ..decoding.guidance import Guidance
-from ..decoding.logits import Shaping, per_scale
+from ..decoding.logits import Shaping, per_scale, warn_of_greedy
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
 from ..errors import InputError, plain_numbers, unknown_name
 from ..files import user_path
 from ..memory import Peak
-from ..portable import Portable, travels
+from ..portable import Portable, options_of, travels
 from ..registry import Registry
 from ..stored import check_plain
 
@@ -199,9 +198,11 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             **kwargs,
         )
         config, unused, _ = loaded
-        known = _options(cls)
+        known = options_of(cls)
         stale = [name for name in config if name not in known and not name.startswith("_")]
         _warn_of_stale(cls.name, {name: config[name] for name in stale})
+        # Earlier releases took and saved what changes nothing.
+        stale += cls.idle({name: config[name] for name in known if name in config})
         kept = {name: value for name, value in config.items() if name not in stale}
         made: Any = cls.from_config(kept, return_unused_kwargs=True, **unused)
         sampler, rest = made
@@ -229,12 +230,17 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
     def with_options(self, **options: Any) -> BaseSampler:
         """The same sampler with some options changed; it keeps the models that were bound to it.
 
+        What it had been given besides and what means nothing with the changed options
+        (`only_with`) goes back to its default.
+
         Raises:
-            InputError: an option that this sampler does not have.
+            InputError: an option that this sampler does not have, or that changes nothing.
         """
-        known = _options(type(self))
-        current = {name: self.config[name] for name in known}
-        changed = get_sampler(self.name, **current | options)
+        known = options_of(type(self))
+        wanted = {name: self.config[name] for name in known} | options
+        left = self.idle({name: wanted[name] for name in known}).keys() - options.keys()
+        wanted = {name: value for name, value in wanted.items() if name not in left}
+        changed = _make(self.name, wanted)
         return changed.bind(**{k: v for k, v in self._bound.items() if k not in options})
 
     @property
@@ -327,10 +333,6 @@ def _warn_of_stale(owner: str, options: dict[str, Any]) -> None:
         )
 
 
-def _options(cls: type) -> list[str]:
-    return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-
-
 def parse_value(text: str) -> Any:
     """A number, boolean or None where the text is one, else the text."""
     try:
@@ -382,8 +384,15 @@ def get_sampler(name: str, **options: Any) -> BaseSampler:
     """
     spec, (name, own) = name, parse_sampler(name)
     options = join_options(spec, own, options)
+    made = _make(name, options)
+    law = {key: options.get(key) for key in ("top_k", "top_p")}
+    warn_of_greedy(options.get("temperature"), **law)
+    return made
+
+
+def _make(name: str, options: dict[str, Any]) -> BaseSampler:
     cls = SAMPLERS[name]
-    known = _options(cls)
+    known = options_of(cls)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of sampler {name!r}:", option, known)

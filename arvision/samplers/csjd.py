@@ -13,6 +13,7 @@ from ..decoding.latents.speculation import Speculation, speculate_latents
 from ..decoding.latents.verify import MOST_TRIES
 from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
+from ..portable import OnlyWith
 from .base import BaseSampler, register
 
 CRITERIA = ("trajectory", "tolerance")
@@ -37,7 +38,7 @@ class CSJDSampler(BaseSampler):
     Args:
         criterion: see above.
         window: iterations that a pass looks at.
-        tolerance: largest difference of an entry of a latent that counts as none.
+        tolerance: largest difference of an entry of a latent that counts as none ("tolerance").
         max_tries: proposals for a rejected latent ("trajectory"), see `cspd`.
         num_iter: iterations, 1 to the number of latents; None for one latent at a time.
         order: "random" or "raster"; a causal model has only the latter.
@@ -45,7 +46,7 @@ class CSJDSampler(BaseSampler):
         temperature: multiplies the noise of the chains; 0 only with "tolerance".
 
     Raises:
-        InputError: an unknown name, or a value out of range.
+        InputError: an unknown name, a value out of range, or an option of the other criterion.
 
     Ours, after Teng et al., "Accelerating Auto-regressive Text-to-Image Generation with
     Training-free Speculative Jacobi Decoding", 2024 (discrete tokens), and Wang et al., "Continuous
@@ -53,6 +54,11 @@ class CSJDSampler(BaseSampler):
     """
 
     keeps_given = True
+
+    only_with = (
+        OnlyWith(("tolerance",), "criterion", lambda name: name == "tolerance", "'tolerance'"),
+        OnlyWith(("max_tries",), "criterion", lambda name: name == "trajectory", "'trajectory'"),
+    )
 
     @register_to_config
     def __init__(
@@ -84,6 +90,7 @@ class CSJDSampler(BaseSampler):
             temperature=temperature,
             last_noise=criterion == "trajectory",
         )
+        self.check_idle()
 
     @property
     def is_exact(self) -> bool:

@@ -13,6 +13,7 @@ from ..decoding.latents.verify import CRITERIA, MOST_TRIES
 from ..decoding.logits import check_guidance_scale
 from ..decoding.run import Run
 from ..errors import InputError, check_count, unknown_name
+from ..portable import OnlyWith
 from .base import BaseSampler, register
 
 
@@ -61,7 +62,7 @@ class CSpDSampler(BaseSampler):
         draft_guidance_scale: guidance scale of the draft; None for the target's.
 
     Raises:
-        InputError: an unknown name, or a value out of range.
+        InputError: an unknown name, a value out of range, or an option of the other criterion.
 
     Paper: Wang et al., "Continuous Speculative Decoding for Autoregressive Image Generation", 2024.
     The exact pair is ours: the published ratio compares two chains, and the released code verifies
@@ -72,6 +73,12 @@ class CSpDSampler(BaseSampler):
     needs = {"draft": ContinuousModel}
 
     keeps_given = True
+
+    only_with = (
+        OnlyWith(
+            ("inner_temperature",), "criterion", lambda name: name == "published", "'published'"
+        ),
+    )
 
     @register_to_config
     def __init__(
@@ -126,6 +133,7 @@ class CSpDSampler(BaseSampler):
             prefill=prefill,
             max_tries=max_tries,
         )
+        self.check_idle()
         self.take("draft", draft)
 
     @property

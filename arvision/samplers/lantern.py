@@ -20,6 +20,7 @@ from ..decoding.tree_rules import lenient
 from ..decoding.verify import Rule
 from ..decoding.window import check_window, clamp_window
 from ..errors import InputError, unknown_name
+from ..portable import OnlyWith
 from .base import TokenSampler, register
 
 
@@ -58,7 +59,8 @@ class LanternSampler(TokenSampler):
         top_p: mass kept, 1 for all.
 
     Raises:
-        InputError: a value out of range, or (when called) a model without a codebook.
+        InputError: a value out of range, the limit of another bound, or (when called) a model without
+            a codebook.
 
     Papers: Jang et al., "LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative
     Decoding", 2024, section 4; Park et al., "LANTERN++", 2025 (static tree, multiplicative bound). There
@@ -69,6 +71,11 @@ class LanternSampler(TokenSampler):
     """
 
     keeps_given = True
+
+    only_with = (
+        OnlyWith(("tv",), "bound", lambda name: name != "factor", "'step' or 'draft'"),
+        OnlyWith(("factor",), "bound", lambda name: name == "factor", "'factor'"),
+    )
 
     @register_to_config
     def __init__(
@@ -100,6 +107,7 @@ class LanternSampler(TokenSampler):
             raise InputError(f"factor {factor}: expected a number >= 1")
         self._check_tree()
         self.shaping()
+        self.check_idle()
 
     def _check_tree(self) -> None:
         """Refuse trees that do not go with the other options."""

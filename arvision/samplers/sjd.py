@@ -25,6 +25,7 @@ from ..decoding.window import (
     tables_by_tree,
 )
 from ..errors import InputError, unknown_name
+from ..portable import OnlyWith
 from .base import TokenSampler, register
 
 TREES = {"drift": "gumbel", "static": "maximal"}
@@ -93,6 +94,12 @@ class SJDSampler(TokenSampler):
 
     local_files = ("cost_file",)
 
+    only_with = (
+        OnlyWith(("cost_file",), "window", lambda window: window == "auto", "'auto'"),
+        OnlyWith(("cost_file",), "cost_table", lambda table: table is None, "None"),
+        OnlyWith(("min_share",), "tree", lambda tree: tree == "drift", "'drift'"),
+    )
+
     keeps_given = True
 
     @register_to_config
@@ -120,6 +127,7 @@ class SJDSampler(TokenSampler):
         self.shaping()
         self._memories = Memories()
         self._check_tree()
+        self.check_idle()
 
     def _check_tree(self) -> None:
         """Refuse options that do not go together with each other or with a tree.
@@ -139,8 +147,6 @@ class SJDSampler(TokenSampler):
         is_number = isinstance(min_share, int | float) and not isinstance(min_share, bool)
         if not is_number or not 0 <= min_share < 1:
             raise InputError(f"min_share {min_share!r}: expected a number, 0 <= min_share < 1")
-        if min_share and tree != "drift":
-            raise InputError(f'min_share {min_share} with tree {tree!r}: expected tree "drift"')
         table = self.config["cost_table"]
         for name in [tree, *(() if table is None else tables_by_tree(table))]:
             if name is not None and name not in TREES:

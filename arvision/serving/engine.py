@@ -71,8 +71,13 @@ class Engine:
         Raises:
             BusyError: more than may wait.
             ClosedError: the engine is stopping.
-            InputError: a picture that cannot be drawn as `Limits.batching` wants it.
+            InputError: more than ever may wait, or a picture that cannot be drawn as
+                `Limits.batching` wants it.
         """
+        if len(orders) > self._limits.queue:
+            raise InputError(
+                f"{len(orders)} pictures: expected at most {self._limits.queue}, as many as may wait"
+            )
         if self._limits.batching == "continuous":
             for order in orders:
                 self._check_continuous(order)

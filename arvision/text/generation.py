@@ -16,7 +16,7 @@ from torch import Tensor
 from ..contracts import Stats
 from ..decoding.drafter import NoDrafter
 from ..decoding.fixed_step import Steps
-from ..decoding.logits import Shaping
+from ..decoding.logits import Shaping, warn_of_greedy
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow, RowGoodput
@@ -141,7 +141,9 @@ def generate(
     """
     started = time.perf_counter()
     shaping = Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
+    warn_of_greedy(temperature, top_k=top_k, top_p=top_p)
     check_count("max_new_tokens", max_new_tokens)
+    check_num_draft(num_draft, drafter)
     options = dict(drafter_options or {})
     if "draft" in options:
         given = options["draft"]
@@ -178,7 +180,6 @@ def generate(
     if streamer is not None and len(ids) != 1:
         raise InputError(f"streamer with {len(ids)} prompts: expected one; `stream` takes several")
     seeds = row_seeds(seed, len(ids))
-    check_num_draft(num_draft)
     strings, special = stop_strings(stop, tokenizer)
     if prepared is None:
         starts = lm.starts(len(ids)) if isinstance(lm, Seq2SeqLM) else None
@@ -350,9 +351,11 @@ def make_drafter(drafter: str | Drafter | None, **options: Any) -> Drafter:
     """A drafter from its name (or two joined by "+"), or the drafter that was given.
 
     Raises:
-        InputError: an unknown name or option.
+        InputError: an unknown name or option, or options of none.
     """
     if drafter is None:
+        if options:
+            raise InputError(f"{min(options)} without a drafter: it would have no effect")
         return NoDrafter()
     if not isinstance(drafter, str):
         if options:
@@ -469,15 +472,17 @@ def _load(name: str, device: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return load_text_model(name, device=device, dtype=dtype)
 
 
-def check_num_draft(num_draft: Any) -> None:
-    """Refuse what is no number of candidates.
+def check_num_draft(num_draft: Any, drafter: Any) -> None:
+    """Refuse what is no number of candidates, or one without a drafter.
 
     Raises:
         InputError: see above.
     """
-    if num_draft is None or num_draft == "auto":
+    if num_draft is None:
         return
-    if isinstance(num_draft, str | bool) or not 1 <= num_draft <= MOST_NUMBER:
+    if drafter is None:
+        raise InputError(f"num_draft {num_draft!r} without a drafter: it would have no effect")
+    if num_draft != "auto" and as_integer(num_draft) not in range(1, MOST_NUMBER + 1):
         raise InputError(
             f'num_draft {num_draft!r}: expected an integer in 1..{MOST_NUMBER} or "auto"'
         )

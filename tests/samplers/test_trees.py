@@ -301,7 +301,10 @@ def test_a_saved_sampler_draws_the_same(model, plain, tmp_path):
         ({"tree": "drift", "init": "random"}, "init 'random' with tree \"drift\".*above, memory"),
         ({"tree": "static", "coupling": "maximal", "reuse": 0.5}, "expected reuse None"),
         ({"tree": "drift", "window": 65}, "window 65 with tree 'drift': expected at most 64"),
-        ({"min_share": 0.1}, "min_share 0.1 with tree None: expected tree"),
+        (
+            {"min_share": 0.1},
+            "min_share 0.1 with tree None: it would have no effect, expected tree",
+        ),
         ({"tree": "drift", "min_share": 1.0}, "expected a number, 0 <= min_share < 1"),
         ({"tree": "drift", "min_share": float("nan")}, "expected a number, 0 <= min_share < 1"),
         ({"tree": "drift", "min_share": "x"}, "min_share 'x': expected a number"),

@@ -95,9 +95,15 @@ def test_what_cannot_enter_a_running_batch_is_refused_where_that_is_wanted(studi
 
 def test_a_full_queue_refuses_all_of_a_request(studio):
     own = studio(batch=1, queue=3)
-    with pytest.raises(BusyError, match="pictures wait and 4 more would: expected at most 3"):
-        own.engine.submit(own.order("1", n=4))
-    assert own.engine.num_waiting == 0
+    first, three, four = (own.order("1", n=num) for num in (1, 3, 4))
+    with own.engine._wake:  # nothing is begun in between
+        own.engine.submit(first)
+        with pytest.raises(BusyError, match="1 pictures wait and 3 more would: expected at most 3"):
+            own.engine.submit(three)
+        assert own.engine.num_waiting == 1
+    with pytest.raises(InputError, match="4 pictures: expected at most 3, as many as may wait"):
+        own.engine.submit(four)
+    first[0].answer.result(60)
 
 
 def test_a_prompt_that_the_model_refuses_takes_no_other_along(studio):

@@ -9,6 +9,7 @@ import io
 import json
 import socket
 import threading
+from threading import Event
 
 import pytest
 import torch
@@ -165,8 +166,25 @@ def test_a_token_is_asked_for():
 
 
 def test_more_than_the_queue_holds_is_told_to_come_again():
-    with serving(batch=1, queue=2) as (client, _):
-        answer = client.post(PATH, json={"prompt": "1", "n": 4})
+    begun, gate = Event(), Event()
+
+    def hold(_):
+        begun.set()
+        assert gate.wait(60)
+
+    with serving(batch=1, queue=2) as (client, studio):
+        studio.engine.submit(studio.order("1", previews=1, on_preview=hold))
+        assert begun.wait(60)
+        studio.engine.submit(studio.order("2"))
+        try:
+            answer = client.post(PATH, json={"prompt": "1", "n": 2})
+            never = client.post(PATH, json={"prompt": "1", "n": 3})
+        finally:
+            gate.set()
+        # However long somebody waits, three will not fit.
+        assert never.status_code == 422
+        assert "3 pictures: expected at most 2, as many as may wait" in never.text
+        assert "retry-after" not in never.headers
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["type"] == "rate_limit_error"

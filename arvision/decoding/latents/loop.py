@@ -80,10 +80,6 @@ class LatentPlan:
         check_count("head_refresh", self.head_refresh)
         if type(self.refresh_first) is not int or self.refresh_first < 0:
             raise InputError(f"refresh_first {self.refresh_first!r}: expected an integer >= 0")
-        if self.refresh == 1 and (self.refresh_first or self.refresh_share is not None):
-            raise InputError(
-                "refresh_first, refresh_share with refresh 1: expected refresh above 1"
-            )
         share = self.refresh_share
         is_share = isinstance(share, int | float) and 0 <= share <= 1
         if share is not None and share != "published" and not is_share:

@@ -13,6 +13,7 @@ from ...decoding.latents.loop import LatentPlan
 from ...decoding.run import Run
 from ...decoding.scale_loop import ScalePlan
 from ...errors import InputError
+from ...portable import OnlyWith, options_of, plain_option
 from ..base import TokenSampler, register
 from .latent import draw_latents
 from .scale import draw_scales
@@ -63,9 +64,9 @@ class ARSampler(TokenSampler):
         noise: "gumbel" or, for models with a codebook, "flow".
         prune: scale models: share of the tokens of the last scales that each layer does not compute
             but restores from the last whole scale (FastVAR), which is lossy; 0 for none.
-        prune_scales: scale models: number of last scales that are pruned.
-        prune_whole: scale models: numbers of first and of last layers that are not pruned; FastVAR's
-            code has (3, 4) for Infinity's 32.
+        prune_scales: scale models, with `prune`: number of last scales that are pruned.
+        prune_whole: scale models, with `prune`: numbers of first and of last layers that are not
+            pruned; FastVAR's code has (3, 4) for Infinity's 32.
         more_smooth: scale models: mix likely codes into smoother pictures, for display; lossy.
         num_iter: continuous models: iterations, 1 to the number of latents; None for one latent at
             a time.
@@ -89,10 +90,21 @@ class ARSampler(TokenSampler):
             evenly from the model's own as the image is drawn (DiSA). Lossy; None for all steps.
 
     Raises:
-        InputError: a value out of range, or an option that the model's kind does not know.
+        InputError: a value out of range, an option that means nothing with the others, or one that
+            the model's kind does not know.
     """
 
     keeps_given = True
+
+    only_with = (
+        OnlyWith(("prune_scales", "prune_whole"), "prune", lambda share: share != 0, "above 0"),
+        OnlyWith(
+            ("reuse_guidance", "refresh_first", "refresh_share"),
+            "refresh",
+            lambda num: num != 1,
+            "above 1",
+        ),
+    )
 
     @register_to_config
     def __init__(
@@ -135,6 +147,7 @@ class ARSampler(TokenSampler):
             head_refresh=head_refresh,
             final_head_steps=final_head_steps,
         )
+        self.check_idle()
 
     @property
     def is_exact(self) -> bool:
@@ -145,11 +158,11 @@ class ARSampler(TokenSampler):
 
     def foreign(self, kind: str) -> dict[str, Any]:
         """Options that models of `kind` do not have and that are set here, to their defaults."""
-        known = {"self", *(_options_of(kind) if kind in KINDS else ())}
+        known = _options_of(kind) if kind in KINDS else []
         return {
-            name: parameter.default
-            for name, parameter in signature(type(self).__init__).parameters.items()
-            if name not in known and _plain(self.config[name]) != _plain(parameter.default)
+            name: default
+            for name, default in options_of(type(self)).items()
+            if name not in known and plain_option(self.config[name]) != plain_option(default)
         }
 
     def decode(self, model: Any, conditions: Conditions, run: Run) -> Samples:
@@ -169,8 +182,3 @@ class ARSampler(TokenSampler):
         if kind != "scale":
             self.shaping()  # refuses a list of temperatures
         return draw(model, conditions, run, **{name: self.config[name] for name in options})
-
-
-def _plain(value: Any) -> Any:
-    """A tuple as the list that a file makes of it."""
-    return list(value) if isinstance(value, tuple) else value
