@@ -183,6 +183,7 @@ class DraftTree(TextDrafter):
         """A new batch begins."""
         super().start(noise, vocab_size, num_tokens)
         self._known = [0] * len(noise)
+        self._plans: dict[int, Plan] = {}
 
     def begin(self, state: Any) -> None:
         """Prefill the draft."""
@@ -193,7 +194,6 @@ class DraftTree(TextDrafter):
         def law(logits: Tensor) -> Tensor:
             return shape(in_vocabulary(logits, self.vocab_size))
 
-        self._plans: dict[int, Plan] = {}
         if self.acceptance is not None:
             self.acceptance.check_draft(self.draft, self.translation)
         if self.translation is None:
@@ -418,7 +418,7 @@ class DraftTree(TextDrafter):
         batch, nodes, vocab = laws.shape
         number = round_number * LANES + level
         uniforms = self.noise.uniform((lengths + level)[:, None], "draft", number, nodes * width)
-        uniforms = uniforms.view(batch * nodes, width)
+        uniforms = uniforms.reshape(batch * nodes, width)
         left = laws.reshape(-1, vocab).exp()
         worth, values, tokens = [], [], []
         for place in range(width):
