@@ -92,10 +92,10 @@ def _llamagen(pipe: ARPipeline) -> Draw:
 
     def draw(classes: Sequence[int], num: int | None) -> int:
         ids = torch.tensor(classes, device=pipe.device)
-        num = num or pipe.model.num_tokens
+        length = num or pipe.model.num_tokens
         laws = {name: settings.get(name, plain) for name, plain in LAWS.items()}
-        generate(network, ids, num, cfg_scale=settings["guidance_scale"], **laws)
-        return num - 1  # the first token comes with the prompt
+        generate(network, ids, length, cfg_scale=settings["guidance_scale"], **laws)
+        return length - 1  # the first token comes with the prompt
 
     return draw
 

@@ -35,9 +35,9 @@ def main() -> None:
     whole = TokenTree.topology
     drafts = [0]
 
-    def counted(tree: TokenTree, device: torch.device) -> Any:
-        drafts[0] += int((tree.tokens >= 0).sum())
-        return whole(tree, device)
+    def counted(self: TokenTree, device: torch.device) -> Any:
+        drafts[0] += int((self.tokens >= 0).sum())
+        return whole(self, device)
 
     rows = []
     for name, num, by_row in (

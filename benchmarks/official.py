@@ -28,7 +28,7 @@ CASES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "float32"))
 def pipeline(dtype: torch.dtype) -> ARPipeline:
     """LlamaGen-B at 256 pixels, with random weights."""
     torch.manual_seed(0)
-    return ARPipeline(LlamaGenTransformer().eval().to(dtype), None, guidance_scale=4.0)
+    return ARPipeline(LlamaGenTransformer().eval(), None, guidance_scale=4.0).to(dtype)
 
 
 def measure(ours: str, theirs: str, num: int, rounds: int) -> dict[str, Any]:

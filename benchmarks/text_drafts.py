@@ -56,7 +56,7 @@ def train_other_vocabulary(
     """
     torch.manual_seed(0)
     texts = [target.decode(ids, clean_up_tokenization_spaces=False) for ids in answers.texts]
-    tokenizer = other_tokenizer(texts, target, num_tokens)
+    tokenizer: Any = other_tokenizer(texts, target, num_tokens)
     network = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

@@ -325,7 +325,7 @@ class Fits:
             kept = json.loads(answers.read_text())
             target = load_text_model(model_file())[1]
             return train_other_vocabulary(Answers(kept["texts"], kept["starts"]), target, out)
-        settings = {"kind": kind} | FITS[kind]
+        settings: dict[str, Any] = {"kind": kind} | FITS[kind]
         if kind == "acceptance":
             settings["draft"] = str(self("model"))
         if settings.pop("pretrain", False):

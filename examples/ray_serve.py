@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from ray import serve
+from ray import serve  # pyright: ignore[reportMissingImports]
 
 PATH = "/v1/images/generations"
 

@@ -48,7 +48,9 @@ def test_what_it_refuses(tmp_path, capsys):
 def test_published_sizes():
     """Weights in millions, as the authors tell them."""
     with torch.device("meta"):
-        nets = {n: LlamaGenTransformer(**s, grid=(24, 24)) for n, s in gpu.LLAMAGEN.items()}
+        nets: dict[str, torch.nn.Module] = {
+            n: LlamaGenTransformer(**s, grid=(24, 24)) for n, s in gpu.LLAMAGEN.items()
+        }
         for name, depth in gpu.VARS.items():
             nets[name] = VARTransformer(hidden_size=64 * depth, num_layers=depth, num_heads=depth)
     told = {"llamagen-b": 111, "llamagen-xl": 775, "llamagen-3b": 3100, "var-d16": 310}

@@ -134,9 +134,8 @@ def test_latents_of_each_image_have_their_own_weights(name):
     weights = [[1.0 + 0.2 * unit for unit in range(9)], [2.0 - 0.1 * unit for unit in range(9)]]
     both = pipe([prompt] * 2, guidance_scale=weights, **call).tokens
     for image in range(2):
-        alone = pipe(
-            prompt, guidance_scale=weights[image], **(call | {"seed": [(3, image)]})
-        ).tokens
+        own: dict[str, Any] = call | {"seed": [(3, image)]}
+        alone = pipe(prompt, guidance_scale=weights[image], **own).tokens
         torch.testing.assert_close(both[image], alone[0], atol=2e-2, rtol=2e-2)
 
 
@@ -208,7 +207,8 @@ def test_guidance_leads_away_from_a_negative_prompt(family):
     call["guidance_scale"] = 0.0  # only what it leads away from
     only = pipe(prompt, negative_prompt="a dress", **call).tokens
     if family != "nextstep":  # whose prompts have a prefix of their own
-        assert torch.equal(only, pipe("a dress", **(call | {"guidance_scale": 1.0})).tokens)
+        call["guidance_scale"] = 1.0
+        assert torch.equal(only, pipe("a dress", **call).tokens)
 
 
 def test_models_of_classes_take_no_negative_prompt(tiny_pipeline):

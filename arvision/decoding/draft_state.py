@@ -95,7 +95,7 @@ class FollowingState:
         spread = fed.new_zeros(len(self.state.lengths), fed.shape[1])
         # A target of a larger, padded vocabulary may have tokens that the draft cannot read.
         spread[self.rows] = fed.clamp(max=self._vocab_size - 1)
-        if isinstance(self.state, AdvancesAlong) and len(fed) == len(spread):
+        if len(fed) == len(spread) and isinstance(self.state, AdvancesAlong):
             logits = self.state.extend_along(spread, tree)
         elif tree is None:
             logits = self.state.extend(spread)

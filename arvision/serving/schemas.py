@@ -40,10 +40,10 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
-    top_k: int = Field(-1, ge=-1, lt=1 << 31)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int | None = Field(None, ge=1, lt=1 << 24)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_k: int = Field(default=-1, ge=-1, lt=1 << 31)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, lt=1 << 24)
     ignore_eos: bool = True
     sampling_seed: Seed | None = None
 

@@ -98,8 +98,9 @@ class Resting:
 
     def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
         """See `arvision.decoding.drafter.Hears`."""
-        is_at_work = isinstance(self._inner, Hears) and not self._rests
-        return self._inner.asks(batch, verdict) if is_at_work else ()
+        if isinstance(self._inner, Hears) and not self._rests:
+            return self._inner.asks(batch, verdict)
+        return ()
 
     def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
         """See `arvision.decoding.drafter.Hears`."""

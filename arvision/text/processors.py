@@ -63,7 +63,7 @@ class Prefixes:
         changed = []
         for row, own in enumerate(tokens):
             text = self._text(row, logits.device)
-            above = parents if tree is None or tree.is_shared else parents[row]
+            above: Any = parents if tree is None or tree.is_shared else parents[row]
             paths: list[Tensor] = []
             for place, parent in enumerate(above):
                 before = text if parent < 0 else paths[parent]

@@ -240,6 +240,7 @@ class FixedTable(DroppingTableModel):
     forgets = False
 
     def start(self, conditions, guidance_scale=1.0):
+        state: Any
         state, logits = super().start(conditions, guidance_scale)
         memory = torch.zeros(len(conditions), self.num_tokens + 64, dtype=torch.int64)
         rows = torch.arange(len(conditions))[:, None]

@@ -118,7 +118,7 @@ def test_what_a_prefix_layer_reads_in_training_is_what_it_reads_when_it_drafts(k
     """Prompts of several lengths, rounds that end at different places, rows that leave."""
     network = tiny_llama().float()
     texts = random_prompts([14, 11, 13], seed=3)
-    heads = make_heads(kind, 32, 2)
+    heads: Any = make_heads(kind, 32, 2)
     for parameter in heads.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     embedding, output = network.model.embed_tokens.weight, network.lm_head.weight

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
 def deepseek():
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    sizes = SIZES | {"num_key_value_heads": 4}
+    sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 4}
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **sizes, q_lora_rank=8, kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6,
@@ -40,9 +40,10 @@ def deepseek():
 def glm():
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+    sizes: dict[str, Any] = SIZES | {"head_dim": 8}
     return Glm4MoeForCausalLM(
         Glm4MoeConfig(
-            **SIZES, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            **sizes, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
             topk_group=1, moe_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1,
         )
     )  # fmt: skip

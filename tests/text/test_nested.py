@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,4 +118,4 @@ def test_bad_input_has_one_clear_message(targets):
     with pytest.raises(InputError, match="shares that ascend to 1"):
         NestedTraining(exits=(0.5, 0.25, 1.0))
     with pytest.raises(InputError, match="a draft of 4 layers for a target of 4"):
-        train_nested(targets[0], None, [], "none", NestedTraining(share=0.99), progress=False)
+        train_nested(targets[0], None, [], Path("none"), NestedTraining(share=0.99), progress=False)

@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     target = text_folder(tmp_path_factory.mktemp("target"))
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=64, intermediate_size=64, max_position_embeddings=256, **sizes)
     BertModel(config).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -175,8 +175,9 @@ def test_the_transfer_says_that_it_is_lossy_and_accepts_more():
     assert plain.stats.lossless
     assert not rich.stats.lossless
     assert rich.stats.tokens_per_pass > plain.stats.tokens_per_pass + 0.3
+    greedy: dict[str, Any] = options | {"temperature": 0.0}
     with pytest.raises(InputError, match="rule 'transfer' cannot judge drafts that are chosen"):
-        arvision.generate(network, ids, rule="transfer", **options | {"temperature": 0.0})
+        arvision.generate(network, ids, rule="transfer", **greedy)
     with pytest.raises(InputError, match="strength -1: expected a number >= 0"):
         arvision.generate(network, ids, rule="transfer", rule_options={"strength": -1}, **options)
 

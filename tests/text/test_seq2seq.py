@@ -39,10 +39,11 @@ def tiny(kind, seed=0, vocab_size=64, sharpness=4.0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "t5":
+            first: dict[str, Any] = {"decoder_start_token_id": 0}
             network: Any = T5ForConditionalGeneration(
                 T5Config(
                     vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
-                    decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+                    pad_token_id=0, eos_token_id=None, **first,
                 )
             )  # fmt: skip
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_units_are_learnt_verified_exactly_and_trusted_if_asked(tuned):
     """Verified, the text is the tuned target's own; margins are half of what was measured or less."""
     own, network, folder = tuned
     prompts = twice(6, seed=10)
-    options = {"max_new_tokens": 30}
+    options: dict[str, Any] = {"max_new_tokens": 30}
     passes = []
     for target, module in ((own, make_pseudo("lud", 32, 2, threshold=0.5)), (network, str(folder))):
         out = arvision.generate(target, prompts, drafter=PseudoDrafter(module), **options)

@@ -141,9 +141,11 @@ def text_teacher(tmp_path_factory):
     """A folder with a tiny random teacher that takes captions."""
     folder = tmp_path_factory.mktemp("teacher") / "words"
     model = tiny_llamagen(sharpness=3.0, num_classes=None, caption_dim=16, caption_length=6)
-    parts = {"text_tokenizer": build_text_tokenizer()}
-    parts["text_encoder"] = build_text_encoder(len(parts["text_tokenizer"]), 16, 0)
-    ARPipeline.from_model(model, guidance_scale=1.5, **parts).save_pretrained(folder)
+    words = build_text_tokenizer()
+    encoder = build_text_encoder(len(words), 16, 0)
+    ARPipeline.from_model(
+        model, guidance_scale=1.5, text_tokenizer=words, text_encoder=encoder
+    ).save_pretrained(folder)
     return folder
 
 

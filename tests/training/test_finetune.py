@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from arvision.training.own_watch import held_out_loss
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = ["dark", "light", "else"]
 CODED = {"ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "codebook_size": 16}
-SIZES = {"hidden_size": 32, "num_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_heads": 2}
 
 
 def llamagen_parts(**kind):
@@ -42,7 +43,7 @@ def llamagen_parts(**kind):
 
 def var_parts():
     torch.manual_seed(0)
-    shared = {"patch_nums": (1, 2, 4), "z_channels": 8, "codebook_size": 16}
+    shared: dict[str, Any] = {"patch_nums": (1, 2, 4), "z_channels": 8, "codebook_size": 16}
     tokenizer = VARTokenizer(**{**CODED, **shared})
     return VARTransformer(**shared, **SIZES, num_layers=2, num_classes=3), tokenizer
 
@@ -51,7 +52,12 @@ def mar_parts():
     torch.manual_seed(0)
     tokenizer = MARAutoencoder(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, latent_dim=4)
     sizes = {"latent_dim": 4, "grid": (4, 4), "encoder_depth": 1, "decoder_depth": 1, **SIZES}
-    head = {"head_width": 32, "head_depth": 1, "num_buffer": 2, "num_sampling_steps": 4}
+    head: dict[str, Any] = {
+        "head_width": 32,
+        "head_depth": 1,
+        "num_buffer": 2,
+        "num_sampling_steps": 4,
+    }
     return MARTransformer(**sizes, **head, num_classes=3), tokenizer
 
 

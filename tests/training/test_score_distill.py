@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_the_guidance_network_learns_as_a_whole(kind):
     vocab = model.vocab_size
     conditions = [torch.randn(2, 8), torch.randn(3, 8)] if kind == "captions" else range(2)
     scores = TeacherScores(model, Shaping(), 1.0, conditions)
-    family = VARStudent if kind == "var" else LlamaGenStudent
+    family: Any = VARStudent if kind == "var" else LlamaGenStudent
     student = family.from_teacher(model, (0,))
     described = Described(student, conditions)
     trunk = TrainedFeatures(model)

@@ -116,7 +116,10 @@ def speculate_latents(
         max_tries=how.max_tries,
         noise=run.noise,
     )
-    scales = tuple(plan.scales(ends, each, run.batch) for each in (run.guidance_scale, own_scale))
+    scales = (
+        plan.scales(ends, run.guidance_scale, run.batch),
+        plan.scales(ends, own_scale, run.batch),
+    )
     rounds = _Rounds(
         run,
         model.start(conditions, started_with(run.guidance_scale, scales[0]), order),

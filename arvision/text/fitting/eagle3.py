@@ -71,10 +71,11 @@ def make_eagle3(network: Any, vocabulary: Tensor) -> Eagle3Head:
     last = getattr(owner, name)[-1].state_dict()
     output = network.get_output_embeddings().weight.detach()
     width, heads = text.hidden_size, text.num_attention_heads
+    # No parameter of a Llama's, but kept in its configuration as any other.
+    own: dict[str, Any] = {"draft_vocab_size": len(vocabulary)}
     head = Eagle3Head(
         LlamaConfig(
             vocab_size=len(output),
-            draft_vocab_size=len(vocabulary),
             hidden_size=width,
             intermediate_size=getattr(text, "intermediate_size", None) or 4 * width,
             num_hidden_layers=1,
@@ -85,6 +86,7 @@ def make_eagle3(network: Any, vocabulary: Tensor) -> Eagle3Head:
             rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
             rope_parameters=_rotation(text),
             tie_word_embeddings=False,
+            **own,
         )
     )
     with torch.no_grad():

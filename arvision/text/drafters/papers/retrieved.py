@@ -190,8 +190,9 @@ class Retrieved(DraftTree):
         if self._is_target:
             self.draft: Any = as_text_model(state.model, self.num_tokens)
         if self._encoder is not None:
-            named = isinstance(self._encoder, str | Path)
-            embed = _encoder(str(self._encoder)) if named else self._encoder
+            embed = self._encoder
+            if isinstance(embed, str | Path):
+                embed = _encoder(str(embed))
             decode = None if self.text_tokenizer is None else self.text_tokenizer.decode
             self._context = RetrievedContext(
                 *self._sizes, embed=embed, decode=decode, **self._settings
