@@ -22,7 +22,7 @@ from arvision.text import HFCausalLM, costs
 from arvision.text import state as state_module
 from arvision.text.drafters import DRAFTERS, PromptLookup, TokenRecycling, combine
 
-NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "pseudo"}
+NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "parallel", "pseudo", "retrieved"}
 ALONE = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)
 NAMES = [None, *ALONE, "prompt_lookup+token_recycling"]
 
