@@ -94,7 +94,7 @@ TABLE = (
     (
         "Aggressive Decoding (input-guided)",
         '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
-        "models](#encoder-decoder-models)",
+        "models](text.md#encoder-decoder-models)",
         "input_copy",
         "yes",
     ),

@@ -21,6 +21,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "uvicorn": "serve",
     "gradio": "ui",
+    "peft": "peft",
     "torch_fidelity": "eval",
     "torchao": "quantize",
     "torchmetrics": "eval",

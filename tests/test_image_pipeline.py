@@ -43,7 +43,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found = {}
     for name, make in MAKERS.items():
         found[name] = tmp_path_factory.mktemp(name)
-        make(found[name])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            make(found[name])
     return found
 
 

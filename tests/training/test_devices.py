@@ -13,7 +13,9 @@ import pytest
 import torch
 from accelerate import PartialState
 from elsewhere import ELSEWHERE, Elsewhere, There, outside
+from PIL import Image
 from text_models import random_prompts, tiny_llama
+from transformers import BartConfig, BartForConditionalGeneration
 
 import arvision
 from arvision.models import MAR, VAR, VARTokenizer, VARTransformer
@@ -21,14 +23,20 @@ from arvision.networks import place_of
 from arvision.pipeline import ARPipeline
 from arvision.testing import tiny_llamagen
 from arvision.text.fitting.data import Answers, answer
+from arvision.text.fitting.acceptance import AcceptanceTraining, train_acceptance
 from arvision.text.fitting.eagle3 import Eagle3Training, train_eagle3
 from arvision.text.fitting.heads import HeadTraining, train_heads
 from arvision.text.fitting.judge import JudgedTokens, JudgeObjective
+from arvision.text.fitting.medusa2 import Medusa2Training, train_medusa2
+from arvision.text.fitting.nested import NestedTraining, train_nested
+from arvision.text.fitting.parallel import ParallelTraining, train_parallel
 from arvision.text.fitting.pseudo import PseudoTraining, train_pseudo
 from arvision.text.fitting.small_model import SmallTraining, train_small_model
+from arvision.text.fitting.units import UnitTraining, train_units
 from arvision.text.rules.lossy import JudgeHead
 from arvision.training import stages
 from arvision.training.distill import DistillSettings, distill
+from arvision.training.finetune import FinetuneSettings, finetune
 from arvision.training.llamagen_draft import DraftTraining, train_draft
 from arvision.training.loop import FitConfig, Objective, fit
 from arvision.training.mar_draft import MAR_DRAFT_RECIPES
@@ -174,19 +182,70 @@ def test_distillation(teacher, both, tmp_path, monkeypatch):
     both(lambda out: distill(tmp_path / "tiny", out, settings, method="dd2", progress=False))
 
 
-@pytest.mark.parametrize("kind", ["heads", "ppd", "hidden_transfer", "model", "eagle3"])
+def tiny_bart() -> Any:
+    """A randomly initialised encoder and decoder of 64 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=64,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=3,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=64,
+                decoder_start_token_id=2,
+                eos_token_id=None,
+                forced_eos_token_id=None,
+            )
+        )
+    return network.eval()
+
+
+KINDS = (
+    *("heads", "medusa2", "ppd", "hidden_transfer", "lud"),
+    *("nested", "acceptance", "model", "eagle3", "parallel"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_drafts_of_text(kind, both, monkeypatch):
     # Weights "on the meta device" are refused where they are not loaded; here they are.
     monkeypatch.setattr("arvision.text.model.device_of", place_of)
-    texts = answer(tiny_llama(), random_prompts([6] * 6, seed=9), num_tokens=20, progress=False)
+    make = tiny_bart if kind == "parallel" else tiny_llama
+    texts = answer(make(), random_prompts([6] * 6, seed=9), num_tokens=20, progress=False)
 
     def work(folder):
-        network: Any = tiny_llama()
+        network: Any = make()
+        if kind in ("medusa2", "lud"):  # train the target itself, in float32
+            network.float()
         if folder.name == "there":
             network.to(ELSEWHERE)
         if kind == "heads":
             training = HeadTraining(num_heads=2, num_vocabulary=50, fit=FIT)
             train_heads(network, texts, folder, training, progress=False)
+        elif kind == "medusa2":
+            heads = HeadTraining(kind="medusa", num_heads=2, num_vocabulary=50, fit=FIT)
+            joint = Medusa2Training(heads=heads, fit=FIT)
+            train_medusa2(network, None, texts, folder, joint, progress=False)
+        elif kind == "parallel":
+            parallel = ParallelTraining(num_places=2, fit=FIT)
+            train_parallel(network, None, texts, folder, parallel, progress=False)
+        elif kind == "lud":
+            units = UnitTraining(num_guesses=2, length=24, fit=FIT)
+            train_units(network, None, texts, folder, units, progress=False)
+        elif kind == "nested":
+            nested = NestedTraining(share=0.75, fit=FIT)
+            train_nested(network, None, [texts], folder, nested, progress=False)
+        elif kind == "acceptance":
+            draft: Any = tiny_llama(seed=5)
+            draft.to(network.device)
+            train_acceptance(
+                network, draft, texts, folder, AcceptanceTraining(fit=FIT), progress=False
+            )
         elif kind == "model":
             small = SmallTraining(share=0.5, on_policy=0.5, fit=FIT, pretrain_fit=FIT)
             blocks = torch.tensor([text[:20] for text in texts.texts])
@@ -197,6 +256,22 @@ def test_drafts_of_text(kind, both, monkeypatch):
         else:
             training = PseudoTraining(kind=kind, num_guesses=2, length=24, fit=FIT)
             train_pseudo(network, texts, folder, training, progress=False)
+
+    both(work)
+
+
+def test_finetuning(both, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        pixels = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
+        place = tmp_path / "pictures" / "abc"[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
+    settings = FinetuneSettings(steps=3, batch_size=4, sample_every=3, mixed_precision="no")
+
+    def work(folder):
+        pipe = ARPipeline.from_model(tiny_llamagen(grid=(3, 3), sharpness=0.3))
+        finetune(pipe, tmp_path / "pictures", folder, settings, name="tiny", progress=False)
 
     both(work)
 
@@ -262,4 +337,9 @@ def test_no_objective_is_forgotten():
         "ParallelObjective",
         "JudgeObjective",
         "Eagle3Objective",
+        "JointObjective",
+        "UnitObjective",
+        "SortedObjective",
+        "AcceptanceObjective",
+        "Partly",
     }
