@@ -22,8 +22,8 @@ from arvision.models import MAR, VAR, VARTokenizer, VARTransformer
 from arvision.networks import place_of
 from arvision.pipeline import ARPipeline
 from arvision.testing import tiny_llamagen
-from arvision.text.fitting.data import Answers, answer
 from arvision.text.fitting.acceptance import AcceptanceTraining, train_acceptance
+from arvision.text.fitting.data import Answers, answer
 from arvision.text.fitting.eagle3 import Eagle3Training, train_eagle3
 from arvision.text.fitting.heads import HeadTraining, train_heads
 from arvision.text.fitting.judge import JudgedTokens, JudgeObjective
