@@ -21,7 +21,7 @@ CLASSES = "classes.json"
 """The file beside an adapter that says what the model's classes are called with it."""
 
 
-def add_adapter(network: nn.Module, layers: Sequence[str], rank: int, alpha: float) -> Any:
+def add_adapter(network: nn.Module, layers: Sequence[str], rank: int, alpha: int) -> Any:
     """Put LoRA beside layers of a network, which stays what it is but for these; all else is frozen.
 
     Args:
@@ -39,9 +39,9 @@ def add_adapter(network: nn.Module, layers: Sequence[str], rank: int, alpha: flo
     Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
     """
     with optional("peft", "LoRA"):
-        from peft import LoraConfig, get_peft_model
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers))  # type: ignore[arg-type]
-    return get_peft_model(network, config)  # type: ignore[arg-type]
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers))
+    return get_peft_model(network, config)
 
 
 def save_adapter(wrapped: Any, folder: Path, class_names: Sequence[str] | None = None) -> None:
@@ -76,8 +76,12 @@ def merge_adapter(pipe: Any, folder: str | Path) -> None:
     if kind != "LORA":
         raise InputError(f"{path}: an adapter of kind {kind!r}, expected LORA")
     with optional("peft", "an adapter"):
-        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-        from peft.utils import get_peft_model_state_dict
+        from peft import (  # pyright: ignore[reportMissingImports]
+            PeftConfig,
+            get_peft_model,
+            get_peft_model_state_dict,
+            set_peft_model_state_dict,
+        )
     from safetensors.torch import load_file
 
     try:

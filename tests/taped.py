@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,8 +24,8 @@ class Tape(TorchDispatchMode):
 
     Attributes:
         outside: tensors that were there before and are looked at, by the address of their memory.
-        literals: tensors that were written down in Python within the pass and looked at there; a
-            graph on an accelerator can hold numbers alone, as others would have to be copied there.
+        literals: tensors that were made of Python's numbers within the pass and looked at there: to an
+            accelerator they would have to be copied, which no graph can hold.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Tape(TorchDispatchMode):
         self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self._made: dict[int, Tensor] = {}
         self.outside: dict[int, Tensor] = {}
-        self._written: dict[int, Tensor] = {}
+        self.written: dict[int, Tensor] = {}
         self.literals: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,13 +41,13 @@ class Tape(TorchDispatchMode):
         assert str(func.overloadpacket) not in LOOKS, f"the host looks: {func}"
         out = func(*args, **kwargs)
         if func is torch.ops.aten.lift_fresh.default:
-            self._written[out.untyped_storage().data_ptr()] = out
+            self._made[out.untyped_storage().data_ptr()] = out
             return out
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in given:
             memory = tensor.untyped_storage().data_ptr()
-            if memory in self._written:
-                self.literals.append(self._written[memory])
+            if memory in self.written:
+                self.literals.append(self.written[memory])
             elif memory not in self._made:
                 self.outside[memory] = tensor
         returned = func._schema.returns
@@ -69,6 +70,22 @@ class Tape(TorchDispatchMode):
                 old.copy_(new)
 
 
+class _Written(TorchFunctionMode):
+    """Sees tensors that are made of Python's numbers."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        data = args[1 if func is Tensor.new_tensor else 0] if args else None
+        makes = func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+        if makes and not isinstance(data, Tensor):
+            self._tape.written[out.untyped_storage().data_ptr()] = out
+        return out
+
+
 class Taped:
     """Makes tapes in the place of CUDA graphs, and keeps them to be looked at."""
 
@@ -82,7 +99,11 @@ class Taped:
             step()
         tape = Tape()
         # What would be done on a CPU alone, by NumPy or after a look, no graph can hold.
-        with mock.patch.object(torch.compiler, "is_compiling", return_value=True), tape:
+        with (
+            mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+            tape,
+            _Written(tape),
+        ):
             step()
         self.tapes.append(tape)
         return tape.replay

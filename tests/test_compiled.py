@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,16 +128,37 @@ def test_compiled_drafts_and_heads():
     assert target.runs
 
 
-def test_compiled_image_networks_of_transformers():
+def image_family(name) -> tuple[Any, Any, list[torch.Tensor]]:
+    """A family's class with its options, a tiny network of transformers, and prompts."""
     import image_networks as nets
 
-    from arvision.models import Janus
+    from arvision.models import Chameleon, Emu3, GlmImage, Janus
 
-    prompts = nets.janus_prompts((5, 7))
-    options: dict[str, Any] = {"seeds": [0, 1], "guidance_scale": 2.0}
-    sampler = arvision.get_sampler("ar")
-    wanted = sampler(Janus(nets.tiny_janus()), prompts, **options).tokens
+    return {
+        "janus": (Janus, nets.tiny_janus(side=3), nets.janus_prompts((5, 7))),
+        "emu3": (partial(Emu3, grids=[(4, 3)]), nets.tiny_emu3(), nets.emu3_prompts((4, 6))),
+        "chameleon": (
+            partial(Chameleon, grids=[(3, 4)]),
+            nets.tiny_chameleon(),
+            nets.chameleon_prompts((3, 5)),
+        ),
+        "glm": (
+            partial(GlmImage, grids=[(2, 3), (3, 4)]),
+            nets.tiny_glm(),
+            nets.glm_prompts((4, 6)),
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3", "chameleon", "glm"])
+def test_compiled_image_networks_of_transformers(name):
+    family, network, prompts = image_family(name)
+    scale = 2.0 if family(network).has_guidance else 1.0
+    options: dict[str, Any] = {"seeds": [0, 1], "guidance_scale": scale}
+    sampler = arvision.get_sampler("sjd:window=3")
+    wanted = sampler(family(network), prompts, **options)
     backend = Counting()
-    model = Janus(torch.compile(nets.tiny_janus(), backend=backend))
-    assert torch.equal(sampler(model, prompts, **options).tokens, wanted)
-    assert backend.runs
+    found = sampler(family(torch.compile(network, backend=backend)), prompts, **options)
+    assert torch.equal(found.tokens, wanted.tokens)
+    # A graph for each shape of a pass, and every pass ran as one.
+    assert backend.runs >= found.stats.forward_passes

@@ -117,5 +117,6 @@ def test_every_sampler_has_a_page_with_a_picture():
     assert {path.stem for path in pages.glob("*.md")} == names
     for name in names:
         text = (pages / f"{name}.md").read_text()
-        assert text.startswith(f"# `{name}`: ") and f"](../images/samplers/{name}.png)" in text
+        assert text.startswith(f"# `{name}`: ")
+        assert f"](../images/samplers/{name}.png)" in text
         assert (ROOT / "docs" / "images" / "samplers" / f"{name}.png").stat().st_size > 5000

@@ -64,18 +64,18 @@ def walk(starts, num):
     return torch.stack(path, dim=1)
 
 
-def walking_llama():
+def walking_llama(**sizes):
     """A Llama of four layers, trained (3 s) to walk as `walk` does; its answers do not loop.
 
     Its first and last layers stay as they were drawn: what it knows is in the two between, so that
     a draft made of the outer ones has to learn.
     """
-    network = tiny_llama(sharpness=1.0).float().train()
+    network = tiny_llama(sharpness=1.0, **sizes).float().train()
     with torch.random.fork_rng():
         generator = torch.Generator().manual_seed(1)
         for parameter in network.parameters():
             parameter.data.div_(2.0)
-        for outer in (0, 3):
+        for outer in (0, -1):
             network.model.layers[outer].requires_grad_(False)
         weights = [p for p in network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)

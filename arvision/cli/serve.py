@@ -15,9 +15,11 @@ curl -s http://127.0.0.1:8000/v1/images/generations -H "Content-Type: applicatio
 
 arvision serve --model zai-org/GLM-Image --port 30001
 
+arvision serve --model llamagen-fashion --workers 4
+
 ARVISION_TOKEN=secret arvision serve --model ./janus --host 0.0.0.0 --batch 32 --queue 256
 
-SIGTERM and Ctrl+C draw what was ordered, take nothing new, and end. For many GPUs see docs/serving.md.
+SIGTERM and Ctrl+C draw what was ordered, take nothing new, and end. For several processes and many GPUs see docs/serving.md.
 """
 
 TOKEN = "ARVISION_TOKEN"
@@ -54,15 +56,20 @@ def serve(
     batching: Annotated[
         str, typer.Option(help="auto, continuous (nothing else), or arrival.")
     ] = "auto",
+    workers: Annotated[
+        int, typer.Option(help="Processes, each with the model, a batch and a queue of its own.")
+    ] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
 ) -> None:
     """Serve a model over HTTP; ARVISION_TOKEN in the environment asks requests for that token."""
-    from .. import load
-    from ..folders import parse_device, parse_dtype
+    from functools import partial
+
+    from ..errors import check_count
+    from ..folders import find_model, parse_device, parse_dtype
     from ..hosting import host as host_app
     from ..hosting import listen
-    from ..serving import Limits, Studio, make_app
+    from ..serving import Limits, application
 
     limits = Limits(
         batch=batch,
@@ -72,10 +79,12 @@ def serve(
         timeout=timeout,
         batching=batching,
     )
+    check_count("workers", workers, 256)
     token = bearer_token()
-    # A port in use is told before anything is loaded.
+    # A port in use and an unknown name are told before anything is loaded.
     socket = listen(host, port)
+    find_model(model)
     place = parse_device(device)
-    pipe = load(model, device=place, dtype=parse_dtype(dtype, place))
-    studio = Studio(pipe, name or model, limits)
-    host_app(make_app(studio, token), socket, studio.name, limits.timeout)
+    kind = parse_dtype(dtype, place)
+    make = partial(application, model, name or model, limits, token, str(place), kind)
+    host_app(make, socket, name or model, limits.timeout, workers)

@@ -54,7 +54,7 @@ def train_draft(
         str,
         typer.Option(
             help="medusa, medusa2, hydra, hydra++, clover, chimera, eagle3, mtp, ppd, hidden_transfer, "
-            "model, acceptance, judge."
+            "lud, model, nested, acceptance, parallel (of an encoder-decoder target), judge."
         ),
     ] = "hydra",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,

@@ -54,4 +54,4 @@ def ui(
     # A port in use is told before anything is loaded.
     socket = listen(host, port)
     desk = Desk(model or (), bounds, device, dtype)
-    host_app(make_app(desk, token), socket, "the page", grace=1)
+    host_app(lambda: make_app(desk, token), socket, "the page", grace=1)

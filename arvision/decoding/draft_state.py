@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contracts import Advances, AdvancesAlong, Conditions, DropsRows, Overruns, TokenModel
+from ..contracts import (
+    Advances,
+    AdvancesAlong,
+    Conditions,
+    DropsRows,
+    Overruns,
+    TakesFixedChains,
+    TokenModel,
+)
 from .tree import Topology
 
 
@@ -107,6 +115,22 @@ class FollowingState:
         order = torch.arange(num, device=counts.device)
         self.state.commit(order.expand(len(spread), num), spread)
 
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why it cannot go on in passes of fixed shapes, in words; None where it can."""
+        state = self.state
+        if not (isinstance(state, TakesFixedChains) and isinstance(state, DropsRows)):
+            return "the draft model has no passes of fixed shapes"
+        return getattr(state, "why_not_fixed", None)
+
+    def fixed(self, num: int) -> FixedFollowing:
+        """The same state, followed by a function of fixed shapes from now on.
+
+        Args:
+            num: tokens that become final in a pass at most.
+        """
+        return FixedFollowing(self, num)
+
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         self._done = [self._done[row] for row in rows.tolist()]
@@ -115,3 +139,54 @@ class FollowingState:
             self.rows = torch.arange(len(rows), device=rows.device)
         else:
             self.rows = self.rows[rows]
+
+
+class FixedFollowing:
+    """A draft model's state that follows its target where only the device knows how far that is.
+
+    In every round the last `num` known tokens are read again, of which at least one is new: where
+    they stand nothing changes. Drafts of a chain are read once, each behind the ones before.
+
+    Args:
+        before: what followed so far.
+        num: see above.
+    """
+
+    renewed = ("_begin",)
+
+    def __init__(self, before: FollowingState, num: int) -> None:
+        self.state, self._shape = before.state, before._shape
+        self._vocab_size, self._num = before._vocab_size, num
+        self._begin = self.state.lengths
+
+    def fixed(self, num: int) -> FixedFollowing:
+        """The same for other passes; those before may have made more tokens final."""
+        self._num = max(self._num, num)
+        return self
+
+    def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] | None = None) -> Tensor:
+        """The law [B, V] after the last known token; see `FollowingState.follow`."""
+        start = (lengths - self._num).clamp(min=0)
+        index = start[:, None] + torch.arange(self._num, device=lengths.device)
+        fed = tokens.gather(1, index.clamp(max=tokens.shape[1] - 1))
+        logits = self._pass(fed, start)
+        last = (lengths - 1 - start)[:, None, None].expand(-1, 1, logits.shape[-1])
+        self._begin = lengths - 1
+        return self._shape(logits.gather(1, last)[:, 0])
+
+    def extend(self, fed: Tensor, tree: Topology | None = None) -> Tensor:
+        """Laws [B, T, V] after the last known token and drafts, [B, T]; [B, 1, V] of chains.
+
+        The drafts of a chain but the last were read in the calls before.
+        """
+        if tree is not None:
+            return self._shape(self._pass(fed, self._begin, tree))
+        return self._shape(self._pass(fed[:, -1:], self._begin + fed.shape[1] - 1))
+
+    def _pass(self, fed: Tensor, begin: Tensor, *tree: Topology) -> Tensor:
+        return self.state.extend_fixed(fed.clamp(max=self._vocab_size - 1), begin, *tree)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows`."""
+        self.state.select(rows)
+        self._begin = self._begin[rows]

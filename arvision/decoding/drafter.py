@@ -113,6 +113,20 @@ class FixedDrafter(Protocol):
 
 
 @runtime_checkable
+class NeedsHidden(Protocol):
+    """A drafter or a rule that may look at `Round.hidden`."""
+
+    needs_hidden: bool
+
+
+@runtime_checkable
+class RepeatsLaws(Protocol):
+    """A drafter whose laws are the model's own, of an earlier pass: nobody need look at them again."""
+
+    repeats_laws: bool
+
+
+@runtime_checkable
 class Carries(Protocol):
     """A fixed drafter whose passes leave more for the next one than drafts and their laws."""
 

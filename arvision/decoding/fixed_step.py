@@ -11,14 +11,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
-from .drafter import LARGEST_TREE, Branches, Carries, Drafter, FixedDrafter, WindowPolicy
+from .drafter import (
+    LARGEST_TREE,
+    Branches,
+    Carries,
+    Drafter,
+    FixedDrafter,
+    NeedsHidden,
+    RepeatsLaws,
+    WindowPolicy,
+)
 from .graphs import GraphPool, prepared
 from .noise import Noise
 from .run import Run
@@ -35,6 +44,24 @@ ISOLATED = (
     else {}
 )
 """Compiled steps do not count as recompilations of one another; older torch lacks the word."""
+
+
+@runtime_checkable
+class MakesRoom(Protocol):
+    """A state that has to be told of passes of fixed shapes before the first one of its shape."""
+
+    def make_room(self, num: int, tree: Any) -> None:
+        """Passes of `num` candidates follow: chains (None), or trees like this `Topology`."""
+        ...
+
+
+@runtime_checkable
+class TellsFixedHidden(Protocol):
+    """A state whose passes of fixed shapes tell `hidden`, where that is asked for."""
+
+    hidden: Tensor | None
+    keeps_hidden: bool
+    """To be set before the first such pass."""
 
 
 class FixedStep:
@@ -84,15 +111,33 @@ class FixedStep:
             self.topology = first.topology(images.device)
         self.rooted = None if self.topology is None else self.topology.with_root()
         self.num_levels, self.most_children = first.num_levels, first.most_children
+        self.tells_hidden = isinstance(state, TellsFixedHidden) and any(
+            isinstance(part, NeedsHidden) and part.needs_hidden for part in (drafter, rule)
+        )
+        if self.tells_hidden:
+            cast(TellsFixedHidden, state).keeps_hidden = True
+        self.watches_drafts = not isinstance(drafter, RepeatsLaws)
         self.carried: list[Tensor] = []
         if isinstance(drafter, Carries):
             self.carried = [part.clone() for part in drafter.carry()]
+        if isinstance(state, MakesRoom):
+            state.make_room(self.window, self._tree()[1])
         self.ends = torch.full_like(self.lengths, run.num_tokens)
         self.counts = torch.zeros_like(self.lengths)
         self.number = torch.full((), run.num_passes + 1, dtype=torch.int64, device=images.device)
         self.offsets = torch.arange(self.window, device=images.device)
         # The drafter need not ask how many of its drafts are new: it makes all of them.
         self.given = [self.window]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Images and candidates."""
+        return len(self.lengths), self.window
+
+    @property
+    def device(self) -> torch.device:
+        """Of all buffers."""
+        return self.lengths.device
 
     def is_other(self, images: Tensor, wanted: int) -> bool:
         """Whether a pass of these images needs another step, where `wanted` candidates are asked for."""
@@ -125,9 +170,14 @@ class FixedStep:
         trees = [] if rooted is None else [rooted]
         laws = self.shape(self.state.extend_fixed(fed, begin, *trees))
         run.watch_laws(laws)
+        if self.draft_logp is not None and self.watches_drafts:
+            run.watch_laws(self.draft_logp)
+        hidden = cast(TellsFixedHidden, self.state).hidden if self.tells_hidden else None
         places = lengths[:, None] + (self.offsets if rooted is None else rooted.depths)
         number: Any = self.number
-        batch = Round(self.drafts, self.draft_logp, laws, places, self.noise, number, topology)
+        batch = Round(
+            self.drafts, self.draft_logp, laws, places, self.noise, number, topology, hidden
+        )
         verdict = self.rule(batch)
         counts = torch.minimum(verdict.counts, self.ends - lengths)
         if verdict.path is not None:
@@ -189,6 +239,10 @@ class Steps:
         """Whether this mode replaces the ordinary loop on that device."""
         return self.mode != "auto" or device.type == self.graphs.device_type
 
+    def captures(self, device: torch.device) -> bool:
+        """Whether graphs are captured on that device."""
+        return self.mode == "auto" and self.drives(device)
+
     def ready(self, step: FixedStep) -> Callable[[], Any]:
         """What makes a pass of `step` in this mode."""
         if self.mode == "eager":
@@ -222,7 +276,8 @@ def why_no_fixed_rounds(run: Run, state: Any, drafter: Any) -> str | None:
     if why is not None:
         return why
     if not isinstance(drafter, FixedDrafter) or not drafter.has_fixed_shapes:
-        return "the sampler's drafts are made on the host"
+        why = getattr(drafter, "why_not_fixed", None)
+        return why or f"the drafts of {type(drafter).__name__} are made on the host"
     if _branches(drafter) and not isinstance(state, TakesFixedTrees):
         return "this model has no trees of fixed shapes"
     return None
@@ -278,5 +333,5 @@ def fixed_rounds(
             rows.catch_up(step)
             policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
     finally:
-        run.steps.graphs.leave(run)
+        run.leave_graphs()
     return candidates, windows

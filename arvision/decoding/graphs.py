@@ -55,7 +55,7 @@ class Graph:
 
     Attributes:
         replay: makes the pass.
-        size: images and candidates of it.
+        size: of the pass: what tells apart which kernels libraries choose.
         tensors: that it works with, in the order of the walk.
         renewed: what a pass left in the attributes that passes make anew.
         held: what must live as long as the graph.
@@ -63,7 +63,7 @@ class Graph:
     """
 
     replay: Callable[[], Any]
-    size: tuple[int, int]
+    size: tuple[Any, ...]
     tensors: list[Tensor]
     renewed: list[Any]
     held: list[Any]
@@ -126,7 +126,12 @@ class GraphPool:
         self._graphs.clear()
 
     def ready(self, step: Any) -> Callable[[], Any]:
-        """What makes a pass of a `FixedStep`, whose tensors lie in the pool's memory afterwards."""
+        """What makes a pass of a step, whose tensors lie in the pool's memory afterwards.
+
+        Args:
+            step: a `FixedStep` or a `FixedPart`: it has a `run`, a `size`, a `device`, and `buffers`
+                that it changes.
+        """
         with self._lock:
             self._user = step.run if self._user is None else self._user
         if self._user is not step.run:
@@ -142,17 +147,16 @@ class GraphPool:
             for (_, obj, name), value in zip(reach.renewed, graph.renewed, strict=True):
                 setattr(obj, name, value)
             return graph.replay
-        size = (len(step.lengths), step.window)
         # Libraries know their kernels from another graph of that size.
-        is_warm = any(kept.size == size for kept in self._graphs.values())
+        is_warm = any(kept.size == step.size for kept in self._graphs.values())
         replay = self._captured(step, 0 if is_warm else WARM_UP)
         renewed = [getattr(obj, name, None) for _, obj, name in reach.renewed]
         # What the pass made by itself and keeps (tables of masks) lives as long as the graph.
         held = [*reach.held, *(place.tensor for place in Reach.of(step).places)]
         tensors = [place.tensor for place in reach.places]
-        self._graphs[reach.key] = Graph(replay, size, tensors, renewed, held, reach.known)
+        self._graphs[reach.key] = Graph(replay, step.size, tensors, renewed, held, reach.known)
         self._graphs.move_to_end(reach.key)
-        self._bound(step.lengths.device)
+        self._bound(step.device)
         return replay
 
     def leave(self, run: Any) -> None:
@@ -185,12 +189,20 @@ def move(places: Sequence[Place], kept: Sequence[Tensor]) -> None:
     for place, there in pairs:
         here, memory = place.tensor, place.tensor.untyped_storage()
         if here.data_ptr() != there.data_ptr() and memory.data_ptr() not in whole:
-            there.copy_(here)
+            _once(there).copy_(_once(here))
             if here.numel() * here.element_size() == memory.nbytes():
                 whole.add(memory.data_ptr())
     for place, there in pairs:
         if place.tensor is not there:
             place.put(there)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """The elements of a tensor that may be expanded, each once."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def prepared(step: Any, work: Callable[[], Any]) -> Any:

@@ -95,7 +95,7 @@ class JacobiDrafter:
         self._columns = grid[1] if grid is not None else 1
         self._share_noise, self._keeps_laws = share_noise, keeps_laws
 
-    has_fixed_shapes = True
+    has_fixed_shapes = repeats_laws = True
 
     def fix(self, num: int) -> None:
         """Nothing that is kept depends on the number of candidates."""

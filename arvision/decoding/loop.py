@@ -24,10 +24,10 @@ from .drafter import (
     Attached,
     Branches,
     Drafter,
-    FixedDrafter,
     FixedWindow,
     Joins,
     NoDrafter,
+    RepeatsLaws,
     RowPolicy,
     WindowPolicy,
 )
@@ -83,8 +83,7 @@ def decode_tokens(
         why_not = why_no_fixed_rounds(run, state, drafter)
         if why_not is None:
             candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
-            told = {"step": run.steps.mode, "warm_up": run.warm_up}
-            return run.samples(candidates=candidates, windows=windows, **told)
+            return run.samples(candidates=candidates, windows=windows, **run.told)
         warnings.warn(
             f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
         )
@@ -204,6 +203,7 @@ class TokenLoop:
         self._tells_hidden = isinstance(state, TellsHidden)
         self._can_overrun = isinstance(state, Overruns) and state.allows_overrun
         self._can_branch = isinstance(drafter, Branches)
+        self._repeats_laws = isinstance(drafter, RepeatsLaws)
 
     def drop(self, places: Sequence[int]) -> None:
         """Draw the images in these places no further."""
@@ -236,7 +236,7 @@ class TokenLoop:
         if front is not None and not front.leaves_room(run.num_tokens, room, num, drafter):
             num = 1
         tree = drafter.propose(known, lengths, num - 1, number)
-        if tree.logq is not None and not isinstance(drafter, FixedDrafter):
+        if tree.logq is not None and not self._repeats_laws:
             run.watch_laws(tree.logq)  # of another model
         if own is not None and min(own) < num:
             tree = tree.shortened([length - 1 for length in own])

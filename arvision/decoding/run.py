@@ -50,7 +50,7 @@ class Run:
     """
 
     unread = ("seeds", "guidance_scale", "given", "steps", "_on_step", "num_passes", "stopped")
-    unread += ("_num_final", "warm_up", "_is_no_tree")
+    unread += ("_num_final", "warm_up", "_is_no_tree", "_is_placed")
 
     noise: Noise
     tokens: Tensor
@@ -347,6 +347,19 @@ class Run:
             **more,
         )
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `stats` tells of parts of fixed shapes, where these are used."""
+        if self.steps is None or not self.steps.drives(self.tokens.device):
+            return {}
+        return {"step": self.steps.mode, "warm_up": self.warm_up}
+
+    def leave_graphs(self) -> None:
+        """Nothing of this run is captured or replayed any more."""
+        if self.steps is not None:
+            self.steps.graphs.leave(self)
+
     def samples(self, embeddings: Tensor | None = None, **more: Any) -> Samples:
         """What was drawn, with its statistics."""
+        self.leave_graphs()
         return Samples(self.tokens.contiguous(), self.stats(**more), embeddings)

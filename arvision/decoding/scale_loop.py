@@ -21,7 +21,9 @@ from ..contracts import (
 )
 from ..errors import InputError, check_count
 from .noise import Noise
+from .parts import fixed_part
 from .run import Run
+from .scale_state import NextScaleState
 from .verify import gumbel_draw
 
 Pick = Callable[[Tensor, Tensor, Noise], Tensor]
@@ -82,6 +84,34 @@ class ScalePlan:
 PLAIN = ScalePlan()
 
 
+@dataclass
+class ScaleDraw:
+    """Draws the next scale of a state: a function of fixed shapes.
+
+    Attributes:
+        state: a `NextScaleState` that keeps its keys and values in one place.
+        shape: guided logits to log-probabilities.
+        pick: see `Pick`.
+        run: the ledger, which watches the laws.
+        positions: [B, n] of the scale.
+    """
+
+    state: Any
+    shape: Shape
+    pick: Pick
+    run: Run
+    positions: Tensor
+
+    def __call__(self) -> Tensor:
+        """Tokens [B, n] of the scale, or bits [B, n, d]."""
+        return self.state.draw_next(self._picked)
+
+    def _picked(self, logits: Tensor) -> Tensor:
+        laws = self.shape(logits)
+        self.run.watch_laws(laws)
+        return self.pick(laws, self.positions, self.run.noise)
+
+
 @torch.no_grad()
 def decode_scales(
     model: ScaleModel,
@@ -122,6 +152,8 @@ def decode_scales(
     states: list[Any] = []
     vectors: list[Tensor] = []
     done = int(run.lengths.max()) if lead else 0
+    # Where one plain model draws everything, each scale behind the first has fixed shapes.
+    is_plain = draft is None and run.given is None and plan.is_plain
     for scale in range(lead, num_scales):
         if scale in (lead, draft_scales):
             drawer = draft if draft is not None and scale < draft_scales else model
@@ -129,6 +161,13 @@ def decode_scales(
             if done:
                 states[-1].catch_up(run.tokens[:, :done])
         state = states[-1]
+        if is_plain and scale == 0 and _can_fix(state, run):
+            state.fix()
+        if scale > 0 and isinstance(state, NextScaleState) and state.is_fixed:
+            done = _draw_fixed(state, shapes[scale], pick, run, done)
+            if run.stopped:
+                break
+            continue
         share = plan.share(scale, num_scales)
         is_reference = plan.is_reference(scale, num_scales)
         logits = _logits(state, share, is_reference, tuple(plan.prune_whole))
@@ -136,6 +175,8 @@ def decode_scales(
             run.begin(logits.device, logits.shape[2:-1])
         if scale == lead:
             images = torch.arange(run.batch, device=logits.device)[:, None]
+            if run.steps is not None and run.steps.captures(logits.device):
+                run.noise.reserve([0] * run.batch, run.num_tokens)
         positions = torch.arange(done, done + logits.shape[1], device=logits.device)
         positions = positions.expand(run.batch, -1)
         done += logits.shape[1]
@@ -159,7 +200,28 @@ def decode_scales(
     more = {} if draft is None else {"draft_passes": drafted}
     if isinstance(states[-1], CountsComputed):
         more["computed_tokens"] = sum(state.computed_tokens for state in states)
-    return run.samples(_embeddings(vectors, run.num_tokens), **more)
+    return run.samples(_embeddings(vectors, run.num_tokens), **more, **run.told)
+
+
+def _draw_fixed(state: NextScaleState, shape: Shape, pick: Pick, run: Run, done: int) -> int:
+    """Draw a scale behind the first `done` tokens by a function of fixed shapes; tokens drawn then."""
+    num = state.num_next
+    positions = torch.arange(done, done + num, device=run.tokens.device).expand(run.batch, -1)
+    run.next_pass()
+    draw = ScaleDraw(state, shape, pick, run, positions)
+    drawn = fixed_part(run, draw, changes=[state.canvas])
+    run.record(torch.arange(run.batch, device=drawn.device)[:, None], draw.positions, drawn)
+    run.check()
+    state.go_on()
+    run.report(torch.full_like(run.lengths, num))
+    return done + num
+
+
+def _can_fix(state: Any, run: Run) -> bool:
+    """Whether passes of fixed shapes are asked for, and the state has them."""
+    if run.steps is None or not isinstance(state, NextScaleState):
+        return False
+    return run.steps.drives(state.canvas.device)
 
 
 def _num_given_scales(model: ScaleModel, run: Run, plan: ScalePlan) -> int:

@@ -7,6 +7,7 @@ elsewhere, and pruning are the same for all of them and live here.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -45,6 +46,33 @@ class ScaleCache:
             )
         self._parts[layer] = keys, values
         return keys, values
+
+
+class FixedScaleCache(ScaleCache):
+    """A `ScaleCache` whose keys and values keep their places.
+
+    Args:
+        capacity: tokens of all scales.
+
+    Attributes:
+        first: number of the first token of the scale that is read.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity, self.first = capacity, 0
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [R, H, T, D] and return everything so far, [R, H, S, D]."""
+        if layer not in self._parts:
+            self._parts[layer] = self._room(keys), self._room(values)
+        stored, end = self._parts[layer], self.first + keys.shape[2]
+        for part, new in zip(stored, (keys, values), strict=True):
+            part[:, :, self.first : end] = new
+        return stored[0][:, :, :end], stored[1][:, :, :end]
+
+    def _room(self, like: Tensor) -> Tensor:
+        return like.new_zeros(*like.shape[:2], self._capacity, like.shape[3])
 
 
 class TokenPruner:
@@ -144,6 +172,10 @@ class ScaleNetwork(Protocol):
         """The canvas after the tokens of a scale, which are checked first."""
         ...
 
+    def painted(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
+        """`paint` of tokens that were drawn from the network's own laws: nothing is looked at."""
+        ...
+
 
 class NextScaleState:
     """See `arvision.contracts.ScaleState`.
@@ -151,6 +183,8 @@ class NextScaleState:
     Args:
         network: with the conditions of the batch.
     """
+
+    unread = ("_pruner", "_unread", "computed_tokens")
 
     def __init__(self, network: ScaleNetwork) -> None:
         self._network = network
@@ -218,6 +252,41 @@ class NextScaleState:
             raise StateError("next_pruned without next_reference at a coarser scale")
         return self._next(share, keeps=False, whole=whole)
 
+    def fix(self) -> None:
+        """Keep all keys and values in one place: `draw_next` follows, from the second scale on."""
+        self._cache = FixedScaleCache(self._ends[-1])
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether `fix` was called."""
+        return isinstance(self._cache, FixedScaleCache)
+
+    @property
+    def num_next(self) -> int:
+        """Tokens of the next scale."""
+        return self._ends[self.scale + 1] - self._ends[self.scale]
+
+    @torch.no_grad()
+    def draw_next(self, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """`next`, tokens out of its logits by `pick`, and `feed`, with nothing read or counted."""
+        inputs = self._network.inputs(self.canvas, self.scale)
+        logits = self._network.logits(
+            inputs, self.scale, mask=None, cache=self._cache, compute=compute_all
+        )
+        drawn = pick(logits)
+        self.canvas.copy_(self._network.painted(self.canvas, drawn, self.scale))
+        return drawn
+
+    def go_on(self) -> None:
+        """Count the scale that `draw_next` drew."""
+        self.computed_tokens += self.num_next
+        self._count()
+
+    def _count(self) -> None:
+        self.scale += 1
+        if isinstance(self._cache, FixedScaleCache):
+            self._cache.first = self._ends[self.scale]
+
     def _next(self, share: float, keeps: bool, whole: tuple[int, int] = (0, 0)) -> Tensor:
         if self._is_waiting:
             raise StateError("next before feed: the last scale waits for its tokens")
@@ -228,7 +297,7 @@ class NextScaleState:
         if self._unread:
             inputs = torch.cat([*self._unread, inputs], dim=1)
             self._unread = []
-            mask = block_mask(self._network.sizes, inputs.device)
+            mask = block_mask(tuple(self._network.sizes), inputs.device)
             mask = mask[: inputs.shape[1], : inputs.shape[1]]
         self._pruner.begin(self._network.sizes[self.scale], share, keeps, whole)
         self.computed_tokens += inputs.shape[1] if share == 0 else self._pruner.num_kept()
@@ -248,12 +317,20 @@ class NextScaleState:
         if not self._is_waiting:
             raise StateError("feed before next: no scale waits for tokens")
         self.canvas = self._network.paint(self.canvas, tokens, self.scale)
-        self.scale += 1
         self._is_waiting = False
+        self._count()
 
 
-def block_mask(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """[L, L] bool, true where a token may look: at its own scale and the coarser ones."""
-    counts = torch.tensor([height * width for height, width in sizes], device=device)
-    level = torch.arange(len(counts), device=device).repeat_interleave(counts)
+@lru_cache(maxsize=64)
+def levels_of(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """[L] int64, the number of the scale that each token belongs to; made once."""
+    counts = [height * width for height, width in sizes]
+    levels = [level for level, count in enumerate(counts) for _ in range(count)]
+    return torch.tensor(levels, device=device)
+
+
+@lru_cache(maxsize=16)
+def block_mask(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """[L, L] bool, true where a token may look: at its own scale and the coarser ones; made once."""
+    level = levels_of(sizes, device)
     return level[:, None] >= level[None, :]

@@ -117,7 +117,7 @@ class StaticTreeDrafter:
     branches = True
     renewed = ("_tables",)
 
-    has_fixed_shapes = True
+    has_fixed_shapes = repeats_laws = True
 
     def __init__(
         self,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..contracts import Conditions, Samples, ScaleModel, StudentModel, codebook_of
+from ..contracts import (
+    Conditions,
+    Samples,
+    ScaleModel,
+    StudentModel,
+    codebook_of,
+)
 from ..errors import InputError
 from .flow import flow_noise
+from .parts import fixed_part
 from .run import Run
 
 
@@ -123,7 +130,8 @@ def decode_student(
         if not run.stopped:
             canvas.predict(known)
     has_vectors = model.split < len(model.unit_ends)
-    return run.samples(canvas.vectors if has_vectors else None, teacher_passes=teacher_passes)
+    told = {"teacher_passes": teacher_passes, **run.told}
+    return run.samples(canvas.vectors if has_vectors else None, **told)
 
 
 def _teacher_laws(
@@ -155,6 +163,46 @@ def _teacher_laws(
         yield unit, logits[:, None]
 
 
+@runtime_checkable
+class TakesVectors(Protocol):
+    """A student whose pass can be made a function of vectors alone, of fixed shapes."""
+
+    def about(
+        self, conditions: Conditions, known: int
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`StudentModel.predict` with these conditions and this number of known units."""
+        ...
+
+
+@dataclass
+class StudentDraw:
+    """All tokens of a student's pass: a function of fixed shapes.
+
+    Attributes:
+        ask: vectors [B, N, D] to logits [B, N, V] and vectors [B, N, D].
+        codes: [V, D].
+        split: tokens whose code is decoded; behind them it is their vector.
+        run: the ledger, which watches the numbers.
+    """
+
+    ask: Callable[[Tensor], tuple[Tensor, Tensor]]
+    codes: Tensor
+    split: int
+    run: Run
+
+    def __call__(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N] and what is decoded for them [B, N, D]."""
+        logits, vectors = self.ask(given)
+        self.run.watch(logits)
+        self.run.watch(vectors)
+        vectors = vectors.to(self.codes)
+        tokens = logits.argmax(-1)
+        # A vector is decoded as it is; as a token it counts as the code next to it.
+        tokens[:, self.split :] = nearest_code(vectors[:, self.split :], self.codes)
+        mixed = torch.cat([self.codes[tokens[:, : self.split]], vectors[:, self.split :]], dim=1)
+        return tokens, mixed
+
+
 class _Canvas:
     """One batch of a student: its noise, and the vectors that are known."""
 
@@ -173,15 +221,16 @@ class _Canvas:
         ends, split = (0, *self.model.unit_ends), self.model.split
         begin, split = ends[known], ends[split]
         given = torch.cat([self.codes[self.run.tokens[:, :begin]], self.noise[:, begin:]], dim=1)
-        logits, vectors = self.model.predict(self.conditions, given, known)
-        self.run.watch(logits)
-        self.run.watch(vectors)
-        vectors = vectors.to(self.codes)
-        tokens = logits.argmax(-1)
-        # A vector is decoded as it is; as a token it counts as the code next to it.
-        tokens[:, split:] = nearest_code(vectors[:, split:], self.codes)
-        mixed = torch.cat([self.codes[tokens[:, :split]], vectors[:, split:]], dim=1)
+        ask = self._about(known)
+        draw = StudentDraw(ask, self.codes, split, self.run)
+        tokens, mixed = fixed_part(self.run, draw, given)
         self._write(tokens[:, begin:], mixed[:, begin:], begin)
+
+    def _about(self, known: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What the student says of vectors; a graph does not read the conditions again."""
+        if self.run.told and isinstance(self.model, TakesVectors):
+            return self.model.about(self.conditions, known)
+        return lambda vectors: self.model.predict(self.conditions, vectors, known)
 
     def redraw(self, tokens: Tensor, begin: int) -> None:
         """Tokens [B, n] of the teacher at places `begin`..."""

@@ -13,7 +13,7 @@ from ..kernels.tree_attention import attend, carry, look, sight_of, spread
 from ..networks import is_compiled
 from .cache import KVCache
 
-__all__ = ["all_open", "kernels_in", "layer_attention", "spread"]
+__all__ = ["all_open", "kernels_in", "layer_attention", "spread", "within"]
 
 NAME = "arvision"
 """Of our function in transformers' registry."""
@@ -29,6 +29,19 @@ def all_open(cache: KVCache) -> Tensor:
     """
     mask = cache.keys.new_zeros(1, 1, 1, cache.host_lengths[0] + 1)
     return carry(mask, look(cache.keys, cache.lengths, None, 1))
+
+
+def within(near: Tensor, mask: Tensor, window: int, positions: Tensor) -> Tensor:
+    """`near`, the mask of layers with a window, which then leads to the kernel where `mask` does.
+
+    Args:
+        near: made of `mask`.
+        mask: of layers that look at everything.
+        window: how many positions they look at, their own included.
+        positions: [R or 1, T], of the candidates.
+    """
+    sight = sight_of(mask)
+    return carry(near, None if sight is None else sight.within(window, positions))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ OPS = {
 
 USED_BY = {
     "tree_attention": "windows, trees, ragged and padded rows of LlamaGen, and of the language and image "
-    "models of transformers in layers that attend to everything through PyTorch's SDPA; one candidate "
+    "models of transformers in layers that attend to everything or to a window through PyTorch's SDPA; one candidate "
     "behind rows of one length, prompts, VAR, Infinity, MAR and NextStep-1 keep to SDPA",
     "sampling": "every model with a vocabulary: LlamaGen, VAR, Infinity, transformers' models",
     "verify": "chains of every model with a vocabulary; trees under Gumbel coupling and greedy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,27 @@ def check_timesteps(timesteps: Sequence[int], num_units: int, unit: str = "") ->
     steps = list(timesteps)
     if not steps or steps[0] != 0 or sorted(set(steps)) != steps or steps[-1] >= num_units:
         raise InputError(f"timesteps {steps}: expected 0 first, growing, below {num_units}{unit}")
+
+
+@dataclass
+class About:
+    """A student's pass with its conditions: a function of vectors alone.
+
+    Attributes:
+        transformer: the network.
+        condition: what it is told, [B, ...].
+        counts: [B] int64, known units.
+        mask: of the condition, where it has one.
+    """
+
+    transformer: Any
+    condition: Tensor
+    counts: Tensor
+    mask: list[Tensor]
+
+    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, V] and vectors [B, N, D] of all positions, from vectors [B, N, D]."""
+        return self.transformer(self.condition, vectors, self.counts, *self.mask)
 
 
 class Student:
@@ -125,9 +147,13 @@ class Student:
         Raises:
             InputError: no conditions, or one that the model does not know.
         """
+        return self.about(conditions, known)(vectors)
+
+    def about(self, conditions: Conditions, known: int) -> About:
+        """`predict` from vectors alone."""
         condition, *mask = self.describe(conditions)
         counts = torch.full((len(conditions),), known, device=self.device)
-        return self.transformer(condition, vectors, counts, *mask)
+        return About(self.transformer, condition, counts, mask)
 
     def start_from(self, other: Student) -> None:
         """Take over the weights of a trained student, perhaps of another teacher, wherever shapes allow."""

@@ -123,7 +123,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
                 also take a list with a weight for each scale; everything else that changes is a
                 `Guidance`.
             on_step: called after each pass.
-            steps: how passes of token models run, see `arvision.decoding.fixed_step`; None for the
+            steps: how passes of fixed shapes run, see `arvision.decoding.fixed_step`; None for the
                 ordinary loop.
             given: tokens that are not drawn, conditions of the others; None for none.
 
@@ -153,7 +153,10 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
             given=given,
         )
         with Peak(device_of(model)) as peak:
-            samples = self.decode(model, conditions, run)
+            try:
+                samples = self.decode(model, conditions, run)
+            finally:
+                run.leave_graphs()
         samples.stats["lossless"] = self.is_exact
         samples.stats["peak_memory"] = peak.bytes
         return samples

@@ -12,9 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ..api import load
 from ..errors import ArvisionError, one_line
 from . import images, sglang
 from .guards import Guard
+from .limits import Limits
 from .schemas import error_body
 from .studio import Studio
 from .waiting import GoneError, LateError, in_words, status_of
@@ -51,6 +53,23 @@ def make_app(studio: Studio, token: str | None = None) -> FastAPI:
         app.add_exception_handler(cls, _failed)
     app.add_middleware(Guard, limits=studio.limits, metrics=studio.metrics, token=token)
     return app
+
+
+def application(
+    model: str, name: str, limits: Limits, token: str | None, device: str, dtype: Any
+) -> FastAPI:
+    """Load a model and make its application, as each process of a server does.
+
+    Args:
+        model: see `arvision.load`.
+        name: of the model in requests.
+        limits: see there.
+        token: see `make_app`.
+        device: see `arvision.load`.
+        dtype: likewise.
+    """
+    pipe = load(model, device=device, dtype=dtype)
+    return make_app(Studio(pipe, name, limits), token)
 
 
 async def _health(request: Request) -> Response:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..contracts import Conditions, Sampler
 from ..decoding.costs import MEASURING
-from ..decoding.drafter import Attached, Drafter, Hears, NoDrafter
+from ..decoding.drafter import (
+    Attached,
+    Carries,
+    Drafter,
+    FixedDrafter,
+    Hears,
+    NeedsHidden,
+    NoDrafter,
+)
 from ..decoding.loop import FixedWindow, decode_tokens
 from ..decoding.noise import Noise
 from ..decoding.run import Run
@@ -51,6 +59,37 @@ class Resting:
         if self._rests:
             return TokenTree(tokens[:, :0])
         return self._inner.propose(tokens, lengths, num, round_number)
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why drafts are not made by a function of fixed shapes."""
+        if isinstance(self._inner, FixedDrafter) and self._inner.has_fixed_shapes:
+            return None
+        return getattr(self._inner, "why_not_fixed", "these drafts are made on the host")
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """See `arvision.decoding.drafter.FixedDrafter`."""
+        return self.why_not_fixed is None
+
+    @property
+    def needs_hidden(self) -> bool:
+        """See `arvision.decoding.drafter.NeedsHidden`."""
+        return isinstance(self._inner, NeedsHidden) and self._inner.needs_hidden
+
+    def fix(self, num: int) -> None:
+        """See `arvision.decoding.drafter.Carries`."""
+        if isinstance(self._inner, Carries):
+            self._inner.fix(num)
+
+    def carry(self) -> list[Tensor]:
+        """What the drafter keeps."""
+        return self._inner.carry() if isinstance(self._inner, Carries) else []
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Let the drafter go on from that."""
+        if isinstance(self._inner, Carries):
+            self._inner.restore(carried)
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Learn from a pass."""
@@ -140,7 +179,7 @@ def width_costs(model: HFCausalLM, num_rows: int) -> list[list[float]]:
     Measured once per model and machine and kept, see `arvision.decoding.window.measured_costs`.
     """
 
-    def make(width: int) -> Sampler:
+    def make(width: int) -> Any:
         return lambda lm, conditions, *, seeds, guidance_scale, on_step: decode_tokens(
             lm,
             conditions,

@@ -29,6 +29,8 @@ from .drafters import DRAFTERS, DraftTree, TextDrafter, combine
 from .drafters.cross import Translation, same_tokens
 from .drafters.eagle3 import is_eagle3
 from .drafters.mtp import MTP_FILE
+from .drafters.papers.nested import is_nested
+from .drafters.papers.parallel import PARALLEL_FILE
 from .processors import Prefixes, own_prefixes
 from .prompts import check_token_ids, encode, row_seeds
 from .rules import choose_rule
@@ -131,8 +133,8 @@ def generate(
         device: for a model given by name.
         dtype: for a model given by name.
         compile: a mode of `pipe.compile`: passes of fixed shapes, compiled or captured and kept with
-            the model. For plain decoding; with drafts made on the host the ordinary loop runs, with
-            a warning. `stats.step` tells what ran.
+            the model. For plain decoding and drafters that work on the device; with drafts made on
+            the host the ordinary loop runs, with a warning. `stats.step` tells what ran.
 
     Raises:
         InputError: bad options or prompts, before any model call.
@@ -144,7 +146,7 @@ def generate(
     if "draft" in options:
         given = options["draft"]
         options["draft"] = as_draft(given, max_new_tokens, device, dtype)
-        if isinstance(given, str | Path):
+        if isinstance(given, str | Path) and drafter == "draft_model":
             options.setdefault("tokenizer", _load(str(given), str(device or "cpu"), dtype)[1])
     proposer = make_drafter(drafter, **options)
     if hasattr(proposer, "shaping"):
@@ -152,7 +154,14 @@ def generate(
     draws = getattr(proposer, "draws", "chosen")
     branches = getattr(proposer, "branches", False)
     chosen = choose_rule(rule, draws, temperature, branches=branches, **(rule_options or {}))
+    if hasattr(proposer, "rule"):
+        proposer.rule = chosen.name  # pyright: ignore[reportAttributeAccessIssue]
     fitting = getattr(proposer, "rules", None)
+    if fitting is None and chosen.name == "unverified":
+        raise InputError(
+            f"rule 'unverified' with {type(proposer).__name__}: its drafts hold no confidence to go by; "
+            "expected lexical units of `arvision train-draft --kind lud`"
+        )
     if fitting is not None and chosen.name not in fitting:
         raise InputError(
             f"rule {chosen.name!r} with {type(proposer).__name__}: expected one of "
@@ -310,9 +319,12 @@ def drafter_of(folder: str | Path) -> tuple[str, str]:
         ("heads.json", ("heads", "heads")),
         ("pseudo.json", ("pseudo", "module")),
         (MTP_FILE, ("mtp", "folder")),
+        (PARALLEL_FILE, ("parallel", "folder")),
     ):
         if (user_path(folder) / file).exists():
             return found
+    if is_nested(user_path(folder)):
+        return "nested_exit", "draft"
     return ("eagle3", "head") if is_eagle3(user_path(folder)) else ("draft_model", "draft")
 
 
@@ -382,7 +394,7 @@ def check_drafter(drafter: Any, model: HFCausalLM | Seq2SeqLM, tokenizer: Any = 
     if isinstance(model, Seq2SeqLM) and getattr(drafter, "branches", False):
         raise InputError(
             f"{type(drafter).__name__} drafts trees, and {type(model.network).__name__} takes chains: "
-            "expected input_copy, prompt_lookup with max_branches 1, or draft_model with "
+            "expected input_copy, parallel, prompt_lookup with max_branches 1, or draft_model with "
             "expansion 'chain'"
         )
     if isinstance(drafter, DraftTree):

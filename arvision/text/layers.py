@@ -188,9 +188,9 @@ def running_only(
                 undone.enter_context(replaced(attention, lambda *a, **o: (_nothing(*a, **o), None)))
             if index not in parts.mlp:
                 undone.enter_context(replaced(part_of(whole[index], "mlp"), _nothing))
-        kept = nn.ModuleList([whole[index] for index in some])
+        kept = [whole[index] for index in some]
         undone.enter_context(leaving(kept, exits or {}))
-        setattr(owner, name, kept)
+        setattr(owner, name, nn.ModuleList(kept))
         try:
             yield
         finally:

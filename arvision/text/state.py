@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..contracts import Edit
 from ..decoding.cache import KVCache
-from ..decoding.transformers_attention import all_open, kernels_in, spread
+from ..decoding.transformers_attention import all_open, kernels_in, spread, within
 from ..decoding.transformers_cache import CacheView
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
@@ -38,7 +38,8 @@ class HFState:
     Attributes:
         lengths: [B] int64, committed new tokens.
         hidden: [B, T, C], input of the output layer at each candidate of the last call (after the
-            prefill: [B, 1, C], at the prompts' ends).
+            prefill: [B, 1, C], at the prompts' ends). Of passes of fixed shapes only with
+            `keeps_hidden`.
         features: [B, T, F C], what went into each of the F layers `model.watched` at each candidate
             of the last call (after the prefill: at the prompts' tokens, padded on the right), side
             by side; layer L of L is the output layer. None where nothing is watched.
@@ -71,6 +72,7 @@ class HFState:
         self._keeps_logits = "logits_to_keep" in accepts
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.hidden: Tensor | None = None
+        self.keeps_hidden = self._has_hooks = False
         self.pseudo: Tensor | None = None
         self._tree: Topology | None = None
         self.features: Tensor | None = None
@@ -173,6 +175,18 @@ class HFState:
             return "the model's logits processors look at each text on the host"
         return None if self.pseudo is None and not self._watched else "the drafter changes the pass"
 
+    def make_room(self, num: int, tree: Topology | None) -> None:
+        """See `arvision.decoding.fixed_step.MakesRoom`: there is room, but compiled passes put up no hooks.
+
+        What tells hidden states is put up by the first call that asks for them. It is fed where
+        nothing ever looks.
+        """
+        if self.keeps_hidden and not self._has_hooks:
+            self._has_hooks = True
+            self.extend_fixed(
+                self._begins[:, None] * 0, torch.full_like(self._begins, num) + self.cache.capacity
+            )
+
     @torch.no_grad()
     def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:
         """Logits [B, T, V] of candidates; see `arvision.contracts.TakesFixedTrees`."""
@@ -183,12 +197,19 @@ class HFState:
         positions = slots if tree is None else begin[:, None] + tree.depths
         seen_by = self._by_kind(mask, positions, begin)
         positions = positions.clamp(max=self.model.sizes.num_positions - 1)
-        inputs = {"input_ids": tokens, "attention_mask": seen_by, "position_ids": positions}
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
+        inputs["attention_mask"] = seen_by
+        if self.keeps_hidden:
+            inputs["output_hidden_states"] = -1
         called = self.model.called
         if torch.compiler.is_compiling():
-            return called(**inputs, **self._options).logits
-        with alone(self._network), kernels_in(self._network, called, mask):
-            return called(**inputs, **self._options).logits
+            out = called(**inputs, **self._options)
+        else:
+            with alone(self._network), kernels_in(self._network, called, mask):
+                out = called(**inputs, **self._options)
+        if self.keeps_hidden:
+            self.hidden = out.hidden_states[-1]
+        return out.logits
 
     def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
         """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
@@ -374,6 +395,7 @@ class HFState:
             )
             behind = positions[..., None] - places[:, None, : mask.shape[3]]
             near = mask.masked_fill((behind >= window)[:, None], float("-inf"))
+            near = within(near, mask, window, positions)
         return near if kinds == {SLIDING} else {FULL: mask, SLIDING: near}
 
     def _embed(self, tokens: Tensor) -> Tensor:

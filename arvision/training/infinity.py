@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..models.infinity.bits import BitPyramid
 from ..models.infinity.tokenizer import InfinityTokenizer
 from ..models.infinity.transformer import InfinityTransformer
-from .data import to_pixels
+from .data import pixel_loss, to_pixels
 from .loop import Chance, Objective
 
 
@@ -45,8 +45,8 @@ class BitTokenizerObjective(Objective):
         features = self.tokenizer.features(pixels).float()
         canvas, distance = self._canvas(features)
         out = self.tokenizer.paint(features + (canvas - features).detach()).float()
-        error = F.mse_loss(out, pixels)
-        loss = error + 0.2 * F.l1_loss(out, pixels) + self.commitment * distance
+        loss, error = pixel_loss(out, pixels, inputs["images"])
+        loss = loss + self.commitment * distance
         return {"loss": loss, "psnr": 10 * torch.log10(4.0 / error.detach())}
 
     def _canvas(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import in_batches, to_pixels
+from .data import in_batches, pixel_loss, to_pixels
 from .loop import Chance, Objective
 
 
@@ -114,8 +114,8 @@ class TokenizerObjective(CodebookObjective):
             commitment = F.mse_loss(z, quantised)
             out = self.tokenizer.decode_codes(z + (quantised - z).detach())
             self._last = (flat, chosen)
-        error = F.mse_loss(out, pixels)
-        loss = error + 0.2 * F.l1_loss(out, pixels) + self.commitment * commitment
+        loss, error = pixel_loss(out, pixels, inputs["images"])
+        loss = loss + self.commitment * commitment
         return {
             "loss": loss,
             "psnr": 10 * torch.log10(4.0 / error.detach()),

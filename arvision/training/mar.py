@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..decoding.latents.schedule import NUM_TRAIN_STEPS, Schedule
 from ..models.mar.autoencoder import MARAutoencoder
 from ..models.mar.transformer import MARTransformer
-from .data import in_batches, to_pixels
+from .data import in_batches, pixel_loss, to_pixels
 from .loop import Chance, Objective
 
 
@@ -43,10 +43,10 @@ class AutoencoderObjective(Objective):
         mean, log_variance = (part.float() for part in self.autoencoder.moments(pixels))
         noise = chance.randn(*mean.shape)
         out = self.autoencoder.decode_map(mean + (0.5 * log_variance).exp() * noise).float()
-        error = F.mse_loss(out, pixels)
+        loss, error = pixel_loss(out, pixels, inputs["images"])
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return {
-            "loss": error + 0.2 * F.l1_loss(out, pixels) + self.divergence_weight * divergence,
+            "loss": loss + self.divergence_weight * divergence,
             "psnr": 10 * torch.log10(4.0 / error.detach()),
             "divergence": divergence,
         }

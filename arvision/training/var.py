@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.var.tokenizer import VARTokenizer
 from ..models.var.transformer import VARTransformer
-from .data import to_pixels
+from .data import pixel_loss, to_pixels
 from .llamagen_tokenizer import CodebookObjective
 from .loop import Chance, Objective, full_precision
 
@@ -43,8 +43,8 @@ class VARTokenizerObjective(CodebookObjective):
                 canvas, distance = self._quantise(features)
             fed = features + (canvas - features).detach()
         out = self.tokenizer.paint(fed)
-        error = F.mse_loss(out.float(), pixels)
-        loss = error + 0.2 * F.l1_loss(out.float(), pixels) + distance
+        loss, error = pixel_loss(out.float(), pixels, inputs["images"])
+        loss = loss + distance
         return {
             "loss": loss,
             "psnr": 10 * torch.log10(4.0 / error.detach()),

@@ -34,7 +34,7 @@ def read_painting(value: Any, size: tuple[int, int]) -> tuple[Image.Image, Image
     Raises:
         InputError: no picture, or nothing painted.
     """
-    background = None if value is None else value.get("background")
+    background = (value or {}).get("background")
     if background is None:
         raise InputError('no picture to edit: expected one from "Take" or from a file')
     painted = Image.new("L", background.size, 0)

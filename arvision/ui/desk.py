@@ -173,7 +173,7 @@ class Desk:
     def facts(self, name: str) -> Facts:
         """See `Facts`; loads the model."""
         pipe = self.pipe(name)
-        classes = list(pipe.config.get("class_names") or ())
+        classes: list[str] = list(pipe.config.get("class_names") or ())
         listed = [str(each) for each in list_samplers(pipe)]
         num_classes = getattr(pipe.network.config, "num_classes", None)
         model = pipe.model

@@ -11,7 +11,7 @@ from ..errors import ArvisionError, optional
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who draws what
 
 with optional("ui", "the page"):
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from fastapi import FastAPI
 
@@ -26,6 +26,8 @@ MOST_UPLOAD = 20 << 20
 """Bytes of a picture that is opened."""
 
 RED = "#ff3b30"
+
+STOPPED = "Stopped; what was not drawn is missing."
 
 
 def handlers(desk: Desk) -> Any:
@@ -216,7 +218,7 @@ def make_page(desk: Desk) -> gr.Blocks:
                 **one,
             ),
         ]
-        stop.click(None, cancels=begun, **quick)
+        stop.click(lambda: show.told(STOPPED), None, status, cancels=begun, **quick)
         taking.click(take, [kept, side, number], [painting, status], **quick)
         model.change(choose, model, [prompt, left, right, negative, known, status], **one)
     page.queue(max_size=desk.bounds.queue, default_concurrency_limit=1)

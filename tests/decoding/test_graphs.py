@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import image_networks as nets
 import pytest
@@ -19,6 +20,8 @@ from arvision.decoding.graphs import GraphPool
 from arvision.kernels.philox.reference import _constants
 from arvision.models import Janus
 from arvision.testing import tiny_llamagen
+from arvision.text.drafters.head_drafter import HeadDrafter
+from arvision.text.drafters.heads import MedusaHeads
 from arvision.text.generation import steps_of
 
 SAMPLERS = [
@@ -99,7 +102,7 @@ def test_nothing_that_a_graph_looks_at_is_forgotten(model, sampler):
         known = {memory for part in kept for memory in memories(part)}
         strange = {p: t.shape for p, t in tape.outside.items() if p not in weights | known}
         assert not strange, strange
-        assert not [literal.shape for literal in tape.literals if literal.dim()]
+        assert not [literal.shape for literal in tape.literals]
 
 
 def memories(part) -> set[int]:
@@ -125,7 +128,7 @@ def test_graphs_go_with_the_weights_that_they_read(model):
     assert torch.equal(draw(other, "sjd", steps).tokens, draw(other, "sjd").tokens)
     assert len(capture.tapes) == made
     kept = weakref.ref(next(iter(steps.graphs._graphs.values())))
-    part = other.transformer.output
+    part: Any = other.transformer.output
     for change in (
         lambda: setattr(part.weight, "data", 2 * part.weight.data),
         lambda: setattr(part, "weight", torch.nn.Parameter(0.25 * part.weight.data)),
@@ -234,6 +237,36 @@ def test_text_models_keep_their_graphs_and_are_not_kept_by_them():
     del network, steps, out
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("name", ["jacobi", "token_recycling", "heads", "draft_model"])
+def test_drafters_of_text_replay_what_was_captured(name):
+    network, capture, draft = tiny_llama(), Taped(), tiny_llama(sharpness=3.0)
+    steps_of(network, "auto").graphs = GraphPool(capture, "cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = MedusaHeads(32, 2).double()
+
+    def generate(target, seed, mode):
+        sizes = {"draft": draft, "expansion": "chain", "num_draft": 4, "max_depth": 3}
+        return arvision.generate(
+            target,
+            random_prompts((5, 9), seed=seed),
+            drafter=HeadDrafter(heads) if name == "heads" else name,
+            drafter_options=sizes if name == "draft_model" else None,
+            max_new_tokens=8,
+            compile=mode,
+        )
+
+    for seed in (0, 5):
+        found, wanted = generate(network, seed, "auto"), generate(tiny_llama(), seed, None)
+        assert found.stats.step == "auto"
+        assert found.tokens == wanted.tokens
+        assert found.stats.passes_per_row == wanted.stats.passes_per_row
+    assert not [literal for tape in capture.tapes for literal in tape.literals]
+    # One for each number of rows, however many calls.
+    graphs = steps_of(network, "auto").graphs._graphs.values()
+    assert len(capture.tapes) == len({graph.size for graph in graphs})
 
 
 def test_image_models_of_transformers_keep_their_graphs():

@@ -87,9 +87,14 @@ def test_samplers_read_once_a_pass(name, reads):
     assert max(reads()) <= SAMPLERS[name]
 
 
+FIXED = [None, "jacobi", "token_recycling", "heads"]
+FIXED += ["chain", "dyspec", "sequoia", "distinct", "beam"]
+CASES = [(name, mode) for name in DRAFTERS for mode in (None, "eager") if not mode or name in FIXED]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_text_reads_once_a_pass(name, temperature, reads):
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_text_reads_once_a_pass(name, mode, temperature, reads):
     options: dict[str, Any] = {}
     drafter: Any = name
     if name == "heads":
@@ -97,14 +102,16 @@ def test_text_reads_once_a_pass(name, temperature, reads):
     elif name in ("chain", "dyspec", "dyspec_drawn", "sequoia", "distinct", "beam"):
         options["drafter_options"] = {"draft": tiny_llama(seed=1), "expansion": name}
         drafter = "draft_model"
-    arvision.generate(
+    out = arvision.generate(
         tiny_llama(),
         random_prompts((5, 9)),
         drafter=drafter,
         max_new_tokens=20,
         temperature=temperature,
+        compile=mode,
         **options,
     )
+    assert out.stats.step == (mode or "loop")
     assert reads()
     assert max(reads()) <= DRAFTERS[name]
 

@@ -102,7 +102,9 @@ def run_draw(dtype: torch.dtype) -> None:
     sampling.draw_gumbel(law(2, 33, 16384, dtype=dtype), positions[:, :3], positions)
 
 
-def run_attention(dtype: torch.dtype, width: int, heads: int, shared: int, padded: bool) -> None:
+def run_attention(
+    dtype: torch.dtype, width: int, heads: int, shared: int, padded: bool, window: int = 0
+) -> None:
     """32 candidates behind 700 slots, as in LlamaGen's models and grouped ones of text."""
     queries = torch.zeros(2, heads, 32, width, dtype=dtype)
     keys = torch.zeros(2, heads // shared, 768, width, dtype=dtype)
@@ -110,6 +112,8 @@ def run_attention(dtype: torch.dtype, width: int, heads: int, shared: int, padde
     ancestors = torch.ones(32, 32, dtype=torch.bool).tril()
     lengths = torch.full((2,), 700)
     sight = Sight.of(lengths, ancestors, 32, is_open)
+    if window:
+        sight = sight.within(window, lengths[:, None] + torch.arange(32))
     tree_attention.tree_attention(queries, keys, keys, sight, 0.1)
 
 
@@ -163,6 +167,7 @@ CASES: dict[str, Any] = {
     "nearest_code float32 256": lambda: run_nearest(F32, 256, "euclidean"),
     "tree_attention bf16 64": lambda: run_attention(BF16, 64, 12, 1, False),
     "tree_attention fp16 128 grouped": lambda: run_attention(FP16, 128, 16, 2, True),
+    "tree_attention bf16 128 window": lambda: run_attention(BF16, 128, 16, 2, False, 512),
     "tree_attention float32 64": lambda: run_attention(F32, 64, 12, 1, True),
     "tree_attention float32 128": lambda: run_attention(F32, 128, 8, 1, False),
     "tree_attention bf16 256": lambda: run_attention(BF16, 256, 4, 4, True),

@@ -95,6 +95,61 @@ def test_text_of_grouped_queries(device, sampler):
     assert network.config._attn_implementation == "sdpa"
 
 
+WINDOWED = {
+    "Mistral": {},
+    "Ministral": {"layer_types": ["sliding_attention", "full_attention"]},
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_text_of_layers_with_a_window(device, name):
+    """All layers, those with a window too, go through the kernel, and the window matters."""
+    from text_models import random_prompts
+
+    from arvision.kernels.tree_attention import triton
+
+    inner, sights = triton.tree_attention, []
+
+    def counted(queries, keys, values, sight, scale):
+        sights.append(sight)
+        return inner(queries, keys, values, sight, scale)
+
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config", None)
+    if config is None:
+        pytest.skip(f"this release of transformers has no {name}")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"max_position_embeddings": 256, "eos_token_id": None, "bos_token_id": None}
+    prompts = [prompt + prompt for prompt in random_prompts([9, 4])]
+    answers = []
+    for window in (5, 200):
+        sights.clear()
+        made = config(**sizes, sliding_window=window, **WINDOWED[name])
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            kind = name.removesuffix("Text")
+            network = getattr(transformers, f"{kind}ForCausalLM")(made).eval().to(device)
+        for parameter in network.parameters():
+            parameter.data.mul_(2.0)
+        network.generation_config.eos_token_id = None
+
+        def draw(network=network):
+            options = {"max_new_tokens": 6, "drafter": "prompt_lookup+token_recycling"}
+            return generate(network, prompts, **options).tokens
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton, "tree_attention", counted)
+            ours, expected = both(draw, "tree_attention")
+        has_window = [sight.firsts is not None for sight in sights]
+        assert any(has_window) == (window == 5)
+        assert all(has_window) == (window == 5 and name == "Mistral")
+        assert ours == expected
+        answers.append(ours)
+    assert answers[0] != answers[1]
+
+
 @pytest.mark.parametrize("spec", ["sjd:window=3", TREES[0]])
 def test_an_image_model_of_transformers(device, spec):
     from image_networks import janus_prompts, tiny_janus

@@ -106,3 +106,24 @@ def test_a_chain_that_runs_past_the_end(device):
     torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=2e-6)
     torch.testing.assert_close(ours[1, :, :3], expected[1, :, :3], rtol=0, atol=2e-6)
     assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [1, 4, 90])
+def test_layers_with_a_window(device, window):
+    from arvision.kernels.tree_attention.reference import visible
+    from arvision.kernels.tree_attention.triton import tree_attention as run
+
+    queries, keys, values, lengths, tree = problem(device, torch.float32, 9, 2, 16)
+    depths = tree.sum(-1) - 1
+    positions = lengths[:, None] + depths
+    sight = Sight.of(lengths, tree, 9, None).within(window, positions)
+    sees = visible(lengths, tree, keys.shape[2], None)
+    slots = torch.arange(keys.shape[2], device=device).expand(len(lengths), -1)
+    places = slots.scatter(1, lengths[:, None] + torch.arange(9, device=device), positions)
+    sees = sees & (positions[:, :, None] - places[:, None] < window)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        queries, keys.nan_to_num(), values.nan_to_num(), sees[:, None], scale=0.25, enable_gqa=True
+    )
+    for splits in (1, 3):
+        ours = run(queries, keys, values, sight, 0.25, num_splits=splits)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)

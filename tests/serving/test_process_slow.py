@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import random
@@ -12,10 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import psutil
 import pytest
+from PIL import Image, ImageChops
 
 pytest.importorskip("fastapi")
 
@@ -80,6 +85,95 @@ def test_a_server_that_is_killed_leaves_nobody_waiting():
     again = Server("--port", str(server.port))
     assert again.ask(seed=1).status_code == 200
     assert "Traceback" not in again.end()
+
+
+def test_what_is_too_much_is_told_to_come_again_and_then_comes():
+    server, told = Server("--batch", "2", "--queue", "4"), Counter()
+
+    def until_answered(seed):
+        while True:
+            answer = server.ask(seed=seed)
+            told[answer.status_code] += 1
+            if answer.status_code != 429:
+                return answer.status_code
+            assert "expected at most 4, try again later" in answer.json()["error"]["message"]
+            time.sleep(int(answer.headers["retry-after"]))
+
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(until_answered, range(24))) == [200] * 24
+    assert told[429] > 0
+    assert set(told) == {200, 429}
+    assert server.end() == ""
+    print("answers:", told)
+
+
+def test_one_of_two_workers_is_killed_under_load():
+    import arvision
+
+    server = Server("--workers", "2", "--batch", "4")
+    parent = psutil.Process(server.process.pid)
+    assert server.ask(seed=0).status_code == 200
+
+    def workers():
+        found = parent.children()
+        return [one for one in found if "spawn_main" in " ".join(one.cmdline())]
+
+    first, broken = workers(), []
+    assert len(first) == 2
+
+    def until_answered(seed):
+        """A picture is a function of its prompt and seed, so whoever is cut off asks again."""
+        while True:
+            try:
+                answer = server.ask(seed=seed)
+            except httpx2.HTTPError as error:
+                broken.append(type(error).__name__)
+                time.sleep(0.2)
+                continue
+            assert answer.status_code == 200, answer.text
+            return answer.json()["data"][0]["b64_json"]
+
+    with ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(until_answered, seed) for seed in range(48)]
+        while sum(one.done() for one in waiting) < 6:
+            time.sleep(0.01)
+        # Which of the two had taken how many requests is chance: the busier one is killed.
+        busier = max(first, key=lambda one: one.cpu_times().user)
+        busier.send_signal(signal.SIGKILL)
+        drawn = [one.result() for one in waiting]
+    assert broken
+    pipe = arvision.load("llamagen-fashion")
+    for seed in (0, 20, 47):
+        alone = pipe("bag", seed=seed, progress=False).images[0]
+        picture = Image.open(io.BytesIO(base64.b64decode(drawn[seed])))
+        assert max(ImageChops.difference(picture, alone).tobytes()) <= 2  # decoded beside others
+    until = time.monotonic() + 120
+    while len(workers()) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+    second = workers()
+    assert len(second) == 2
+    assert busier.pid not in [one.pid for one in second]
+    assert server.end() == ""
+    print("cut off:", Counter(broken))
+
+
+def test_workers_that_cannot_begin_end_the_server(tmp_path):
+    import arvision
+
+    arvision.load("llamagen-fashion").save_pretrained(tmp_path / "model")
+    weights = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    command = [sys.executable, "-m", "arvision.cli", "serve", "--port", "0", "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--model", str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("a worker could not begin, see above")
 
 
 def dawdle(port, stop):

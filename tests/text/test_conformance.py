@@ -111,7 +111,7 @@ def small():
     return network, logp.gather(2, texts[..., None])[..., 0].sum(1).exp()
 
 
-NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "pseudo", "retrieved"}
+NEEDS_A_MODEL = {"draft_model", "eagle3", "heads", "mtp", "parallel", "pseudo", "retrieved"}
 """Drafters with tests of their law in files of their own, or among those that are made."""
 
 

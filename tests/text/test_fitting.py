@@ -20,7 +20,7 @@ from arvision.testing import law_p_value
 from arvision.text import HFCausalLM
 from arvision.text.drafters import DraftTree, Eagle3, HeadDrafter
 from arvision.text.drafters.head_drafter import RANKS
-from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads
+from arvision.text.drafters.heads import KINDS, PrefixHeads, load_heads, make_heads, save_heads
 from arvision.text.drafters.mtp import read_mtp
 from arvision.text.fitting.data import (
     Answers,
@@ -272,13 +272,19 @@ def test_online_updates_make_a_draft_model_better_and_are_saved(
         Eagle3(make_eagle3(network, torch.arange(60)), online=1e-3)
 
 
-def test_the_tree_of_heads_follows_from_what_was_measured():
+def test_the_tree_of_heads_follows_from_what_was_measured(tmp_path):
     """A first head that is always right and a second one that is right once in its second guess."""
     heads = make_heads("medusa", 32, 2)
     assert HeadDrafter(heads).ranks == RANKS
     heads.accuracies = ((1.0, 0.0), (0.5, 0.5))
     assert best_tree(HeadDrafter(heads).ranks, 3, 2).tolist() == [-1, 0, 0]
     assert HeadDrafter(heads, ranks=(0.9, 0.1)).ranks == (0.9, 0.1)
+    save_heads(heads, torch.arange(4), tmp_path)
+    assert load_heads(tmp_path)[0].accuracies == heads.accuracies
+    heads.accuracies = ()
+    save_heads(heads, torch.arange(4), tmp_path, accuracies=[[2.0]])
+    with pytest.raises(CheckpointError, match=r"heads.json: accuracies.* 2.0: expected"):
+        load_heads(tmp_path)
     # Of all trees of 4 candidates none has more expected tokens.
     by_level = ((0.6, 0.25, 0.1), (0.45, 0.3, 0.05))
     parents = best_tree(by_level, 4, 2).tolist()

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from text_models import random_prompts
+from text_models import random_prompts, text_folder, tiny_llama
 from transformers import (
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     T5Config,
@@ -18,7 +19,12 @@ import arvision
 from arvision import InputError
 from arvision.errors import StateError
 from arvision.testing import law_p_value
+from arvision.text.drafters import ParallelDraft
+from arvision.text.fitting.data import answer
+from arvision.text.fitting.parallel import ParallelTraining, shallow_copy, train_parallel
+from arvision.text.generation import drafter_of
 from arvision.text.seq2seq import Seq2SeqLM
+from arvision.training.loop import FitConfig
 
 DRAFTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (None, {}),
@@ -145,6 +151,39 @@ def test_a_rule_judges_drawn_drafts_exactly():
     assert law_p_value(found, joint) > 1e-5
 
 
+def test_a_parallel_draft_learns_and_keeps_the_text(tmp_path):
+    """Trained on the target's own answers, against the same draft untrained, on prompts not seen."""
+    network = tiny("bart").float()
+    prompts, unseen = random_prompts([8] * 30, seed=9), random_prompts([8] * 5, seed=10)
+    answers = answer(network, prompts, num_tokens=24, batch_size=30, progress=False)
+    assert answers.texts[2] == prompts[2] + reference(network, prompts[2], 24)
+    fit = FitConfig(steps=120, batch_size=16, learning_rate=1e-2, warmup=5)
+    training = ParallelTraining(num_places=4, fit=fit)
+    tokenizer = AutoTokenizer.from_pretrained(text_folder(tmp_path / "letters"))
+    figures = train_parallel(
+        network, tokenizer, answers, tmp_path / "draft", training, progress=False
+    )
+    assert len(figures["agreement"]) == 4
+    fresh = shallow_copy(network, training.share).eval()
+    assert fresh.config.decoder_layers == 1
+    expected = [reference(network, ids, 20) for ids in unseen]
+    passes = []
+    for options in ({"draft": fresh, "num_draft": 4}, {"folder": tmp_path / "draft"}):
+        out = arvision.generate(
+            network, unseen, drafter="parallel", drafter_options=options, max_new_tokens=20
+        )
+        assert out.tokens == expected
+        passes.append(out.stats.tokens_per_pass)
+    assert passes[1] > passes[0] + 1.0
+    assert drafter_of(tmp_path / "draft") == ("parallel", "folder")
+    drawn = {"temperature": 0.8, "max_new_tokens": 12, "seed": 3}
+    plain = arvision.generate(network, unseen[:2], **drawn)
+    found = arvision.generate(
+        network, unseen[:2], drafter="parallel", drafter_options=options, **drawn
+    )
+    assert found.tokens == plain.tokens
+
+
 def test_bad_input_has_one_clear_message():
     network, ids = tiny("bart"), random_prompts([9])
     with pytest.raises(InputError, match="PromptLookup drafts trees, and BartForConditional"):
@@ -158,5 +197,9 @@ def test_bad_input_has_one_clear_message():
     state, _ = Seq2SeqLM(network, 8).start(ids)
     with pytest.raises(InputError, match="takes chains of candidates, and these branch"):
         state.extend(torch.tensor([[1, 2]]), torch.tensor([-1, -1]))
-    with pytest.raises(InputError, match="expected an encoder-decoder"):
+    with pytest.raises(InputError, match="a folder or a network: expected one of the two"):
+        ParallelDraft()
+    with pytest.raises(InputError, match="expected an encoder-decoder target of as many"):
+        arvision.generate(tiny_llama(), ids, drafter=ParallelDraft(draft=network), max_new_tokens=8)
+    with pytest.raises(InputError, match="expected an encoder-decoder language"):
         Seq2SeqLM(torch.nn.Linear(2, 2), 8)

@@ -259,6 +259,7 @@ def test_no_objective_is_forgotten():
         "PseudoObjective",
         "SmallModelObjective",
         "PretrainObjective",
+        "ParallelObjective",
         "JudgeObjective",
         "Eagle3Objective",
     }

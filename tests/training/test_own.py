@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 import arvision
 from arvision import InputError
+from arvision.training.data import pixel_loss
 from arvision.training.own import train
 from arvision.training.own_data import open_pictures, pack_pictures
 from arvision.training.own_recipes import OwnSettings, scales_of
@@ -98,6 +99,7 @@ def test_captions_train_a_model_of_texts(shapes, tmp_path):
 RUN = """
 import sys
 from dataclasses import replace
+from arvision.training.data import pixel_loss
 from arvision.training.own import train
 from arvision.training.own_recipes import OwnSettings
 train(sys.argv[1], sys.argv[2], OwnSettings(**eval(sys.argv[3])), progress=False)
@@ -287,3 +289,19 @@ def test_minutes_become_steps(shapes, tmp_path):
     assert plan["steps"] == figures["steps"]["tokenizer"]
     assert plan["mixed_precision"] in ("no", "bf16")
     assert torch.get_num_threads() == 1
+
+
+def test_errors_of_colour_weigh_more_where_there_is_colour():
+    pixels = torch.zeros(1, 3, 4, 4)
+    alike, coloured = pixels + 0.1, pixels + torch.tensor([0.1, -0.1, 0.0]).view(3, 1, 1)
+    grey, rgb = torch.zeros(1, 4, 4), torch.zeros(1, 3, 4, 4)
+    for out in (alike, coloured):
+        error = (out - pixels).square().mean()
+        loss, told = pixel_loss(out, pixels, grey)
+        assert float(told) == pytest.approx(float(error))
+        assert float(loss) == pytest.approx(float(error + 0.2 * (out - pixels).abs().mean()))
+    assert float(pixel_loss(alike, pixels, rgb)[0]) == pytest.approx(
+        float(pixel_loss(alike, pixels, grey)[0])
+    )
+    added = pixel_loss(coloured, pixels, rgb)[0] - pixel_loss(coloured, pixels, grey)[0]
+    assert float(added) == pytest.approx(4 * 0.02 / 3)

@@ -77,3 +77,25 @@ def test_a_page_with_a_token_asks_for_it(desk):
         config = client.get("/config").json()
     assert config["analytics_enabled"] is False
     assert config["title"] == "arvision"
+
+
+def test_draws_wait_and_more_are_refused():
+    from starlette.testclient import TestClient
+
+    from arvision.ui.desk import Bounds, Desk
+    from arvision.ui.page import make_app
+
+    small = Desk(["llamagen-fashion"], Bounds(queue=1))
+    fields = ["llamagen-fashion", "bag", "1", 8, "ar", "ar", "", "", "", True]
+    with TestClient(make_app(small)) as client:
+        joined = [
+            client.post(
+                "/gradio_api/queue/join",
+                json={"data": fields, "fn_index": 0, "session_hash": str(number)},
+            )
+            for number in range(4)
+        ]
+    # One is drawn and one waits.
+    assert joined[0].status_code == 200
+    assert joined[-1].status_code == 503
+    assert "Queue is full" in joined[-1].text

@@ -53,7 +53,7 @@ def page(address, tmp_path):
         yield page
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(SHOTS or tmp_path) / "page.png"), full_page=True)
+        page.screenshot(path=str(Path(SHOTS or tmp_path) / "end.png"), full_page=True)
         browser.close()
         own = (address, "data:", "blob:")
         assert [url for url in asked if not url.startswith(own)] == []
@@ -98,3 +98,16 @@ def test_draw_look_paint_and_redraw(page):
     page.wait_for_selector("text=given tokens")
     page.wait_for_selector("text=Done.")
     assert page.locator("#arv-left img").count() == 4
+    shot(page, "redrawn.png")
+
+
+def test_stop_ends_a_draw(page):
+    page.fill("label:has-text('Seeds') input, label:has-text('Seeds') textarea", "1 2 3 4")
+    page.click("#arv-draw")
+    page.wait_for_selector("text=Drawing, a pass at a time")
+    page.click("#arv-stop")
+    page.wait_for_selector("text=Stopped; what was not drawn is missing.")
+    # The next draw begins at once, so the first is no longer drawn.
+    page.fill("label:has-text('Seeds') input, label:has-text('Seeds') textarea", "5")
+    page.click("#arv-draw")
+    page.wait_for_selector("text=Done. 1 of 1 pictures are the same")

@@ -106,7 +106,7 @@ def draw_chain(
     last_noise = last_noise or getattr(law, "ends_noisy", False)
     x, *kicks = noise.unbind(0)
     states, means, scales = [x], [], []
-    half, temper = x.new_tensor(0.5), x.new_tensor(temperature)
+    half, temper = x.new_full((), 0.5), x.new_full((), temperature)
     for row, kick in enumerate(kicks):
         step = law.num_steps - 1 - row
         mean, log_variance = law.moments(x, step)

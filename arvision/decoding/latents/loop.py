@@ -12,6 +12,7 @@ from torch import Tensor
 from ...contracts import Conditions, ContinuousModel, KeepsFeatures, Samples, device_of, is_causal
 from ...errors import InputError, check_count, unknown_name
 from ..guidance import Guidance, plain_scale
+from ..parts import fixed_part
 from ..run import Run
 from .chain import (
     GUIDANCE_SCHEDULES,
@@ -217,6 +218,27 @@ def num_given_first(run: Run, model: ContinuousModel) -> int:
     return nums.pop()
 
 
+@dataclass
+class ChainDraw:
+    """All steps of a head's chain: a function of fixed shapes.
+
+    Attributes:
+        head: whose laws are drawn from.
+        scale: guidance of each latent, a number or [M].
+        temperature, last_noise: see `draw_chain`.
+    """
+
+    head: LatentHead
+    scale: Any
+    temperature: float
+    last_noise: bool
+
+    def __call__(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Latents [M, D] of conditions [M, Dz] and noise [K + 1, M, D]."""
+        law = self.head.law(z, self.scale)
+        return draw_chain(law, noise, self.temperature, self.last_noise).latents
+
+
 @torch.no_grad()
 def decode_latents(
     model: ContinuousModel,
@@ -256,6 +278,8 @@ def decode_latents(
     if first:
         state.feed(run.tokens[images, order[:, :first]])
     head_steps = 0
+    # A number is the graph's own for good: one that changes is told with the latents.
+    is_told = bool(run.told) and len(set(map(str, scales))) > 1
     for start, end, scale, head in zip([0, *ends[:-1]], ends, scales, heads, strict=True):
         if end <= first:
             continue
@@ -270,9 +294,11 @@ def decode_latents(
         numbers = chain_noise(run.noise, positions, head, "latent").to(z)
         if isinstance(scale, Tensor):
             scale = scale.to(z).repeat_interleave(end - start)
-        law = head.law(z.flatten(0, 1), scale)
-        path = draw_chain(law, numbers.flatten(1, 2), plan.temperature, plan.last_noise)
-        drawn = path.latents.view(*positions.shape, -1)
+        elif is_told:
+            scale = z.new_full((z.shape[0] * z.shape[1],), scale)
+        draw = ChainDraw(head, scale, plan.temperature, plan.last_noise)
+        drawn = fixed_part(run, draw, z.flatten(0, 1), numbers.flatten(1, 2))
+        drawn = drawn.view(*positions.shape, -1)
         if given is not None:
             drawn = given.over(drawn, positions)
         run.watch(drawn)
@@ -283,4 +309,4 @@ def decode_latents(
         run.report(torch.full_like(run.lengths, end - start))
         if run.stopped:
             break
-    return run.samples(head_steps=head_steps)
+    return run.samples(head_steps=head_steps, **run.told)

@@ -48,6 +48,8 @@ class Schedule:
         InputError: fewer than 2 steps, or more than were trained.
     """
 
+    renewed = ("_rows", "_told")
+
     def __init__(
         self,
         num_steps: int,
@@ -77,6 +79,13 @@ class Schedule:
         room = 0.5 * (self.log_betas - self.log_posterior)
         self._table = torch.stack([from_x, from_noise, of_start, of_x, self.log_posterior, room])
         self._rows: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, ...]]] = {}
+        self._told: dict[torch.device, Tensor] = {}
+
+    def told(self, device: torch.device) -> Tensor:
+        """`timesteps` in the order of drawing, on a device; copied there once."""
+        if device not in self._told:
+            self._told[device] = self.timesteps.flip(0).to(device)
+        return self._told[device]
 
     def add_noise(self, start: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Noisy latents [M, D] of clean ones at steps [M]."""

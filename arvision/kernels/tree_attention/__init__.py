@@ -14,7 +14,7 @@ mask that arrives with it at a layer is the very one that the cache made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,11 +115,13 @@ class Sight:
         lengths: [B] int64, committed length of each row.
         bits: [B, T] int64, bit u of candidate t set where it looks at candidate u.
         open_columns: [B, P] int8, 0 where one of the first P slots is padding; None for no padding.
+        firsts: [B, T] int64, the first committed slot that each candidate looks at; None for all.
     """
 
     lengths: Tensor
     bits: Tensor
     open_columns: Tensor | None
+    firsts: Tensor | None = None
 
     @classmethod
     def of(
@@ -132,6 +134,21 @@ class Sight:
         bits = (ancestors.expand(len(lengths), num, num).long() << order).sum(-1)
         padding = None if open_columns is None else open_columns.to(torch.int8).contiguous()
         return cls(lengths.contiguous(), bits, padding)
+
+    def within(self, window: int, positions: Tensor) -> Sight:
+        """The same in a layer that looks at the last `window` positions alone, its own included.
+
+        Args:
+            window: at least 1.
+            positions: [B or 1, T] int64, of the candidates; committed slots are positions.
+        """
+        rows, num = self.bits.shape
+        positions = positions.expand(rows, num)
+        order = torch.arange(num, device=positions.device)
+        is_near = positions[:, :, None] - positions[:, None] < window
+        near = (is_near.long() << order).sum(-1)
+        firsts = (positions - window + 1).contiguous()
+        return replace(self, bits=self.bits & near, firsts=firsts)
 
     def fits(self, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether a layer's tensors are those of the pass: some layers cut or widen them first."""

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _attend(
-    queries, keys, values, lengths, bits, open_columns, partial, log_sums,
+    queries, keys, values, lengths, bits, open_columns, firsts, partial, log_sums,
     num, group, width, num_heads, num_slots, num_open, stretch, num_splits, scale,
     q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d,
-    PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr, WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64) // num_heads
     head = tl.program_id(0).to(tl.int64) % num_heads
@@ -42,6 +43,12 @@ def _attend(
     # A chain may run past the end of the cache: what runs over is not there.
     end = tl.minimum(begin + stretch, tl.minimum(length + num, num_slots))
 
+    if WINDOWED:
+        first = tl.load(firsts + batch * num + candidate, mask=is_member, other=num_slots)
+        # What lies behind all candidates' windows is not read.
+        lowest = tl.maximum(tl.min(first, 0), 0)
+        begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -60,7 +67,10 @@ def _attend(
         offset = slot - length
         shift = tl.minimum(tl.maximum(offset, 0), 63)
         is_ancestor = ((seen[:, None] >> shift[None, :]) & 1) != 0
-        visible = inside[None, :] & ((offset < 0)[None, :] | is_ancestor)
+        committed = (offset < 0)[None, :]
+        if WINDOWED:
+            committed = committed & (slot[None, :] >= first[:, None])
+        visible = inside[None, :] & (committed | ((offset >= 0)[None, :] & is_ancestor))
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible, scores, float("-inf"))
         next_most = tl.maximum(most, tl.max(scores, 1))
@@ -151,14 +161,14 @@ def tree_attention(
     partial = torch.empty(units, splits, members, width, **float32)
     log_sums = torch.empty(units, splits, members, **float32)
     out = torch.empty(queries.shape, device=queries.device, dtype=queries.dtype)
-    padding = sight.open_columns
+    padding, firsts = sight.open_columns, sight.firsts
     num_open = 0 if padding is None else padding.shape[1]
     _attend[(units, tiles, splits)](
         queries, keys, values, sight.lengths, sight.bits, sight.bits if padding is None else padding,
-        partial, log_sums, num, group, width, keys.shape[1], num_slots, num_open, stretch, splits,
+        sight.bits if firsts is None else firsts, partial, log_sums, num, group, width, keys.shape[1], num_slots, num_open, stretch, splits,
         float(scale),
         *queries.stride(), *keys.stride(), *values.stride(),
-        PADDED=padding is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        PADDED=padding is not None, WINDOWED=firsts is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         num_stages=2, num_warps=num_warps,
     )  # fmt: skip
     _merge[(units, triton.cdiv(members, 16))](

@@ -41,6 +41,10 @@ class InfinityRun:
         self._pyramid = transformer.pyramid
         self._is_doubled = len(rows.start) != batch
         self._angles = transformer.angles()
+        # Of each token, for guidance inside of the network.
+        weights = torch.as_tensor(guidance, dtype=torch.float64)
+        counts = torch.tensor(self._pyramid.counts, device=weights.device)
+        self._by_token = weights.repeat_interleave(counts, dim=-1).to(rows.start)[..., None]
 
     def blank(self) -> Tensor:
         """The canvas [B, D, H, W], float32 or wider."""
@@ -76,7 +80,7 @@ class InfinityRun:
             angles,
             self._pyramid.counts[scale],
             len(x) if needs_null else self.batch,
-            guidance=self._weights(scale, x) if inside else None,
+            guidance=self._weights(scale, x.shape[1]) if inside else None,
             **run,
         )
         if not needs_null:
@@ -84,12 +88,10 @@ class InfinityRun:
         conditional, null = logits.chunk(2)
         return guide(conditional, null, weight)
 
-    def _weights(self, scale: int, x: Tensor) -> Tensor:
-        """Guidance [T, 1] or [B, T, 1] of the last tokens up to and with those of `scale`."""
-        counts = torch.tensor(self._pyramid.counts[: scale + 1])
-        weights = torch.as_tensor(self._guidance, dtype=torch.float64)[..., : scale + 1]
-        weights = weights.repeat_interleave(counts, dim=-1)
-        return weights[..., -x.shape[1] :, None].to(x)
+    def _weights(self, scale: int, num: int) -> Tensor:
+        """Guidance [T, 1] or [B, T, 1] of the last T = `num` tokens up to and with those of `scale`."""
+        last = sum(self._pyramid.counts[: scale + 1])
+        return self._by_token[..., last - num : last, :]
 
     def paint(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
         """The canvas after the bits [B, n, d] of a scale.
@@ -101,4 +103,8 @@ class InfinityRun:
         if tokens.shape != shape:
             raise InputError(f"bits {tuple(tokens.shape)}: expected {list(shape)} at scale {scale}")
         check_bits(tokens)
+        return self.painted(canvas, tokens, scale)
+
+    def painted(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
+        """The canvas after the network's own bits [B, n, d] of a scale."""
         return self._pyramid.paint(canvas, tokens, scale)

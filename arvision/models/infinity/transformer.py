@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...decoding.logits import guide
-from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
+from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all, levels_of
 from ...errors import InputError
 from ...kernels.linear import Linear
 from ...networks import entry, place_of
@@ -223,7 +222,7 @@ class InfinityTransformer(Network):
         """Rotary angles [L, D/2] of all tokens: rows turn the first half of the pairs."""
         grid = self.config["rope_grid"] or rotary_grid(self.scales)
         width = self.config["hidden_size"] // self.config["num_heads"]
-        return rotary_angles(self.scales, tuple(grid), width).to(place_of(self))
+        return rotary_angles(self.scales, tuple(grid), width, place_of(self))
 
     @entry
     def null_text(self) -> Tensor:
@@ -262,10 +261,7 @@ class InfinityTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Level embeddings [last - first, C] of the tokens `first`..`last - 1`."""
-        place = self.pos_start.device
-        ends = torch.tensor(list(accumulate(self.pyramid.counts)), device=place)
-        tokens = torch.arange(first, last, device=place)
-        return self.lvl_embed(torch.bucketize(tokens, ends, right=True))
+        return self.lvl_embed(levels_of(self.scales, self.pos_start.device)[first:last])
 
     def start_inputs(self, rows: TextRows) -> Tensor:
         """Inputs [R, n_0, C] of scale 0, without level."""
@@ -374,8 +370,10 @@ class InfinityTransformer(Network):
 
 
 @lru_cache(maxsize=8)
-def rotary_angles(scales: Scales, grid: tuple[int, int], width: int) -> Tensor:
-    """Angles [L, width / 2] float32 of the tokens of all scales.
+def rotary_angles(
+    scales: Scales, grid: tuple[int, int], width: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Angles [L, width / 2] float32 of the tokens of all scales, made once for each device.
 
     Token (r, c) of an h x w map stands at (round(r H / h), round(c W / w)) of the grid H x W.
     """
@@ -389,4 +387,4 @@ def rotary_angles(scales: Scales, grid: tuple[int, int], width: int) -> Tensor:
         by_row = (rows[:, None, None] * frequencies).expand(shape)
         by_column = (columns[None, :, None] * frequencies).expand(shape)
         tables.append(torch.cat([by_row, by_column], dim=-1).flatten(0, 1))
-    return torch.cat(tables)
+    return torch.cat(tables).to(device)

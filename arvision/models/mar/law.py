@@ -36,9 +36,9 @@ class MARLaw:
         self.num_steps, self.latent_dim = schedule.num_steps, net.input_proj.in_features
         self._schedule, self._refresh = schedule, refresh
         # Row i of everything belongs to step K - 1 - i.
-        self._net = SteppedHead(net, run, schedule.timesteps.flip(0), z)
+        self._net = SteppedHead(net, run, schedule.told(z.device), z)
         is_shared = not isinstance(guidance_scale, Tensor)
-        self._scale = z.new_tensor(guidance_scale) if is_shared else guidance_scale[:, None]
+        self._scale = z.new_full((), guidance_scale) if is_shared else guidance_scale[:, None]
 
     def _guided(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Guided noise and variance share [..., M, D] from the network's [G, ..., M, 2D]."""

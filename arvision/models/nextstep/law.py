@@ -11,6 +11,7 @@ Scale", 2025; the steps are derived from the released code's score form.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,6 +80,12 @@ class FlowSteps:
         return torch.stack([keep, push, (2 * (1 - times) * lengths).log()])
 
 
+@cache
+def _on(steps: FlowSteps, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Times and table on a device, copied there once."""
+    return steps.times().to(device), steps.table().to(device)
+
+
 class NextStepLaw:
     """p(latent | z) of M latents; see `arvision.decoding.latents.chain.LatentLaw`.
 
@@ -107,12 +114,12 @@ class NextStepLaw:
     ) -> None:
         self.num_steps, self.latent_dim = steps.num_steps, net.input_proj.in_features
         self.ends_noisy = steps.ends_noisy
-        self._net = SteppedHead(net, run, steps.times(), z)
+        times, self._table = _on(steps, z.device)
+        self._net = SteppedHead(net, run, times, z)
         self._scale = (
             guidance_scale[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
         )
         self._image_scale = image_scale
-        self._table = steps.table().to(z.device)
 
     def _guided(self, out: Tensor, like: Tensor) -> Tensor:
         """Velocity [..., M, D] from the network's [G, ..., M, D], in the precision of `like`."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...decoding.tree import Topology
 from ...errors import InputError, check_count
 
 Ints = np.ndarray
@@ -53,6 +53,25 @@ class Expansion:
         padded = [row + [0] * (longest - len(row)) for row in rows]
         nums = torch.tensor([len(row) for row in rows], device=counts.device)
         return torch.tensor(padded, device=kept.device), nums
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same in fixed shapes, where lengths are; dummies repeat the last candidate.
+
+    Attributes:
+        own: [B, S], the candidate that a thing is or hangs on.
+        forced: [B, S], the id of an attachment, -1 for a candidate; None where nothing has any.
+        places: [B, S], places in the sequence of the image.
+        begin: [B, T], where each candidate stands among the S.
+        end: [B, T], where what comes last of it does.
+    """
+
+    own: Tensor
+    forced: Tensor | None
+    places: Tensor
+    begin: Tensor
+    end: Tensor
 
 
 MOST_TOKENS = 1 << 20
@@ -102,6 +121,9 @@ class Layout:
         self.num_places = int(self._places[-1])
         steps = torch.arange(self.num_places)[None]
         self.offsets = steps if offsets is None else offsets
+        self._most = max(map(len, behind.values()), default=0)
+        self._widest: dict[tuple[int, ...] | None, int] = {}
+        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
         if self.offsets.shape[1] != self.num_places:
             raise InputError(
                 f"offsets {tuple(self.offsets.shape)}: expected [axes, {self.num_places}], tokens "
@@ -155,10 +177,6 @@ class Layout:
         places = self.place(np.take_along_axis(tokens, own, 1)) + within
         return Expansion(own, np.where(is_forced, forced, -1), begin, ends - 1, places)
 
-    @cached_property
-    def _tables(self) -> dict[torch.device, tuple[Tensor, ...]]:
-        return {}
-
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         """How many ids hang on each token, which, and where tokens stand: [N + 1], [N + 1, W], [N + 1]."""
         if device not in self._tables:
@@ -166,43 +184,56 @@ class Layout:
             self._tables[device] = tuple(torch.from_numpy(part).to(device) for part in parts)
         return self._tables[device]
 
-    def widest(self, num: int) -> int:
-        """Things that are fed at most for a chain of `num` tokens."""
-        total = np.concatenate([[0], self._counts.cumsum()])
-        return num + int(
-            (total[num:] - total[: len(total) - num]).max(
-                initial=total[-1] * (num > len(total) - 1)
+    def widest(self, num: int, tree: Topology | None = None) -> int:
+        """Things that are fed at most for `num` candidates: a chain, or a tree of them."""
+        if tree is not None and tree.listed is None:
+            # Rows have trees of their own: all may stand where something hangs on them.
+            return num * (1 + self._most)
+        parents = tuple(range(-1, num - 1)) if tree is None else tree.listed
+        if parents not in self._widest:
+            depths: list[int] = []
+            for parent in parents or ():
+                depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            begins = np.arange(self.num_tokens)
+            hanging = sum(
+                self._counts[(begins + depth).clip(max=self.num_tokens)] for depth in depths
             )
-        )
+            self._widest[parents] = num + int(np.max(hanging))
+        return self._widest[parents]
 
-    def fixed(self, lengths: Tensor, num: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Chains behind the first `lengths` [B] tokens with what hangs on them, in fixed shapes.
+    def fixed(self, lengths: Tensor, num: int, tree: Topology | None = None) -> Fixed:
+        """Candidates behind the first `lengths` [B] tokens with what hangs on them, in fixed shapes.
 
         Args:
             lengths: which only the device knows.
-            num: tokens T of each chain; those past the last one have nothing that hangs on them.
-
-        Returns:
-            For each of S things that are fed: the candidate that it is or hangs on, its id (-1 for a
-            candidate; None where nothing can hang on anything) and its place, [B, S]; and [B, T],
-            where what comes last of a candidate stands among them. Dummies repeat the last candidate.
+            num: candidates T; those past the last token have nothing that hangs on them.
+            tree: of the candidates; None for a chain.
         """
         steps = torch.arange(num, device=lengths.device)
-        numbers = lengths[:, None] + steps
+        numbers = lengths[:, None] + (steps if tree is None else tree.depths)
         if not self.has_forced:
-            return steps.expand_as(numbers), None, numbers, steps.expand_as(numbers)
+            every = steps.expand_as(numbers)
+            return Fixed(every, None, numbers, every, every)
         counts, ids, places = self._on(lengths.device)
         known = numbers.clamp(max=self.num_tokens)
         widths = 1 + counts[known]
         ends = widths.cumsum(1)
-        order = torch.arange(self.widest(num), device=lengths.device)
+        order = torch.arange(self.widest(num, tree), device=lengths.device)
         own = (order[:, None] >= ends[:, None]).sum(2).clamp(max=num - 1)
         within = order - (ends - widths).gather(1, own)
         owner = known.gather(1, own)
         is_forced = (within > 0) & (within <= counts[owner])
         forced = torch.where(is_forced, ids[owner, (within - 1).clamp(0, ids.shape[1] - 1)], -1)
         past = (numbers - self.num_tokens).clamp(min=0).gather(1, own)
-        return own, forced, places[owner] + past + within, ends - 1
+        return Fixed(own, forced, places[owner] + past + within, ends - widths, ends - 1)
+
+    def begins(self, lengths: Tensor) -> Tensor:
+        """Where the things behind the first `lengths` tokens begin, also past the last one."""
+        if not self.has_forced:
+            return lengths
+        places = self._on(lengths.device)[2]
+        known = lengths.clamp(max=self.num_tokens)
+        return places[known] + lengths - known
 
     def owners(self) -> tuple[Ints, Ints]:
         """[M] the token that each thing of the sequence is or hangs on, and [M] how far behind."""

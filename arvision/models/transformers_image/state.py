@@ -79,6 +79,7 @@ class ImageState:
 
     allows_overrun = True
     unread = ("lengths", "_tree", "_expansion", "_is_open")
+    renewed = ("_fixed",)
 
     def __init__(
         self,
@@ -214,12 +215,7 @@ class ImageState:
         if self._expansion is None:
             return above if shape.is_shared else self._spread(above)
         own = torch.from_numpy(self._expansion.own).to(above.device)
-        steps = torch.arange(own.shape[1], device=own.device)
-        is_same = own[:, :, None] == own[:, None]
-        trees = above.expand(len(own), -1, -1)
-        rows = torch.arange(len(own), device=own.device)[:, None, None]
-        above = trees[rows, own[:, :, None], own[:, None]]
-        sees = torch.where(is_same, steps <= steps[:, None], above)
+        sees = _visible(above, own, True)
         return sees if len(sees) == 1 else self._spread(sees)
 
     def _fed(self, tokens: Tensor, expansion: Expansion | None) -> tuple[Tensor, Tensor | None]:
@@ -249,16 +245,48 @@ class ImageState:
         inputs = self._model.inputs(self._spread(codes), forced)
         return self._model.run(inputs, positions, spread(mask, rows), self._seen)
 
+    def make_room(self, num: int, tree: Topology | None) -> None:
+        """See `arvision.decoding.fixed_step.MakesRoom`."""
+        width = self._layout.widest(num, tree)
+        if tree is not None:
+            self._layout.widest(tree.num_levels)  # of a path that stays
+            self.cache.widen(self._num_prompt + self._layout.num_places + width)
+
     @torch.no_grad()
-    def extend_fixed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Guided logits [B, T, V] of chains; see `arvision.contracts.TakesFixedChains`."""
-        own, forced, places, ends = self._layout.fixed(lengths, tokens.shape[1])
-        slots = self._spread(places + self._num_prompt)
-        mask = self.cache.begin_fixed(slots, self._num_prompt + self._layout.num_places)
-        hidden = self._run(tokens.gather(1, own), forced, places, mask)
-        hidden = hidden if forced is None else _gather(hidden, ends, self._branches)
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        return self._guided(hidden, lengths[:, None] + steps + 1)
+    def extend_fixed(self, tokens: Tensor, lengths: Tensor, tree: Topology | None = None) -> Tensor:
+        """Guided logits [B, T, V] of candidates; see `arvision.contracts.TakesFixedTrees`."""
+        layout, num = self._layout, tokens.shape[1]
+        self._fixed = fed = layout.fixed(lengths, num, tree)
+        if tree is None:
+            slots = self._spread(fed.places + self._num_prompt)
+            mask = self.cache.begin_fixed(slots, self._num_prompt + layout.num_places)
+        else:
+            begin = layout.begins(lengths) + self._num_prompt
+            order = torch.arange(fed.own.shape[1], device=tokens.device)
+            above = _visible(tree.ancestors, fed.own, fed.forced is not None)
+            if above.dim() == 3 and len(above) > 1:
+                above = self._spread(above)
+            slots = self._spread(begin[:, None] + order)
+            mask = self.cache.begin_fixed(slots, self.cache.capacity, above)
+        hidden = self._run(tokens.gather(1, fed.own), fed.forced, fed.places, mask)
+        hidden = hidden if fed.forced is None else _gather(hidden, fed.end, self._branches)
+        depths = torch.arange(num, device=tokens.device) if tree is None else tree.depths
+        return self._guided(hidden, lengths[:, None] + depths + 1)
+
+    def keep_fixed(self, path: Tensor, counts: Tensor, lengths: Tensor) -> None:
+        """Keep a path of each row; see `arvision.contracts.TakesFixedTrees`."""
+        layout = self._layout
+        begin = layout.begins(lengths)
+        if layout.has_forced:
+            # What stays is a chain: with each candidate of the path, what hangs on it.
+            chain = layout.fixed(lengths, path.shape[1])
+            order = torch.arange(chain.own.shape[1], device=path.device)
+            within = order - chain.begin.gather(1, chain.own)
+            place = self._fixed.begin.gather(1, path.gather(1, chain.own))
+            path, counts = place + within, layout.begins(lengths + counts) - begin
+        self.cache.keep_fixed(
+            self._spread(path), self._spread(counts), self._spread(begin + self._num_prompt)
+        )
 
     @torch.no_grad()
     def extend_at(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
@@ -406,3 +434,21 @@ def _gather(hidden: Tensor, ends: Tensor, branches: int) -> Tensor:
     batch = len(hidden) // branches
     index = ends.to(hidden.device).expand(batch, -1).repeat(branches, 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _visible(ancestors: Tensor, own: Tensor, has_forced: bool) -> Tensor:
+    """[b or B, S, S] bool, who of the things that are fed looks at whom.
+
+    Args:
+        ancestors: [T, T] or [B, T, T] bool, of the candidates.
+        own: [b, S], the candidate that a thing is or hangs on.
+        has_forced: whether anything hangs on any candidate.
+    """
+    if not has_forced:
+        return ancestors
+    steps = torch.arange(own.shape[1], device=own.device)
+    is_same = own[:, :, None] == own[:, None]
+    trees = ancestors.expand(len(own), -1, -1)
+    rows = torch.arange(len(own), device=own.device)[:, None, None]
+    above = trees[rows, own[:, :, None], own[:, None]]
+    return torch.where(is_same, steps <= steps[:, None], above)

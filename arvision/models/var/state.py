@@ -38,7 +38,7 @@ class VARRun:
         batch: int,
     ) -> None:
         self.batch = batch
-        self.sizes = [(side, side) for side in transformer.scales]
+        self.sizes = transformer.sizes()
         self._transformer, self._painter, self._guidance = transformer, painter, guidance
         self._is_doubled = len(classes) != batch
         self._rows, self._modulations = enter(transformer, "read_classes", classes)
@@ -93,5 +93,9 @@ class VARRun:
                 )
             if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(codes):
                 raise InputError(f"tokens must lie in 0..{len(codes) - 1}")
-            vectors = codes[tokens]
+            return self.painted(canvas, tokens, scale)
         return self._painter.paint(canvas, vectors, scale)
+
+    def painted(self, canvas: Tensor, tokens: Tensor, scale: int) -> Tensor:
+        """The canvas after the network's own tokens [B, n] of a scale."""
+        return self._painter.paint(canvas, self._painter.codes[tokens], scale)

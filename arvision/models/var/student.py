@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import StateDict, load_strictly, read_state_dict, shape_of, split_placement
-from ...decoding.scale_state import ScaleCache
+from ...decoding.scale_state import ScaleCache, levels_of
 from ...decoding.student import codebook_mark
 from ...errors import InputError
 from ...kernels.linear import Linear
@@ -201,10 +202,8 @@ class VARStudentTransformer(Network):
 
     def levels(self) -> Tensor:
         """Level of each row [1 + N] int64: 0 for the class row, 1 for the first scale."""
-        place = self.pos_1LC.device
-        starts = torch.tensor([1, *(1 + end for end in self.ends())], device=place)
-        rows = torch.arange(1 + self.num_tokens, device=place)
-        return torch.bucketize(rows, starts, right=True)
+        sizes = tuple((side, side) for side in self.scales)
+        return F.pad(levels_of(sizes, self.pos_1LC.device) + 1, (1, 0))
 
     def mask(self) -> Tensor:
         """[1 + N, 1 + N] bool, true where a row may look: at itself and at coarser levels."""
@@ -221,8 +220,7 @@ class VARStudentTransformer(Network):
             known: [B] int64, how many scales are known.
         """
         condition = self.class_emb(class_ids)[:, None]
-        starts = torch.tensor((1, *(1 + end for end in self.ends())), device=vectors.device)
-        is_data = torch.arange(1 + self.num_tokens, device=vectors.device) < starts[known, None]
+        is_data = self.levels() <= known[:, None]
         told = self.n_d_embed.whole()
         rows = self.word_embed(vectors.to(condition.dtype))
         x = torch.cat([condition + self.pos_start, rows], dim=1)

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...checkpoint import load_strictly, read_state_dict, split_placement
-from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all
+from ...decoding.scale_state import Compute, ScaleCache, block_mask, compute_all, levels_of
 from ...errors import InputError
 from ...kernels.linear import Linear
 from ...networks import entry
@@ -150,11 +150,12 @@ class VARTransformer(Network):
 
     def places(self, first: int, last: int) -> Tensor:
         """Position and level embeddings [1, last - first, C] of the tokens `first`..`last - 1`."""
-        place = self.pos_1LC.device
-        offsets = torch.tensor(self.offsets()[1:], device=place)
-        tokens = torch.arange(first, last, device=place)
-        levels = torch.bucketize(tokens, offsets, right=True)
+        levels = levels_of(self.sizes(), self.pos_1LC.device)[first:last]
         return self.pos_1LC[:, first:last] + self.lvl_embed(levels)
+
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each scale in tokens."""
+        return tuple((side, side) for side in self.scales)
 
     def start_rows(self, conditions: Tensor) -> Tensor:
         """Inputs of scale 0, [R, n_0, C], without position and level."""
@@ -236,5 +237,5 @@ class VARTransformer(Network):
         x = torch.cat([self.start_rows(conditions), self.word_embed(views)], dim=1)
         x = x + self.places(0, self.num_tokens)
         modulations = self.modulations(conditions)
-        mask = block_mask([(side, side) for side in self.scales], x.device)
+        mask = block_mask(self.sizes(), x.device)
         return self.logits(self.features(x, modulations, mask=mask), modulations)

@@ -8,6 +8,7 @@ from .lookup import InputCopy, PromptLookup
 from .mtp import MTP
 from .papers.layer_skip import LayerSkip
 from .papers.nested import NestedExit
+from .papers.parallel import ParallelDraft
 from .papers.pseudo_drafter import PseudoDrafter
 from .papers.retrieved import Retrieved, RetrievedContext
 from .papers.superposed import Superposed
@@ -26,6 +27,7 @@ __all__ = [
     "JacobiWindow",
     "LayerSkip",
     "NestedExit",
+    "ParallelDraft",
     "PastOutputs",
     "PromptLookup",
     "PseudoDrafter",

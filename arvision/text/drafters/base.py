@@ -39,19 +39,26 @@ class TextDrafter:
         takes_rows: whether it learns rightly from passes in which a row had fewer candidates than it
             proposed, the first ones.
         num_draft: candidates that it drafts per pass when nothing else is asked.
-        histories: each active row's prompt and final tokens.
+        needs_hidden: whether it drafts from what the target's last layer says.
+        histories: each active row's prompt and final tokens; up to the prefill's where `is_fixed`.
+        is_fixed: whether passes of fixed shapes run: then nobody tells what became final, and
+            `observe` and `propose` may do no more than what the device does by itself.
     """
 
     draws: ClassVar[str] = "chosen"
     branches: ClassVar[bool] = True
+    needs_hidden: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = True
     num_draft: int = 10
+    unread = ("histories", "_fresh", "_seen", "_is_told")
     histories: list[list[int]]
+    is_fixed: bool = False
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch begins."""
         self.noise, self.vocab_size, self.num_tokens = noise, vocab_size, num_tokens
         self.histories = [[] for _ in range(len(noise))]
+        self.is_fixed = False
 
     def watches(self, model: Any) -> tuple[int, ...]:
         """The layers of the target whose inputs it drafts from, see `HFState.features`."""
@@ -84,6 +91,8 @@ class TextDrafter:
 
         Outside of the decoding loop nobody tells what it is, and it is read here.
         """
+        if self.is_fixed:
+            return
         if not self._is_told:
             known = zip(tokens.tolist(), lengths.tolist(), self._seen, strict=True)
             self._fresh = [row[seen:length] for row, length, seen in known]
@@ -93,6 +102,27 @@ class TextDrafter:
                 self._seen[row] += len(new)
                 self.learn(row, new)
         self._fresh = [[] for _ in self._fresh]
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why its drafts are not made by a function of fixed shapes, in words; None where they are."""
+        return f"the drafts of {type(self).__name__} are made on the host"
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """See `arvision.decoding.drafter.FixedDrafter`."""
+        return self.why_not_fixed is None
+
+    def fix(self, num: int) -> None:
+        """Passes of fixed shapes follow, see `arvision.decoding.drafter.Carries`."""
+        self.is_fixed = True
+
+    def carry(self) -> list[Tensor]:
+        """What a pass leaves for the next one besides its drafts; nothing by default."""
+        return []
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what `carry` gave."""
 
     def tree_of(self, row: int, num: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of at most `num` candidates for an active row."""

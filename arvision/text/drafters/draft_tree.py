@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...contracts import Conditions, TokenModel
+from ...contracts import Conditions, TakesFixedTrees, TokenModel
 from ...decoding.draft_model import StillLikely, confidence_features
 from ...decoding.draft_state import FollowingState
 from ...decoding.logits import Shaping
@@ -19,11 +18,10 @@ from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
-    listed,
     none_left,
-    topology,
     topology_of,
 )
+from ...decoding.tree_levels import Plan, by_level
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
 from ...files import user_path
@@ -179,6 +177,8 @@ class DraftTree(TextDrafter):
             self.expansion not in FIXED or max(self.branching) > 1
         )
 
+    unread = (*TextDrafter.unread, "_known", "text_tokenizer")
+
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """A new batch begins."""
         super().start(noise, vocab_size, num_tokens)
@@ -193,6 +193,7 @@ class DraftTree(TextDrafter):
         def law(logits: Tensor) -> Tensor:
             return shape(in_vocabulary(logits, self.vocab_size))
 
+        self._plans: dict[int, Plan] = {}
         if self.acceptance is not None:
             self.acceptance.check_draft(self.draft, self.translation)
         if self.translation is None:
@@ -231,6 +232,24 @@ class DraftTree(TextDrafter):
         self._known = [self._known[row] for row in rows.tolist()]
         self._state.select(rows)
 
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the draft does not draft in passes of fixed shapes."""
+        if self.translation is not None:
+            return "a draft of another vocabulary reads the text itself, on the host"
+        if self.learner is not None:
+            return "a draft that learns online does so on the host"
+        if self.acceptance is not None:
+            return "chains that end where a rejection is likely have no fixed shape"
+        if self.branches and not isinstance(self._state.state, TakesFixedTrees):
+            return "the draft model has no trees of fixed shapes"
+        return self._state.why_not_fixed
+
+    def fix(self, num: int) -> None:
+        """From now on the draft follows in passes of fixed shapes."""
+        super().fix(num)
+        self._state = self._state.fixed(num)
+
     def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """See `arvision.decoding.loop.Drafter`."""
         self.follow(tokens, lengths)
@@ -247,13 +266,19 @@ class DraftTree(TextDrafter):
             return self._likely_chain(root, law, lengths, num, round_number)
         if self.expansion == "beam" and self.draws == "distinct":
             return self._beam(root, law, lengths, round_number)
+        if num not in self._plans:
+            plan = Plan.of(self._parents(num), root.device)
+            # Steps of fixed shapes ask for as many as there were: nothing is made in them.
+            self._plans[num] = self._plans[len(plan.parents)] = plan
+        return self._fill(root, law, lengths, self._plans[num], round_number)
+
+    def _parents(self, num: int) -> Tensor:
+        """Parents of a fixed tree of `num` candidates, or fewer, numbered level by level."""
         if self.expansion in FIXED:
-            parents = parents_of(self.branching)[:num]
-        elif self.expansion == "chain":
-            parents = torch.arange(-1, min(num, self.max_depth) - 1)
-        else:
-            parents = best_tree(self.ranks, num, self.max_depth)
-        return self._fill(root, law, lengths, parents, round_number)
+            return parents_of(self.branching)[:num]
+        if self.expansion == "chain":
+            return torch.arange(-1, min(num, self.max_depth) - 1)
+        return by_level(best_tree(self.ranks, num, self.max_depth))
 
     def _numbers(self, law: Tensor, positions: Tensor) -> Tensor:
         """What ranks chosen drafts at positions [B] besides log q: where tokens are drawn, the noise
@@ -281,32 +306,30 @@ class DraftTree(TextDrafter):
         return torch.stack(chosen, dim=1)
 
     def _fill(
-        self, root: Tensor, law: Tensor, lengths: Tensor, parents: Tensor, round_number: int
+        self, root: Tensor, law: Tensor, lengths: Tensor, plan: Plan, round_number: int
     ) -> TokenTree:
         """Fill a fixed tree level by level."""
-        own = listed(parents)
-        drafts = torch.full((len(root), len(own)), -1, dtype=torch.int64, device=root.device)
-        wants_laws = self.draws != "chosen"
-        logq = law.new_zeros(*drafts.shape, law.shape[-1]) if wants_laws else None
-        laws = {-1: law}
-        levels = _levels(own)
-        for level, families in enumerate(levels):
-            positions = lengths + level
-            numbers = None if wants_laws else self._numbers(law, positions)
-            for node, children in families:
-                count, own_law = len(children), laws[node]
-                if numbers is None:
-                    found = self._siblings(own_law, positions, count, round_number, node + 1)
-                else:
-                    found = (own_law + numbers).topk(count, dim=-1).indices
-                if node >= 0:
-                    found = found.where(drafts[:, node : node + 1] >= 0, -1)
-                drafts[:, children] = found
-                if logq is not None:
-                    logq[:, children] = own_law[:, None]
-            if level + 1 < len(levels):
-                laws = self._laws_of(root, drafts, own, levels[: level + 1])
-        return TokenTree(drafts, logq, parents)
+        drafts, before, laws = root[:, :0], root, law[:, None]
+        wants_laws, drawn_from = self.draws != "chosen", []
+        for number, level in enumerate(plan.levels):
+            if number:
+                fed = torch.cat([root, drafts.clamp(min=0)], dim=1)
+                laws = self._state.extend(fed, plan.fed[number])[:, -before.shape[1] :]
+            positions, laws = lengths + number, laws[:, level.above]
+            if wants_laws:
+                children = [
+                    self._siblings(laws[:, place], positions, level.widest, round_number, node + 1)
+                    for place, node in enumerate(level.parents)
+                ]
+                found = torch.stack(children, dim=1)
+                drawn_from.append(laws[:, level.places])
+            else:
+                numbers = self._numbers(law, positions)
+                found = (laws + numbers[:, None]).topk(level.widest, dim=-1).indices
+            is_there = before[:, level.above][:, level.places] >= 0
+            before = level.pick(found).where(is_there, -1)
+            drafts = torch.cat([drafts, before], dim=1)
+        return TokenTree(drafts, torch.cat(drawn_from, dim=1) if wants_laws else None, plan.parents)
 
     def _likely_chain(
         self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
@@ -335,24 +358,12 @@ class DraftTree(TextDrafter):
             features = confidence_features(law, scores, token.clamp(min=0))
             law = self._state.extend(fed)[:, -1]
             likely.see(self.acceptance(self._state.hidden[:, -1], features))
-            if none_left(likely.going):
+            if not bool(likely.going.any()):  # a read, which is less than a pass of the draft
                 break
         logq = None
         if self.draws != "chosen":
             logq = torch.stack(laws, dim=1) if laws else law[:, None][:, :0]
         return TokenTree(drafts, logq)
-
-    def _laws_of(
-        self, root: Tensor, drafts: Tensor, parents: tuple[int, ...], levels: Sequence[Families]
-    ) -> dict[int, Tensor]:
-        """Laws [B, V] after the nodes of the last of these levels, all of them fed."""
-        nodes = sorted(node for level in levels for _, children in level for node in children)
-        place = {-1: 0} | {node: number + 1 for number, node in enumerate(nodes)}
-        tree = topology((-1, *(place[parents[node]] for node in nodes)), root.device)
-        fed = torch.cat([root, drafts[:, nodes].clamp(min=0)], dim=1)
-        found = self._state.extend(fed, tree)
-        last = [node for _, children in levels[-1] for node in children]
-        return {node: found[:, place[node]] for node in last}
 
     def _greedy_expansion(
         self, root: Tensor, law: Tensor, lengths: Tensor, num: int, round_number: int
@@ -468,21 +479,3 @@ class DraftTree(TextDrafter):
             num_levels=len(self.branching),
             most_children=max(self.branching),
         )
-
-
-Families: TypeAlias = "list[tuple[int, list[int]]]"
-"""Nodes of a level (-1: the last known token) and the children of each, in order."""
-
-
-@lru_cache(maxsize=64)
-def _levels(parents: tuple[int, ...]) -> list[Families]:
-    """The nodes of a tree that have children, level by level."""
-    children: dict[int, list[int]] = {}
-    depths = {-1: 0}
-    for child, parent in enumerate(parents):
-        children.setdefault(parent, []).append(child)
-        depths[child] = depths[parent] + 1
-    levels: dict[int, Families] = {}
-    for node in sorted(children):
-        levels.setdefault(depths[node], []).append((node, children[node]))
-    return [levels[depth] for depth in sorted(levels)]

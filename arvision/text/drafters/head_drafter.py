@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.tree import TokenTree, best_tree, listed, none_left
+from ...decoding.tree_levels import Level, by_level, levels_of
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
 from ...networks import weight_of
@@ -24,25 +24,6 @@ RANKS = (0.5, 0.15, 0.08, 0.05, 0.03)
 """How often the guess of a rank is right, about what trained heads reach."""
 
 SHAPES = ("tree", "unit")
-
-
-@lru_cache(maxsize=64)
-def _levels(parents: tuple[int, ...]) -> list[tuple[list[list[int]], int, list[list[int]]]]:
-    """For each level of a tree: the candidates down to each place with children, the largest number
-    of children of any place, and the children."""
-    paths: list[list[int]] = []
-    children: dict[int, list[int]] = {}
-    for child, parent in enumerate(parents):
-        paths.append([*(paths[parent] if parent >= 0 else []), child])
-        children.setdefault(parent, []).append(child)
-    widest = max(map(len, children.values()), default=0)
-    levels: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
-    for parent in sorted(children):
-        path = paths[parent] if parent >= 0 else []
-        above, below = levels.setdefault(len(path), ([], []))
-        above.append(path)
-        below.append(children[parent])
-    return [(above, widest, below) for _, (above, below) in sorted(levels.items())]
 
 
 @register("heads", summary="heads of `arvision train-draft`: Medusa, Hydra, Clover, Chimera")
@@ -138,6 +119,17 @@ class HeadDrafter(TextDrafter):
                     self.heads, self._embed, self.histories, features, _same, room
                 )
             self._target = state
+        self._trees: dict[int, tuple[Tensor, list[Level]]] = {}
+
+    needs_hidden = True
+    renewed = ("_hidden", "_source")
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Heads that go on learning, or read the prefix, look at every pass."""
+        if self.replay is not None:
+            return "heads that learn online do so on the host"
+        return None if self._read is None else "heads of a prefix read it on the host"
 
     def observe(self, batch: Round, verdict: Verdict) -> None:
         """Keep what the heads draft from next: the hidden state at each row's last accepted token."""
@@ -194,20 +186,24 @@ class HeadDrafter(TextDrafter):
 
     def _tree(self, hidden: Tensor, root: Tensor, num: int) -> TokenTree:
         """The fixed tree behind hidden states [B, C] and the tokens [B, R + 1] before it."""
-        parents = best_tree(self.ranks, num, self.heads.num_heads)
-        drafts = root.new_zeros(len(root), num)
-        for level, (paths_of, widest, children) in enumerate(_levels(listed(parents))):
-            fed = [torch.cat([root, drafts[:, own]], dim=1) for own in paths_of]
-            paths = torch.stack(fed, dim=1)
-            seen = hidden[:, None].expand(-1, len(fed), -1)
+        if num not in self._trees:
+            shape = by_level(best_tree(self.ranks, num, self.heads.num_heads))
+            tree = shape, levels_of(listed(shape), root.device)
+            self._trees[num] = self._trees[len(shape)] = tree
+        parents, levels = self._trees[num]
+        paths, parts = root[:, None], [root[:, :0]]
+        for head, level in enumerate(levels):
+            paths = paths[:, level.above]
+            places = paths.shape[1]
+            seen = hidden[:, None].expand(-1, places, -1)
             if self.heads.sees_path:
-                scores = self.logits(level, seen, paths)
+                scores = self.logits(head, seen, paths)
             else:
-                scores = self.logits(level, seen[:, :1], paths[:, :1]).expand(-1, len(fed), -1)
-            best = self._tokens(scores.topk(min(widest, scores.shape[-1]), dim=-1).indices)
-            for place, own in enumerate(children):
-                drafts[:, own] = best[:, place, : len(own)]
-        return TokenTree(drafts, parents=parents)
+                scores = self.logits(head, seen[:, :1], paths[:, :1]).expand(-1, places, -1)
+            best = self._tokens(scores.topk(min(level.widest, scores.shape[-1]), dim=-1).indices)
+            parts.append(level.pick(best))
+            paths = torch.cat([paths[:, level.places], parts[-1][..., None]], dim=2)
+        return TokenTree(torch.cat(parts, dim=1), parents=parents)
 
     def _unit(self, hidden: Tensor, root: Tensor, num: int) -> TokenTree:
         """A chain as long as it is confident."""
@@ -216,7 +212,7 @@ class HeadDrafter(TextDrafter):
         for head in range(min(num, self.heads.num_heads)):
             best = self.logits(head, hidden, path).float().softmax(-1).max(-1)
             sure = sure & (best.values >= self.threshold)
-            if none_left(sure):
+            if not self.is_fixed and none_left(sure):
                 break
             token = self._tokens(best.indices)
             drafts = torch.cat([drafts, token.where(sure, -1)[:, None]], dim=1)

@@ -42,6 +42,8 @@ class PrefixLayer(nn.Module):
             num_key_value_heads=heads,
             head_dim=width,
             vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         config._attn_implementation = "sdpa"
         self.self_attn = LlamaAttention(config, 0)

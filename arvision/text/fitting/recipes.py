@@ -16,6 +16,7 @@ from ...schema import check_fields, read_json
 from .. import load_text_model
 from ..drafters.cross import same_tokens
 from ..drafters.heads import KINDS
+from ..seq2seq import is_encoder_decoder
 from .acceptance import AcceptanceTraining, train_acceptance
 from .data import Answers, answer, question_ids
 from .eagle3 import Eagle3Training, train_eagle3
@@ -23,18 +24,24 @@ from .heads import HeadTraining, train_heads
 from .judge import JUDGE_FIT, read_marked, train_judge
 from .medusa2 import medusa2_training, train_medusa2
 from .mtp import train_mtp
+from .nested import NestedTraining, train_nested
+from .parallel import ParallelTraining, train_parallel
 from .pretrain import own_texts, text_blocks
 from .pseudo import PSEUDO_FIT, PseudoTraining, train_pseudo
 from .small_model import PRETRAIN_FIT, SMALL_FIT, SmallTraining, train_small_model
+from .units import UNIT_FIT, UnitTraining, train_units
 
-ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "model")
-ALL_KINDS += ("acceptance", "judge")
+ALL_KINDS = (*KINDS, "medusa2", "eagle3", "mtp", "ppd", "hidden_transfer", "lud", "model", "nested")
+ALL_KINDS += ("parallel", "acceptance", "judge")
 
 
 UNUSED = {
     "ppd": ("divergence",),
     "hidden_transfer": ("divergence",),
+    "lud": ("divergence",),
     "model": ("num_heads",),
+    "nested": ("num_heads", "divergence"),
+    "parallel": ("divergence",),
     "acceptance": ("num_heads", "divergence"),
     "judge": ("num_heads", "divergence", "answer_tokens"),
 }
@@ -161,6 +168,7 @@ def fit_draft(
         raise InputError(
             f"num_ensemble {num_ensemble} with kind {kind!r}: expected kind 'ppd', >= 1"
         )
+    parallel = ParallelTraining(num_places=num_heads or 6)
     if (draft is None) == (kind == "acceptance"):
         wanted = "a draft model" if kind == "acceptance" else "none, it would have no effect"
         raise InputError(f"draft {draft!r} with kind {kind!r}: expected {wanted}")
@@ -193,11 +201,17 @@ def fit_draft(
     texts = [] if kind == "judge" else questions(prompts)
     network, tokenizer = load_text_model(model, device=device, dtype=dtype)
     network.requires_grad_(False)
+    if is_encoder_decoder(network) != (kind == "parallel"):
+        wanted = "an encoder-decoder model" if kind == "parallel" else "a causal language model"
+        raise InputError(f"kind {kind!r} with {type(network).__name__}: expected {wanted}")
     if kind == "judge":
         config = replace(JUDGE_FIT, **changed)
         return train_judge(network, tokenizer, marked, out, config=config, progress=progress)
     ids = [question_ids(text, tokenizer) for text in texts]
     answers = answers_of(network, ids, out, answer_tokens or 96, progress)
+    if kind == "parallel":
+        parallel = replace(parallel, fit=replace(parallel.fit, **changed))
+        return train_parallel(network, tokenizer, answers, out, parallel, progress=progress)
     if kind in KINDS:
         return train_heads(network, answers, out, heads, progress=progress)
     if kind == "acceptance":
@@ -217,4 +231,10 @@ def fit_draft(
         return train_small_model(
             network, tokenizer, answers, out, small, blocks=blocks, progress=progress
         )
+    if kind == "nested":
+        nested = NestedTraining(fit=replace(SMALL_FIT, **changed))
+        return train_nested(network, tokenizer, [answers], out, nested, progress=progress)
+    if kind == "lud":
+        units = UnitTraining(num_guesses=num_heads, fit=replace(UNIT_FIT, **changed))
+        return train_units(network, tokenizer, answers, out, units, progress=progress)
     return train_pseudo(network, answers, out, pseudo, progress=progress)

@@ -11,6 +11,7 @@ et al., "FastDraft: How to Train Your Draft", 2024 (which aligns on the target's
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...decoding.transformers_cache import TextSizes
 from ...errors import InputError, unknown_name
 from ...training.llamagen_draft import DIVERGENCES
 from ...training.llamagen_draft import divergence as divergence_of
@@ -84,30 +84,33 @@ class SmallTraining:
             )
 
 
-def small_copy(network: Any, share: float = 0.1) -> Any:
-    """The target's first and last layers, embeddings and output layer, as a model of its own.
+def small_copy(network: Any, share: float = 0.1, kept: Sequence[int] | None = None) -> Any:
+    """Some of the target's layers, its embeddings and its output layer, as a model of its own.
 
     Args:
         network: a causal language model of transformers.
-        share: of the layers, at least two; spread evenly.
+        share: of the layers, at least two; spread evenly, the first and the last among them.
+        kept: numbers of layers, ascending, instead.
 
     Raises:
         InputError: a network whose layers are in no list.
     """
     owner, name = find_layers(network)
     layers = getattr(owner, name)
-    num = max(2, round(share * TextSizes.of(network).num_layers))
+    if kept is None:
+        num = max(2, round(share * len(layers)))
+        kept = torch.linspace(0, len(layers) - 1, num).round().long().tolist()
+    num = len(kept)
     if num >= len(layers):
         raise InputError(f"a draft of {num} layers for a target of {len(layers)}: expected fewer")
     config = copy.deepcopy(network.config)
     config.num_hidden_layers = num
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num]
+        config.layer_types = [config.layer_types[layer] for layer in kept]
     for field in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, field):
             delattr(config, field)
     draft = type(network)(config)
-    kept = torch.linspace(0, len(layers) - 1, num).round().long().tolist()
     small_owner, small_name = find_layers(draft)
     for layer, index in zip(getattr(small_owner, small_name), kept, strict=True):
         layer.load_state_dict(layers[index].state_dict())

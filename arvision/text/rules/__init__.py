@@ -15,7 +15,7 @@ from ...decoding.verify import (
 )
 from ...errors import InputError, renamed, unknown_name
 from .block import block_verification
-from .lossy import judge, transfer, typical
+from .lossy import judge, transfer, typical, unverified
 from .tree import k_sequential, multi_round, without_replacement
 
 
@@ -84,6 +84,9 @@ RULES: dict[str, RuleEntry] = {
     ),
     "typical": RuleEntry(typical, False, ANY, True, "typical acceptance (Medusa)"),
     "judge": RuleEntry(judge, False, ANY, True, "a learned judge (Judge Decoding)"),
+    "unverified": RuleEntry(
+        unverified, False, ("chosen",), True, "every draft, unseen (lexical units, LUD)"
+    ),
     "transfer": RuleEntry(
         transfer,
         False,

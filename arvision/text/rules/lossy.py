@@ -111,6 +111,26 @@ def transfer(strength: float = 10.0, *, is_greedy: bool = False) -> Rule:
     return rule
 
 
+def unverified(*, is_greedy: bool = False) -> Rule:
+    """Accept every draft unseen; only what drafts by its own confidence may be trusted so far.
+
+    Lossy. The token behind the drafts is an exact draw, or the most likely one.
+
+    Args:
+        is_greedy: put the most likely token behind the drafts instead of a draw.
+
+    Paper: Sun et al., "Decoding at the Speed of Thought: Harnessing Parallel Decoding of Lexical
+    Units for LLMs", 2024 (LUD), section 3.
+    """
+
+    def rule(batch: Round) -> Verdict:
+        choice = _choose(batch, batch.target_logp.log_softmax(-1), is_greedy)
+        # Pseudo tokens are no text.
+        return deepest(batch, batch.drafts < batch.target_logp.shape[-1], choice)
+
+    return rule
+
+
 class JudgeHead(nn.Module):
     """Says of a draft, from what the target's last layer makes of it, that it is fine.
 
@@ -193,4 +213,5 @@ def judge(
         same = batch.drafts == _after_parent(batch, choice)
         return deepest(batch, same | fine, choice)
 
+    rule.needs_hidden = True  # pyright: ignore[reportFunctionMemberAccess]
     return rule

@@ -84,8 +84,15 @@ def with_pseudo(
                 numbers.append(number)
                 members.append(member)
                 speakers[place, number, member] = len(above)
-    parts = (above, guesses, owners, numbers, members, carried)
-    return GuessTree(*map(tuple, parts), speakers)
+    return GuessTree(
+        parents=tuple(above),
+        guesses=tuple(guesses),
+        owners=tuple(owners),
+        numbers=tuple(numbers),
+        members=tuple(members),
+        carried=tuple(carried),
+        speakers=speakers,
+    )
 
 
 def guesses_of(parents: Sequence[int]) -> list[tuple[int, int]]:

@@ -65,7 +65,7 @@ class NestedExit(ShortTarget):
         super().__init__()
         self.draft = draft
         own = None if draft is None else getattr(draft.network.config, EXITS_FIELD, None)
-        if exits is None and own is not None:
+        if exits is None and own is not None and draft is not None:
             exits = [layers / draft.sizes.num_layers for layers in own]
         elif exits is None:
             exits = (0.5, 0.75)

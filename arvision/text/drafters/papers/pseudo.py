@@ -167,7 +167,7 @@ class UnitTokens(PseudoTokens):
     shape: ClassVar[str] = "unit"
 
     def __init__(
-        self, hidden_size: Size, num_guesses: Size, threshold: Annotated[float, Between(0, 1)]
+        self, hidden_size: Size, num_guesses: Size, threshold: Annotated[float, Between(0, 1)] = 0.8
     ) -> None:
         super().__init__(hidden_size, num_guesses)
         self.threshold = threshold

@@ -74,8 +74,9 @@ def laid_out(trees: tuple[GuessTree, ...], width: int, device: torch.device) -> 
         rows["speakers"].append(np.pad(tree.speakers, ((0, fewer), (0, 0), (0, 0))))
     parents = torch.tensor(rows.pop("parents"))
     above = parents.to(device) if len(trees) > 1 else parents[0]
+    shares_chain = len(parents) == 1 and is_chain(parents[0].tolist())
     tables = {name: torch.from_numpy(np.array(row)).to(device) for name, row in rows.items()}
-    return Layout(None if is_chain(trees[0].parents) and len(trees) == 1 else above, **tables)
+    return Layout(None if shares_chain else above, **tables)
 
 
 @register("pseudo", summary="pseudo tokens of `arvision train-draft`: PPD, hidden transfer, LUD")

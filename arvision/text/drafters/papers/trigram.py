@@ -7,8 +7,10 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
+from ....decoding.tree import TokenTree
 from ....decoding.verify import Round, Verdict
 from ....errors import InputError
 from ..base import TextDrafter, register
@@ -239,43 +241,66 @@ class JacobiWindow(TextDrafter):
             raise InputError(f"num_draft {num_draft}: expected an integer >= 1")
         self.num_draft = num_draft
 
+    branches = False
+    why_not_fixed = None  # pyright: ignore[reportAssignmentType]
+    renewed = ("_guesses", "_num_held", "_least_held")
+
     def begin(self, state: object) -> None:
-        """No guesses yet."""
-        self._guesses: list[list[int]] = [[] for _ in self.histories]
-        self._after: list[dict[int, int]] = [
-            dict(itertools.pairwise(text)) for text in self.histories
-        ]
+        """No guesses yet; what follows what in the prompts."""
+        after = torch.full((len(self.histories), self.vocab_size), -1)
+        for row, text in enumerate(self.histories):
+            pairs = dict(itertools.pairwise(text))
+            if pairs:
+                after[row, list(pairs)] = torch.tensor(list(pairs.values()))
+        device = self.noise.device
+        self._after = after.to(device)
+        self._root = torch.tensor([text[-1:] for text in self.histories], device=device)
+        self._guesses, self._num_held = self._root[:, :0], torch.zeros_like(self._root)
+        self._least_held = 0
 
-    def learn(self, row: int, new: list[int]) -> None:
-        """Note what follows what."""
-        text = self.histories[row]
-        for place in range(len(text) - len(new), len(text)):
-            self._after[row][text[place - 1]] = text[place]
+    def carry(self) -> list[Tensor]:
+        """What follows what, and the last known token."""
+        return [self._after, self._root]
 
-    def tree_of(self, row: int, num: int) -> tuple[list[int], list[int]]:
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        self._after, self._root = carried
+
+    def observe(self, batch: Round, verdict: Verdict) -> None:
+        """Keep what the pass put behind its final tokens (of a chain only), and what follows what."""
+        tokens, counts = verdict.tokens, verdict.counts[:, None]
+        num = tokens.shape[1]
+        order = torch.arange(num, device=tokens.device)
+        before = torch.cat([self._root, tokens[:, :-1]], dim=1)
+        # Of pairs that begin alike the last counts; all of them write it.
+        is_same = (before[:, :, None] == before[:, None]) & (order < counts)[:, None]
+        last = torch.where(is_same, order, -1).amax(-1)
+        known = self._after.gather(1, before)
+        newest = torch.where(last < 0, known, tokens.gather(1, last.clamp(min=0)))
+        self._after.scatter_(1, before, newest)
+        end = tokens.gather(1, (counts - 1).clamp(min=0))
+        self._root = torch.where(counts > 0, end, self._root)
+        is_chain = verdict.path is None
+        self._guesses = tokens.gather(1, (counts + order[:-1]).clamp(max=num - 1))
+        self._num_held = (num - counts) * is_chain
+        most = num if verdict.given is None else max(verdict.given, default=num)
+        self._least_held = max(0, num - most) * is_chain
+
+    def propose(self, tokens: Tensor, lengths: Tensor, num: int, round_number: int) -> TokenTree:
         """The guesses, continued."""
-        chain = self._guesses[row][:num]
-        while len(chain) < num:
-            last = chain[-1] if chain else self.histories[row][-1]
-            chain.append(self._after[row].get(last, last))
-        return chain, list(range(-1, num - 1))
-
-    def asks(self, batch: Round, verdict: Verdict) -> Sequence[Tensor]:
-        """What the pass put behind its final tokens (a chain only)."""
-        return [verdict.tokens] if verdict.path is None else []
-
-    def hear(self, new: Sequence[list[int]], told: Sequence[list[int]]) -> None:
-        """Keep that."""
-        if told:
-            width = len(told[0]) // len(new)
-            rows = [told[0][row * width : (row + 1) * width] for row in range(len(new))]
-            self._guesses = [row[len(own) :] for row, own in zip(rows, new, strict=True)]
-        else:
-            self._guesses = [[] for _ in self.histories]
-        super().hear(new, told)
+        first = min(self._least_held, num)
+        chain = [self._root, *(self._guesses[:, place : place + 1] for place in range(first))]
+        for place in range(first, num):
+            found = self._after.gather(1, chain[-1])
+            token = torch.where(found < 0, chain[-1], found)
+            if place < self._guesses.shape[1]:
+                is_held = place < self._num_held
+                token = torch.where(is_held, self._guesses[:, place : place + 1], token)
+            chain.append(token)
+        return TokenTree(torch.cat(chain, dim=1)[:, 1:])
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
         super().select(rows)
-        self._guesses = [self._guesses[row] for row in rows.tolist()]
-        self._after = [self._after[row] for row in rows.tolist()]
+        self._after, self._root = self._after[rows], self._root[rows]
+        self._guesses, self._num_held = self._guesses[rows], self._num_held[rows]
