@@ -29,6 +29,7 @@ from arvision import get_sampler
 from arvision.models import Chameleon, Emu3, GlmImage, Janus
 
 from .common import alternate, save, summary
+from .memory import peak_bytes
 
 t: Any = transformers
 SETTINGS: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
@@ -227,22 +228,6 @@ def chameleon(options: argparse.Namespace) -> tuple[Any, torch.Tensor, float, Ca
 FAMILIES = {"glm-image": glm, "janus": janus, "emu3": emu3, "chameleon": chameleon}
 
 
-def peak_bytes(task: Callable[[], Any]) -> int:
-    """The most bytes of tensors on the CPU that a call adds at any time."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        task()
-    kineto: Any = record.profiler
-    events = kineto.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(changes):
-        now += change
-        most = max(most, now)
-    return most
-
-
 def memory(
     name: str, model: Any, prompt: torch.Tensor, scale: float, tasks: dict[str, Callable[[], Any]]
 ) -> dict[str, Any]:
@@ -250,7 +235,7 @@ def memory(
     state, _ = model.start([prompt], scale)
     found: dict[str, Any] = {"cache_bytes": state.cache.keys.nbytes + state.cache.values.nbytes}
     del state
-    found["peak_bytes"] = {task: peak_bytes(run) for task, run in tasks.items()}
+    found["peak_bytes"] = {task: peak_bytes(run)[0] for task, run in tasks.items()}
     print(name, found, flush=True)
     return found
 

@@ -12,7 +12,7 @@ from .common import RESULTS, load
 from .image_systems import table as image_systems_table
 from .rapid import rapid_table
 from .text_prompts import PROMPTS
-from .text_systems import TABLE
+from .text_table import TABLE
 from .trees import law_table, trees_table
 
 SAMPLERS_PAGE = RESULTS.parent.parent / "docs" / "samplers.md"

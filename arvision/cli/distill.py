@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import expanded, tell
+from .output import expanded, set_threads, tell
 
 MOST_PROMPTS = 1 << 28
 """Bytes of a file of captions."""
@@ -77,17 +77,14 @@ def distill(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Distil a model into a student that draws an image in one or two passes."""
-    import torch
 
-    from ..errors import check_count
     from ..files import check_out, read_regular
     from ..samplers.base import parse_value
     from ..training.distill import DistillSettings
     from ..training.distill import distill as run
 
     check_out(out, is_folder=True)
-    if threads is not None:
-        torch.set_num_threads(check_count("threads", threads, 1024))
+    set_threads(threads)
     fit: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,

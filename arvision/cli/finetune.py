@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import expanded, tell
+from .output import expanded, set_threads, tell
 from .sample import parse_options, refuse_unused
 
 EPILOG = """Examples:
@@ -76,19 +76,17 @@ def finetune(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Go on training a published, embedded or own model on pictures of your own, whole or by LoRA."""
-    import torch
 
     from .. import load
     from ..conversion import read_published
-    from ..errors import InputError, check_count
+    from ..errors import InputError
     from ..files import check_out, user_path
     from ..inspection import inspect
     from ..training.finetune import FinetuneSettings
     from ..training.finetune import finetune as run
 
     check_out(out, is_folder=True)
-    if threads is not None:
-        torch.set_num_threads(check_count("threads", threads, 1024))
+    set_threads(threads)
     given: dict[str, Any] = {
         "label": label,
         "steps": steps,

@@ -1,4 +1,4 @@
-"""Lines for the terminal, and paths from it."""
+"""Lines for the terminal, and paths and numbers from it."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ def tell(text: str = "", *, err: bool = False) -> None:
 def expanded(path: Path | None) -> Path | None:
     """Of an option that names a path: `~`, which shells leave as it is in `--out=~/x`, is the home."""
     return None if path is None else user_path(path)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the process's number of CPU threads; None leaves it.
+
+    Raises:
+        InputError: no number from 1 to 1024.
+    """
+    if threads is None:
+        return
+    import torch
+
+    from ..errors import check_count
+
+    torch.set_num_threads(check_count("threads", threads, 1024))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .fashion import FashionFolder
-from .output import expanded, tell
+from .output import expanded, set_threads, tell
 from .sample import refuse_unused
 
 EPILOG = """Examples:
@@ -104,9 +104,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train (or resume) an embedded model from its recipe, or a model of your own pictures."""
-    import torch
 
-    from ..errors import check_count
     from ..files import check_out
 
     own: dict[str, Any] = {
@@ -124,8 +122,7 @@ def train(
         "seed": seed,
     }
     check_out(out, is_folder=True)
-    if threads is not None:
-        torch.set_num_threads(check_count("threads", threads, 1024))
+    set_threads(threads)
     if data is not None:
         theirs = {"--num-images": num_images, "--card-samples": card_samples}
         refuse_unused({**theirs, "--fashion-mnist": fashion_mnist}, "with --data")

@@ -11,12 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...decoding.transformers_cache import TextSizes
-from ...errors import InputError
 from ...files import replacing, write_json
 from ...training.loop import fit
 from ..drafters.mtp import LAYOUTS, MTP_FILE, MTPLayer
 from ..layers import find_layers
-from .data import Answers, num_held_out
+from .data import Answers, split_answers
 from .eagle3 import Eagle3Objective, Eagle3Training
 
 LAYOUT = "nextn"
@@ -96,13 +95,7 @@ def train_mtp(
     """
     training = training or Eagle3Training(num_steps=2)
     torch.manual_seed(training.fit.seed)
-    num_held = num_held_out(len(answers.texts))
-    if num_held >= len(answers.texts):
-        raise InputError(f"{len(answers.texts)} answers: expected at least 2")
-    held, learn = (
-        Answers(answers.texts[part], answers.starts[part])
-        for part in (slice(num_held), slice(num_held, None))
-    )
+    learn, held = split_answers(answers)
     device = network.get_output_embeddings().weight.device
     layer = FittedMTP(network).to(device).requires_grad_(True)
     objective = Eagle3Objective(layer, network, learn, training, progress=progress)

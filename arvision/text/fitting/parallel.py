@@ -15,7 +15,7 @@ from ...files import write_json
 from ...training.loop import Chance, FitConfig, Objective, fit
 from ..drafters.papers.parallel import PARALLEL_FILE
 from ..seq2seq import decoder_start
-from .data import Answers, num_held_out
+from .data import Answers, split_answers
 
 NO_LABEL = -100
 
@@ -180,13 +180,7 @@ def train_parallel(
     """
     training = training or ParallelTraining()
     torch.manual_seed(training.fit.seed)
-    num_held = num_held_out(len(answers.texts))
-    if num_held >= len(answers.texts):
-        raise InputError(f"{len(answers.texts)} answers: expected at least 2")
-    held, learn = (
-        Answers(answers.texts[part], answers.starts[part])
-        for part in (slice(num_held), slice(num_held, None))
-    )
+    learn, held = split_answers(answers)
     device = network.get_output_embeddings().weight.device
     draft = shallow_copy(network, training.share).to(device)
     # Padding never stands within an answer, so it may stand for what is not known.

@@ -24,7 +24,7 @@ from ...training.llamagen_draft import DIVERGENCES
 from ...training.llamagen_draft import divergence as divergence_of
 from ...training.loop import Chance, FitConfig, Objective, fit, full_precision
 from ..layers import find_layers
-from .data import Answers, answer, num_held_out
+from .data import Answers, answer, split_answers
 from .pretrain import PretrainObjective, fresh_copy
 
 SMALL_FIT = FitConfig(
@@ -249,13 +249,7 @@ def train_small_model(
     else:
         draft = fresh_copy(network, training.share, training.width)
     draft.to(device)
-    num_held = num_held_out(len(answers.texts))
-    if num_held >= len(answers.texts):
-        raise InputError(f"{len(answers.texts)} answers: expected at least 2")
-    held, learn = (
-        Answers(answers.texts[part], answers.starts[part])
-        for part in (slice(num_held), slice(num_held, None))
-    )
+    learn, held = split_answers(answers)
     seconds, pilots = 0.0, {}
     if blocks is not None:
         stage = PretrainObjective(draft, blocks)
