@@ -206,7 +206,7 @@ def test_tokens_are_squares_channel_by_channel(files):
     """As the authors' `patchify` has them: einsum "nchpwq->nhwcpq"."""
     vae = MARAutoencoder.from_official(files[1], patch_size=2)
     pixels = torch.rand(2, 3, 8, 12) * 2 - 1
-    assert vae.downscale == 4
+    assert vae.downsample_factor == 4
     means = vae.moments(pixels)[0] * vae.config["scaling_factor"]
     squares = means.reshape(2, 4, 2, 2, 3, 2)
     expected = torch.einsum("nchpwq->nhwcpq", squares).reshape(2, 6, 16)

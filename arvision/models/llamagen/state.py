@@ -84,7 +84,7 @@ class LlamaGenState:
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
-        weights = weights_at(self._scale, places, conditional)
+        weights = self._scale if places is None else weights_at(self._scale, places, conditional)
         if self.leaves_guidance:
             return Apart(conditional, null, weights)
         return guide(conditional, null, weights)
@@ -134,7 +134,7 @@ class LlamaGenState:
         self._tree = tree
         _, mask = self.cache.begin(num, ancestors)
         places = None
-        if has_weights(self._scale):
+        if isinstance(self._scale, Tensor):
             depths = torch.arange(num, device=tokens.device) if tree is None else tree.depths
             places = self._behind(self.lengths, depths)
         return self._run(tokens, self._turns(num, steps), mask, places)
