@@ -182,16 +182,6 @@ class Overruns(Protocol):
 
 
 @runtime_checkable
-class LeavesGuidance(Protocol):
-    """A state whose passes leave guidance to the loop where that is asked for.
-
-    They then give `arvision.decoding.logits.Apart` wherever there are null rows.
-    """
-
-    leaves_guidance: bool
-
-
-@runtime_checkable
 class TakesTrees(Protocol):
     """A model whose states take a tree of its own for every row: `extend` with parents [B, T]."""
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..contracts import LeavesGuidance, TakesFixedChains, TakesFixedTrees
+from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
 from ..kernels import dispatch
 from .drafter import (
@@ -30,7 +30,7 @@ from .drafter import (
     WindowPolicy,
 )
 from .graphs import GraphPool, prepared
-from .logits import laws_of
+from .logits import LeavesGuidance, laws_of
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, topology_of

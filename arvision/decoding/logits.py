@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..kernels.sampling import Laws, Shaping, guide
 __all__ = [
     "Apart",
     "Laws",
+    "LeavesGuidance",
     "Shaping",
     "check_guidance_scale",
     "guide",
@@ -53,6 +54,16 @@ class Apart:
         return Apart(self.conditional[rows], self.null[rows], scale)
 
 
+@runtime_checkable
+class LeavesGuidance(Protocol):
+    """A state whose passes leave guidance to the loop, where that is asked for.
+
+    They then give `Apart` wherever there are null rows.
+    """
+
+    leaves_guidance: bool
+
+
 def joined(logits: Tensor | Apart) -> Tensor:
     """Guided logits [B, T, V]."""
     if isinstance(logits, Apart):
@@ -65,7 +76,7 @@ def laws_of(shape: Callable[[Tensor], Any], logits: Tensor | Apart) -> Any:
 
     Args:
         shape: guided logits to log-probabilities; only a `Shaping` is something a kernel knows.
-        logits: of a state that `arvision.contracts.LeavesGuidance`, or guided ones.
+        logits: of a state that `LeavesGuidance`, or guided ones.
     """
     if not isinstance(shape, Shaping):
         return shape(joined(logits))

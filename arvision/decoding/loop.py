@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..contracts import (
     Conditions,
-    LeavesGuidance,
     Overruns,
     Samples,
     Seeds,
@@ -34,7 +33,7 @@ from .drafter import (
 )
 from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import KeepsGiven, read_beginning
-from .logits import joined, laws_of, written
+from .logits import LeavesGuidance, joined, laws_of, written
 from .rows import Rows, StopCheck
 from .run import Run
 from .tree import is_no_tree

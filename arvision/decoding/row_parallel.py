@@ -25,17 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..contracts import (
-    Conditions,
-    DropsRows,
-    FeedsAnywhere,
-    LeavesGuidance,
-    Samples,
-    TokenModel,
-)
+from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenModel
 from ..errors import InputError
 from ..kernels import dispatch
-from .logits import Laws, laws_of, written
+from .logits import Laws, LeavesGuidance, laws_of, written
 from .noise import Noise, draw
 from .run import Run
 from .verify import gumbel_draw, num_final

@@ -7,7 +7,7 @@ from scipy.stats import chi2
 from arvision import InputError, generate, get_sampler
 from arvision.decoding.guidance import Guidance
 from arvision.kernels import dispatch
-from arvision.kernels.sampling import Laws, Shaping, laws_of, reference, triton
+from arvision.kernels.sampling import Laws, Shaping, contest, laws_of, reference, triton
 from arvision.models import VAR, VARTokenizer, VARTransformer
 from arvision.testing import tiny_llamagen
 
@@ -93,18 +93,18 @@ def test_long_rows_and_a_margin_that_is_too_narrow(device, monkeypatch):
     monkeypatch.setattr(triton, "SPLIT", 128)
     assert drawn().equal(expected)
     if dispatch.is_interpreted():
-        monkeypatch.setattr(triton, "MARGIN", triton.tl.constexpr(-1.0))
+        monkeypatch.setattr(contest, "MARGIN", triton.tl.constexpr(-1.0))
         assert not drawn().equal(expected)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 1 << 20, (1 << 31) - 1, (1 << 32) - 256, (1 << 32) - 1])
 def test_rough_numbers_are_within_the_margin(bits):
-    """The arithmetic of `_contend` in float32, at the ends of the range and where it changes."""
+    """The arithmetic of `contend` in float32, at the ends of the range and where it changes."""
     numbers = (torch.arange(256) + bits).clamp(max=(1 << 32) - 1)
     exact = -(-((numbers.double() + 0.5) * 2.0**-32).log()).log()
     u, v = (((one.float() + 0.5) * 2.0**-32) for one in (numbers, numbers ^ 0xFFFFFFFF))
     late = torch.where(v < 0.004, v * (1 + v * (0.5 + v * 0.33333334)), -u.log())
-    assert float((exact + late.log()).abs().max()) < triton.MARGIN.value / 50
+    assert float((exact + late.log()).abs().max()) < contest.MARGIN.value / 50
 
 
 def rejects(tokens, law):

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.random import philox_impl
 
 from ..inversion.triton import inversion_step
+from .contest import bits_of, contend
 from .reference import Shaping
 
 BLOCK = 2048
@@ -32,9 +32,6 @@ DRAWN_ALONE = 32768
 
 DRAWN_AT_ONCE = 1024
 """Tokens that contend together: few, as most blocks then have no score that could win."""
-
-MARGIN = tl.constexpr(0.01)
-"""How far a rough Gumbel number may be off: fifty times as far as the worst one is."""
 
 
 @triton.jit
@@ -199,8 +196,8 @@ def _cut(
             token = start + tl.arange(0, AT_ONCE).to(tl.int64)
             x = _logit(cond, null, base + token, token < size, scale, temperature, GUIDED, TEMPERED)
             logp = _kept(x, token, top, value, last, log_sum)
-            bits = _bits(words + tl.program_id(0) // num * 3, position, use, start, AT_ONCE)
-            best, index = _contend(logp, bits, token, best, index, tl.float32)
+            bits = bits_of(words + tl.program_id(0) // num * 3, position, use, start, AT_ONCE)
+            best, index = contend(logp, bits, token, best, index, tl.float32)
         tl.store(tokens + row, index)
 
 
@@ -238,42 +235,6 @@ def _write(
 
 
 @triton.jit
-def _bits(words, position, use, first, BLOCK: tl.constexpr):
-    """Random words [BLOCK] of tokens `first`, `first` + 1, ..."""
-    zero = tl.zeros([BLOCK // 4], tl.uint32)
-    low = zero + tl.load(words).to(tl.uint32)
-    high = zero + tl.load(words + 1).to(tl.uint32)
-    image = zero + tl.load(words + 2).to(tl.uint32)
-    where = zero + position.to(tl.uint32)
-    purpose = (zero + use).to(tl.uint32)
-    lane = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    w0, w1, w2, w3 = philox_impl(image, where, lane, purpose, low, high)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@triton.jit
-def _contend(logp, bits, token, best, index, DTYPE: tl.constexpr):
-    """The best log p + g so far and its token, the first of equal ones, after some tokens more.
-
-    The noise of the package has two logarithms in float64, which cards make slowly. Numbers in
-    float32 that are at most `MARGIN` off tell first whether any of these tokens can win.
-    """
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # Next to 1 a float32 has lost what counts; its distance to 1 has not.
-    v = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    late = tl.where(v < 0.004, v * (1.0 + v * (0.5 + v * 0.33333334)), -tl.log(u))
-    rough = tl.max(logp.to(tl.float32) - tl.log(late), 0)
-    if rough >= best.to(tl.float32) - MARGIN:
-        noise = -tl.log(-tl.log((bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10))
-        score = logp + noise.to(DTYPE)
-        top = tl.max(score, 0)
-        if top > best:
-            index = tl.min(tl.where(score == top, token, 1 << 40), 0)
-            best = top
-    return best, index
-
-
-@triton.jit
 def _gumbel(
     cond, null, tops, cuts, lasts, log_sums, words, positions, scores, tokens,
     num, use, size, scales, temperature, num_splits,
@@ -292,8 +253,8 @@ def _gumbel(
             cond, null, tops, cuts, lasts, log_sums, row, token, size, scales, temperature,
             GUIDED, WEIGHTED, TEMPERED,
         )  # fmt: skip
-        bits = _bits(words + tl.program_id(0) // num * 3, position, use, first, BLOCK)
-        best, index = _contend(logp, bits, token, best, index, tl.float32)
+        bits = bits_of(words + tl.program_id(0) // num * 3, position, use, first, BLOCK)
+        best, index = contend(logp, bits, token, best, index, tl.float32)
     tl.store(scores + row * num_splits + split, best)
     tl.store(tokens + row * num_splits + split, index)
 
@@ -313,8 +274,8 @@ def _draw(
         first = split * SPLIT + start
         token = first + tl.arange(0, BLOCK)
         inside = tl.load(base + token, mask=token < size, other=float("-inf"))
-        bits = _bits(words + tl.program_id(0) // num * 3, position, 0, first, BLOCK)
-        best, index = _contend(inside, bits, token, best, index, DTYPE)
+        bits = bits_of(words + tl.program_id(0) // num * 3, position, 0, first, BLOCK)
+        best, index = contend(inside, bits, token, best, index, DTYPE)
     tl.store(scores + law * num_splits + split, best)
     tl.store(tokens + law * num_splits + split, index)
 
