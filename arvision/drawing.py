@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from .batches import draw_parts, image_memory, split
 from .contracts import Conditions, Samples, Stats, StepCallback, device_of
 from .decoding.guidance import Guidance, read_guidance
-from .decoding.logits import warn_of_greedy
 from .editing import Edit, check_parts
 from .errors import InputError, unknown_name
 from .inputs import check_numbers, check_weights, resolve_seeds
@@ -185,10 +184,7 @@ class Draws:
 
     @staticmethod
     def _check_effect(sampler: BaseSampler, model: Any, given: dict[str, Any]) -> None:
-        """Refuse arguments of the call that change nothing in this draw (`InputError`).
-
-        At temperature 0 a warning about top-k and top-p is enough: transformers has it so.
-        """
+        """Refuse arguments of the call that change nothing in this draw (`InputError`)."""
         for name, neutral in sampler.without_effect(model).items():
             value = given.get(name)
             if value is not None and value != neutral:
@@ -196,9 +192,6 @@ class Draws:
                     f"{name} {value!r}: {sampler.name} with {sampler.plan_in_words} does not look at "
                     f"it, expected {neutral!r} or none"
                 )
-        warn_of_greedy(
-            sampler.config.get("temperature"), top_k=given["top_k"], top_p=given["top_p"]
-        )
 
     def _check_output(self, model: Any, output_type: str) -> None:
         """Refuse an output that is none, or that this pipeline cannot make (`InputError`)."""

@@ -13,6 +13,7 @@ from tiny_pipelines import tiny
 import arvision
 from arvision import InputError
 from arvision.errors import warn_once
+from arvision.portable import options_of
 from arvision.samplers import SAMPLERS, DDSampler, get_sampler
 from arvision.samplers.base import parse_sampler
 
@@ -134,6 +135,24 @@ def test_top_k_and_top_p_of_greedy_drawing_are_told_once():
         own = get_sampler("ar", top_k=3)
         assert torch.equal(pipe(prompt, sampler=own, **draw).tokens, found)
         get_sampler("ar", top_k=3, top_p=0.5)
+
+
+LAWFUL = [entry.name for entry in SAMPLERS if "top_k" in options_of(entry.value)]
+
+
+@pytest.mark.parametrize("name", LAWFUL)
+def test_a_sampler_that_is_built_directly_tells_it_too(tmp_path, name):
+    cls = SAMPLERS[name]
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="top_k 3 at temperature 0: it has no effect"):
+        made = cls(temperature=0, top_k=3)
+    made.save_pretrained(tmp_path)
+    warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cls.from_pretrained(tmp_path).config["top_k"] == 0
+        assert made.with_options(temperature=0).config["top_k"] == 0
+        assert cls(top_k=3).with_options(temperature=0.5).config["top_k"] == 3
 
 
 @pytest.mark.parametrize("given", [{"num_draft": 4}, {"drafter_options": {"max_depth": 3}}])

@@ -168,17 +168,3 @@ class RowPolicy(Protocol):
     ) -> None:
         """How many tokens a pass made final in each of `rows`, which had `given` candidates."""
         ...
-
-
-class FixedWindow:
-    """The same number of candidates in every pass."""
-
-    def __init__(self, window: int) -> None:
-        self.window = window
-
-    def next(self, num_rows: int, most: int) -> int:
-        """The window, cut to what the images still need."""
-        return min(self.window, most)
-
-    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
-        """Nothing to adapt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "check_guidance_scale",
     "guide",
     "has_weights",
+    "idle_law",
     "joined_scales",
     "per_scale",
     "shape_rows",
@@ -25,19 +26,28 @@ __all__ = [
 ]
 
 
-def warn_of_greedy(temperature: Any, **law: Any) -> None:
-    """Say once that `top_k` or `top_p` was given and that greedy drawing does not look at it.
+def idle_law(options: Mapping[str, Any]) -> list[str]:
+    """Which of `top_k` and `top_p` are set where greedy drawing does not look at them.
 
     Args:
-        temperature: a number, or one for each scale; None for one that is not known.
-        **law: `top_k` and `top_p` as the caller gave them; None, 0 and 1 ask for nothing.
+        options: by name; the temperature is a number, or one for each scale. None, a `top_k` of 0
+            and a `top_p` of 1 ask for nothing.
     """
+    temperature = options.get("temperature")
     listed = temperature if isinstance(temperature, Sequence) else [temperature]
     if any(value != 0 for value in listed):
-        return
-    for name, value in law.items():
-        if value not in (None, {"top_k": 0, "top_p": 1}[name]):
-            warn_once(f"{name} {shown(value)} at temperature 0: it has no effect")
+        return []
+    neutral = {"top_k": 0, "top_p": 1}
+    return [name for name, none in neutral.items() if options.get(name) not in (None, none)]
+
+
+def warn_of_greedy(options: Mapping[str, Any]) -> None:
+    """Say once which of `top_k` and `top_p` change nothing, see `idle_law`.
+
+    A warning is enough: transformers has it so.
+    """
+    for name in idle_law(options):
+        warn_once(f"{name} {shown(options[name])} at temperature 0: it has no effect")
 
 
 def check_guidance_scale(scale: Any) -> None:

@@ -23,7 +23,6 @@ from .drafter import (
     Attached,
     Branches,
     Drafter,
-    FixedWindow,
     Joins,
     NoDrafter,
     RepeatsLaws,
@@ -39,6 +38,20 @@ from .verify import Round, Rule, first_round
 
 __all__ = ["LARGEST_TREE", "Drafter", "FixedWindow", "NoDrafter", "TokenLoop", "WindowPolicy"]
 __all__ += ["StopCheck", "decode_tokens"]
+
+
+class FixedWindow:
+    """The same number of candidates in every pass."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def next(self, num_rows: int, most: int) -> int:
+        """The window, cut to what the images still need."""
+        return min(self.window, most)
+
+    def observe(self, num_candidates: int, counts: Sequence[int], room: Sequence[int]) -> None:
+        """Nothing to adapt."""
 
 
 def decode_tokens(

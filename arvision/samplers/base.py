@@ -29,7 +29,7 @@ from ..contracts import (
 from ..decoding.fixed_step import Steps
 from ..decoding.given import Given
 from ..decoding.guidance import Guidance
-from ..decoding.logits import Shaping, per_scale, warn_of_greedy
+from ..decoding.logits import Shaping, idle_law, per_scale, warn_of_greedy
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.verify import Rule
@@ -95,6 +95,11 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         """Whether an option is set to what belongs to this machine: `needs` may name folders."""
         is_model = option in cls.needs and value is not None and not travels(value)
         return is_model or super().stays(option, value)
+
+    def register_to_config(self, **options: Any) -> None:
+        """diffusers' step that keeps constructor arguments, with a word on those that change nothing."""
+        super().register_to_config(**options)
+        warn_of_greedy(self.config)
 
     @property
     def is_exact(self) -> bool:
@@ -203,6 +208,7 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         _warn_of_stale(cls.name, {name: config[name] for name in stale})
         # Earlier releases took and saved what changes nothing.
         stale += cls.idle({name: config[name] for name in known if name in config})
+        stale += idle_law(config)
         kept = {name: value for name, value in config.items() if name not in stale}
         made: Any = cls.from_config(kept, return_unused_kwargs=True, **unused)
         sampler, rest = made
@@ -230,15 +236,18 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
     def with_options(self, **options: Any) -> BaseSampler:
         """The same sampler with some options changed; it keeps the models that were bound to it.
 
-        What it had been given besides and what means nothing with the changed options
-        (`only_with`) goes back to its default.
+        What it had been given besides and what means nothing with the changed options (`only_with`,
+        `idle_law`) goes back to its default.
 
         Raises:
             InputError: an option that this sampler does not have, or that changes nothing.
         """
         known = options_of(type(self))
         wanted = {name: self.config[name] for name in known} | options
-        left = self.idle({name: wanted[name] for name in known}).keys() - options.keys()
+        left = {
+            *self.idle({name: wanted[name] for name in known}),
+            *idle_law(wanted),
+        } - options.keys()
         wanted = {name: value for name, value in wanted.items() if name not in left}
         changed = _make(self.name, wanted)
         return changed.bind(**{k: v for k, v in self._bound.items() if k not in options})
@@ -384,10 +393,7 @@ def get_sampler(name: str, **options: Any) -> BaseSampler:
     """
     spec, (name, own) = name, parse_sampler(name)
     options = join_options(spec, own, options)
-    made = _make(name, options)
-    law = {key: options.get(key) for key in ("top_k", "top_p")}
-    warn_of_greedy(options.get("temperature"), **law)
-    return made
+    return _make(name, options)
 
 
 def _make(name: str, options: dict[str, Any]) -> BaseSampler:

@@ -141,7 +141,7 @@ def generate(
     """
     started = time.perf_counter()
     shaping = Shaping(temperature=temperature, top_k=top_k, top_p=top_p)
-    warn_of_greedy(temperature, top_k=top_k, top_p=top_p)
+    warn_of_greedy({"temperature": temperature, "top_k": top_k, "top_p": top_p})
     check_count("max_new_tokens", max_new_tokens)
     check_num_draft(num_draft, drafter)
     options = dict(drafter_options or {})

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..contracts import Edit
 from ..decoding.cache import KVCache
-from ..decoding.transformers_attention import all_open, kernels_in, spread, within
-from ..decoding.transformers_cache import CacheView
+from ..decoding.transformers_cache import CacheView, all_open, kernels_in, spread, within
 from ..decoding.tree import Topology, check_parents, check_path, topology_of
 from ..errors import InputError, StateError
 from ..networks import is_compiled
@@ -54,6 +53,8 @@ class HFState:
         sizes, device = model.sizes, model.device
         self.model = model
         self._network = model.network
+        self._alone = alone(model.network)
+        self._runs_compiled = is_compiled(model.called), is_compiled(model.network)
         self._room = model.num_tokens
         self.cache = KVCache(
             sizes.num_layers,
@@ -205,7 +206,7 @@ class HFState:
         if torch.compiler.is_compiling():
             out = called(**inputs, **self._options)
         else:
-            with alone(self._network), kernels_in(self._network, called, mask):
+            with self._alone, kernels_in(self._network, called, mask):
                 out = called(**inputs, **self._options)
         if self.keeps_hidden:
             self.hidden = out.hidden_states[-1]
@@ -318,7 +319,7 @@ class HFState:
         if keep is not None and self._keeps_logits:
             inputs["logits_to_keep"] = keep
         inputs |= {"attention_mask": seen_by, "position_ids": positions.expand(len(tokens), -1)}
-        with alone(self._network), self._watching():
+        with self._alone, self._watching():
             called = self._network if self._is_altered else self.model.called
             with kernels_in(self._network, called, mask):
                 logits, hidden = self._pass(**inputs, **self._options)
@@ -334,17 +335,17 @@ class HFState:
         A compiled network runs as such, unless layers are skipped or edited in this pass: what
         changes in a network from call to call, hooks among it, compiled graphs do not see.
         """
-        if is_compiled(self.model.called) and not self._is_altered:
+        is_wrapped, is_inside = self._runs_compiled
+        if is_wrapped and not self._is_altered:
             out = self.model.called(**inputs, output_hidden_states=-1)
             if out.hidden_states and out.hidden_states[-1] is not None:
                 return out.logits, out.hidden_states[-1]
-        own = is_compiled(self._network)
         seen: list[Tensor] = []
         hook = self._network.get_output_embeddings().register_forward_pre_hook(
             lambda _, arguments: seen.append(arguments[0])
         )
         try:
-            logits = (self._network._call_impl if own else self._network)(**inputs).logits
+            logits = (self._network._call_impl if is_inside else self._network)(**inputs).logits
         finally:
             hook.remove()
         return logits, seen[0]

@@ -166,7 +166,7 @@ def test_an_image_model_of_transformers(device, spec):
 
 
 def test_layers_with_more_than_a_mask_keep_to_pytorch(device):
-    from arvision.decoding.transformers_attention import layer_attention
+    from arvision.decoding.transformers_cache import layer_attention
 
     cache = KVCache(1, 2, 2, 20, 8, device=device, dtype=torch.float32)
     with dispatch.taking("triton"):

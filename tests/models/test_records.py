@@ -206,7 +206,7 @@ def test_tokens_are_squares_channel_by_channel(files):
     """As the authors' `patchify` has them: einsum "nchpwq->nhwcpq"."""
     vae = MARAutoencoder.from_official(files[1], patch_size=2)
     pixels = torch.rand(2, 3, 8, 12) * 2 - 1
-    assert vae.downscale == 4
+    assert vae.downsample_factor == 4
     means = vae.moments(pixels)[0] * vae.config["scaling_factor"]
     squares = means.reshape(2, 4, 2, 2, 3, 2)
     expected = torch.einsum("nchpwq->nhwcpq", squares).reshape(2, 6, 16)
@@ -227,8 +227,11 @@ def test_kl8_draws_and_is_saved(files, tmp_path):
     assert torch.equal(out.images, again.images)
 
 
-def test_kl8_as_an_autoencoder_of_diffusers(files):
-    vae = MARAutoencoder.from_official(files[1]).eval()
+@pytest.mark.parametrize("num_groups", [32, 8])
+def test_kl8_as_an_autoencoder_of_diffusers(files, num_groups):
+    official = MARAutoencoder.from_official(files[1])
+    vae = MARAutoencoder(**dict(official.config) | {"norm_num_groups": num_groups}).eval()
+    vae.load_state_dict(official.state_dict())
     pixels = torch.rand(1, 3, 8, 8) * 2 - 1
     ours = vae.moments(pixels)[0]
     encoded: Any = to_diffusers(vae).encode(pixels)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from forms import SHORT, by_draws, by_fault
 from safetensors.torch import load_file
 
 from arvision import InputError, get_sampler
@@ -17,7 +18,6 @@ from arvision.models import Infinity
 from arvision.testing import ScaleTable, draw_joint, law_p_value
 
 ALPHA = 1e-4
-NUM = 100_000
 
 
 def table(seed=3):
@@ -40,26 +40,28 @@ def case(request):
     return model.to(torch.float64), texts
 
 
+@by_draws
 @pytest.mark.parametrize("shaping", [{}, {"temperature": 1.4, "top_k": 900}, {"top_p": 0.8}])
-def test_joint_law(shaping):
+def test_joint_law(shaping, num):
     sampler = get_sampler("ar", **shaping)
-    samples = draw_joint(sampler, table(), NUM, seed=3)
+    samples = draw_joint(sampler, table(), num, seed=3)
     assert law_p_value(samples, table().joint(sampler.shaping())) > ALPHA
 
 
-def test_a_mutant_whose_bits_hang_together_is_found():
+@by_fault
+def test_a_mutant_whose_bits_hang_together_is_found(num, off):
     def clinging(laws, positions, noise):
-        """5 % of the tokens give their first bit to all bits."""
+        """A share of the tokens gives their first bit to all bits."""
         drawn = gumbel_draw(laws, positions, noise)
-        holds = noise.uniform(positions, "accept") < 0.05
+        holds = noise.uniform(positions, "accept") < off
         return torch.where(holds[..., None], drawn[..., :1], drawn)
 
     shape = get_sampler("ar").shaping()
-    seeds = [(3, image) for image in range(NUM)]
+    seeds = [(3, image) for image in range(num)]
     out = decode_scales(
-        table(), [None] * NUM, Run(NUM, table().num_tokens, seeds), shape=shape, pick=clinging
+        table(), [None] * num, Run(num, table().num_tokens, seeds), shape=shape, pick=clinging
     )
-    assert out.tokens.shape == (NUM, 3, 2)
+    assert out.tokens.shape == (num, 3, 2)
     assert law_p_value(table().number(out.tokens), table().joint(shape)) < ALPHA
 
 
@@ -70,15 +72,15 @@ def test_temperature_of_each_scale():
     one.tables[0] = one.tables[0] / 2.0
     one.tables[1] = one.tables[1] / 0.5
     joint = one.joint(get_sampler("ar").shaping())
-    assert law_p_value(draw_joint(mixed, table(), NUM, seed=5), joint) > ALPHA
+    assert law_p_value(draw_joint(mixed, table(), SHORT, seed=5), joint) > ALPHA
     for other in (hot, cold):
-        assert law_p_value(draw_joint(other, table(), NUM, seed=5), joint) < ALPHA
+        assert law_p_value(draw_joint(other, table(), SHORT, seed=5), joint) < ALPHA
 
 
 def test_code_draws_the_coarse_scales_from_the_draft():
     large, small = table(0), table(1)
     sampler = get_sampler("code", draft=large, draft_scales=1, temperature=[1.0, 1.5])
-    samples = draw_joint(sampler, small, NUM, seed=7)
+    samples = draw_joint(sampler, small, SHORT, seed=7)
     mixed = table(1)
     mixed.tables = [large.tables[0], small.tables[1] / 1.5]
     plain = get_sampler("ar").shaping()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from forms import SHORT, by_draws, by_fault, covered
+from mutants import clinging, generous
 from tiny_pipelines import disturbed_copy
 
 import arvision
@@ -24,7 +25,6 @@ from arvision.testing import (
 )
 
 ALPHA = 1e-4
-NUM = 100_000
 COUPLINGS = sorted(verify.COUPLINGS)
 WEIGHTS = dict.fromkeys(draft_model.MEASURED, (1.5, 0.5, -1.0, 0.5))
 
@@ -50,64 +50,43 @@ def model():
     return tiny_llamagen(grid=(8, 8)).to(torch.float64)
 
 
+@by_draws
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize("seed", range(3))
-def test_joint_law_with_adaptive_chains(coupling, seed):
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_joint_law_with_adaptive_chains(coupling, seed, num):
     # One table takes models that can neither drop finished rows nor look past the end.
     target, draft = table_pair(seed, TableModel if seed == 0 else DroppingTableModel)
     sampler = get_sampler("draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55)
-    seeds = [(seed, image) for image in range(NUM)]
-    out = sampler(target, [None] * NUM, seeds=seeds)
+    seeds = [(seed, image) for image in range(num)]
+    out = sampler(target, [None] * num, seeds=seeds)
     assert law_p_value(target.number(out.tokens), target.joint(sampler.shaping())) > ALPHA
     assert 0.3 < out.stats.acceptance_rate < 0.95
     if coupling != "gumbel" and seed > 0:
         padded = out.stats.candidates - sum(out.stats.passes_per_image) - out.stats.drafted
-        assert padded > NUM / 10, "rows were meant to stop at different lengths"
+        assert padded > num / 10, "rows were meant to stop at different lengths"
 
 
+@by_draws
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_joint_law_with_shaping(coupling):
+def test_joint_law_with_shaping(coupling, num):
     target, draft = table_pair(4)
     sampler = get_sampler(
         "draft", draft=draft, coupling=coupling, max_draft=2, temperature=1.4, top_k=3, top_p=0.9
     )
-    samples = draw_joint(sampler, target, NUM, seed=4)
+    samples = draw_joint(sampler, target, num, seed=4)
     assert law_p_value(samples, target.joint(sampler.shaping())) > ALPHA
 
 
-class GenerousNoise:
-    """Acceptance uniforms 5 % too small: drafts are accepted 5 % too often."""
-
-    def __init__(self, noise):
-        self.noise = noise
-
-    def uniform(self, positions, purpose, *args, **kwargs):
-        out = self.noise.uniform(positions, purpose, *args, **kwargs)
-        return out * 0.95 if purpose == "accept" else out
-
-
-def generous(chain):
-    """Chain speculative sampling with an acceptance probability 5 % too large."""
-    return verify.independent_redraw(replace(chain, noise=GenerousNoise(chain.noise)))
-
-
-def clinging(chain):
-    """A Gumbel walk that keeps 5 % of the drafts that it should have changed."""
-    verdict = verify.gumbel_coupling(chain)
-    if chain.drafts.shape[1] == 0:
-        return verdict
-    holds = chain.noise.uniform(chain.positions[:, :-1], "accept", chain.number) < 0.05
-    tokens = verdict.tokens.clone()
-    tokens[:, :-1] = torch.where(holds & (chain.drafts >= 0), chain.drafts, tokens[:, :-1])
-    return verify.Verdict(tokens, verify.num_final(chain.drafts == tokens[:, :-1]))
-
-
-@pytest.mark.parametrize(("coupling", "mutant"), [("independent", generous), ("gumbel", clinging)])
-def test_a_mutant_that_is_five_percent_off_is_found(coupling, mutant):
+@by_fault
+@pytest.mark.parametrize("coupling", ["independent", "gumbel"])
+def test_a_mutant_is_found(coupling, num, off):
+    """Chain speculative sampling that accepts too often, a Gumbel walk that clings to drafts."""
+    rule = verify.independent_redraw
+    mutant = clinging(off) if coupling == "gumbel" else generous(rule, off)
     target, draft = table_pair(1)
     sampler = get_sampler("draft", draft=draft, coupling=coupling, max_draft=3, stop_threshold=0.55)
     sampler.__class__ = type("Mutant", (DraftSampler,), {"rule": lambda self, model: mutant})
-    samples = draw_joint(sampler, target, NUM, seed=1)
+    samples = draw_joint(sampler, target, num, seed=1)
     assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
 
 
@@ -127,12 +106,11 @@ def test_a_chain_that_hides_its_last_draft_is_found(monkeypatch):
     monkeypatch.setattr(draft_module, "DraftModelDrafter", Withholding)
     target, draft = table_pair(1)
     sampler = get_sampler("draft", draft=draft, coupling="independent", max_draft=3)
-    samples = draw_joint(sampler, target, NUM, seed=1)
+    samples = draw_joint(sampler, target, SHORT, seed=1)
     assert law_p_value(samples, target.joint(sampler.shaping())) < ALPHA
 
 
-@pytest.mark.parametrize("max_draft", [1, 4, 11])
-@pytest.mark.parametrize("scale", [0.1, 0.3])
+@pytest.mark.parametrize(("max_draft", "scale"), covered([1, 4, 11], [0.1, 0.3]))
 def test_gumbel_coupling_gives_the_tokens_of_plain_sampling(model, max_draft, scale):
     classes, seeds = [k % 3 for k in range(7)], list(range(7))
     plain = get_sampler("ar")(model, classes, seeds=seeds, guidance_scale=2.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import SHORT, by_draws, by_fault
 
 import arvision
 from arvision import InputError, get_sampler
@@ -17,7 +18,6 @@ from arvision.testing import ScaleTable, TableModel, draw_joint, law_p_value
 from arvision.training.publish import draw
 
 ALPHA = 1e-4
-NUM = 100_000
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,27 @@ def embedded():
     return arvision.load("var-fashion", device="cpu")
 
 
+@by_draws
 @pytest.mark.parametrize("shaping", [{}, {"temperature": 1.4, "top_k": 2}, {"top_p": 0.8}])
-def test_joint_law(shaping):
+def test_joint_law(shaping, num):
     sampler = get_sampler("ar", **shaping)
     table = ScaleTable(seed=3)
-    samples = draw_joint(sampler, table, NUM, seed=3)
+    samples = draw_joint(sampler, table, num, seed=3)
     assert law_p_value(samples, table.joint(sampler.shaping())) > ALPHA
 
 
-def test_a_mutant_that_is_five_percent_off_is_found():
+@by_fault
+def test_a_mutant_is_found(num, off):
     def clinging(laws, positions, noise):
-        """5 % of the tokens are those of the token before."""
+        """A share of the tokens is that of the token before."""
         drawn = gumbel_draw(laws, positions, noise)
-        holds = noise.uniform(positions, "accept") < 0.05
+        holds = noise.uniform(positions, "accept") < off
         return torch.where(holds, drawn.roll(1, dims=1), drawn)
 
     table, shape = ScaleTable(seed=3), get_sampler("ar").shaping()
-    seeds = [(3, image) for image in range(NUM)]
+    seeds = [(3, image) for image in range(num)]
     out = decode_scales(
-        table, [None] * NUM, Run(NUM, table.num_tokens, seeds), shape=shape, pick=clinging
+        table, [None] * num, Run(num, table.num_tokens, seeds), shape=shape, pick=clinging
     )
     assert law_p_value(table.number(out.tokens), table.joint(shape)) < ALPHA
 
@@ -61,7 +63,7 @@ def test_a_mutant_that_is_five_percent_off_is_found():
 def test_tokens_of_a_scale_are_drawn_independently_given_the_coarser_ones():
     table = ScaleTable(seed=4)
     shape = get_sampler("ar").shaping()
-    out = get_sampler("ar")(table, [None] * NUM, seeds=[(4, k) for k in range(NUM)])
+    out = get_sampler("ar")(table, [None] * SHORT, seeds=[(4, k) for k in range(SHORT)])
     after = out.tokens[out.tokens[:, 0] == 1]
     laws = shape(table.tables[1][1]).exp()
     pair = (laws[0][:, None] * laws[3]).flatten()
@@ -137,7 +139,7 @@ def test_code_with_itself_as_draft_is_plain_sampling(model):
 def test_code_draws_the_coarse_scales_from_the_draft():
     large, small = ScaleTable(seed=0), ScaleTable(seed=1)
     sampler = get_sampler("code", draft=large, draft_scales=1)
-    samples = draw_joint(sampler, small, NUM, seed=7)
+    samples = draw_joint(sampler, small, SHORT, seed=7)
     mixed = ScaleTable(seed=1)
     mixed.tables[0] = large.tables[0]
     assert law_p_value(samples, mixed.joint(sampler.shaping())) > ALPHA

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from forms import short_where, slow
 from text_models import tiny_llama
 
 import arvision
@@ -45,9 +47,16 @@ def drafted(rule, drafter, num):
     return law_p_value(target.number(out.tokens), target.joint(Shaping()))
 
 
-@pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
-@pytest.mark.parametrize("tree", sorted(TREES))
-def test_every_rule_judges_a_draft_model_exactly_or_refuses(expansion, tree):
+@pytest.mark.parametrize("num", [pytest.param(2_500, id="short"), slow(10_000, id="long")])
+@pytest.mark.parametrize(
+    ("expansion", "tree"),
+    # Chains are for the rules that judge nothing else.
+    short_where(
+        lambda expansion, tree: tree == "wide" or expansion == "independent",
+        product(sorted(EXPANSIONS), TREES),
+    ),
+)
+def test_every_rule_judges_a_draft_model_exactly_or_refuses(expansion, tree, num):
     judged = []
     for name in LOSSLESS:
         draft = DroppingTableModel(seed=4, sharpness=1.0)
@@ -58,7 +67,7 @@ def test_every_rule_judges_a_draft_model_exactly_or_refuses(expansion, tree):
             continue
         judged.append(name)
         assert chosen.lossless
-        num = 500 if expansion in PYTHON else 10_000
+        num = 500 if expansion in PYTHON else num
         assert drafted(chosen.rule, drafter, num) > ALPHA, name
     assert (
         {"independent", "block", "maximal"} <= set(judged)
@@ -132,10 +141,10 @@ MADE: dict[str, Callable[[], Any]] = {kind: partial(heads, kind) for kind in KIN
 CHOOSING = sorted(entry.name for entry in DRAFTERS if entry.name not in NEEDS_A_MODEL)
 
 
+@pytest.mark.parametrize("num", [pytest.param(250, id="short"), slow(600, id="long")])
 @pytest.mark.parametrize("drafter", [*CHOOSING, *MADE])
-def test_every_rule_judges_every_chosen_draft_exactly_or_refuses(small, drafter):
+def test_every_rule_judges_every_chosen_draft_exactly_or_refuses(small, drafter, num):
     network, joint = small
-    num = 600
     judged = []
     drafter = MADE[drafter]() if drafter in MADE else drafter
     for name in LOSSLESS:
@@ -159,8 +168,9 @@ def test_every_rule_judges_every_chosen_draft_exactly_or_refuses(small, drafter)
     assert replay is None or replay.num_updates > 1
 
 
+@pytest.mark.parametrize("num", [pytest.param(150, id="short"), slow(400, id="long")])
 @pytest.mark.parametrize("expansion", sorted(EXPANSIONS))
-def test_every_rule_judges_a_draft_that_learns_meanwhile(small, expansion):
+def test_every_rule_judges_a_draft_that_learns_meanwhile(small, expansion, num):
     network, joint = small
     draft = HFCausalLM(tiny_llama(seed=2, vocab_size=4, num_hidden_layers=1, sharpness=1.0), 3)
     for tree in ((2, 1), (1, 1)):
@@ -172,7 +182,7 @@ def test_every_rule_judges_a_draft_that_learns_meanwhile(small, expansion):
         for name in LOSSLESS:
             options: dict[str, Any] = {"drafter": drafter, "rule": name, "temperature": 1.0}
             try:
-                out = arvision.generate(network, [[0, 1]] * 400, max_new_tokens=3, **options)
+                out = arvision.generate(network, [[0, 1]] * num, max_new_tokens=3, **options)
             except InputError:
                 continue
             found = (torch.tensor(out.tokens) * torch.tensor([16, 4, 1])).sum(1)

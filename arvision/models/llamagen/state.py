@@ -83,7 +83,8 @@ class LlamaGenState:
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
-        return guide(conditional, null, weights_at(self._scale, places, conditional))
+        scale = self._scale if places is None else weights_at(self._scale, places, conditional)
+        return guide(conditional, null, scale)
 
     def _behind(self, lengths: Tensor, steps: Tensor) -> Tensor | None:
         """Places [B, T] that follow candidates so far behind the first `lengths` [B] tokens."""
@@ -130,7 +131,7 @@ class LlamaGenState:
         self._tree = tree
         _, mask = self.cache.begin(num, ancestors)
         places = None
-        if has_weights(self._scale):
+        if isinstance(self._scale, Tensor):
             depths = torch.arange(num, device=tokens.device) if tree is None else tree.depths
             places = self._behind(self.lengths, depths)
         return self._run(tokens, self._turns(num, steps), mask, places)

@@ -162,7 +162,7 @@ class MAR(EncodesPixels):
     def picture_size(self) -> tuple[int, int]:
         """Height and width of a picture, in pixels."""
         rows, columns = self.grid
-        return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
+        return rows * self.tokenizer.downsample_factor, columns * self.tokenizer.downsample_factor
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

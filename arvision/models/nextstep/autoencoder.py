@@ -83,7 +83,7 @@ class NextStepAutoencoder(Network):
         )
 
     @property
-    def downscale(self) -> int:
+    def downsample_factor(self) -> int:
         """Pixels per token and side."""
         return self.config["patch_size"] * 2 ** (len(self.config["ch_mult"]) - 1)
 
@@ -110,7 +110,7 @@ class NextStepAutoencoder(Network):
         Raises:
             InputError: another size, a value out of range, NaN or infinity.
         """
-        pixels = read_pixels(pixels, self, multiple=self.downscale)
+        pixels = read_pixels(pixels, self, multiple=self.downsample_factor)
         return self.encode_pixels(pixels)
 
     @hot_entry

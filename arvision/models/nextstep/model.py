@@ -192,7 +192,7 @@ class NextStep(EncodesPixels):
         """
         if self.tokenizer is None:
             raise InputError("this model has no autoencoder: expected one to read images")
-        side = self.tokenizer.downscale
+        side = self.tokenizer.downsample_factor
         pixels = read_pixels(image, self.tokenizer)
         if len(pixels) != 1:
             raise InputError(f"a source image of {len(pixels)} pictures: expected one")
@@ -209,7 +209,7 @@ class NextStep(EncodesPixels):
     def picture_size(self) -> tuple[int, int]:
         """Height and width of a picture, in pixels."""
         rows, columns = self.grid
-        return rows * self.tokenizer.downscale, columns * self.tokenizer.downscale
+        return rows * self.tokenizer.downsample_factor, columns * self.tokenizer.downsample_factor
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ...contracts import Conditions
 from ...decoding.guidance import weights_are
 from ...decoding.logits import check_guidance_scale
-from ...decoding.transformers_attention import kernels_in
-from ...decoding.transformers_cache import CacheView
+from ...decoding.transformers_cache import CacheView, kernels_in
 from ...errors import InputError, check_count
 from ...networks import compiled_like
 from ..conditions import ImagePrompt

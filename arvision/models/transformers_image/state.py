@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
 from ...decoding.logits import guide, has_weights, joined_scales, weights_at
-from ...decoding.transformers_attention import all_open, spread
-from ...decoding.transformers_cache import CacheView, TextSizes
+from ...decoding.transformers_cache import CacheView, TextSizes, all_open, spread
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .layout import Expansion
