@@ -43,10 +43,13 @@ def trained(runs: Path, steps: int) -> tuple[Any, dict[str, Any]]:
     return arvision.load(runs / "model", device="cpu"), figures
 
 
-def grid_table(record: dict[str, Any]) -> str:
+def larger_grid_table(record: dict[str, Any]) -> str:
     """Tokens per pass by method and candidates."""
     head = [f"{size} candidates" for size in SIZES]
-    lines = ["| method | " + " | ".join(head) + " | same as `ar` |", "|" + " --- |" * (len(SIZES) + 2)]
+    lines = [
+        "| method | " + " | ".join(head) + " | same as `ar` |",
+        "|" + " --- |" * (len(SIZES) + 2),
+    ]
     for name in METHODS:
         rows = [row for row in record["passes"] if row["method"] == name]
         cells = [f"{row['tokens_per_pass']:.2f}" for row in rows]

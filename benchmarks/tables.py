@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from .common import RESULTS, load
-from .grid import grid_table
+from .grid import larger_grid_table
 from .image_systems import table as image_systems_table
 from .rapid import rapid_table
 from .text_prompts import PROMPTS
@@ -310,7 +310,7 @@ def main() -> None:
     page = fill(path.read_text(), "trees", f"{trees_table(trees)} {machine(trees, 'passes')}")
     page = fill(page, "trees_law", law_table(trees))
     if grid := load("trees_grid"):
-        page = fill(page, "trees_grid", f"{grid_table(grid)} {machine(grid, 'passes')}")
+        page = fill(page, "trees_grid", f"{larger_grid_table(grid)} {machine(grid, 'passes')}")
     path.write_text(page)
     for name, marker, table in pages:
         path = SAMPLERS_PAGE.with_name(f"{name}.md")
