@@ -185,7 +185,7 @@ def test_a_judge_goes_where_the_model_is(chain, head):
     with Elsewhere():
         there = {
             name: getattr(chain, name).to(ELSEWHERE)
-            for name in ("drafts", "target_logp", "positions", "hidden")
+            for name in ("drafts", "target", "positions", "hidden")
         }
         verdict = judge(head, is_greedy=True)(replace(chain, **there))
         assert verdict.counts.device == head.score.weight.device == ELSEWHERE
