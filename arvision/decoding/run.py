@@ -5,6 +5,7 @@ Every loop keeps its books here: the token loop, several rows at once, scales, l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..contracts import Samples, Seeds, Stats, StepCallback
 from ..errors import InputError
+from ..kernels.sampling import Laws
 from .given import Given
 from .noise import Noise
 
@@ -222,11 +224,15 @@ class Run:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""
         self._is_broken |= ~values.isfinite().all()
 
-    def watch_laws(self, laws: Tensor) -> None:
+    def watch_laws(self, laws: Tensor | Laws) -> None:
         """Remember whether any of the laws [..., V] is none; `check` reads it.
 
-        A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells.
+        A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells. Of laws
+        that are not written the norm does, which a draw leaves: let it come first.
         """
+        if isinstance(laws, Laws):
+            self._is_broken |= laws.norms.isnan().any()
+            return
         self._is_broken |= laws[..., 0].isnan().any()
 
     def watch_tree(self, is_wrong: Tensor) -> None:
@@ -353,6 +359,12 @@ class Run:
         if self.steps is None or not self.steps.drives(self.tokens.device):
             return {}
         return {"step": self.steps.mode, "warm_up": self.warm_up}
+
+    def warn_of_loop(self, why: str) -> None:
+        """Say why passes of fixed shapes do not run, where they were asked for."""
+        if self.steps is not None and self.steps.drives(self.tokens.device):
+            text = f"compiled for {self.steps.mode!r}, and the ordinary loop runs: {why}"
+            warnings.warn(text, stacklevel=3)
 
     def leave_graphs(self) -> None:
         """Nothing of this run is captured or replayed any more."""
