@@ -33,8 +33,9 @@ SAMPLERS = (
     "sjd:tree=static:coupling=maximal",
     "gsd",
     "lantern",
+    "draft",
 )
-SAMPLERS_OF_THE_LOOP = ("zipar", "pjd", "draft")
+SAMPLERS_OF_THE_LOOP = ("zipar", "pjd")
 """Samplers whose passes have no fixed shapes."""
 
 

@@ -138,3 +138,15 @@ def tiny(name: str) -> tuple[ARPipeline, Any]:
         pipe.sampler = DDSampler(steps=2)
     pipe.set_progress_bar_config(disable=True)
     return pipe, prompt
+
+
+def disturbed_copy(model: Any, scale: float, seed: int = 1) -> Any:
+    """The same network with noise on its weights: a draft that is often, but not always, right."""
+    generator = torch.Generator().manual_seed(seed)
+    other: Any = tiny_llamagen(grid=model.grid).to(torch.float64)
+    for ours, theirs in zip(
+        model.transformer.parameters(), other.transformer.parameters(), strict=True
+    ):
+        noise = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
+        theirs.data.copy_(ours.data + scale * ours.data.std() * noise)
+    return other

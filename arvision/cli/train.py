@@ -81,7 +81,7 @@ def train(
         int | None, typer.Option(help="With --data: pictures per step; 32.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="With --data: peak of the schedule; 0.001.")
+        float | None, typer.Option(help="With --data: peak of both schedules; 0.001.")
     ] = None,
     sample_every: Annotated[
         int | None, typer.Option(help="With --data: steps between sheets of samples.")

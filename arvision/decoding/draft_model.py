@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +96,10 @@ class Calibration:
                     f"{len(FEATURES)}, for {', '.join(FEATURES)}"
                 )
 
-    def __call__(self, coupling: str, features: Tensor) -> Tensor:
-        """Probabilities [...] from features [..., 4]."""
-        weights = torch.as_tensor(
-            self.weights["gumbel" if coupling == "gumbel" else "independent"], dtype=features.dtype
-        )
-        return (features @ weights.to(features.device)).sigmoid()
+    def weights_of(self, coupling: str, like: Tensor) -> Tensor:
+        """The weights [4] of a coupling, of the device and dtype of `like`."""
+        weights = self.weights["gumbel" if coupling == "gumbel" else "independent"]
+        return torch.as_tensor(weights, dtype=like.dtype).to(like.device)
 
 
 UNCALIBRATED = Calibration(dict.fromkeys(MEASURED, (1.0, 0.0, 0.0, 0.0)))
@@ -157,6 +156,9 @@ class DraftModelDrafter:
     at earlier positions: a row may look at its last draft and then stop, as that draft is verified
     all the same.
 
+    In passes of fixed shapes a batch always drafts to the end, and the drafts of rows that have
+    stopped are left out, or under Gumbel coupling kept.
+
     Args:
         draft: the draft model.
         conditions: one per image.
@@ -187,10 +189,15 @@ class DraftModelDrafter:
         self._accepted = self._passes = 0
         self._drafted: Tensor | int = 0
 
+    unread = ("_draft", "_conditions", "_known", "_reach", "_drafted", "_accepted", "_passes")
+    renewed = ("_counted",)
+
     @property
     def figures(self) -> DraftFigures:
         """Counts since the drafter was made."""
-        return DraftFigures(int(self._drafted), self._accepted, self._passes)
+        own = (int(self._drafted), self._accepted, self._passes)
+        fixed = (0, 0, 0) if self._counted is None else self._counted.tolist()
+        return DraftFigures(*(a + b for a, b in zip(own, fixed, strict=True)))
 
     def start(self, noise: Noise, vocab_size: int, num_tokens: int) -> None:
         """Prefill the draft's state."""
@@ -199,9 +206,35 @@ class DraftModelDrafter:
         self._reach = 2
         self._noise, self._num_tokens = noise, num_tokens
         self._given: Given | None = None
-        self._state = FollowingState(
+        self._counted: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._state: Any = FollowingState(
             self._draft, self._conditions, self._scale, self._shape, num_tokens
         )
+
+    @property
+    def why_not_fixed(self) -> str | None:
+        """Why the draft does not draft in passes of fixed shapes."""
+        return self._state.why_not_fixed
+
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """See `arvision.decoding.drafter.FixedDrafter`."""
+        return self.why_not_fixed is None
+
+    def fix(self, num: int) -> None:
+        """Passes of `num` candidates of fixed shapes follow, see `arvision.decoding.drafter.Carries`."""
+        self._state = self._state.fixed(num)
+        if self._counted is None:
+            self._counted = torch.zeros(3, dtype=torch.int64, device=self._noise.device)
+
+    def carry(self) -> list[Tensor]:
+        """Drafts, accepted ones and calls so far; see `figures`."""
+        return [] if self._counted is None else [self._counted]
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Go on from what a pass left."""
+        (self._counted,) = carried
 
     def keep(self, given: Given) -> None:
         """Draft behind given tokens, see `arvision.decoding.given.KeepsGiven`."""
@@ -213,45 +246,66 @@ class DraftModelDrafter:
         See `arvision.decoding.loop.Drafter`.
         """
         room = self._num_tokens - 1 - lengths
-        is_going = room > 0
-        most_room = self._num_tokens - 1 - min(self._known)
+        is_fixed, is_gumbel = self._counted is not None, self._coupling == "gumbel"
+        most_room = num if is_fixed else self._num_tokens - 1 - min(self._known)
         if num == 0 or most_room <= 0:
             return TokenTree(tokens[:, :0], self._no_laws(tokens))
         root = tokens.gather(1, lengths[:, None] - 1)
         law = self._state.follow(tokens, lengths, self._known)
-        num = min(num, self._state.most(), most_room)
-        if self._coupling == "gumbel" and self._threshold < 1 and not tokens.is_cpu:
-            num = min(num, self._reach)
-        drafts, laws = root[:, :0], []
+        num = self._most(min(num, most_room), tokens.is_cpu)
+        # Where no row stops early, all go on to the end of the longest.
+        stops = self._threshold < 1 and not (is_fixed and is_gumbel)
+        drafts, laws, is_going = root[:, :0], [], room > 0
         likely = StillLikely(len(root), self._threshold, law)
         while True:
             place = drafts.shape[1]
             if self._given is not None:
                 law = self._given.pin(law[:, None], (lengths + place)[:, None])[:, 0]
-            token, scores = self._pick(law, lengths + place, round_number)
-            is_draft = place < room if self._coupling == "gumbel" else is_going
+            token, scores = self._pick(law, lengths + place, round_number, stops)
+            is_draft = place < room if is_gumbel else is_going
             drafts = torch.cat([drafts, token.where(is_draft, -1)[:, None]], dim=1)
             laws.append(law)
-            if self._threshold < 1:
-                features = confidence_features(law, scores, token)
-                likely.see(self._calibration(self._coupling, features))
+            if stops:
+                likely.see(self._acceptance(law, scores, token))
             is_going = is_going & likely.going & (place + 1 < room)
-            # Where no row stops early, all go on to the end of the longest.
-            if place + 1 == num or (self._threshold < 1 and none_left(is_going)):
+            if place + 1 == num or (stops and not is_fixed and none_left(is_going)):
                 break
             law = self._state.extend(torch.cat([root, drafts.clamp(min=0)], dim=1))[:, -1]
-        logq = None if self._coupling == "gumbel" else torch.stack(laws, dim=1)
-        return TokenTree(drafts, logq)
+        if self._counted is not None:
+            self._counted[2].add_(num)
+        return TokenTree(drafts, None if is_gumbel else torch.stack(laws, dim=1))
+
+    def _most(self, num: int, is_cpu: bool) -> int:
+        """How many of `num` drafts there are at most in this round."""
+        if self._counted is not None:
+            return num
+        if self._coupling == "gumbel" and self._threshold < 1 and not is_cpu:
+            num = min(num, self._reach)
+        return min(num, self._state.most())
+
+    def _acceptance(self, law: Tensor, scores: Tensor, token: Tensor) -> Tensor:
+        """Probability [B] that a draft will be accepted."""
+        features = confidence_features(law, scores, token)
+        if self._weights is None:
+            self._weights = self._calibration.weights_of(self._coupling, features)
+        return (features @ self._weights).sigmoid()
 
     def _no_laws(self, tokens: Tensor) -> Tensor | None:
         if self._coupling == "gumbel":
             return None
         return torch.zeros(len(tokens), 0, self._draft.vocab_size, device=tokens.device)
 
-    def _pick(self, law: Tensor, positions: Tensor, round_number: int) -> tuple[Tensor, Tensor]:
-        """A draft [B] from `law` [B, V], and the scores [B, V] that it is the argmax of or not."""
+    def _pick(
+        self, law: Tensor, positions: Tensor, round_number: int, scored: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A draft [B] from `law` [B, V], and the scores [B, V] that it is the argmax of or not.
+
+        Where these are not wanted it is the law.
+        """
         where = positions.clamp(max=self._num_tokens - 1)[:, None]
         if self._coupling == "gumbel":
+            if not scored:
+                return self._noise.best(law[:, None], where)[:, 0], law
             scores = law + self._noise.gumbel(where, law.shape[-1], law.dtype)[:, 0]
             return scores.argmax(-1), scores
         uniforms = self._noise.uniform(where, "draft", round_number)[:, 0]
@@ -259,6 +313,10 @@ class DraftModelDrafter:
 
     def observe(self, chain: Round, verdict: Verdict) -> None:
         """Count what was accepted."""
+        if self._counted is not None:
+            accepted = (verdict.counts - 1).clamp(min=0)  # finished rows have no token
+            self._counted[:2].add_(torch.stack([(chain.drafts >= 0).sum(), accepted.sum()]))
+            return
         counts = verdict.counts.tolist() if verdict.given is None else verdict.given
         self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
         if verdict.known is not None:

@@ -17,6 +17,7 @@ from ..contracts import (
     TakesFixedChains,
     TokenModel,
 )
+from .fixed_step import MakesRoom
 from .tree import Topology
 
 
@@ -156,12 +157,18 @@ class FixedFollowing:
 
     def __init__(self, before: FollowingState, num: int) -> None:
         self.state, self._shape = before.state, before._shape
-        self._vocab_size, self._num = before._vocab_size, num
+        self._vocab_size, self._num = before._vocab_size, 0
         self._begin = self.state.lengths
+        self.fixed(num)
+
+    why_not_fixed = None
 
     def fixed(self, num: int) -> FixedFollowing:
         """The same for other passes; those before may have made more tokens final."""
         self._num = max(self._num, num)
+        if isinstance(self.state, MakesRoom):
+            for width in (self._num, 1):
+                self.state.make_room(width, None)
         return self
 
     def follow(self, tokens: Tensor, lengths: Tensor, given: Sequence[int] | None = None) -> Tensor:

@@ -333,5 +333,8 @@ def fixed_rounds(
             rows.catch_up(step)
             policy.observe(step.window, [a - b for a, b in zip(room, rows.room, strict=True)], room)
     finally:
+        if step is not None and isinstance(drafter, Carries):
+            # Where it stands is for other calls.
+            drafter.restore([part.clone() for part in step.carried])
         run.leave_graphs()
     return candidates, windows

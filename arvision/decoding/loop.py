@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -97,9 +96,7 @@ def decode_tokens(
         if why_not is None:
             candidates, windows = fixed_rounds(loop.rows, state, drafter, rule, shape, policy)
             return run.samples(candidates=candidates, windows=windows, **run.told)
-        warnings.warn(
-            f"compiled for {run.steps.mode!r}, and the ordinary loop runs: {why_not}", stacklevel=2
-        )
+        run.warn_of_loop(why_not)
     while loop.rows.num_active and not run.stopped:
         loop.round()
     return run.samples(candidates=loop.candidates, windows=loop.windows, step="loop")

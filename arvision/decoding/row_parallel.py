@@ -72,6 +72,7 @@ def decode_rows(
             "(see arvision.contracts.FeedsAnywhere)"
         )
     run.begin(logits.device)
+    run.warn_of_loop("which rows take part in a pass, and where, is decided on the host")
     run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
     active = np.arange(run.batch)
@@ -104,7 +105,7 @@ def decode_rows(
         windows.append(plan.positions.shape[1])
         counts = (known.num_final() - before)[going]
         run.report(known.to_device(counts), at_work, counts.tolist())
-    return run.samples(candidates=candidates, windows=windows)
+    return run.samples(candidates=candidates, windows=windows, step="loop")
 
 
 def check_row_parallel(model: TokenModel, sampler: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Every loop keeps its books here: the token loop, several rows at once, scales, l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -353,6 +354,12 @@ class Run:
         if self.steps is None or not self.steps.drives(self.tokens.device):
             return {}
         return {"step": self.steps.mode, "warm_up": self.warm_up}
+
+    def warn_of_loop(self, why: str) -> None:
+        """Say why passes of fixed shapes do not run, where they were asked for."""
+        if self.steps is not None and self.steps.drives(self.tokens.device):
+            text = f"compiled for {self.steps.mode!r}, and the ordinary loop runs: {why}"
+            warnings.warn(text, stacklevel=3)
 
     def leave_graphs(self) -> None:
         """Nothing of this run is captured or replayed any more."""

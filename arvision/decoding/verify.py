@@ -253,6 +253,10 @@ def _couple(chain: Round, coupling: str) -> Verdict:
         chain.noise.uniform(places[:, :-1], "recover", chain.number),
         chain.noise.uniform(places, "token", chain.number),
     ]
+    if coupling == "maximal" and chain.drafts.shape[1]:
+        # Where a row has no draft it draws what it would draw behind its last one, so that its
+        # tokens do not depend on how long the chains beside it are.
+        uniforms[1] = torch.where(chain.drafts < 0, uniforms[2][:, :-1], uniforms[1])
     laws = (draft_laws(chain).to(chain.target_logp.dtype), chain.target_logp)
     return Verdict(*_core(laws[1]).verify(chain.drafts, *laws, *uniforms, coupling=coupling))
 

@@ -11,10 +11,31 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Normalisation over 32 groups, or 24 where 32 do not divide the channels."""
     return nn.GroupNorm(24 if channels % 32 else 32, channels, eps=1e-6)
+
+
+def regroup(network: nn.Module, num_groups: int) -> None:
+    """Normalise over other groups in all layers of a network; the parameters keep their shapes.
+
+    A group of one channel (32 groups at a width of 32) forgets how bright the channel is, and with
+    it flat colours. The published widths have four channels or more in each.
+
+    Raises:
+        InputError: a width that so many groups do not divide.
+    """
+    for norm in network.modules():
+        if isinstance(norm, nn.GroupNorm):
+            if norm.num_channels % num_groups:
+                raise InputError(
+                    f"norm_num_groups {num_groups}: expected a divisor of all widths, such as "
+                    f"{norm.num_channels}"
+                )
+            norm.num_groups = num_groups
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -43,6 +43,7 @@ def load_text_model(
 
     path = user_path(name)
     options: dict[str, Any] = {}
+    unpacked: dict[str, Any] = {}
     source = str(path) if path.is_dir() else str(name)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
@@ -51,6 +52,8 @@ def load_text_model(
         with optional("text", "a GGUF file"):
             import gguf  # noqa: F401
         source, options = str(files[0].parent), {"gguf_file": files[0].name}
+        # Drafts are cut from weights, and fits train them: packed ones are neither to be read nor cast.
+        unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     elif not path.is_dir() and (path.is_absolute() or str(name).startswith(".")):
         raise InputError(f"model {str(name)!r}: no such folder")
     try:
@@ -72,7 +75,7 @@ def load_text_model(
                     auto = "AutoModelForSeq2SeqLM"
         with counted:
             loaded: Any = getattr(transformers, auto).from_pretrained(
-                source, dtype=dtype or "auto", output_loading_info=True, **options
+                source, dtype=dtype or "auto", output_loading_info=True, **options, **unpacked
             )
         network, report = loaded
         if "gguf_file" not in options:

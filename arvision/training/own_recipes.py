@@ -25,6 +25,9 @@ SMALLEST_SIDE, MOST_GRID, MOST_FACTOR = 16, 32, 16
 HEAD_WIDTH = 32
 """Pixels of a side, tokens of a side, pixels per token and side; and what divides widths."""
 
+GROUPS = 8
+"""Of channels in a tokenizer's normalisation: four in each at the narrowest."""
+
 TEXT_WIDTH, MOST_CAPTION = 64, 64
 """Width of a text encoder trained along, and tokens of a caption that it reads at most."""
 
@@ -47,7 +50,7 @@ class OwnSettings:
         num_layers: its blocks.
         codebook_size: codes of the tokenizer ("llamagen" and "var").
         batch_size: pictures per step.
-        learning_rate: peak of the transformer's schedule.
+        learning_rate: peak of both schedules.
         sample_every: steps between two sheets of samples and measurements on what is held out; None
             for a tenth of a stage.
         mixed_precision: "no" or "bf16"; None for bf16 on an accelerator, and on a CPU for what is
@@ -212,6 +215,7 @@ def _llamagen(settings: OwnSettings, pictures: OwnPictures) -> list[Stage[Work]]
             "codebook_size": settings.codebook_size,
             "code_dim": 8,
             "num_recorded": 0,
+            "norm_num_groups": GROUPS,
         }
     )
     sizes = {
@@ -233,7 +237,12 @@ def _var(settings: OwnSettings, pictures: OwnPictures) -> list[Stage[Work]]:
         "codebook_size": settings.codebook_size,
         "z_channels": 16,
     }
-    tokenizer = {"ch": 32, "ch_mult": settings.levels, "num_res_blocks": 1}
+    tokenizer = {
+        "ch": 32,
+        "ch_mult": settings.levels,
+        "num_res_blocks": 1,
+        "norm_num_groups": GROUPS,
+    }
     transformer = {
         "hidden_size": settings.hidden_size,
         "num_layers": settings.num_layers,
@@ -253,6 +262,7 @@ def _mar(settings: OwnSettings, pictures: OwnPictures) -> list[Stage[Work]]:
         "ch_mult": settings.levels,
         "num_res_blocks": 1,
         "latent_dim": 8,
+        "norm_num_groups": GROUPS,
     }
     transformer = {
         "latent_dim": 8,
@@ -302,12 +312,11 @@ def check_captions(settings: OwnSettings, captions: str | Path | None) -> None:
 def timed(stage: Stage[Work], settings: OwnSettings, steps: int, mixed_precision: str) -> Any:
     """A stage of so many steps in the loop's settings of a run."""
     every = settings.sample_every or max(1, steps // 10)
-    is_transformer = stage.name == "transformer"
     fit = replace(
         stage.fit,
         steps=steps,
         batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate if is_transformer else stage.fit.learning_rate,
+        learning_rate=settings.learning_rate,
         warmup=min(100, steps // 10),
         seed=settings.seed,
         mixed_precision=mixed_precision,

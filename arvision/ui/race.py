@@ -53,16 +53,14 @@ class Race:
     def run(self, timeout: float) -> Iterator[None]:
         """Draw; yields whenever a runner has something new to show, and at the end.
 
-        Closing the iterator stops all draws after their passes.
+        Closing the iterator stops all draws after their passes, and so does the end of the program.
 
         Args:
             timeout: seconds after which the draws are stopped.
         """
         until = time.monotonic() + timeout
-        threads = [
-            threading.Thread(target=self._run, args=(runner,), daemon=True)
-            for runner in self.runners
-        ]
+        # No daemons: Python's end waits for the pass that each is in, and does not break into torch.
+        threads = [threading.Thread(target=self._run, args=(runner,)) for runner in self.runners]
         for thread in threads:
             thread.start()
         self._pass_on()
@@ -100,7 +98,7 @@ class Race:
             runner.turn.clear()
             self._pass_on()
             runner.turn.wait()
-            if self.is_stopped:
+            if self.is_stopped or not threading.main_thread().is_alive():
                 pipe._interrupt = True
             begun = time.perf_counter()
 

@@ -52,8 +52,13 @@ def test_image_models_draw_what_the_loop_draws(name):
         "sjd:window=3:coupling=maximal",
         "sjd:window=7:tree=drift",
         "sjd:window=7:tree=static:coupling=maximal",
+        "draft:max_draft=3:draft_guidance_scale=1:stop_threshold=1",
+        "draft:max_draft=3:draft_guidance_scale=1:stop_threshold=0.5:coupling=maximal",
     ):
         sampler = get_sampler(spec)
+        if sampler.needs:
+            # Of another law by its guidance, where there is any.
+            sampler = sampler.bind(draft=model)
         scale = 2.0 if model.has_guidance else 1.0
         options: dict[str, Any] = {"seeds": [0, (3, 1)], "guidance_scale": scale}
         loop = sampler(model, prompts, **options)
@@ -317,6 +322,9 @@ class Drafted:
         "sjd:window=3:init=memory",
         "sjd:window=6:tree=drift:init=memory",
         "sjd:window=6:tree=static:coupling=maximal:init=above",
+        "draft:max_draft=2",
+        "draft:max_draft=3:coupling=maximal:stop_threshold=0.6",
+        "draft:max_draft=3:coupling=independent:stop_threshold=0.6",
         *EXPANSIONS,
     ],
 )
@@ -324,6 +332,9 @@ def test_the_law_is_the_models_own(spec, forgets):
     model = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0, grid=(2, 2))
     model.forgets = forgets
     sampler: Any = Drafted(spec) if spec in EXPANSIONS else get_sampler(spec)
+    if getattr(sampler, "needs", None):
+        draft = FixedTable(vocab_size=3, num_tokens=4, sharpness=1.0, seed=1, grid=(2, 2))
+        sampler = sampler.bind(draft=draft)
     num = 6000
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

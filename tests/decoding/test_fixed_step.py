@@ -8,6 +8,7 @@ from inspect import signature
 import pytest
 import torch
 from forms import covered, slow
+from tiny_pipelines import disturbed_copy
 
 import arvision
 from arvision import InputError, get_sampler
@@ -32,6 +33,9 @@ SAMPLERS = [
     "sjd:window=9:tree=static:coupling=maximal:init=above",
     "gsd",
     "lantern",
+    "draft:max_draft=4:stop_threshold=1",
+    "draft:max_draft=3:coupling=maximal",
+    "draft:max_draft=4:coupling=independent:stop_threshold=0.55",
 ]
 SEEDS = [0, (1, 2), 3, 4, 5]
 
@@ -42,24 +46,48 @@ def model():
     return tiny_llamagen().to(torch.float64)
 
 
-def draw(model, sampler, steps=None, num=5, scale=3.0):
+@pytest.fixture(scope="module")
+def small(model):
+    return disturbed_copy(model, 0.2)
+
+
+def draw(model, sampler, steps=None, num=5, scale=3.0, draft=None):
     more = {} if steps is None else {"steps": steps}
+    chosen = get_sampler(sampler)
+    if chosen.needs:
+        chosen = chosen.bind(draft=draft)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # windows cut to the tiny image
-        return get_sampler(sampler)(
+        return chosen(
             model, [k % 3 for k in range(num)], seeds=SEEDS[:num], guidance_scale=scale, **more
         )
 
 
 @pytest.mark.parametrize(("sampler", "reads_every"), covered(SAMPLERS, [1, 3]))
-def test_a_fixed_step_draws_what_the_loop_draws(model, sampler, reads_every):
-    loop = draw(model, sampler)
-    fixed = draw(model, sampler, Steps("eager", reads_every))
+def test_a_fixed_step_draws_what_the_loop_draws(model, small, sampler, reads_every):
+    loop = draw(model, sampler, draft=small)
+    fixed = draw(model, sampler, Steps("eager", reads_every), draft=small)
     assert (fixed.stats.step, loop.stats.step) == ("eager", "loop")
     assert torch.equal(fixed.tokens, loop.tokens)
     assert fixed.stats.commit_pass == loop.stats.commit_pass
     assert fixed.stats.passes_per_image == loop.stats.passes_per_image
     assert 0 <= fixed.stats.forward_passes - loop.stats.forward_passes < reads_every
+
+
+@pytest.mark.parametrize("coupling", ["gumbel", "maximal", "independent"])
+def test_a_draft_is_counted_and_always_drafts_to_the_end(model, small, coupling):
+    name = f"draft:max_draft=4:coupling={coupling}"
+    loop, fixed = (draw(model, name, steps, draft=small) for steps in (None, Steps("eager")))
+    whole = draw(model, f"{name}:stop_threshold=1", draft=small)
+    assert torch.equal(fixed.tokens, loop.tokens)
+    # Drafts behind a place where a row would have stopped change no picture under Gumbel coupling.
+    same = whole if coupling == "gumbel" else loop
+    assert fixed.stats.commit_pass == same.stats.commit_pass
+    for figure in ("drafted", "accepted", "acceptance_rate"):
+        assert fixed.stats[figure] == same.stats[figure]
+    assert 0 < fixed.stats.acceptance_rate < 1
+    # All drafts of all passes but the last, and the calls for those behind the last token.
+    assert 4 * fixed.stats.forward_passes <= fixed.stats.draft_passes
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
@@ -92,9 +120,10 @@ def test_captions_of_different_lengths():
         slow("sjd:window=6:init=memory"),
         "sjd:window=5:tree=static:coupling=maximal",
         slow("sjd:window=5:tree=drift"),
+        "draft:max_draft=3:stop_threshold=0.6:coupling=independent",
     ],
 )
-def test_a_step_is_one_graph_and_is_compiled_once(model, sampler, monkeypatch):
+def test_a_step_is_one_graph_and_is_compiled_once(model, small, sampler, monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
@@ -108,14 +137,14 @@ def test_a_step_is_one_graph_and_is_compiled_once(model, sampler, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     steps = Steps("default")
-    fixed, loop = draw(model, sampler, steps, num=2), draw(model, sampler, num=2)
+    fixed, loop = (draw(model, sampler, how, num=2, draft=small) for how in (steps, None))
     assert torch.equal(fixed.tokens, loop.tokens)
     # What the pass that compiled it has learned is forgotten.
     assert fixed.stats.commit_pass == loop.stats.commit_pass
     assert fixed.stats.warm_up > 0
     made = len(graphs)
     assert 1 <= made <= 3  # for two images, for the last one of them, and no more
-    again = draw(model, sampler, steps, num=2)
+    again = draw(model, sampler, steps, num=2, draft=small)
     assert torch.equal(again.tokens, fixed.tokens)
     assert again.stats.warm_up == 0
     assert len(graphs) == made
@@ -143,9 +172,9 @@ class Watched(Steps):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_pass_can_be_replayed(model, sampler):
+def test_a_pass_can_be_replayed(model, small, sampler):
     steps = Watched("eager")
-    draw(model, sampler, steps, num=1)
+    draw(model, sampler, steps, num=1, draft=small)
     # A graph that is captured replays what it has seen: reads, and results in new places, get lost.
     assert set(steps.reads) == {0}
 
@@ -174,8 +203,39 @@ def test_pipelines_are_compiled_and_say_what_ran(tiny_pipeline):
 
 
 def test_a_sampler_without_fixed_shapes_draws_on_and_says_so(model):
-    sampler = get_sampler("draft", max_draft=3).bind(draft=model)
     with pytest.warns(UserWarning, match="the ordinary loop runs"):
+        out = get_sampler("zipar")(model, [0], seeds=[0], guidance_scale=1.0, steps=Steps("eager"))
+    assert out.stats.step == "loop"
+
+
+class Plain:
+    """A token model whose states do what they must, and no more."""
+
+    def __init__(self, model):
+        self._model = model
+        self.vocab_size, self.num_tokens, self.grid = model.vocab_size, model.num_tokens, model.grid
+
+    def decode(self, tokens):
+        return self._model.decode(tokens)
+
+    def start(self, conditions, guidance_scale=1.0):
+        state, logits = self._model.start(conditions, guidance_scale)
+        return PlainState(state), logits
+
+
+class PlainState:
+    def __init__(self, state):
+        self._state = state
+        self.extend, self.commit = state.extend, state.commit
+
+    @property
+    def lengths(self):
+        return self._state.lengths
+
+
+def test_a_draft_model_without_fixed_shapes_is_named(model):
+    sampler = get_sampler("draft", max_draft=3).bind(draft=Plain(model))
+    with pytest.warns(UserWarning, match="runs: the draft model has no passes of fixed shapes"):
         out = sampler(model, [0], seeds=[0], guidance_scale=1.0, steps=Steps("eager"))
     assert out.stats.step == "loop"
 

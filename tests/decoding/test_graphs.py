@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -12,6 +13,7 @@ import pytest
 import torch
 from taped import Taped
 from text_models import random_prompts, tiny_llama
+from tiny_pipelines import disturbed_copy
 
 import arvision
 from arvision import get_sampler
@@ -34,6 +36,8 @@ SAMPLERS = [
     "sjd:window=5:init=above",
     "gsd",
     "lantern",
+    "draft:max_draft=4",
+    "draft:max_draft=4:coupling=independent:stop_threshold=0.55",
 ]
 
 
@@ -50,6 +54,8 @@ def model():
 
 def draw(model, sampler, steps=None, num=3, first=0, scale=3.0, **more):
     chosen = get_sampler(sampler) if isinstance(sampler, str) else sampler
+    if chosen.needs:
+        chosen = chosen.bind(draft=draft_of(model))
     if steps is not None:
         more["steps"] = steps
     with warnings.catch_warnings():
@@ -61,6 +67,11 @@ def draw(model, sampler, steps=None, num=3, first=0, scale=3.0, **more):
             guidance_scale=scale,
             **more,
         )
+
+
+@functools.cache
+def draft_of(model):
+    return disturbed_copy(model, 0.2)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -94,8 +105,11 @@ def test_nothing_that_a_graph_looks_at_is_forgotten(model, sampler):
     """All memory from outside that a pass looks at moves with a call, or is the same in all calls."""
     steps, capture = taped()
     draw(model, sampler, steps)
-    weights = {part.untyped_storage().data_ptr() for part in model.transformer.parameters()}
-    tables = [*model.transformer._rotary.values(), _constants(torch.device("cpu"))]
+    networks = [model.transformer, draft_of(model).transformer]
+    parts = [part for network in networks for part in network.parameters()]
+    weights = {part.untyped_storage().data_ptr() for part in parts}
+    rotary = [table for network in networks for table in network._rotary.values()]
+    tables = [*rotary, _constants(torch.device("cpu"))]
     weights |= {table.untyped_storage().data_ptr() for table in tables}
     for tape, graph in zip(capture.tapes, steps.graphs._graphs.values(), strict=True):
         kept = [*graph.tensors, *graph.held, *graph.renewed]

@@ -15,6 +15,7 @@ from arvision.models import (
     NextStepAutoencoder,
     VARTokenizer,
 )
+from arvision.models.conv_blocks import group_norm, regroup
 from arvision.testing import tiny_llamagen
 
 SIZES = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
@@ -99,3 +100,26 @@ def test_what_is_no_picture_is_refused(tokenizer, images, message):
     with pytest.raises(InputError, match=message) as told:
         tokenizer.encode(images)
     assert "\n" not in str(told.value)
+
+
+def test_wider_groups_keep_what_is_the_same_in_all_places():
+    norm = group_norm(32)
+    flat = torch.randn(2, 32, 1, 1).expand(2, 32, 4, 4)
+    assert norm(flat).abs().max() < 1e-3
+    regroup(norm, 8)
+    assert norm(flat).std() > 0.9
+
+
+@pytest.mark.parametrize("kind", [LlamaGenTokenizer, VARTokenizer, MARAutoencoder])
+def test_groups_of_channels_are_saved_with_a_tokenizer(kind, tmp_path):
+    sizes = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1}
+    sizes |= {"patch_nums": (1, 4)} if kind is VARTokenizer else {}
+    pixels = torch.rand(1, 3, 8, 8)
+    narrow, wide = kind(**sizes), kind(**sizes, norm_num_groups=8)
+    wide.load_state_dict(narrow.state_dict())
+    seen = wide.encoder(pixels)
+    assert not torch.allclose(seen, narrow.encoder(pixels), atol=1e-2)
+    wide.save_pretrained(tmp_path)
+    assert torch.equal(kind.from_pretrained(tmp_path).encoder(pixels), seen)
+    with pytest.raises(InputError, match="norm_num_groups 5: expected a divisor of all widths"):
+        kind(**sizes, norm_num_groups=5)

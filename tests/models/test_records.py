@@ -227,8 +227,11 @@ def test_kl8_draws_and_is_saved(files, tmp_path):
     assert torch.equal(out.images, again.images)
 
 
-def test_kl8_as_an_autoencoder_of_diffusers(files):
-    vae = MARAutoencoder.from_official(files[1]).eval()
+@pytest.mark.parametrize("num_groups", [32, 8])
+def test_kl8_as_an_autoencoder_of_diffusers(files, num_groups):
+    official = MARAutoencoder.from_official(files[1])
+    vae = MARAutoencoder(**dict(official.config) | {"norm_num_groups": num_groups}).eval()
+    vae.load_state_dict(official.state_dict())
     pixels = torch.rand(1, 3, 8, 8) * 2 - 1
     ours = vae.moments(pixels)[0]
     encoded: Any = to_diffusers(vae).encode(pixels)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from forms import SHORT, by_draws, by_fault, covered
 from mutants import clinging, generous
+from tiny_pipelines import disturbed_copy
 
 import arvision
 from arvision import ARPipeline, InputError, get_sampler
@@ -37,17 +38,11 @@ def table_pair(seed, kind: Any = DroppingTableModel):
     return target, draft
 
 
-def disturbed(model, scale, seed=1):
-    """The same network with noise on its weights: a draft that is often, but not always, right."""
-    generator = torch.Generator().manual_seed(seed)
-    other: Any = tiny_llamagen(grid=model.grid).to(torch.float64)
-    for ours, theirs in zip(
-        model.transformer.parameters(), other.transformer.parameters(), strict=True
-    ):
-        noise = torch.randn(ours.shape, generator=generator, dtype=ours.dtype)
-        theirs.data.copy_(ours.data + scale * ours.data.std() * noise)
-    other.calibration = WEIGHTS
-    return other
+def disturbed(model, scale):
+    """A draft that is often, but not always, right, and stops at confidence of its own."""
+    draft = disturbed_copy(model, scale)
+    draft.calibration = WEIGHTS
+    return draft
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +129,12 @@ def test_a_small_unrelated_draft_does_not_change_the_picture(model):
     assert torch.equal(out.tokens, plain.tokens)
 
 
-def test_speculative_pictures_do_not_depend_on_the_batch(model):
+@pytest.mark.parametrize("coupling", ["independent", "maximal"])
+def test_speculative_pictures_do_not_depend_on_the_batch(model, coupling):
     """Rows stop where their own drafts look doubtful, whatever stands beside them."""
     classes, seeds = [k % 3 for k in range(7)], [(8, k) for k in range(7)]
     sampler = get_sampler(
-        "draft", draft=disturbed(model, 0.1), coupling="independent", stop_threshold=0.6
+        "draft", draft=disturbed(model, 0.1), coupling=coupling, stop_threshold=0.6
     )
     batch = sampler(model, classes, seeds=seeds, guidance_scale=2.0)
     assert len(set(batch.stats.passes_per_image)) > 1, "the batch was meant to be ragged"

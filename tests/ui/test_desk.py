@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -130,6 +132,32 @@ def test_what_one_raises_is_its_own():
         pass
     assert str(race.runners[0].error) == "broken"
     assert race.runners[1].pictures == ["drawn"]
+
+
+LEFT = """
+import threading, time, types
+from arvision.ui.race import Race
+
+def draw(on_step):
+    pipe = types.SimpleNamespace(_interrupt=False)
+    for step in range(1, 6001):
+        time.sleep(0.01)
+        on_step(pipe, step, step, {"finished": step, "preview": []})
+        if pipe._interrupt:
+            break
+    print(step < 6000)
+    return types.SimpleNamespace(images=[])
+
+going = Race([draw, draw]).run(60)
+next(going)
+"""
+
+
+def test_the_end_of_the_program_ends_draws_after_their_passes():
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", "")
 
 
 @pytest.mark.parametrize(

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "arvision.cli", "ui"]
+gradio = pytest.importorskip("gradio")
 
 
-def refused(*options: str) -> str:
-    done = subprocess.run(
-        [*COMMAND, *options], capture_output=True, text=True, timeout=240, check=False
-    )
+def refused(cli, *options: str) -> str:
+    done = cli("ui", *options)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr
 
 
-gradio = pytest.importorskip("gradio")
-
-
-def test_a_port_in_use_and_an_unknown_model_are_one_line():
+def test_a_port_in_use_and_an_unknown_model_are_one_line(cli):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = refused("--port", str(taken.getsockname()[1]))
+        said = refused(cli, "--port", str(taken.getsockname()[1]))
     assert "cannot be served (Address already in use)" in said
-    assert "did you mean 'llamagen-fashion" in refused("--port", "0", "--model", "llamagen-fasion")
+    assert "did you mean 'llamagen-fashion" in refused(
+        cli, "--port", "0", "--model", "llamagen-fasion"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from ..conv_blocks import (
     Upsample,
     conv3x3,
     group_norm,
+    regroup,
 )
 from ..network import Network
 from ..pixels import check_codes, read_pixels
@@ -152,9 +153,10 @@ class LlamaGenTokenizer(Network):
         codebook_size: number of codes V.
         code_dim: width of a code.
         num_recorded: length of the official usage record; 0 for none.
+        norm_num_groups: groups of channels that are normalised together; see `regroup`.
 
     Raises:
-        InputError: widths that group normalisation cannot split into 32 groups.
+        InputError: widths that group normalisation cannot split into so many groups.
 
     Paper: Sun et al., "Autoregressive Model Beats Diffusion", 2024, section 2.2.
     """
@@ -169,6 +171,7 @@ class LlamaGenTokenizer(Network):
         codebook_size: Size = 16384,
         code_dim: Size = 8,
         num_recorded: Count = 65536,
+        norm_num_groups: Size = 32,
     ) -> None:
         super().__init__()
         if ch % 32:
@@ -178,6 +181,8 @@ class LlamaGenTokenizer(Network):
         self.quantize = Quantizer(codebook_size, code_dim, num_recorded)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
+        if norm_num_groups != 32:
+            regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...networks import entry, hot_entry
 from ...schema import Layers, Levels, Positive, Side, Size
-from ..conv_blocks import AttentionBlock, Decoder, Encoder
+from ..conv_blocks import AttentionBlock, Decoder, Encoder, regroup
 from ..network import Network
 from ..pixels import read_pixels
 from .convert import AUTOENCODER_WRAPPERS, autoencoder_sizes
@@ -36,6 +36,7 @@ class MARAutoencoder(Network):
         scaling_factor: multiplies the latents; one over their standard deviation.
         patch_size: side of the square of latents that makes a token of D = latent_dim patch_size^2.
         level_attention: whether the deepest level of the encoder has attention, as KL-16's.
+        norm_num_groups: groups of channels that are normalised together; see `regroup`.
     """
 
     @register_to_config
@@ -48,6 +49,7 @@ class MARAutoencoder(Network):
         scaling_factor: Positive = OFFICIAL_SCALE,
         patch_size: Side = 1,
         level_attention: bool = True,
+        norm_num_groups: Size = 32,
     ) -> None:
         super().__init__()
         sizes = (ch, ch_mult, num_res_blocks)
@@ -56,6 +58,8 @@ class MARAutoencoder(Network):
         self.decoder = Decoder(*sizes, latent_dim, AttentionBlock, None)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
+        if norm_num_groups != 32:
+            regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> MARAutoencoder:

@@ -54,6 +54,7 @@ def to_diffusers(autoencoder: MARAutoencoder) -> AutoencoderKL:
         "layers_per_block": config["num_res_blocks"],
         "latent_channels": config["latent_dim"],
         "scaling_factor": config["scaling_factor"],
+        "norm_num_groups": config["norm_num_groups"],
     }
     out = AutoencoderKL(**sizes)
     # AutoencoderKL sizes the head of a block's attention by the number before its width.

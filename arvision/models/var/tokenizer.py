@@ -15,7 +15,7 @@ from ...checkpoint import load_strictly, read_state_dict, split_placement
 from ...errors import InputError
 from ...networks import entry, hot_entry
 from ...schema import Between, Layers, Levels, Modules, Scales, Size
-from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock
+from ..conv_blocks import Decoder, Encoder, FusedAttentionBlock, regroup
 from ..network import Network
 from ..pixels import check_codes, read_pixels
 from .convert import TOKENIZER_WRAPPERS, tokenizer_sizes, without_records
@@ -46,9 +46,10 @@ class VARTokenizer(Network):
         codebook_size: number of codes V.
         num_shared: convolutions behind the upsampled codes, shared by the scales; 1 for a single
             one, 0 for one per scale.
+        norm_num_groups: groups of channels that are normalised together; see `regroup`.
 
     Raises:
-        InputError: scales that do not grow, or a width that has no 32 groups.
+        InputError: scales that do not grow, or a width that has not so many groups.
 
     Paper: Tian et al., "Visual Autoregressive Modeling", 2024, section 3.2 and appendix.
     """
@@ -63,6 +64,7 @@ class VARTokenizer(Network):
         z_channels: Size = 32,
         codebook_size: Size = 4096,
         num_shared: Annotated[int, Between(0, 1 << 20), Modules] = 4,
+        norm_num_groups: Size = 32,
     ) -> None:
         super().__init__()
         if ch % 32:
@@ -74,6 +76,8 @@ class VARTokenizer(Network):
         self.quantize = MultiScaleQuantizer(codebook_size, z_channels, scales, num_shared)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
+        if norm_num_groups != 32:
+            regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> VARTokenizer:
