@@ -175,10 +175,10 @@ def test_help(command, cli):
 
 def test_train_miniature(tmp_path, cli):
     arguments = ("train", "--recipe", "llamagen-fashion-t2i", "--out", str(tmp_path / "run"))
-    sizes = ("--steps", "2", "--num-images", "40", "--card-samples", "10", "--threads", "1")
+    sizes = ("--steps", "2", "--num-images", "200", "--card-samples", "30", "--threads", "1")
     done = cli(*arguments, *sizes, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["samples"] == 10
+    assert json.loads(done.stdout)["samples"] == 30
     folder = tmp_path / "run" / "llamagen-fashion-t2i"
     assert "small demonstration model" in (folder / "README.md").read_text()
     drawn = cli("sample", "--model", str(folder), "--prompt", "a dark boot", "--json", "--quiet")

@@ -100,8 +100,8 @@ def test_compiled_and_offloaded():
     assert backend.runs
 
 
-def small(num_layers=2, **options):
-    return tiny_llama(num_hidden_layers=num_layers, **options)
+def small():
+    return tiny_llama(num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("way", ["wrapped", slow("in place")])
@@ -118,27 +118,23 @@ def test_compiled_text_models(way):
     assert found.tokens == wanted
 
 
-def test_a_compiled_draft():
-    prompts, backend = random_prompts((5, 9)), Counting()
-    wanted = arvision.generate(small(1), prompts, max_new_tokens=6).tokens
-    draft = backend.take(small(1, seed=1), "wrapped")
-    options: dict[str, Any] = {"drafter": "draft_model", "drafter_options": {"draft": draft}}
-    found = arvision.generate(small(1), prompts, max_new_tokens=6, **options)
-    assert found.tokens == wanted
-    assert backend.runs
-
-
-def test_heads_behind_a_compiled_target():
+def test_compiled_drafts_and_heads():
     from arvision.text.drafters.head_drafter import HeadDrafter
     from arvision.text.drafters.heads import MedusaHeads
 
-    prompts, backend = random_prompts((5, 9)), Counting()
-    wanted = arvision.generate(small(1), prompts, max_new_tokens=6).tokens
-    heads = HeadDrafter(MedusaHeads(32, 2).double())
-    network = backend.take(small(1), "wrapped")
-    found = arvision.generate(network, prompts, max_new_tokens=6, drafter=heads)
+    prompts = random_prompts((5, 9))
+    wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12).tokens
+    backend, target = Counting(), Counting()
+    draft = backend.take(tiny_llama(seed=1), "wrapped")
+    options: dict[str, Any] = {"drafter": "draft_model", "drafter_options": {"draft": draft}}
+    found = arvision.generate(tiny_llama(), prompts, max_new_tokens=12, **options)
     assert found.tokens == wanted
     assert backend.runs
+    heads = HeadDrafter(MedusaHeads(32, 2).double())
+    network = target.take(tiny_llama(), "wrapped")
+    found = arvision.generate(network, prompts, max_new_tokens=12, drafter=heads)
+    assert found.tokens == wanted
+    assert target.runs
 
 
 def image_family(name) -> tuple[Any, Any, list[torch.Tensor]]:

@@ -112,7 +112,7 @@ def test_text_reads_once_a_pass(name, mode, temperature, reads):
         tiny_llama(),
         random_prompts((5, 9)),
         drafter=drafter,
-        max_new_tokens=12,
+        max_new_tokens=20,
         temperature=temperature,
         compile=mode,
         **options,
