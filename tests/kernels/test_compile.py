@@ -119,13 +119,17 @@ def run_attention(
     tree_attention.tree_attention(queries, keys, keys, sight, 0.1)
 
 
-def run_sampling(kind: str, dtype: torch.dtype, how: Shaping) -> None:
-    logits = law(32, 16384, dtype=dtype)
+def run_sampling(kind: str, dtype: torch.dtype, how: Shaping, size: int = 16384) -> None:
+    logits = law(32, size, dtype=dtype)
     if kind == "shape":
         sampling.shape(logits, how, logits.clone(), 3.0)
     elif kind == "gumbel":
         identity = torch.zeros(32, 4, dtype=torch.int64)
         sampling.sample_gumbel(logits, identity, how, 0, logits.clone(), 3.0)
+    elif kind == "draw":
+        # Two images of sixteen candidates, each with a guidance scale of its own.
+        noise = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64), 0
+        sampling.Cut(logits, how, logits.clone(), torch.ones(32), noise)
     else:
         uniforms = torch.zeros(32, dtype=torch.float64)
         sampling.sample_inverse(logits, uniforms, how, logits.clone(), 3.0)
@@ -160,7 +164,13 @@ CASES: dict[str, Any] = {
     "verify tree of 64": lambda: run_follow(64, True),
     "sampling shape bf16": lambda: run_sampling("shape", BF16, CUT),
     "sampling shape float32 greedy": lambda: run_sampling("shape", F32, Shaping(temperature=0)),
-    "sampling gumbel bf16": lambda: run_sampling("gumbel", BF16, Shaping()),
+    "sampling gumbel bf16": lambda: run_sampling("gumbel", BF16, Shaping(), 151936),
+    "sampling gumbel float32": lambda: run_sampling("gumbel", F32, Shaping(), 151936),
+    "sampling cut and draw bf16": lambda: run_sampling("draw", BF16, CUT),
+    "sampling cut and draw float32": lambda: run_sampling("draw", F32, CUT),
+    "sampling cut and draw float32 greedy": lambda: run_sampling(
+        "draw", F32, Shaping(temperature=0)
+    ),
     "sampling draw float32": lambda: run_draw(F32),
     "sampling draw float64": lambda: run_draw(F64),
     "sampling inverse fp16": lambda: run_sampling("inverse", FP16, CUT),

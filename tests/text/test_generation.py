@@ -13,6 +13,7 @@ from text_models import (
     greedy_reference,
     random_prompts,
     smollm2_folder,
+    text_folder,
     tiny_llama,
 )
 from transformers import BatchEncoding
@@ -387,3 +388,11 @@ def test_a_pass_is_as_wide_as_one_rows_tree_at_any_batch(network, drafter, optio
             **{**run, "seed": [(2, 7)]},
         )
         assert out.tokens[7] == alone.tokens[0]
+
+
+def test_auto_takes_a_draft_that_comes_with_a_tokenizer(tmp_path):
+    folder = str(text_folder(tmp_path))
+    options: dict[str, Any] = {"drafter_options": {"draft": folder, "expansion": "chain"}}
+    options |= {"drafter": "draft_model", "num_draft": "auto", "max_new_tokens": 8}
+    out = arvision.generate(folder, ["ABC"], **options)
+    assert out.tokens == arvision.generate(folder, ["ABC"], max_new_tokens=8).tokens
