@@ -79,15 +79,6 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
         raise StateError("kept is not a path: each kept candidate must follow its parent")
 
 
-def none_left(mask: Tensor) -> bool:
-    """Whether no entry is true and the rest of some work may be left undone.
-
-    Seen on a CPU alone: an accelerator would have to be waited for, and does the rest.
-    """
-    is_seen = mask.is_cpu and not torch.compiler.is_compiling()
-    return is_seen and not mask.numpy().any()
-
-
 def listed(parents: Tensor) -> tuple[int, ...]:
     """Parents [T] on the host, where they mostly lie."""
     return tuple((parents if parents.is_cpu else parents.cpu()).numpy().tolist())
