@@ -12,7 +12,8 @@ TABLE = (
     ),
     (
         "Aggressive Decoding (generalised)",
-        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "`train-draft --kind parallel`, for [encoder-decoder models](text.md#encoder-decoder-models), which "
+        "this one is not",
         "parallel",
         "yes",
     ),
