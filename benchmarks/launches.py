@@ -25,9 +25,9 @@ from .steps import counts
 
 SAMPLERS = (
     "ar",
-    "sjd:window=8",
-    "sjd:window=8:coupling=maximal",
-    "sjd:window=8:tree=static:coupling=maximal",
+    "sjd:window=4",
+    "sjd:window=4:coupling=maximal",
+    "sjd:window=4:tree=static:coupling=maximal",
 )
 LAUNCHED = {
     "sampling": ("_cut", "_write", "_gumbel", "_draw", "_inverse"),
@@ -55,7 +55,7 @@ class Launch:
 
 def count(backend: str) -> list[dict[str, Any]]:
     """Operators of a pass outside of the network for each sampler, in the loop and as a fixed step."""
-    model, rows = tiny_llamagen(grid=(3, 4), num_layers=1), []
+    model, rows = tiny_llamagen(grid=(2, 3), num_layers=1), []
     for spec in SAMPLERS:
         row: dict[str, Any] = {"sampler": spec, "backend": backend}
         for mode in ("loop", "eager"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import covered
 from scipy.stats import chi2
 
 from arvision.decoding.tree import topology_of
@@ -37,18 +38,17 @@ def judged(generator, device, parents, size, kind, dtype):
     return (*moved, shape.num_levels), {"replaces": kind == "independent"}
 
 
-@pytest.mark.parametrize("kind", ["chosen", "independent", "distinct"])
-@pytest.mark.parametrize(
-    ("parents", "size", "dtype"),
-    [
-        (SHARED, 5, torch.float32),
-        (OWN, 37, torch.float64),
-        (OWN, 2100, torch.float32),
-        ([], 7, torch.float32),
-    ],
-    ids=["shared", "own", "long", "no drafts"],
-)
-def test_decides_as_the_reference(device, kind, parents, size, dtype):
+TREES = {
+    "shared": (SHARED, 5, torch.float32),
+    "own": (OWN, 37, torch.float64),
+    "long": (OWN, 2100, torch.float32),
+    "no drafts": ([], 7, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), covered(["chosen", "independent", "distinct"], TREES))
+def test_decides_as_the_reference(device, kind, name):
+    parents, size, dtype = TREES[name]
     generator = torch.Generator().manual_seed(size)
     seen = set()
     for _ in range(1 + (size == 37)):
