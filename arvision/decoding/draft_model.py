@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..contracts import Conditions, TokenModel
 from ..errors import InputError, unknown_name
-from ..kernels.dispatch import none_left
 from .draft_state import FollowingState
 from .given import Given
 from .logits import Shaping
 from .noise import Noise, draw
-from .tree import TokenTree
+from .tree import TokenTree, none_left
 from .verify import OLD_COUPLINGS, Round, Verdict
 
 MEASURED = ("gumbel", "independent")

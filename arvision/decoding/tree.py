@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..contracts import Edit
 from ..errors import InputError, StateError
+from ..kernels.dispatch import none_left as none_left
 
 
 def check_parents(parents: Tensor, num: int) -> None:

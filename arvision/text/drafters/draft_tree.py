@@ -18,13 +18,13 @@ from ...decoding.noise import Noise, draw
 from ...decoding.tree import (
     TokenTree,
     best_tree,
+    none_left,
     topology_of,
 )
 from ...decoding.tree_levels import Plan, by_level
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError, unknown_name
 from ...files import user_path
-from ...kernels.dispatch import none_left
 from ..model import HFCausalLM, as_text_model
 from .base import TextDrafter, register
 from .cross import TranslatedState, Translation

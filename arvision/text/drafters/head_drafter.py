@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...decoding.tree import TokenTree, best_tree, listed
+from ...decoding.tree import TokenTree, best_tree, listed, none_left
 from ...decoding.tree_levels import Level, by_level, levels_of
 from ...decoding.verify import Round, Verdict
 from ...errors import InputError
-from ...kernels.dispatch import none_left
 from ...networks import weight_of
 from .base import TextDrafter, register
 from .features import FeatureState, features_along, features_of

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ....decoding.draft_state import FollowingState
 from ....decoding.noise import Noise
-from ....decoding.tree import TokenTree
+from ....decoding.tree import TokenTree, none_left
 from ....errors import InputError
-from ....kernels.dispatch import none_left
 from ....stored import read_object
 from ...layers import final_norm
 from ..base import register

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ....decoding.logits import Shaping
-from ....decoding.tree import TokenTree
+from ....decoding.tree import TokenTree, none_left
 from ....errors import InputError
-from ....kernels.dispatch import none_left
 from ..base import TextDrafter
 
 
