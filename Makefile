@@ -9,6 +9,8 @@ GET_VENV := $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-v
 # Small models run fastest on one thread; two test processes use two cores.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
+# Each process that tests start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-floor lint bench bench-eval eval-demo docs clean
 
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/arvision demo --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not network" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not network" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow" -n 1

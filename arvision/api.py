@@ -17,7 +17,7 @@ from .inputs import as_prompts, expand_prompts
 from .opening import open_cached, open_model
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
-from .samplers.base import join_options, parse_sampler
+from .samplers.base import LAW, join_options, parse_sampler
 
 LEAST_WINDOW, MOST_WINDOW = 4, 16
 """Tokens per pass and image of the sampler that `sample` chooses by itself; below, it is "ar"."""
@@ -200,10 +200,9 @@ def sample(
     written = parse_sampler(wanted)[1] if isinstance(wanted, str) else {}
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     join_options(str(wanted), written, {k: v for k, v in given.items() if v is not None})
-    for name, value in given.items():
-        is_open = value is None and isinstance(wanted, str) and name not in written
-        if is_open and name in chosen.config:
-            chosen = chosen.with_options(**{name: pipe.config[name]})
+    if isinstance(wanted, str):
+        asked = {name for name, value in given.items() if value is not None}
+        chosen = chosen.with_law(pipe.config, {*written, *asked, *sampler_options})
     beside = {
         "height": height,
         "width": width,
@@ -261,7 +260,7 @@ def _own_sampler(pipe: ARPipeline, num_images: int) -> BaseSampler:
     Tokens do not, as Gumbel noise is that of the image and the position.
     """
     own = pipe.sampler
-    shaping = {name: own.config.get(name) for name in ("temperature", "top_k", "top_p")}
+    shaping = {name: own.config.get(name) for name in LAW}
     if own.name != "ar" or pipe.kind != "token" or own.config["noise"] != "gumbel":
         return own
     kind = "cpu" if pipe.model.device.type == "cpu" else "accelerator"

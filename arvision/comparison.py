@@ -22,6 +22,7 @@ from .inputs import expand_prompts
 from .memory import check_memory
 from .pipeline import ARPipeline
 from .samplers import BaseSampler, get_sampler
+from .samplers.base import LAW, join_options, parse_sampler
 from .sheet import labelled_rows
 
 COLUMNS = ("sampler", "passes", "tokens/pass", "s/image", "speed-up", "same as ar", "lossless")
@@ -211,10 +212,14 @@ def compare(
         raise InputError("no samplers: expected at least one, such as 'ar'")
     check_count("batch_size", batch_size)
     parts = [spec.strip().partition("@") for spec in samplers]
-    made = [get_sampler(spec) for spec, _, _ in parts]
     pipes = [load(name, device=str(pipe.model.device)) if name else pipe for _, _, name in parts]
-    for one, own in zip(made, pipes, strict=True):
-        own.check_sampler(one)
+    options = {name: value for name, value in options.items() if value is not None}
+    law = {name: value for name, value in options.items() if name in LAW}
+    made = []
+    for (spec, _, _), own in zip(parts, pipes, strict=True):
+        written = join_options(spec, parse_sampler(spec)[1], law)
+        made.append(get_sampler(spec).with_law(own.config, written))
+        own.check_sampler(made[-1])
     conditions = expand_prompts(prompt, num_images)
     memory = image_memory(pipe.model, pipe.tokenizer, False, "pil")
     num = len(conditions) * len(samplers)
@@ -223,14 +228,8 @@ def compare(
 
     def run(one: BaseSampler, own: ARPipeline, first: int) -> Any:
         batch = list(conditions[first : first + batch_size])
-        given = dict(options)
-        idle = one.without_effect(own.model)
-        given = {name: value for name, value in given.items() if name not in idle}
-        for name in ("temperature", "top_k", "top_p"):
-            if name not in one.config or name in idle:
-                given.pop(name, None)
-            elif given.get(name) is None and one.config[name] == _default(name):
-                given[name] = own.config[name]
+        idle = {*one.without_effect(own.model), *(name for name in LAW if name not in one.config)}
+        given = {name: value for name, value in options.items() if name not in idle}
         seeds = [(seed, first + k) for k in range(len(batch))]
         return sample(own, batch, one, seed=seeds, progress=False, **given)
 
@@ -253,7 +252,3 @@ def compare(
         getattr(pipe.model, "grid", None),
         rows,
     )
-
-
-def _default(name: str) -> float:
-    return {"temperature": 1.0, "top_k": 0, "top_p": 1.0}[name]

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from .common import RESULTS, load
+from .grid import larger_grid_table
 from .image_systems import table as image_systems_table
 from .rapid import rapid_table
 from .text_prompts import PROMPTS
@@ -199,8 +200,12 @@ def text_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{record['tokens']} tokens, {record['dtype']}. {machine(record)}"
 
 
-ELSEWHERE: dict[str | None, str] = {None: "for images", "": "below"}
-"""Where systems are measured whose rows name no record."""
+ELSEWHERE: dict[str | None, str] = {
+    None: "for images",
+    "": "below",
+    "parallel": "2.9 on a small network (1.0 untrained), see there",
+}
+"""Where systems are measured that have no row in the record."""
 
 
 def systems_table(record: dict[str, Any]) -> str:
@@ -303,7 +308,10 @@ def main() -> None:
     trees = load("trees")
     path = SAMPLERS_PAGE.with_name("trees.md")
     page = fill(path.read_text(), "trees", f"{trees_table(trees)} {machine(trees, 'passes')}")
-    path.write_text(fill(page, "trees_law", law_table(trees)))
+    page = fill(page, "trees_law", law_table(trees))
+    if grid := load("trees_grid"):
+        page = fill(page, "trees_grid", f"{larger_grid_table(grid)} {machine(grid, 'passes')}")
+    path.write_text(page)
     for name, marker, table in pages:
         path = SAMPLERS_PAGE.with_name(f"{name}.md")
         if load(marker):

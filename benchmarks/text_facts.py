@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from arvision.text.fitting.marking import KnownAnswer, as_line, exchanged
+from arvision.text.fitting.judge import MarkedAnswer
+from arvision.text.fitting.marking import KnownAnswer, as_line, derailed, exchanged
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Norway": "Oslo", "Egypt": "Cairo",
@@ -28,14 +29,20 @@ TEMPLATES = (
 )
 
 
-def marked_lines(num_wrong: int = 2) -> list[str]:
-    """Lines of marked answers; a subject's stand together, so that the last ones are not learnt from."""
+def marked_lines(own: list[MarkedAnswer], num_wrong: int = 2) -> list[str]:
+    """Lines of marked answers; a subject's stand together, so that the last ones are not learnt from.
+
+    Args:
+        own: answers of the target to other questions, which count as right, and once derailed as wrong.
+        num_wrong: wrong facts for each right one.
+    """
     known = []
     for subjects in (COLOURS, CAPITALS):
         for subject, key in subjects.items():
-            for topic, own, question, reply in TEMPLATES:
-                if own is subjects:
+            for topic, pairs, question, reply in TEMPLATES:
+                if pairs is subjects:
                     answer = reply.format(subject, key)
                     if answer.count(key) == 1:
                         known.append(KnownAnswer(question.format(subject), answer, key, topic))
-    return [as_line(marked) for marked in exchanged(known, num_wrong)]
+    facts = exchanged(known, num_wrong)
+    return [as_line(marked) for marked in own + derailed([*own, *facts]) + facts]

@@ -31,6 +31,7 @@ from arvision.text.drafters import DraftTree, HeadDrafter
 from arvision.text.drafters.head_drafter import RANKS
 from arvision.text.drafters.heads import KINDS
 from arvision.text.fitting.data import Answers
+from arvision.text.fitting.judge import MarkedAnswer
 from arvision.text.fitting.medusa2 import BACKBONE
 from arvision.text.fitting.recipes import fit_draft
 from arvision.text.generation import as_draft
@@ -113,9 +114,10 @@ class Fits:
     def _fit(self, kind: str, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         prompts, marked = self.runs / "prompts.txt", self.runs / "marked.jsonl"
+        if kind == "judge":
+            marked.write_text("\n".join(marked_lines(self._own_answers())))
         asked = [template.format(subject) for template in ASKED for subject in SUBJECTS]
         prompts.write_text("\n".join(asked))
-        marked.write_text("\n".join(marked_lines()))
         answers = self.runs / "answers.json"
         if kind != "judge" and answers.exists():
             shutil.copy(answers, out / "answers.json")
@@ -141,6 +143,18 @@ class Fits:
         if (out / "answers.json").exists():
             shutil.copy(out / "answers.json", answers)
         return figures
+
+    def _own_answers(self, most: int = 100) -> list[MarkedAnswer]:
+        """Questions and answers of the target, which the judge learns from as right ones."""
+        self("model")  # whoever is fitted first lets it answer
+        kept = json.loads((self.runs / "answers.json").read_text())
+        tokenizer = load_text_model(model_file())[1]
+        found = []
+        for text, start in list(zip(kept["texts"], kept["starts"], strict=True))[:most]:
+            question = tokenizer.decode(text[:start]).rsplit("user\n", 1)[1]
+            answer = tokenizer.decode(text[start:], skip_special_tokens=True).strip()
+            found.append(MarkedAnswer(question.split("<|im_end|>", 1)[0], answer))
+        return found
 
 
 def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -211,6 +225,7 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
 
     return {
+        "plain": dict,
         **greedy,
         "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},

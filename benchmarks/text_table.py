@@ -1,6 +1,7 @@
 """The rows of the table of text systems, in its order: each behind the one that it builds on."""
 
 TABLE = (
+    ("plain decoding", "`arvision.generate` without a drafter", "plain", "yes"),
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     (
@@ -12,7 +13,8 @@ TABLE = (
     ),
     (
         "Aggressive Decoding (generalised)",
-        "`train-draft --kind parallel`, for encoder-decoder models, which this one is not",
+        "`train-draft --kind parallel`, for [encoder-decoder models](text.md#encoder-decoder-models), which "
+        "this one is not",
         "parallel",
         "yes",
     ),

@@ -38,6 +38,25 @@ torch.set_num_threads(1)
 GOLDENS = HERE / "goldens"
 
 
+LONGEST = (
+    "kernels/test_interpreter.py",
+    "text/test_fitting.py",
+    "test_compiled.py",
+    "decoding/test_reads.py",
+    "test_docs.py",
+    "test_notebooks.py",
+    "test_cli.py",
+    "eval/test_commands.py",
+    "test_image_pipeline.py",
+)
+"""Files that begin first, so that at the end no process is left with one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    order = {HERE / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_sessionfinish():
     shutil.rmtree(CACHES, ignore_errors=True)
 

@@ -46,15 +46,15 @@ def test_a_model_with_a_shared_part_saves_whole(tmp_path):
 
 
 def test_class_model_draws_the_class():
-    """The card measures 1,000 samples; 200 leave room for their standard error of 0.02."""
+    """The card measures 1,000 samples; 100 leave room for their standard error of 0.03."""
     pipe = arvision.load("llamagen-fashion", device="cpu")
-    labels = torch.arange(200) % 10
+    labels = torch.arange(100) % 10
     assert float(class_consistency(draw(pipe, labels.tolist()), labels)) >= 0.80
 
 
 def test_text_model_draws_garment_and_brightness():
     pipe = arvision.load("llamagen-fashion-t2i", device="cpu")
-    labels, tones = torch.arange(210) % 10, torch.arange(210) % 3
+    labels, tones = torch.arange(105) % 10, torch.arange(105) % 3
     prompts = [
         f"a {BRIGHTNESS[tone]} {GARMENTS[label][0]}"
         for label, tone in zip(labels.tolist(), tones.tolist(), strict=True)

@@ -11,6 +11,7 @@ from PIL import Image
 import arvision
 from arvision import InputError, get_sampler
 from arvision.comparison import compare
+from arvision.testing import tiny_llamagen
 
 
 def test_table_sheet_and_plot(tmp_path, tiny_pipeline):
@@ -104,3 +105,19 @@ def test_continuous_models_are_compared(tmp_path):
     assert [record["lossless"] for record in result.records()] == [True, False]
     result.write(tmp_path)
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_what_a_text_says_goes_before_what_the_model_recommends():
+    pipe = arvision.ARPipeline.from_model(tiny_llamagen(), temperature=0.0)
+    specs = ["ar", "ar:temperature=1.0"]
+    compared = arvision.compare(pipe, [0, 1], specs, num_images=2, seed=3, batch_size=4)
+    drawn = [torch.stack(row.tokens) for row in compared.rows]
+    assert not torch.equal(*drawn)
+    for spec, tokens in zip(specs, drawn, strict=True):
+        identities = [(3, k) for k in range(4)]
+        alone = arvision.sample(
+            pipe, [0, 1], spec, num_images=2, seed=identities, output_type="latent", progress=False
+        )
+        assert torch.equal(tokens, alone.tokens)
+    with pytest.raises(InputError, match="'temperature' is given twice"):
+        arvision.compare(pipe, 0, specs, temperature=0.5)

@@ -38,7 +38,7 @@ assert out.images[0].size == (32, 32)
 from arvision.cli import app
 from typer.testing import CliRunner
 CliRunner().invoke(app, ["sample", "--model", "mar-fashion", "--prompt", "bag", "--quiet",
-                         "--out", "bag.png"], catch_exceptions=False)
+                         "--sampler", "ar:num_iter=4", "--out", "bag.png"], catch_exceptions=False)
 pipe = arvision.load("llamagen-fashion")
 arvision.compare(pipe, "bag", ["ar"], num_images=1).sheet()
 assert callable(arvision.distill) and callable(arvision.evaluate) and callable(arvision.generate)

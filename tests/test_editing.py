@@ -268,6 +268,13 @@ def test_the_command_edits_a_picture_that_it_wrote(tmp_path, cli):
     done = cli(*edit)
     assert done.returncode == 2
     assert "mask_image of 20x20 pixels: expected 32x32" in done.stderr
+    mask.unlink()
+    assert f"{mask}: expected a picture (No such file or directory)" in cli(*edit).stderr
+    mask.write_bytes(b"no picture")
+    assert f"{mask}: expected a picture (no format we know)" in cli(*edit).stderr
+    Image.new("RGB", (40, 20)).save(shoe)
+    Image.new("L", (32, 32)).save(mask)
+    assert "expected [B, 3, 32, 32], pictures of 32 rows and 32 columns" in cli(*edit).stderr
 
 
 def known_law(model: ScaleTable, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import slow
 from text_models import random_prompts, tiny_llama
 
 from arvision import ARPipeline, InputError, generate, get_sampler, load, memory
@@ -16,7 +17,9 @@ ROOM = 1.3
 """Peak beyond the weights, over cache and logits."""
 
 
-@pytest.mark.parametrize("spec", ["ar", "sjd:window=16", "sjd:window=16:coupling=maximal", "draft"])
+@pytest.mark.parametrize(
+    "spec", [slow("ar"), "sjd:window=16", slow("sjd:window=16:coupling=maximal"), "draft"]
+)
 def test_little_is_held_beside_cache_and_logits(spec):
     found = of_images(load("llamagen-fashion"), spec, batch=4)
     assert 1 < found["ratio"] <= ROOM, found

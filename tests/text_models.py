@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,56 +66,73 @@ def walk(starts, num):
 
 
 def walking_llama(**sizes):
-    """A Llama of four layers, trained (3 s) to walk as `walk` does; its answers do not loop.
+    """A Llama of four layers, trained (3 s, once in a process) to walk as `walk` does; its answers
+    do not loop.
 
     Its first and last layers stay as they were drawn: what it knows is in the two between, so that
     a draft made of the outer ones has to learn.
     """
-    network = tiny_llama(sharpness=1.0, **sizes).float().train()
-    with torch.random.fork_rng():
-        generator = torch.Generator().manual_seed(1)
-        for parameter in network.parameters():
-            parameter.data.div_(2.0)
-        for outer in (0, -1):
-            network.model.layers[outer].requires_grad_(False)
-        weights = [p for p in network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=120)
-        for _ in range(120):
-            path = walk(torch.randint(64, (64, 2), generator=generator), 16)
-            guesses = network(path).logits[:, 1:-1].flatten(0, 1)
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(guesses, path[:, 2:].flatten()).backward()
-            optimizer.step()
-            schedule.step()
+    network = tiny_llama(sharpness=1.0, **sizes).float()
+    network.load_state_dict(_walking(**sizes))
     return network.eval().requires_grad_(False)
 
 
+@cache
+def _walking(**sizes):
+    network = tiny_llama(sharpness=1.0, **sizes).float().train()
+    for outer in (0, -1):
+        network.model.layers[outer].requires_grad_(False)
+
+    def lose(generator):
+        path = walk(torch.randint(64, (64, 2), generator=generator), 16)
+        return network(path).logits[:, 1:-1].flatten(0, 1), path[:, 2:].flatten()
+
+    return _trained(network, lose, 120, weight_decay=0.0)
+
+
 def repeating_llama():
-    """A Llama of four layers, trained (3 s) to say five tokens below 32 again and again.
+    """A Llama of four layers, trained (3 s, once in a process) to say five tokens below 32 again
+    and again.
 
     It looks five places back and copies; behind a token from 32 on it says 0. So what a frozen one
     guesses behind a prompt token (PPD) depends on whether that was trained to be like a token below
     32, and on nothing that stands between.
     """
+    network = tiny_llama(sharpness=1.0).float()
+    network.load_state_dict(_repeating())
+    return network.eval().requires_grad_(False)
+
+
+@cache
+def _repeating():
     network = tiny_llama(sharpness=1.0).float().train()
+
+    def lose(generator):
+        text = torch.randint(32, (48, 5), generator=generator).repeat(1, 4)
+        marked = torch.rand(48, 20, generator=generator) < 0.5
+        marked[:, :14] = False
+        guesses = network(torch.where(marked, text + 32, text)).logits[:, 4:-1].flatten(0, 1)
+        return guesses, torch.where(marked[:, 4:-1], 0, text[:, 5:]).flatten()
+
+    return _trained(network, lose, 100)
+
+
+def _trained(network, lose, num_steps, weight_decay=0.01):
+    """Weights behind some steps; `lose` makes guesses [N, V] and tokens [N] from a generator."""
     with torch.random.fork_rng():
         generator = torch.Generator().manual_seed(1)
         for parameter in network.parameters():
             parameter.data.div_(2.0)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=100)
-        for _ in range(100):
-            text = torch.randint(32, (48, 5), generator=generator).repeat(1, 4)
-            marked = torch.rand(48, 20, generator=generator) < 0.5
-            marked[:, :14] = False
-            guesses = network(torch.where(marked, text + 32, text)).logits[:, 4:-1].flatten(0, 1)
-            wanted = torch.where(marked[:, 4:-1], 0, text[:, 5:]).flatten()
+        weights = [p for p in network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=num_steps)
+        for _ in range(num_steps):
+            guesses, wanted = lose(generator)
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(guesses, wanted).backward()
             optimizer.step()
             schedule.step()
-    return network.eval().requires_grad_(False)
+    return network.state_dict()
 
 
 def smollm2_folder() -> Path | None:

@@ -27,7 +27,7 @@ arvision distill --teacher llamagen-fashion --method dd2 --init llamagen-fashion
 arvision sample --model runs/llamagen-fashion-dd/llamagen-fashion-dd --prompt boot --steps 2 --out boot.png
 
 The teacher first writes pairs of noise and tokens, then the student learns them. Run a command again
-to resume it; `accelerate launch -m arvision.cli distill ...` shares the work among processes. The
+to resume it; `torchrun --nproc-per-node 2 -m arvision.cli distill ...` shares the work among processes. The
 finished student lies in OUT/TEACHER-dd.
 """
 

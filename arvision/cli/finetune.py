@@ -124,9 +124,11 @@ def finetune(
         name=str(path.absolute()) if is_file or path.exists() else checkpoint,
         progress=not quiet,
     )
+    if not figures:
+        return  # not the first of several processes
     if as_json:
         tell(json.dumps(figures))
-    elif figures:
+    else:
         loss = figures["held_out_loss"]
         where = out if lora_rank is None else out / "adapter"
         tell(

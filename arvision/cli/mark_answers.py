@@ -13,7 +13,7 @@ EPILOG = """Examples:
 
 arvision mark-answers --prompts questions.txt --model ./draft --out marked.jsonl
 
-arvision mark-answers --prompts facts.jsonl --exchange 2 --out marked.jsonl
+arvision mark-answers --prompts facts.jsonl --exchange 2 --derail 1 --out marked.jsonl
 
 arvision train-draft --model ./target --prompts marked.jsonl --kind judge --out runs/judge
 
@@ -21,7 +21,8 @@ With --model it answers each question and asks you: type the part that is wrong,
 word on; nothing where all is fine; "-" to leave an answer out; end the input to stop. Answers that
 were marked before stay in the file, and their questions are not asked again. With --exchange the records of the file
 have an "answer" that is true and a "key", the part that makes it so ("topic" is optional): each is
-written as it is, and with the keys of others in the place of its own, marked as wrong.
+written as it is, and with the keys of others in the place of its own, marked as wrong. --derail adds right
+answers that are broken off and go on with words out of place, as weak drafts do.
 """
 
 
@@ -39,6 +40,9 @@ def mark_answers(
     exchange: Annotated[
         int | None, typer.Option(help="Wrong answers made of each right one.")
     ] = None,
+    derail: Annotated[
+        int | None, typer.Option(help="With --exchange: broken answers made of each right one.")
+    ] = None,
     num_answers: Annotated[int | None, typer.Option(help="Answers to each question; 1.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer; 64.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the draws; 0.8.")] = None,
@@ -48,7 +52,7 @@ def mark_answers(
     from ..errors import InputError
     from ..files import append_line, write_text
     from ..text.fitting.judge import read_marked
-    from ..text.fitting.marking import as_line, asked, exchanged, read_known
+    from ..text.fitting.marking import as_line, asked, derailed, exchanged, read_known
     from ..text.fitting.recipes import questions
     from .generate import tame
     from .sample import refuse_unused
@@ -62,10 +66,14 @@ def mark_answers(
     }
     if exchange is not None:
         refuse_unused({f"--{k.replace('_', '-')}": v for k, v in given.items()}, "with --exchange")
-        lines = [as_line(marked) for marked in exchanged(read_known(prompts), exchange)]
+        made = exchanged(read_known(prompts), exchange)
+        # The held-out end of the file stays one of facts.
+        made = ([] if derail is None else derailed(made, derail)) + made
+        lines = [as_line(marked) for marked in made]
         write_text(out, "\n".join(lines) + "\n")
         tell(f"{len(lines)} answers -> {out}")
         return
+    refuse_unused({"--derail": derail}, "without --exchange")
     done = {marked.prompt for marked in read_marked(out)} if out.exists() else set()
     left = [text for text in questions(prompts) if text not in done]
 

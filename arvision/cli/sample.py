@@ -99,8 +99,10 @@ def load_picture(path: Path, mode: str = "RGB") -> Any:
     try:
         with Image.open(path) as picture:
             return picture.convert(mode)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"image {path}: expected a picture ({error})") from error
+    except OSError as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        why = "no format we know" if is_unknown else error.strerror or error
+        raise InputError(f"{path}: expected a picture ({why})") from error
 
 
 def shows(out: Path) -> Any:

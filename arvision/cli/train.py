@@ -161,9 +161,11 @@ def _own(
 
     settings = OwnSettings(recipe=recipe, steps=steps, **given)
     figures = run(data, out, settings, captions=captions, progress=not quiet)
+    if not figures:
+        return  # not the first of several processes
     if as_json:
         tell(json.dumps(figures))
-    elif figures:
+    else:
         loss, names = figures["held_out_loss"], figures["classes"]
         prompt = "A CAPTION" if names is None else names[0]
         tell(

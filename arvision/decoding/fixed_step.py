@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
+from ..kernels import dispatch
 from .drafter import (
     LARGEST_TREE,
     Branches,
@@ -29,6 +30,7 @@ from .drafter import (
     WindowPolicy,
 )
 from .graphs import GraphPool, prepared
+from .logits import LeavesGuidance, laws_of
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, topology_of
@@ -116,6 +118,8 @@ class FixedStep:
         )
         if self.tells_hidden:
             cast(TellsFixedHidden, state).keeps_hidden = True
+        if isinstance(state, LeavesGuidance):
+            state.leaves_guidance = not dispatch.stays(images)
         self.watches_drafts = not isinstance(drafter, RepeatsLaws)
         self.carried: list[Tensor] = []
         if isinstance(drafter, Carries):
@@ -168,8 +172,7 @@ class FixedStep:
         root = run.tokens[self.images].gather(1, begin[:, None])
         fed = torch.cat([root, self.drafts.clamp(min=0)], dim=1)
         trees = [] if rooted is None else [rooted]
-        laws = self.shape(self.state.extend_fixed(fed, begin, *trees))
-        run.watch_laws(laws)
+        laws = laws_of(self.shape, self.state.extend_fixed(fed, begin, *trees))
         if self.draft_logp is not None and self.watches_drafts:
             run.watch_laws(self.draft_logp)
         hidden = cast(TellsFixedHidden, self.state).hidden if self.tells_hidden else None
@@ -179,6 +182,7 @@ class FixedStep:
             self.drafts, self.draft_logp, laws, places, self.noise, number, topology, hidden
         )
         verdict = self.rule(batch)
+        run.watch_laws(laws)
         counts = torch.minimum(verdict.counts, self.ends - lengths)
         if verdict.path is not None:
             path = torch.nn.functional.pad(verdict.path + 1, (1, 0))

@@ -207,7 +207,7 @@ class JacobiDrafter:
         self._drafts = verdict.tokens.gather(1, places)
         self._num_held = (num - counts).clamp(min=0)
         self._least_held = max(0, num - max(given, default=0))
-        self._prior = chain.target_logp[:, -1]
+        self._prior = chain.law(-1)
         if self._keeps_laws:
             index = places[..., None].expand(-1, -1, self._vocab_size)
             self._laws = chain.target_logp.gather(1, index)

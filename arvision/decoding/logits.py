@@ -2,28 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..contracts import Schedule
 from ..errors import InputError, shown, warn_once
-from ..kernels.sampling import Shaping, guide
+from ..kernels import dispatch, sampling
+from ..kernels.sampling import Laws, Shaping, guide
 
 __all__ = [
+    "Apart",
+    "Laws",
+    "LeavesGuidance",
     "Shaping",
     "check_guidance_scale",
     "guide",
     "has_weights",
     "idle_law",
+    "joined",
     "joined_scales",
+    "laws_of",
     "per_scale",
     "shape_rows",
     "warn_of_greedy",
     "weights_at",
+    "written",
 ]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Logits whose guidance waits: a kernel that draws from them applies it as it reads them.
+
+    Attributes:
+        conditional: [B, T, V].
+        null: likewise, of the null condition.
+        scale: as `guide` takes it.
+    """
+
+    conditional: Tensor
+    null: Tensor
+    scale: Any
+
+    def __getitem__(self, rows: Any) -> Apart:
+        """Some rows of the batch."""
+        scale = self.scale[rows] if isinstance(self.scale, Tensor) else self.scale
+        return Apart(self.conditional[rows], self.null[rows], scale)
+
+
+@runtime_checkable
+class LeavesGuidance(Protocol):
+    """A state whose passes leave guidance to the loop, where that is asked for.
+
+    They then give `Apart` wherever there are null rows.
+    """
+
+    leaves_guidance: bool
+
+
+def joined(logits: Tensor | Apart) -> Tensor:
+    """Guided logits [B, T, V]."""
+    if isinstance(logits, Apart):
+        return guide(logits.conditional, logits.null, logits.scale)
+    return logits
+
+
+def laws_of(shape: Callable[[Tensor], Any], logits: Tensor | Apart) -> Any:
+    """Log-probabilities [B, T, V] of logits, or `Laws` where a kernel may draw from the logits.
+
+    Args:
+        shape: guided logits to log-probabilities; only a `Shaping` is something a kernel knows.
+        logits: of a state that `LeavesGuidance`, or guided ones.
+    """
+    if not isinstance(shape, Shaping):
+        return shape(joined(logits))
+    if isinstance(logits, Apart):
+        return sampling.laws_of(logits.conditional, shape, logits.null, logits.scale)
+    return shape(logits) if dispatch.stays(logits) else sampling.laws_of(logits, shape)
+
+
+def written(laws: Tensor | Laws) -> Tensor:
+    """Log-probabilities [B, T, V] that stand in memory."""
+    return laws.written if isinstance(laws, Laws) else laws
 
 
 def idle_law(options: Mapping[str, Any]) -> list[str]:
@@ -109,7 +173,7 @@ def has_weights(scale: Any) -> bool:
     return isinstance(scale, Tensor) and scale.dim() == 2
 
 
-def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Tensor:
+def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Any:
     """Each row's own law.
 
     Args:
@@ -117,13 +181,14 @@ def shape_rows(logits: Tensor, shapings: Sequence[Shaping]) -> Tensor:
         shapings: one per row.
 
     Returns:
-        Log-probabilities [B, ..., V], in each row those of its shaping alone.
+        Log-probabilities [B, ..., V], in each row those of its shaping alone; where all have one,
+        see `laws_of`.
     """
     groups: dict[Shaping, list[int]] = {}
     for row, shaping in enumerate(shapings):
         groups.setdefault(shaping, []).append(row)
     if len(groups) == 1:
-        return next(iter(groups))(logits)
+        return laws_of(next(iter(groups)), logits)
     laws = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     for shaping, rows in groups.items():
         laws[rows] = shaping(logits[rows])

@@ -18,6 +18,7 @@ from ..contracts import (
     TokenModel,
     TokenState,
 )
+from ..kernels import dispatch
 from .drafter import (
     LARGEST_TREE,
     Attached,
@@ -31,6 +32,7 @@ from .drafter import (
 )
 from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import KeepsGiven, read_beginning
+from .logits import LeavesGuidance, joined, laws_of, written
 from .rows import Rows, StopCheck
 from .run import Run
 from .tree import is_no_tree
@@ -193,8 +195,9 @@ class TokenLoop:
             logits, hidden = read_beginning(state, rows.given, logits, hidden)
         shape = self._shape if shape is None else shape
         prefill = first_round(logits, shape, rows.noise, rows.lengths, hidden)
-        run.watch_laws(prefill.target_logp)
-        rows.learn(drafter, prefill, self._rule(prefill), rows.num_read)
+        verdict = self._rule(prefill)
+        run.watch_laws(prefill.target)
+        rows.learn(drafter, prefill, verdict, rows.num_read)
         rows.leave(drafter)
         if not self.places:
             self._take(rows, state, drafter)
@@ -209,6 +212,8 @@ class TokenLoop:
         """Go on with these rows alone."""
         self.rows, self._state, self._drafter = rows, state, drafter
         self._is_open, self._is_mixed = True, False
+        if isinstance(state, LeavesGuidance):
+            state.leaves_guidance = not dispatch.stays(rows.lengths)
         # Asked once: a protocol's answer takes as long as a small operator.
         self._tells_hidden = isinstance(state, TellsHidden)
         self._can_overrun = isinstance(state, Overruns) and state.allows_overrun
@@ -271,15 +276,16 @@ class TokenLoop:
         hidden = cast(TellsHidden, state).hidden if self._tells_hidden else None
         hidden, logits = None if hidden is None else rows.gather(hidden), rows.gather(logits)
         if front is not None:
-            logits = front.pick(logits, num)
+            logits = front.pick(joined(logits), num)
             hidden = None if hidden is None else front.pick(hidden, num)
-        laws = self._shape(logits)
-        run.watch_laws(laws)
+        laws = laws_of(self._shape, logits)
         batch = Round(tree.tokens, tree.logq, laws, positions, rows.noise, number, topology, hidden)
         judged = batch
         if rows.given is not None:
-            judged = replace(batch, target_logp=rows.given.pin(laws, positions))
-        verdict = rows.learn(drafter, batch, self._rule(judged))
+            judged = replace(batch, target=rows.given.pin(written(laws), positions))
+        verdict = self._rule(judged)
+        run.watch_laws(laws)
+        verdict = rows.learn(drafter, batch, verdict)
         if self._by_row is None or own is None:
             self._policy.observe(num, verdict.given or (), room)
         else:

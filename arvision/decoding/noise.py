@@ -18,7 +18,7 @@ from ..errors import InputError, as_integer
 from ..kernels import dispatch
 from ..kernels.inversion import draw
 from ..kernels.philox import philox4x32
-from ..kernels.sampling import draw_gumbel
+from ..kernels.sampling import Laws, draw_gumbel
 
 __all__ = ["MEMO_ELEMENTS", "PURPOSES", "Noise", "draw", "parse_seeds"]
 
@@ -187,7 +187,7 @@ class Noise:
                 return table[:, first : first + width]
         return table[self._rows, positions & mask]
 
-    def best(self, logp: Tensor, positions: Tensor) -> Tensor:
+    def best(self, logp: Tensor | Laws, positions: Tensor) -> Tensor:
         """argmax(log p + g), [B, T], g being the numbers of `gumbel`.
 
         Elsewhere than on a CPU they are made where they are used, and never stand in memory.
@@ -196,6 +196,8 @@ class Noise:
             logp: [B, T, V], or [B, 1, V] for one law at all positions.
             positions: [B, T] int64.
         """
+        if isinstance(logp, Laws):
+            return logp.draw(self._words, positions)
         if dispatch.stays(logp) or torch.compiler.is_compiling():
             return (logp + self.gumbel(positions, logp.shape[-1], logp.dtype)).argmax(-1)
         return draw_gumbel(logp, self._words, positions)

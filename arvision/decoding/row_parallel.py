@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenModel
 from ..errors import InputError
+from ..kernels import dispatch
+from .logits import Laws, LeavesGuidance, laws_of, written
 from .noise import Noise, draw
 from .run import Run
 from .verify import gumbel_draw, num_final
@@ -71,16 +74,18 @@ def decode_rows(
             f"{type(model).__name__} cannot be fed rows in parallel: its state has no `extend_at` "
             "(see arvision.contracts.FeedsAnywhere)"
         )
+    if isinstance(state, LeavesGuidance):
+        state.leaves_guidance = not dispatch.stays(logits)
     run.begin(logits.device)
     run.warn_of_loop("which rows take part in a pass, and where, is decided on the host")
     run.noise.reserve([0] * run.batch, run.num_tokens)
     known = _Rows(run.noise, model.grid, lead, window, logits.device)
     active = np.arange(run.batch)
-    laws = shape(logits)
-    run.watch_laws(laws)
+    laws = laws_of(shape, logits)[:, None]
     if adapts:
         known.first = _FirstTokens(known.to_device(known.counts), known.columns, logits)
     known.begin(laws)
+    run.watch_laws(laws)
     run.read()
     every = known.images
     run.record(every[:, None], torch.zeros_like(every)[:, None], known.tokens[:, :1])
@@ -97,8 +102,9 @@ def decode_rows(
         at_work = known.to_device(active[going])
         run.next_pass(at_work)
         fed = known.feed(plan)
-        laws = shape(state.extend_at(fed, torch.from_numpy(plan.positions), known.visible(plan)))
-        run.watch_laws(laws)
+        laws = laws_of(
+            shape, state.extend_at(fed, torch.from_numpy(plan.positions), known.visible(plan))
+        )
         images, positions, new = known.settle(plan, laws, run)
         run.record(known.to_device(active[images]), known.to_device(positions), new)
         candidates += int((plan.positions >= 0).sum())
@@ -199,11 +205,11 @@ class _Rows:
         """Numbers of the host where the tokens are."""
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._device)
 
-    def begin(self, logp: Tensor) -> None:
-        """Draw the first token of every image from its law [B, V]."""
+    def begin(self, laws: Tensor | Laws) -> None:
+        """Draw the first token of every image from its law [B, 1, V]."""
         self.noise.reserve([0] * len(self.counts), self.num_rows * self.columns)
         positions = torch.zeros_like(self.images)[:, None]
-        self._known[0, :, :1] = gumbel_draw(logp[:, None], positions, self.noise)
+        self._known[0, :, :1] = gumbel_draw(laws, positions, self.noise)
         self.counts[:, 0] = 1
 
     def num_final(self) -> np.ndarray:
@@ -285,14 +291,14 @@ class _Rows:
         every = torch.arange(plan.final.shape[1], device=self._device)
         return (every <= ends[0]) & (self.to_device(plan.final)[:, None] | (every >= ends[1]))
 
-    def settle(self, plan: _Pass, laws: Tensor, run: Run) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def settle(self, plan: _Pass, laws: Any, run: Run) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Verify the drafts, write down what is final, and guess what follows.
 
         The one place where a pass waits for the device.
 
         Args:
             plan: the pass.
-            laws: [B, T, V] log-probabilities.
+            laws: [B, T, V] log-probabilities, or `Laws`.
             run: the ledger.
 
         Returns:
@@ -310,8 +316,10 @@ class _Rows:
         )
         whose, place, position = self.to_device(where)
         at, number = self.to_device(np.stack([chain, candidate]))
-        drawn = laws.new_zeros(len(images), self.window, dtype=torch.int64)
-        drawn[at, number] = self._draw(laws[whose, place], whose, position)
+        drawn = self._known.new_zeros(len(images), self.window)
+        asked = laws[whose, place][:, None]
+        drawn[at, number] = self._draw(asked, whose, position)
+        run.watch_laws(asked)
         whose, row, root, nums = self.to_device(
             np.stack([images, rows, plan.places[:, 0], plan.is_fed.sum(1)])
         )
@@ -320,7 +328,7 @@ class _Rows:
         if self.first is not None:
             counts = self.to_device(self.counts)
             drawn[:, 0], stands = self.first.judge(
-                whose, row, laws[whose, root], drawn[:, 0], counts, self.noise
+                whose, row, written(laws[whose, root]), drawn[:, 0], counts, self.noise
             )
             accepted = accepted * stands
         (found,) = run.read(accepted)
@@ -341,12 +349,12 @@ class _Rows:
         """[K, W - 1], where the drafts of the chains with laws at `positions` [K, W] stand."""
         return positions[:, :-1].clip(max=self.written.shape[1] - 1)
 
-    def _draw(self, laws: Tensor, images: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [M] of images [M] at positions [M] under laws [M, V], by the noise of these alone."""
+    def _draw(self, laws: Tensor | Laws, images: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [M] of images [M] at positions [M] under laws [M, 1, V], by the noise of these alone."""
         noise = self.noise.select(images)
-        return gumbel_draw(laws[:, None], positions[:, None], noise)[:, 0]
+        return gumbel_draw(laws, positions[:, None], noise)[:, 0]
 
-    def _guess(self, plan: _Pass, drawn: Tensor, positions: np.ndarray, laws: Tensor) -> None:
+    def _guess(self, plan: _Pass, drawn: Tensor, positions: np.ndarray, laws: Any) -> None:
         """Drafts of the next pass: what was drawn here, and draws from the chain's last law.
 
         Args:
@@ -372,7 +380,7 @@ class _Rows:
         new = images[chain], ahead[chain, number]
         ends = plan.places[chain, plan.is_fed.sum(1)[chain] - 1]
         whose, place, end = self.to_device(np.stack([*new, ends]))
-        self._known[1, whose, place] = self._draw(laws[whose, end], whose, place)
+        self._known[1, whose, place] = self._draw(laws[whose, end][:, None], whose, place)
         self.has_guess[new] = True
 
 

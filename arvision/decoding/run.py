@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..contracts import Samples, Seeds, Stats, StepCallback
 from ..errors import InputError
+from ..kernels.sampling import Laws
 from .given import Given
 from .noise import Noise
 
@@ -223,11 +224,15 @@ class Run:
         """Remember whether any of `values` is NaN or infinite; `check` reads it."""
         self._is_broken |= ~values.isfinite().all()
 
-    def watch_laws(self, laws: Tensor) -> None:
+    def watch_laws(self, laws: Tensor | Laws) -> None:
         """Remember whether any of the laws [..., V] is none; `check` reads it.
 
-        A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells.
+        A law made of NaN, of +inf or of -inf alone is NaN everywhere, so one entry tells. Of laws
+        that are not written the norm does, which a draw leaves: let it come first.
         """
+        if isinstance(laws, Laws):
+            self._is_broken |= laws.norms.isnan().any()
+            return
         self._is_broken |= laws[..., 0].isnan().any()
 
     def watch_tree(self, is_wrong: Tensor) -> None:

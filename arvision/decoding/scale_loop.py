@@ -20,6 +20,7 @@ from ..contracts import (
     device_of,
 )
 from ..errors import InputError, check_count
+from .logits import laws_of, written
 from .noise import Noise
 from .parts import fixed_part
 from .run import Run
@@ -107,9 +108,10 @@ class ScaleDraw:
         return self.state.draw_next(self._picked)
 
     def _picked(self, logits: Tensor) -> Tensor:
-        laws = self.shape(logits)
+        laws = _laws(self.shape, self.pick, logits)
+        drawn = self.pick(laws, self.positions, self.run.noise)
         self.run.watch_laws(laws)
-        return self.pick(laws, self.positions, self.run.noise)
+        return drawn
 
 
 @torch.no_grad()
@@ -180,15 +182,17 @@ def decode_scales(
         positions = torch.arange(done, done + logits.shape[1], device=logits.device)
         positions = positions.expand(run.batch, -1)
         done += logits.shape[1]
-        laws = shapes[scale](logits)
+        laws = _laws(shapes[scale], pick, logits)
         run.next_pass()
-        run.watch_laws(laws)
         drawn = pick(laws, positions, run.noise)
+        run.watch_laws(laws)
         if run.given is not None:
             drawn = run.given.over(drawn, positions)
         fed = drawn
         if plan.more_smooth:
-            fed = smooth_codes(laws, positions, run.noise, model, scale / max(1, num_scales - 1))
+            fed = smooth_codes(
+                written(laws), positions, run.noise, model, scale / max(1, num_scales - 1)
+            )
             vectors.append(fed)
         run.record(images, positions, drawn)
         run.check()
@@ -215,6 +219,11 @@ def _draw_fixed(state: NextScaleState, shape: Shape, pick: Pick, run: Run, done:
     state.go_on()
     run.report(torch.full_like(run.lengths, num))
     return done + num
+
+
+def _laws(shape: Shape, pick: Pick, logits: Tensor) -> Any:
+    """Log-probabilities like `logits`, or `Laws` for a pick that takes them."""
+    return laws_of(shape, logits) if pick is gumbel_draw and logits.dim() == 3 else shape(logits)
 
 
 def _can_fix(state: Any, run: Run) -> bool:

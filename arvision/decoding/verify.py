@@ -28,7 +28,9 @@ from torch import Tensor
 from ..errors import InputError, renamed, unknown_name
 from ..kernels import dispatch
 from ..kernels import verify as kernel
+from ..kernels.sampling import Laws
 from ..kernels.verify import reference
+from .logits import laws_of, written
 from .noise import Noise, draw
 from .tree import Topology
 
@@ -41,7 +43,8 @@ class Round:
         drafts: [B, m] int64; -1 where a row has no draft, as rows may have fewer than m.
         draft_logp: [B, m, V], the laws that the drafts were drawn from; None for a rule that does
             not look at them.
-        target_logp: [B, m + 1, V]; `greedy` is content with logits.
+        target: the target's laws [B, m + 1, V], see `target_logp`; or `Laws`, which a rule that only
+            draws takes as they are.
         positions: [B, m + 1] int64, the places (in the image, in the text) that the laws are for; in
             a tree a law's depth behind the first one.
         noise: of the B images.
@@ -53,12 +56,22 @@ class Round:
 
     drafts: Tensor
     draft_logp: Tensor | None
-    target_logp: Tensor
+    target: Tensor | Laws
     positions: Tensor
     noise: Noise
     number: int
     topology: Topology | None = None
     hidden: Tensor | None = None
+
+    @property
+    def target_logp(self) -> Tensor:
+        """[B, m + 1, V] log-probabilities; `greedy` is content with logits."""
+        return written(self.target)
+
+    def law(self, place: int) -> Tensor:
+        """The target's law [B, V] at one place, which may count from the end."""
+        target = self.target
+        return target.at(place) if isinstance(target, Laws) else target[:, place]
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,9 @@ def first_round(
     hidden: Tensor | None,
 ) -> Round:
     """A chain without drafts: the prefill's law of the first token that is drawn."""
-    laws, positions = shape(logits)[:, None], lengths[:, None]
-    return Round(positions[:, :0], laws[:, :0], laws, positions, noise, 0, hidden=hidden)
+    laws, positions = laws_of(shape, logits)[:, None], lengths[:, None]
+    none = torch.zeros(len(laws), 0, laws.shape[2], dtype=laws.dtype, device=positions.device)
+    return Round(positions[:, :0], none, laws, positions, noise, 0, hidden=hidden)
 
 
 def num_final(passes: Tensor) -> Tensor:
@@ -146,18 +160,18 @@ def greedy(batch: Round) -> Verdict:
     return follow(batch, batch.target_logp.argmax(-1))
 
 
-def gumbel_draw(logp: Tensor, positions: Tensor, noise: Noise) -> Tensor:
+def gumbel_draw(logp: Tensor | Laws, positions: Tensor, noise: Noise) -> Tensor:
     """argmax(log p + g), [B, T], for laws [B, T, V] at positions [B, T].
 
     A position may also hold d laws of V values each, [B, T, d, V]: all d V numbers are its own.
     """
-    if logp.dim() == 3:
+    if isinstance(logp, Laws) or logp.dim() == 3:
         return noise.best(logp, positions)
     numbers = noise.gumbel(positions, logp.shape[2:].numel(), logp.dtype)
     return (logp + numbers.view(logp.shape)).argmax(-1)
 
 
-def coupled_draw(batch: Round, logp: Tensor) -> Tensor:
+def coupled_draw(batch: Round, logp: Tensor | Laws) -> Tensor:
     """`gumbel_draw` at every place of a round, [B, m + 1].
 
     Candidates at one depth of a tree stand at one position: its numbers are computed once.
@@ -168,7 +182,7 @@ def coupled_draw(batch: Round, logp: Tensor) -> Tensor:
     """
     shape = batch.topology
     is_spread = shape is None or shape.num_levels == batch.drafts.shape[1]
-    if shape is None or is_spread or not dispatch.stays(logp):
+    if isinstance(logp, Laws) or shape is None or is_spread or not dispatch.stays(logp):
         return gumbel_draw(logp, batch.positions, batch.noise)
     first, levels = batch.positions[:, :1], torch.arange(shape.num_levels + 1, device=logp.device)
     numbers = batch.noise.gumbel(first + levels, logp.shape[2], logp.dtype)
@@ -185,7 +199,7 @@ def gumbel_coupling(batch: Round) -> Verdict:
     drafted, as a chain or as a tree. Two successive laws agree on a token with probability
     >= (1 - TV) / (1 + TV).
     """
-    return follow(batch, coupled_draw(batch, batch.target_logp))
+    return follow(batch, coupled_draw(batch, batch.target))
 
 
 def _core(laws: Tensor) -> Any:

@@ -25,7 +25,7 @@ BACKENDS = ("auto", "reference", "triton")
 
 OPS = {
     "tree_attention": "few queries with an ancestor mask against a long key/value cache",
-    "sampling": "guidance, temperature, top-k, top-p and a draw, without sorting",
+    "sampling": "guidance, temperature, top-k, top-p and a draw in one launch, without sorting",
     "verify": "what stays of a window or a tree of drafts, and what comes next",
     "compaction": "accepted keys and values to the front of their area",
     "philox": "Philox4x32-10, counter-based random bits",
@@ -37,7 +37,8 @@ USED_BY = {
     "tree_attention": "windows, trees, ragged and padded rows of LlamaGen, and of the language and image "
     "models of transformers in layers that attend to everything or to a window through PyTorch's SDPA; one candidate "
     "behind rows of one length, prompts, VAR, Infinity, MAR and NextStep-1 keep to SDPA",
-    "sampling": "every model with a vocabulary: LlamaGen, VAR, Infinity, transformers' models",
+    "sampling": "every model with a vocabulary: LlamaGen, VAR, Infinity, transformers' models; from logits to tokens, "
+    "with neither law nor noise in memory, in ar, in sjd, draft and text under Gumbel coupling, zipar and pjd",
     "verify": "chains of every model with a vocabulary; trees under Gumbel coupling and greedy",
     "compaction": "trees of LlamaGen and of transformers' models",
     "philox": "every model, for noise that stands in memory",

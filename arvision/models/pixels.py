@@ -78,7 +78,10 @@ def pixels_of(images: Any, *, multiple: int = 1, size: tuple[int, int] | None = 
     for part in parts:
         shape = tuple(part.shape)
         if size is not None and shape[2:] != size:
-            raise InputError(f"pixels {shape}: expected [B, 3, {size[0]}, {size[1]}]")
+            raise InputError(
+                f"pixels {shape}: expected [B, 3, {size[0]}, {size[1]}], pictures of {size[0]} rows and "
+                f"{size[1]} columns; crop or resize"
+            )
         if not part.numel() or shape[2] % multiple or shape[3] % multiple:
             raise InputError(
                 f"pixels {shape}: expected sides that {multiple} divides; crop or resize"

@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +39,9 @@ from ..memory import Peak
 from ..portable import Portable, options_of, travels
 from ..registry import Registry
 from ..stored import check_plain
+
+LAW = ("temperature", "top_k", "top_p")
+"""Options of samplers for which a model has values of its own."""
 
 SAMPLERS: Registry[type[BaseSampler]] = Registry("sampler", entry_point_group="arvision.samplers")
 
@@ -251,6 +254,18 @@ class BaseSampler(Portable, SchedulerMixin, ConfigMixin):
         wanted = {name: value for name, value in wanted.items() if name not in left}
         changed = _make(self.name, wanted)
         return changed.bind(**{k: v for k, v in self._bound.items() if k not in options})
+
+    def with_law(self, law: Mapping[str, Any], written: Collection[str]) -> BaseSampler:
+        """The same sampler with a model's recommended temperature, top-k and top-p.
+
+        Args:
+            law: recommended values by name, such as a pipeline's configuration.
+            written: names of options that somebody has chosen, which stay.
+        """
+        open_ = [name for name in LAW if name in self.config and name not in written]
+        wanted = {name: law[name] for name in open_}
+        idle = idle_law({**self.config, **wanted})
+        return self.with_options(**{k: v for k, v in wanted.items() if k not in idle})
 
     @property
     def _bound(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..api import load
-from ..errors import ArvisionError, one_line
+from ..errors import ArvisionError, one_line, unknown_name
 from . import images, sglang
 from .guards import Guard
 from .limits import Limits
@@ -102,7 +102,13 @@ async def _failed(request: Request, error: Any) -> JSONResponse:
 
 
 async def _http(request: Request, error: Any) -> JSONResponse:
-    return _refused(error.status_code, str(error.detail), "invalid_request_error")
+    message, path = str(error.detail), request.url.path
+    if message == "Not Found":
+        message = str(unknown_name("path", path, request.app.openapi()["paths"]))
+    elif message == "Method Not Allowed":
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} {path}: expected {allowed}"
+    return _refused(error.status_code, message, "invalid_request_error")
 
 
 async def _invalid(request: Request, error: Any) -> JSONResponse:

@@ -141,9 +141,7 @@ class Studio:
         if spec is None:
             return self.pipe.sampler.with_options(**changes) if changes else self.pipe.sampler
         chosen, own = strangers_sampler(spec), parse_sampler(spec)[1]
-        law = {name: self.pipe.config[name] for name in ("temperature", "top_k", "top_p")}
-        law = {k: v for k, v in law.items() if k in chosen.config and k not in own} | changes
-        return chosen.with_options(**law)
+        return chosen.with_law(self.pipe.config, {*own, *changes}).with_options(**changes)
 
     def _prompts(self, prompt: str, negative: str | None, scale: Any) -> list[Any]:
         """The prompt as the pipeline takes it, one entry."""

@@ -117,7 +117,8 @@ def label_of(drafter: Any) -> str:
     """What the cost of drafting depends on: the kind of drafter, its options, its models."""
     parts = [type(drafter).__name__]
     for name, value in sorted(vars(drafter).items()):
-        if hasattr(value, "vocab_size") or hasattr(value, "cost_key"):
+        # A tokenizer has a vocabulary, too.
+        if hasattr(value, "cost_key") or (hasattr(value, "vocab_size") and hasattr(value, "grid")):
             parts.append(f"{name}={model_key(value)}")
         elif hasattr(value, "propose"):
             parts.append(f"{name}=({label_of(value)})")

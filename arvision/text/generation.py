@@ -16,7 +16,7 @@ from torch import Tensor
 from ..contracts import Stats
 from ..decoding.drafter import NoDrafter
 from ..decoding.fixed_step import Steps
-from ..decoding.logits import Shaping, warn_of_greedy
+from ..decoding.logits import Shaping, laws_of, warn_of_greedy
 from ..decoding.loop import Drafter, FixedWindow, WindowPolicy, decode_tokens
 from ..decoding.run import Run
 from ..decoding.window import CostTable, GoodputWindow, RowGoodput
@@ -193,7 +193,7 @@ def generate(
     def shape(logits: Tensor) -> Tensor:
         if logits_hook is not None:
             logits = logits_hook(logits)
-        return logits if chosen.wants_logits else shaping(logits)
+        return logits if chosen.wants_logits else laws_of(shaping, logits)
 
     def watched(run: Run) -> Callable[[Tensor], Tensor]:
         """`shape`, and a look at logits that become no laws: laws are looked at by the loop."""

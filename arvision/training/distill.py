@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..api import load
@@ -25,6 +24,7 @@ from .captions import training_captions
 from .distill_objective import Described, DistillObjective, PictureLoss, agreement
 from .loop import MOST_BATCH, FitConfig, Objective, fit
 from .pairs import Pairs, PairSettings, generate_pairs, read_pairs, teacher_tokens
+from .processes import joined
 from .score_distill import (
     ScoreObjective,
     ScoreSettings,
@@ -137,7 +137,7 @@ def distill(
 
     Pairs of noise and tokens lie in `out/pairs`, checkpoints and the log of the training in
     `out/dd1` (and `out/dd2`), a sheet of teacher and student in `out/samples.png`, the finished
-    student in `out/<teacher>-dd`. Run it again to resume. Under `accelerate launch` the processes share
+    student in `out/<teacher>-dd`. Run it again to resume. Under `torchrun` the processes share
     the pairs and both trainings.
 
     Args:
@@ -167,7 +167,7 @@ def distill(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     settings = settings or DistillSettings()
-    processes, out = PartialState(), user_path(out)
+    processes, out = joined(), user_path(out)
     is_main = processes.is_main_process
     with working_in(out) if is_main else contextlib.nullcontext():
         return _distill(teacher, out, settings, method, progress)
@@ -177,7 +177,7 @@ def _distill(
     teacher: str | Path, out: Path, settings: DistillSettings, method: str, progress: bool
 ) -> dict[str, Any]:
     """`distill`, in a folder that no other run works in."""
-    processes = PartialState()
+    processes = joined()
     pipe = load(teacher, device="cpu").to(processes.device)
     family = student_family(pipe)
     config = pipe.config
@@ -300,7 +300,7 @@ class _Run:
         progress: bool,
     ) -> None:
         self.pipe, self.laws, self.settings, self.out = pipe, laws, settings, out
-        self.progress, self.processes = progress, PartialState()
+        self.progress, self.processes = progress, joined()
         self.teacher: Any = pipe.model
         self.conditions = conditions
 
@@ -349,12 +349,14 @@ class _Run:
         torch.manual_seed(settings.score_fit.seed)
         shaping, scale = self.laws.shaping(), self.laws.guidance_scale
         scores = TeacherScores(self.teacher, shaping, scale, self.conditions)
+        # In a short run, too, the student shall move.
+        warmup = min(settings.score.warmup, settings.score_fit.steps // 4)
         objective = ScoreObjective(
             student.transformer,
             scores,
             student.codebook.detach(),
             (student.num_tokens, len(self.conditions), scores.feature_dim),
-            settings.score,
+            replace(settings.score, warmup=warmup),
             described=Described(student, self.conditions),
             trunk=TrainedFeatures(self.teacher) if settings.score.trains_features else None,
         )

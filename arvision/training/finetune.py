@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..adapters import add_adapter, save_adapter
@@ -38,6 +37,7 @@ from .own_data import (
 )
 from .own_recipes import caption_writer
 from .own_watch import Watch, held_out_loss, prompts_of, sample_sheet
+from .processes import joined
 from .var import VARClassObjective
 
 STAGE = "transformer"
@@ -106,7 +106,7 @@ class FinetuneSettings:
     def fit(self) -> FitConfig:
         """Settings of the loop."""
         own = LORA_RATE if self.lora_rank is not None else FULL_RATE
-        is_cpu = str(PartialState().device) == "cpu"
+        is_cpu = str(joined().device) == "cpu"
         return FitConfig(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -247,7 +247,7 @@ def finetune(
     height, width = pipe.model.picture_size
     if height != width:
         raise InputError(f"the model draws {height}x{width}: expected squares")
-    processes, is_new = PartialState(), check_run(out, asked)
+    processes, is_new = joined(), check_run(out, asked)
     with working_in(out) if processes.is_main_process else contextlib.nullcontext():
         place = out / WORK / "pictures"
         if processes.is_main_process and is_new:
@@ -348,7 +348,7 @@ class _Tuning:
 
     def figures(self, official: str | Path | None, progress: bool) -> dict[str, Any]:
         """Train, publish and measure."""
-        settings, pictures, processes = self.settings, self.pictures, PartialState()
+        settings, pictures, processes = self.settings, self.pictures, joined()
         wrapped = None
         if settings.lora_rank is not None:
             torch.manual_seed(settings.seed)

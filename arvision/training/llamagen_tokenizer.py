@@ -10,13 +10,15 @@ from torch import Tensor
 
 from .data import in_batches, pixel_loss, to_pixels
 from .loop import Chance, Objective
+from .processes import of_all, take_first
 
 
 class CodebookObjective(Objective):
     """A codebook that follows, by exponential averages, what it is asked to code.
 
     A subclass puts `_last`, what was asked [M, D] and the codes given [M], in its forward pass. Codes
-    that hardly any position uses restart on what the current batch asked for.
+    that hardly any position uses restart on what the current batch asked for. Processes that share a
+    batch pool what they asked, so that their codebooks stay one.
 
     Args:
         tokenizer: the model to train, with `quantize.embedding`; its codebook gets no gradient.
@@ -63,12 +65,21 @@ class CodebookObjective(Objective):
         return self.sums / self.uses[:, None]
 
     @torch.no_grad()
+    def _begin(self, codes: Tensor, uses: Tensor) -> None:
+        """Switch the codebook on: codes [V, D] and their uses [V], the first process's for all."""
+        codebook = self.tokenizer.quantize.embedding.weight
+        codebook.copy_(codes)
+        self.uses.copy_(uses)
+        take_first(codebook, self.uses)
+        self.sums.copy_(codebook * self.uses[:, None])
+
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Move the codebook after what the step asked for."""
         self.steps_done += 1
         if self._last is None:
             return
-        asked, chosen = self._last
+        asked, chosen = (of_all(part) for part in self._last)
         one_hot = F.one_hot(chosen, len(self.uses)).to(asked.dtype)
         self.uses.lerp_(one_hot.sum(0), 1 - self.decay)
         self.sums.lerp_(one_hot.T @ asked, 1 - self.decay)
@@ -104,7 +115,7 @@ class TokenizerObjective(CodebookObjective):
         flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)
         step = int(self.steps_done)
         if step == self.unquantised_steps:
-            self._initialise(flat, chance)
+            self._initialise(of_all(flat), chance)
         if step < self.unquantised_steps:
             out, commitment = self.tokenizer.decode_codes(z), z.new_zeros(())
         else:
@@ -131,9 +142,7 @@ class TokenizerObjective(CodebookObjective):
             one_hot = F.one_hot((flat @ centres.T).argmax(-1), size).to(flat.dtype)
             sums, counts = one_hot.T @ flat, one_hot.sum(0)
             centres = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), centres)
-        self.uses.copy_(counts.clamp(min=1.0))
-        self.sums.copy_(centres * self.uses[:, None])
-        self.tokenizer.quantize.embedding.weight.copy_(centres)
+        self._begin(centres, counts.clamp(min=1.0))
 
 
 @torch.no_grad()

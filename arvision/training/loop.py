@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, InputError, check_count
 from ..files import working_in, write_text
+from .processes import joined
 from .saved import load_state, save_state
 
 MOST_STEPS = 1_000_000_000
@@ -37,7 +38,7 @@ class FitConfig:
 
     Attributes:
         steps: optimiser steps in all.
-        batch_size: samples per step over all processes.
+        batch_size: samples per step over all processes, each of which has an equal share.
         learning_rate: peak of the cosine schedule.
         warmup: steps of linear warm-up.
         weight_decay: for matrices; vectors are never decayed.
@@ -217,8 +218,10 @@ def batch_indices(step: int, batch_size: int, num_items: int, seed: int) -> Tens
     return out
 
 
-def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
+def _generator(seed: int, number: int, purpose: str, process: int = 0) -> torch.Generator:
+    """Numbers of an epoch or a step; other processes have other samples, and the noise of other seeds."""
     offset = {"order": 0, "noise": 1}[purpose]
+    seed += 7919 * process
     return torch.Generator().manual_seed((seed * 2 + offset) * 1_000_003 + number)
 
 
@@ -261,9 +264,13 @@ def fit(
 
     Raises:
         CheckpointError: the checkpoint belongs to another configuration, or is damaged.
-        InputError: another run works in the folder.
+        InputError: another run works in the folder, or the processes cannot share a batch evenly.
     """
     accelerator = _accelerator(config.mixed_precision, objective.uses_all)
+    if config.batch_size % accelerator.num_processes:
+        raise InputError(
+            f"batch_size {config.batch_size} of {accelerator.num_processes} processes: expected a multiple"
+        )
     home = objective.device
     with working_in(folder) if accelerator.is_main_process else contextlib.nullcontext():
         # Before the optimiser is made: a move may replace the parameters.
@@ -292,18 +299,19 @@ def _fit(
     first, log = _resume(objective, optimizer, config, folder, average)
     objective.train()
     model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[False, False])
+    process = accelerator.process_index
     last = config.steps if stop_after is None else min(config.steps, first + stop_after)
     show = progress and accelerator.is_main_process
     bar = tqdm(total=config.steps, initial=first, disable=not show, desc=folder.name)
     started, seconds = time.perf_counter(), log[-1]["seconds"] if log else 0.0
     for step in range(first, last):
         indices = batch_indices(step, config.batch_size, objective.num_items, config.seed)
-        mine = indices[accelerator.process_index :: accelerator.num_processes]
+        mine = indices[process :: accelerator.num_processes]
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
         with accelerator.autocast():
-            figures = model(mine, _generator(config.seed, step, "noise"))
+            figures = model(mine, _generator(config.seed, step, "noise", process))
         optimizer.zero_grad()
         accelerator.backward(figures["loss"])
         accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
@@ -337,6 +345,7 @@ def _fit(
 
 def _accelerator(mixed_precision: str, uses_all: bool = True) -> Accelerator:
     """One of this precision, though an earlier fit of the process may have had another."""
+    joined()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not uses_all)

@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ..card import megabytes, settings_in_words, write_card
 from ..files import check_out, making_folder, user_path, working_in, write_json
@@ -26,6 +25,7 @@ from .loop import fit
 from .own_data import WORK, OwnPictures, check_run, open_pictures, pack_pictures
 from .own_recipes import RECIPES, SHARES, OwnSettings, check_captions, timed
 from .own_watch import Watch, held_out_loss, prompts_of, rebuilt_sheet, reconstruction, sample_sheet
+from .processes import joined
 from .stages import Stage, Work, run_stages, stage_seconds
 
 DEFAULT_MINUTES = 10.0
@@ -48,7 +48,7 @@ def train(
     `out` becomes the folder of a pipeline, which `arvision.load` opens when all is done. On the way
     `out/samples` gets sheets of samples, `out/held_out.jsonl` the loss on pictures that are not trained
     on, `out/work` checkpoints and the pictures as bytes. Of the transformer's weights those stay that
-    did best there. Under `accelerate launch` processes share each batch.
+    did best there. Under `torchrun` processes share each batch.
 
     Args:
         data: folder of pictures of any sizes; each is cropped to the square in its middle. Subfolders
@@ -62,7 +62,7 @@ def train(
     Returns:
         Figures: numbers of pictures, steps of each stage, "seconds" of each, "held_out_loss" of the
         transformer ("first", "best", "best_step", "last"), "reconstruction_psnr" of the tokenizer on
-        held-out pictures, in dB. Under `accelerate launch` the first process alone has them.
+        held-out pictures, in dB. Under `torchrun` the first process alone has them.
 
     Raises:
         InputError: no pictures, one that cannot be read, captions of missing pictures, settings out
@@ -75,7 +75,7 @@ def train(
     asked = settings.to_json() | {"data": str(user_path(data).absolute())}
     if captions is not None:
         asked["captions"] = str(user_path(captions).absolute())
-    processes = PartialState()
+    processes = joined()
     is_new = check_run(out, asked)
     with working_in(out) if processes.is_main_process else contextlib.nullcontext():
         packed = out / WORK / "pictures"
@@ -105,7 +105,7 @@ class _Run:
         self.names = pictures.class_names
         num_classes = len(self.names or [""])
         self.work = Work(pictures.images, pictures.labels, num_classes=num_classes)
-        self.processes = PartialState()
+        self.processes = joined()
         self.watches: dict[str, Watch] = {}
 
     def figures(self, asked: dict[str, Any]) -> dict[str, Any]:

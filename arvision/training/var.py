@@ -29,6 +29,8 @@ class VARTokenizerObjective(CodebookObjective):
     Oord et al., "Neural Discrete Representation Learning", 2017, appendix A.1 (averages).
     """
 
+    uses_all = False  # the convolutions wait for the codebook
+
     def loss(self, inputs: dict[str, Tensor], chance: Chance) -> dict[str, Tensor]:
         """Loss, PSNR in dB and code usage."""
         pixels = to_pixels(inputs["images"])
@@ -82,9 +84,7 @@ class VARTokenizerObjective(CodebookObjective):
         )
         size = len(self.uses)
         picks, shrink = chance.randint(len(seen), size), chance.rand(size, 1)
-        self.uses.fill_(1.0)
-        self.sums.copy_(seen[picks] * shrink)
-        quantize.embedding.weight.copy_(self.sums)
+        self._begin(seen[picks] * shrink, torch.ones(size))
 
 
 class VARClassObjective(Objective):

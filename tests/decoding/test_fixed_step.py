@@ -7,6 +7,7 @@ from inspect import signature
 
 import pytest
 import torch
+from forms import covered, slow
 from tiny_pipelines import disturbed_copy
 
 import arvision
@@ -62,8 +63,7 @@ def draw(model, sampler, steps=None, num=5, scale=3.0, draft=None):
         )
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("reads_every", [1, 3])
+@pytest.mark.parametrize(("sampler", "reads_every"), covered(SAMPLERS, [1, 3]))
 def test_a_fixed_step_draws_what_the_loop_draws(model, small, sampler, reads_every):
     loop = draw(model, sampler, draft=small)
     fixed = draw(model, sampler, Steps("eager", reads_every), draft=small)
@@ -115,11 +115,11 @@ def test_captions_of_different_lengths():
     "sampler",
     [
         "ar",
-        "sjd:window=6",
-        "sjd:window=6:coupling=maximal",
-        "sjd:window=6:init=memory",
+        slow("sjd:window=6"),
+        slow("sjd:window=6:coupling=maximal"),
+        slow("sjd:window=6:init=memory"),
         "sjd:window=5:tree=static:coupling=maximal",
-        "sjd:window=5:tree=drift",
+        slow("sjd:window=5:tree=drift"),
         "draft:max_draft=3:stop_threshold=0.6:coupling=independent",
     ],
 )

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from forms import by_draws
 
 from arvision import InputError, get_sampler
 from arvision.decoding import window
@@ -19,6 +20,11 @@ from arvision.decoding.window import (
     measured_costs,
 )
 from arvision.testing import DroppingTableModel, draw_joint, law_p_value, tiny_llamagen
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch):
+    monkeypatch.setattr(window, "MAX_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +101,13 @@ def test_a_run_repeats_with_its_table_and_reads_no_clock(model, tmp_path, monkey
         assert torch.equal(first.tokens, expected.tokens)
 
 
+@by_draws
 @pytest.mark.parametrize("coupling", ["gumbel", "maximal", "independent"])
-def test_a_window_that_adapts_keeps_the_law(coupling):
+def test_a_window_that_adapts_keeps_the_law(coupling, num):
     table = [[1, 1, 1.0, 1], [1, 2, 1.2, 1.5], [1, 4, 1.6, 2.0]]
     sampler = get_sampler("sjd", window="auto", coupling=coupling, cost_table=table)
     model = DroppingTableModel(seed=1)
-    samples = draw_joint(sampler, model, 50_000, seed=3)
+    samples = draw_joint(sampler, model, num, seed=3)
     assert law_p_value(samples, model.joint(sampler.shaping())) > 1e-4
 
 

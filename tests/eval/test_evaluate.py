@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
+from forms import slow
 from PIL import Image
 
 from arvision.errors import InputError
@@ -84,12 +88,19 @@ def test_tar_holds_every_image(npz: Path, tmp_path: Path):
     assert np.array_equal(picture, pictures(1200)[7].permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_many_processes_give_the_same_bits(npz: Path, tmp_path: Path, size: int):
-    out = tmp_path / "ranks.pt"
+def launch(size: int, *arguments: object) -> None:
+    """As `run_forked`, by PyTorch's own launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
-    command += ["--standalone", "--no-python", sys.executable, str(RANKS), str(npz), str(out)]
+    command += ["--standalone", "--no-python", sys.executable, str(RANKS), *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, timeout=900)
+
+
+@pytest.mark.parametrize(
+    ("run", "size"), [(partial(run_forked, RANKS), 2), slow(launch, 3)], ids=["forked", "launched"]
+)
+def test_many_processes_give_the_same_bits(npz: Path, tmp_path: Path, run: Any, size: int):
+    out = tmp_path / "ranks.pt"
+    run(size, npz, out)
     many = torch.load(out, weights_only=True)
     found = extract(open_source(npz), CONV, progress=False)
     assert found is not None

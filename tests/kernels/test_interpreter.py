@@ -7,16 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from forms import slow
+
 HERE = Path(__file__).parent
 WITHOUT = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio")
 
 
-def test_triton_equals_the_references():
+@pytest.mark.parametrize("marks", ["not slow", slow("slow")])
+def test_triton_equals_the_references(marks):
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
-    assert len(files) == 7
+    assert len(files) == 8
     done = subprocess.run(
         # Without the plug-in of anyio, whose older releases break pytest.
-        [sys.executable, "-m", "pytest", "-q", *WITHOUT, *files],
+        [sys.executable, "-m", "pytest", "-q", *WITHOUT, "-m", marks, *files],
         capture_output=True,
         text=True,
         cwd=HERE.parent.parent,

@@ -1,14 +1,17 @@
 import pytest
 import torch
+from forms import covered
 
 from arvision.kernels.compaction import compact_
 
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("width", [1, 5, 64])
-@pytest.mark.parametrize("in_order", [True, False], ids=["path", "any order"])
+@pytest.mark.parametrize(
+    ("dtype", "width", "in_order"),
+    covered([torch.float32, torch.bfloat16, torch.float64], [1, 5, 64], [True, False]),
+    ids=str,
+)
 def test_ragged_rows_equal_the_reference(device, dtype, width, in_order):
     layers, rows, heads, slots, num = 2, 4, 3, 19, 6
     keys = torch.randn(layers, rows, heads, slots, width, device=device).to(dtype)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import covered, slow
 
 from arvision import ARPipeline, generate, get_sampler
 from arvision.decoding.cache import KVCache
@@ -12,6 +13,10 @@ from arvision.testing import tiny_llamagen
 CAPTIONS = {"caption_dim": 16, "caption_length": 6, "num_classes": None}
 CHAINS = ["ar", "sjd:window=3", "sjd:window=3:coupling=maximal"]
 TREES = ["sjd:window=8:tree=drift", "sjd:window=8:tree=static:coupling=maximal"]
+
+
+def kind_of(value):
+    return value if isinstance(value, str) else "padded" if value is CAPTIONS else "grouped"
 
 
 def both(draw, *operations):
@@ -35,8 +40,9 @@ def llamagen(device, **sizes):
     return model, [torch.randn(num, 16, generator=generator).to(device) for num in (2, 6)]
 
 
-@pytest.mark.parametrize("spec", CHAINS + TREES)
-@pytest.mark.parametrize("sizes", [{"num_kv_heads": 2}, CAPTIONS], ids=["grouped", "padded"])
+@pytest.mark.parametrize(
+    ("spec", "sizes"), covered(CHAINS + TREES, [{"num_kv_heads": 2}, CAPTIONS]), ids=kind_of
+)
 def test_ragged_llamagen(device, spec, sizes):
     model, conditions = llamagen(device, **sizes)
     sampler = get_sampler(spec)
@@ -102,7 +108,7 @@ WINDOWED = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", [slow("Mistral"), slow("Ministral"), "Gemma3Text"])
 def test_text_of_layers_with_a_window(device, name):
     """All layers, those with a window too, go through the kernel, and the window matters."""
     from text_models import random_prompts

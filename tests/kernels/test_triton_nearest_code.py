@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import covered
 
 from arvision import InputError
 from arvision.kernels.dispatch import is_interpreted
@@ -11,9 +12,11 @@ pytestmark = pytest.mark.usefixtures("_poisoned")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not is_interpreted())
 
 
-@pytest.mark.parametrize("metric", ["inner", "euclidean"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 33, 8), (37, 300, 5), (5, 70, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("metric", "dtype", "sizes"),
+    covered(["inner", "euclidean"], DTYPES, [(1, 1, 1), (3, 33, 8), (37, 300, 5), (5, 70, 130)]),
+    ids=str,
+)
 def test_equals_the_reference(device, metric, dtype, sizes):
     num, size, width = sizes
     # Small multiples of a power of two: products and sums are exact in every dtype and order.

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from forms import covered
 
 from arvision.kernels import sampling
 from arvision.kernels.dispatch import is_interpreted
@@ -63,8 +64,7 @@ def test_guided_law_equals_the_reference(device, options, dtype):
     assert_same_law(shape(logits, backend="triton", **law), shape(logits, **law))
 
 
-@pytest.mark.parametrize("options", CASES, ids=str)
-@pytest.mark.parametrize("size", [1, 2100])
+@pytest.mark.parametrize(("options", "size"), covered(CASES, [1, 2100]), ids=str)
 def test_law_over_tiles_with_ties(device, options, size):
     # Few different values, of both zeros: the cut falls among equal logits.
     logits = torch.randint(-3, 4, (1, size), device=device).float() / 2
@@ -120,8 +120,9 @@ def test_a_vocabulary_of_several_programs(device, monkeypatch):
     assert ours.equal(sample_gumbel(logits, identity, top_k=300, backend="reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [1, 37, 2500])
+@pytest.mark.parametrize(
+    ("dtype", "size"), covered([torch.float32, torch.float64], [1, 37, 2500]), ids=str
+)
 def test_noise_is_made_where_it_is_used(device, dtype, size):
     logp = torch.randn(3, 5, size, device=device, dtype=dtype).log_softmax(-1)
     logp = logp.masked_fill(torch.rand_like(logp) < 0.2, float("-inf"))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from forms import covered
 
 from arvision import InputError
 from arvision.kernels.dispatch import is_interpreted
@@ -31,11 +32,13 @@ def problem(device, dtype, num, group, width, slots=150, lengths=(0, 77, 130)):
     return queries, cache[0], cache[1], lengths, random_tree(num, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num", "group", "width"), [(1, 1, 16), (3, 2, 24), (20, 1, 64), (13, 3, 5)], ids=str
+    ("dtype", "sizes"),
+    covered(DTYPES, [(1, 1, 16), (3, 2, 24), (20, 1, 64), (13, 3, 5)]),
+    ids=str,
 )
-def test_ragged_rows_equal_the_reference(device, dtype, num, group, width):
+def test_ragged_rows_equal_the_reference(device, dtype, sizes):
+    num, group, width = sizes
     given = problem(device, dtype, num, group, width)
     ours = tree_attention(*given, backend="triton")
     exact = [t.double() if t.is_floating_point() else t for t in given]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from forms import covered
 
 from arvision import InputError
 from arvision.decoding.tree import topology_of
@@ -20,10 +21,14 @@ def uniforms(batch, num, device):
     return torch.rand(batch, num, device=device, dtype=torch.float64).clamp(min=1e-9)
 
 
-@pytest.mark.parametrize("coupling", ["maximal", "independent"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(3, 0, 5), (2, 1, 1), (5, 6, 4), (3, 7, 37), (2, 3, 2500)], ids=str
+    ("coupling", "dtype", "sizes"),
+    covered(
+        ["maximal", "independent"],
+        [torch.float32, torch.float64],
+        [(3, 0, 5), (2, 1, 1), (5, 6, 4), (3, 7, 37), (2, 3, 2500)],
+    ),
+    ids=str,
 )
 def test_equals_the_reference(device, coupling, dtype, sizes):
     batch, window, size = sizes

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import covered
 
 from arvision import InputError, get_sampler
 from arvision.decoding import drift, static_tree, tree_rules, verify
@@ -35,8 +36,7 @@ def plain(model):
     return ar(model, [s % 3 for s in seeds], seeds=seeds, guidance_scale=2.0).tokens
 
 
-@pytest.mark.parametrize("init", FROM_LAWS)
-@pytest.mark.parametrize("window", [2, 5, 16, 32, 64])
+@pytest.mark.parametrize(("init", "window"), covered(FROM_LAWS, [2, 5, 16, 32, 64]))
 def test_a_drift_tree_gives_the_tokens_of_plain_sampling(model, plain, window, init):
     sampler = get_sampler("sjd", tree="drift", window=window, init=init)
     seeds = list(range(8))

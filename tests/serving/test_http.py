@@ -138,6 +138,12 @@ def test_other_requests_are_refused_in_the_same_shape(server):
     ):
         assert answer.status_code == status
         assert isinstance(answer.json()["error"]["message"], str)
+    for answer, said in (
+        (client.post("/v1/images/generation", json={}), f"did you mean '{PATH}'? expected one of"),
+        (client.post("/generate", json={}), "unknown path '/generate': expected one of /health, "),
+        (client.delete(PATH), f"DELETE {PATH}: expected POST"),
+    ):
+        assert said in answer.json()["error"]["message"]
 
 
 def test_models_health_and_metrics(server):

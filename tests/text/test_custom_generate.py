@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forms import covered
 from text_models import greedy_reference, random_prompts, tiny_llama
 from transformers import (
     LogitsProcessor,
@@ -136,8 +137,10 @@ CONSTRAINTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(CONSTRAINTS))
-@pytest.mark.parametrize("drafter", ["prompt_lookup+token_recycling", "jacobi"])
+@pytest.mark.parametrize(
+    ("name", "drafter"),
+    covered(sorted(CONSTRAINTS), ["prompt_lookup+token_recycling", "jacobi"]),
+)
 def test_what_a_generation_config_asks_for_acts_on_every_candidate(network, name, drafter):
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **CONSTRAINTS[name]}
     inputs = padded([5, 9, 7])

@@ -17,7 +17,7 @@ from arvision.decoding.noise import Noise
 from arvision.decoding.verify import Round
 from arvision.text import load_text_model
 from arvision.text.fitting.judge import MarkedAnswer, calibrated, judged_tokens, train_judge
-from arvision.text.fitting.marking import KnownAnswer, asked, exchanged
+from arvision.text.fitting.marking import KnownAnswer, asked, derailed, exchanged
 from arvision.text.rules.lossy import JudgeHead, judge
 from arvision.training.loop import FitConfig
 
@@ -46,6 +46,28 @@ def test_known_answers_are_exchanged_within_their_topic():
         KnownAnswer("?", "It is X.", "Z")
 
 
+def test_derailed_answers_begin_right_and_are_wrong_from_some_word_on():
+    right = [MarkedAnswer("Capital of A?", "The capital is X."), MarkedAnswer("And B?", "It is Y.")]
+    made = derailed([*right, MarkedAnswer("And C?", "No idea", "idea")], 3)
+    assert len(made) == 6
+    assert made == derailed(right, 3)
+    for number, marked in enumerate(made):
+        answer = {record.prompt: record.answer for record in right}[marked.prompt]
+        assert marked.wrong is not None
+        kept = marked.answer.removesuffix(marked.wrong)
+        assert kept
+        assert answer.startswith(kept)
+        assert marked.answer.index(marked.wrong) == len(kept)
+        tail = marked.wrong.split()
+        if number % 2:
+            assert set(tail) == {tail[0]}
+            assert tail[0] != kept.split()[-1]
+    with pytest.raises(InputError, match="expected right ones of two words"):
+        derailed([MarkedAnswer("?", "Yes")])
+    with pytest.raises(InputError, match="num 0: expected broken answers"):
+        derailed(right, 0)
+
+
 def test_people_are_asked_until_they_name_a_part_of_the_answer(folder):
     said = iter(["none of it", "", "-", None])
     seen = []
@@ -71,6 +93,9 @@ def test_the_commands_make_what_a_judge_learns_from(folder, tmp_path):
     result = CliRunner().invoke(app, ["mark-answers", *files, "--exchange", "2"])
     assert result.exit_code == 0, result.output
     assert len(out.read_text().splitlines()) == 24
+    more = CliRunner().invoke(app, ["mark-answers", *files, "--exchange", "2", "--derail", "1"])
+    assert more.exit_code == 0, more.output
+    assert 24 < len(out.read_text().splitlines()) <= 32
     command = ["train-draft", "--model", str(folder), "--prompts", str(out), "--kind", "judge"]
     options = ["--steps", "5", "--out", str(tmp_path / "judge"), "--quiet"]
     assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
@@ -84,6 +109,8 @@ def test_the_commands_make_what_a_judge_learns_from(folder, tmp_path):
         assert len(by_hand.read_text().splitlines()) == number  # the second call asks the next
     with pytest.raises(InputError, match="either --model NAME or --exchange NUMBER"):
         CliRunner().invoke(app, ["mark-answers", *files], catch_exceptions=False)
+    with pytest.raises(InputError, match="--derail without --exchange"):
+        CliRunner().invoke(app, [*ask, "--derail", "1"], catch_exceptions=False)
     wrong = ["mark-answers", *files, "--exchange", "1", "--temperature", "1"]
     with pytest.raises(InputError, match="--temperature"):
         CliRunner().invoke(app, wrong, catch_exceptions=False)
@@ -158,7 +185,7 @@ def test_a_judge_goes_where_the_model_is(chain, head):
     with Elsewhere():
         there = {
             name: getattr(chain, name).to(ELSEWHERE)
-            for name in ("drafts", "target_logp", "positions", "hidden")
+            for name in ("drafts", "target", "positions", "hidden")
         }
         verdict = judge(head, is_greedy=True)(replace(chain, **there))
         assert verdict.counts.device == head.score.weight.device == ELSEWHERE

@@ -106,11 +106,20 @@ train(sys.argv[1], sys.argv[2], OwnSettings(**eval(sys.argv[3])), progress=False
 """
 
 
+SHORT = replace(TINY, steps=8, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    train(shapes[0], out, SHORT, progress=False)
+    return out
+
+
 @pytest.mark.parametrize("sheet", ["tokenizer-000006.png", "000006.png"])
-def test_interrupted_and_resumed_equals_uninterrupted(sheet, shapes, tmp_path):
-    settings = replace(TINY, steps=8, batch_size=4)
-    part, whole = tmp_path / "part", tmp_path / "whole"
-    train(shapes[0], whole, settings, progress=False)
+def test_interrupted_and_resumed_equals_uninterrupted(sheet, shapes, whole, tmp_path):
+    settings, part = SHORT, tmp_path / "part"
     shutil.copytree(whole / "work" / "pictures", part / "work" / "pictures")
     # A folder in the place of a sheet ends the run behind a checkpoint and before the next.
     obstacle = part / "samples" / sheet

@@ -14,9 +14,11 @@ from torch import Tensor
 from ...errors import InputError
 from ..dispatch import choose
 from . import reference
+from .laws import Laws
 from .reference import Shaping, guide
 
-__all__ = ["Shaping", "draw_gumbel", "guide", "sample_gumbel", "sample_inverse", "shape"]
+__all__ = ["Laws", "Shaping", "draw_gumbel", "guide", "laws_of", "sample_gumbel"]
+__all__ += ["sample_inverse", "shape"]
 
 MAX_SIZE = 1 << 30
 
@@ -52,6 +54,29 @@ def shape(
         from . import triton
 
         return triton.shape(logits, how, null_logits, guidance_scale)
+    return reference.shape(logits, how, null_logits, guidance_scale)
+
+
+def laws_of(
+    logits: Tensor,
+    how: Shaping,
+    null_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor | Laws:
+    """The laws of logits for who may only want to draw from them.
+
+    Args:
+        logits: [..., V].
+        how: see `shape`, and so the others.
+        guidance_scale: a number, or weights that broadcast to [..., 1], in the logits' dtype.
+
+    Returns:
+        `Laws`, of which nothing was made yet, where Triton runs; else log-probabilities [..., V].
+    """
+    if choose("sampling", logits, backend, _limit(logits)).is_triton:
+        return Laws(logits, how, null_logits, guidance_scale)
     return reference.shape(logits, how, null_logits, guidance_scale)
 
 

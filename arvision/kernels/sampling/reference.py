@@ -76,7 +76,10 @@ def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def shape(
-    logits: Tensor, how: Shaping, null_logits: Tensor | None = None, guidance_scale: float = 1.0
+    logits: Tensor,
+    how: Shaping,
+    null_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """See `Shaping.__call__`."""
     if null_logits is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import guide, has_weights, joined_scales, weights_at
+from ...decoding.logits import Apart, guide, has_weights, joined_scales, weights_at
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
@@ -33,6 +33,7 @@ class LlamaGenState:
     """
 
     allows_overrun = True
+    leaves_guidance = False
     unread = ("lengths", "_prefill", "_tree")
 
     def __init__(
@@ -78,13 +79,15 @@ class LlamaGenState:
         self.cache.commit(every, torch.full_like(every[:, 0], num))
         return self._guided(logits, torch.zeros_like(self.lengths)[:, None])[:, 0]
 
-    def _guided(self, logits: Tensor, places: Tensor | None) -> Tensor:
+    def _guided(self, logits: Tensor, places: Tensor | None) -> Any:
         """Guided logits [B, T, V] of the tokens at `places` [B, T]; None where none needs to know."""
         if not self._is_doubled:
             return logits
         conditional, null = logits.chunk(2)
-        scale = self._scale if places is None else weights_at(self._scale, places, conditional)
-        return guide(conditional, null, scale)
+        weights = self._scale if places is None else weights_at(self._scale, places, conditional)
+        if self.leaves_guidance:
+            return Apart(conditional, null, weights)
+        return guide(conditional, null, weights)
 
     def _behind(self, lengths: Tensor, steps: Tensor) -> Tensor | None:
         """Places [B, T] that follow candidates so far behind the first `lengths` [B] tokens."""

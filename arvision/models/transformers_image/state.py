@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import guide, has_weights, joined_scales, weights_at
+from ...decoding.logits import Apart, guide, has_weights, joined, joined_scales, weights_at
 from ...decoding.transformers_cache import CacheView, TextSizes, all_open, spread
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
@@ -47,18 +47,20 @@ class Row:
         return cls(ids, torch.arange(len(ids), device=ids.device)[None], len(ids))
 
 
-def combine(logits: Tensor, branches: int, scale: Any) -> Tensor:
+def combine(logits: Tensor, branches: int, scale: Any, leaves_guidance: bool = False) -> Any:
     """Guided logits [B, T, V] out of those of all cache rows, [branches * B, T, V].
 
     One branch is taken as it is. Two are the conditional and the null rows. Three are these and,
-    between them, the rows that know the images of the prompt only.
+    between them, the rows that know the images of the prompt only. Guidance of two branches may be
+    left to whoever draws.
     """
     if branches == 1:
         return logits
     conditional, *others = logits.chunk(branches)
     null = others[-1]
     if branches == 2:
-        return guide(conditional, null, scale)
+        apart = Apart(conditional, null, scale)
+        return apart if leaves_guidance else joined(apart)
     images = others[0]
     return guide(images, null, IMAGE_GUIDANCE) + scale * (conditional - images)
 
@@ -77,6 +79,7 @@ class ImageState:
     """
 
     allows_overrun = True
+    leaves_guidance = False
     unread = ("lengths", "_tree", "_expansion", "_is_open")
     renewed = ("_fixed",)
 
@@ -138,12 +141,13 @@ class ImageState:
         check_numbers(logits)
         return logits
 
-    def _guided(self, hidden: Tensor, places: Tensor | None) -> Tensor:
+    def _guided(self, hidden: Tensor, places: Tensor | None) -> Any:
         """Guided logits [B, T, V] of hidden states [R, T, C] for tokens at `places` [B, T]."""
         logits = self._model.code_logits(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        return combine(logits, self._branches, weights_at(self._scale, places, logits))
+        weights = weights_at(self._scale, places, logits)
+        return combine(logits, self._branches, weights, self.leaves_guidance)
 
     def _spread(self, rows: Tensor) -> Tensor:
         """Values [B, ...] laid out over the rows of the cache."""
@@ -418,13 +422,14 @@ class ImageState:
         self._tree = self._expansion = None
 
 
-def check_numbers(logits: Tensor) -> None:
+def check_numbers(logits: Tensor | Apart) -> None:
     """Refuse logits that hold NaN.
 
     Raises:
         InputError: see above.
     """
-    if bool(logits.sum().isnan()):
+    parts = (logits.conditional, logits.null) if isinstance(logits, Apart) else (logits,)
+    if any(bool(part.sum().isnan()) for part in parts):
         raise InputError("the model's logits hold NaN: check its weights and dtype")
 
 

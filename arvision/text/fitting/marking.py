@@ -1,4 +1,4 @@
-"""Marked answers for a judge: people mark what a model said, or known facts are exchanged."""
+"""Marked answers for a judge: people mark what a model said, known facts are exchanged, answers derailed."""
 
 from __future__ import annotations
 
@@ -81,6 +81,39 @@ def exchanged(
         for key in chance.sample(sorted(keys), min(num_wrong, len(keys))):
             wrong = record.answer.replace(record.key, key)
             out.append(MarkedAnswer(record.prompt, wrong, key))
+    return out
+
+
+def derailed(marked: Sequence[MarkedAnswer], num: int = 1, seed: int = 0) -> list[MarkedAnswer]:
+    """Right answers that go astray: broken off, and gone on with words that do not belong there.
+
+    What follows is one word again and again, or words of other answers by turns. A judge that knows
+    exchanged facts alone lets babble pass, which weak drafts are full of.
+
+    Args:
+        marked: answers; wrong ones are left out.
+        num: of each right one.
+        seed: of the choice.
+
+    Raises:
+        InputError: no two different words in the right answers, or a number below 1.
+    """
+    if num < 1:
+        raise InputError(f"num {num}: expected broken answers of each, >= 1")
+    chance, out = random.Random(seed), []
+    right = [record for record in marked if record.wrong is None]
+    words = sorted({word for record in right for word in record.answer.split()})
+    if len(words) < 2:
+        raise InputError("answers to derail: expected right ones of two words or more")
+    for number, record in enumerate(right * num):
+        own = record.answer.split()
+        kept = " ".join(own[: chance.randint(1, len(own))])
+        tail = chance.sample(words, min(5, len(words)))
+        if number % 2:
+            tail = [next(word for word in tail if word != kept.split()[-1])] * 5
+        wrong = " " + " ".join(tail)
+        if wrong not in kept:
+            out.append(MarkedAnswer(record.prompt, kept + wrong, wrong))
     return out
 
 

@@ -106,7 +106,7 @@ def transfer(strength: float = 10.0, *, is_greedy: bool = False) -> Rule:
         step = step * (batch.drafts >= 0)[..., None]
         richer = (logp[:, :-1] + step).log_softmax(-1)
         enriched = torch.cat([richer, logp[:, -1:]], dim=1)
-        return independent_redraw(replace(batch, target_logp=enriched))
+        return independent_redraw(replace(batch, target=enriched))
 
     return rule
 
