@@ -225,6 +225,7 @@ def systems(fits: Fits, tokens: int, per_kind: int) -> dict[str, Callable[[], di
         return {"drafter": tree(expansion, **options), "rule": rule, "temperature": 1.0}
 
     return {
+        "plain": dict,
         **greedy,
         "layer_skip, whole": lambda: {"drafter": "layer_skip", "drafter_options": {"whole": True}},
         **{kind: lambda kind=kind: heads(kind) for kind in KINDS},

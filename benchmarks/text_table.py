@@ -1,6 +1,7 @@
 """The rows of the table of text systems, in its order: each behind the one that it builds on."""
 
 TABLE = (
+    ("plain decoding", "`arvision.generate` without a drafter", "plain", "yes"),
     ("prompt lookup", '`drafter="prompt_lookup"`', "prompt_lookup", "yes"),
     ("SuffixDecoding", '`drafter="suffix"`', "suffix", "yes"),
     (

@@ -296,10 +296,11 @@ def topology_of(
     if parents.dim() == 1:
         return topology(listed(parents), parents.device)
     num = parents.shape[1]
-    above = (parents[..., None] == torch.arange(num, device=parents.device)).float()
-    reach = above + torch.eye(num, device=parents.device)
+    order = torch.arange(num, device=parents.device)
+    # Steps up and standing still; squared often enough it counts the ways to each ancestor.
+    reach = ((parents[..., None] == order) | (order == order[:, None])).float()
     for _ in range(max(0, num - 1).bit_length()):
-        reach = (reach @ reach).clamp(max=1)  # paths of twice as many steps
+        reach = reach.bmm(reach).clamp(max=1)
     ancestors = reach > 0
     depths = ancestors.sum(-1) - 1
     return Topology(depths, ancestors, parents + 1, num_levels or num, most_children=most_children)

@@ -349,12 +349,14 @@ class _Run:
         torch.manual_seed(settings.score_fit.seed)
         shaping, scale = self.laws.shaping(), self.laws.guidance_scale
         scores = TeacherScores(self.teacher, shaping, scale, self.conditions)
+        # In a short run, too, the student shall move.
+        warmup = min(settings.score.warmup, settings.score_fit.steps // 4)
         objective = ScoreObjective(
             student.transformer,
             scores,
             student.codebook.detach(),
             (student.num_tokens, len(self.conditions), scores.feature_dim),
-            settings.score,
+            replace(settings.score, warmup=warmup),
             described=Described(student, self.conditions),
             trunk=TrainedFeatures(self.teacher) if settings.score.trains_features else None,
         )

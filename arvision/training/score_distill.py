@@ -38,7 +38,7 @@ class ScoreSettings:
 
     Attributes:
         warmup: first steps, in which the guidance network learns the teacher's own scores and the
-            student rests.
+            student rests; `arvision distill` takes a quarter of the steps at most.
         guidance_updates: updates of the guidance network for one of the student (5 in the paper).
         student_rate: learning rate of the student, as a share of the guidance network's.
         width, depth: of the guidance network's blocks.
