@@ -41,7 +41,7 @@ def _verdict(batch: Round, tokens: Tensor, counts: Tensor, path: Tensor) -> Verd
 
 def walk(batch: Round, step: Step) -> Verdict:
     """Walk down a tree (or a chain), one place after another, as `step` decides."""
-    return _verdict(batch, *walk_down(*_numbers(batch), step))
+    return _verdict(batch, *walk_down(*_numbers(batch), step=step))
 
 
 def _walk_in_turn(batch: Round, *, replaces: bool) -> Verdict:
