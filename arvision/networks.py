@@ -8,6 +8,8 @@ runs one of them, of a compiled wrapper too. Questions of identity are asked of 
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +26,58 @@ def bare(network: Any) -> Any:
 
 def is_compiled(network: Any) -> bool:
     """Whether a call of the network runs compiled: a wrapper, or a network compiled in place."""
-    return bare(network) is not network or getattr(network, "_compiled_call_impl", None) is not None
+    return bare(network) is not network or _compiled_in_place(network) is not None
 
 
 def compiled_like(network: Any, part: Any) -> Any:
-    """A part of a network, compiled as the wrapper around the network is; the part itself for none."""
-    return network.dynamo_ctx(part) if bare(network) is not network else part
+    """A part of a network, compiled as the network around it is; the part itself where none is.
+
+    That is by a wrapper, or in place: the network itself or anything in it that holds the part, the
+    innermost first. A part that is compiled in place runs compiled by itself.
+    """
+    if _compiled_in_place(part) is not None:
+        return part
+    plain = bare(network)
+    around = [one for one in plain.modules() if _compiled_in_place(one) is not None]
+    around = [one for one in around if any(inner is part for inner in one.modules())]
+    if not around:
+        return part if plain is network else network.dynamo_ctx(part)
+    # What was handed to `compile` is known to nobody but the function that it made.
+    made = _compiled_in_place(around[-1])
+    context = inspect.getclosurevars(made).nonlocals.get("self")
+    if context is None:
+        name = type(part).__name__
+        warnings.warn(
+            f"{type(around[-1]).__name__} is compiled in place, which does not reach the {name} that "
+            f"draws: use torch.compile(network), compile the {name}, or pipe.compile(mode=...)",
+            stacklevel=2,
+        )
+        return part
+    return context(part)
+
+
+def _compiled_in_place(module: Any) -> Any:
+    """What `module.compile` made; None where it was not called."""
+    return getattr(module, "_compiled_call_impl", None)
+
+
+class CallsNetwork:
+    """The part of a model that holds a network, which may be replaced by a compiled one.
+
+    Attributes:
+        called: what passes call: the network, or `torch.compile`'s wrapper of it.
+    """
+
+    called: Any
+
+    @property
+    def network(self) -> Any:
+        """The network itself."""
+        return bare(self.called)
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        self.called = network
 
 
 def place_of(network: nn.Module) -> torch.device:

@@ -159,15 +159,48 @@ def image_family(name) -> tuple[Any, Any, list[torch.Tensor]]:
     }[name]
 
 
+@pytest.mark.parametrize("way", ["wrapped", "in place", "inner in place"])
 @pytest.mark.parametrize("name", ["janus", slow("emu3"), slow("chameleon"), slow("glm")])
-def test_compiled_image_networks_of_transformers(name):
+def test_compiled_image_networks_of_transformers(name, way):
     family, network, prompts = image_family(name)
-    scale = 2.0 if family(network).has_guidance else 1.0
-    options: dict[str, Any] = {"seeds": [0, 1], "guidance_scale": scale}
+    model = family(network)
+    options: dict[str, Any] = {"seeds": [0, 1], "guidance_scale": 2.0 if model.has_guidance else 1}
     sampler = arvision.get_sampler("sjd:window=3")
-    wanted = sampler(family(network), prompts, **options)
+    wanted = sampler(model, prompts, **options)
     backend = Counting()
-    found = sampler(family(torch.compile(network, backend=backend)), prompts, **options)
+    if way == "inner in place":
+        backend.take(network.model, "in place")
+    else:
+        # A model that has drawn before; in place its network is the same object.
+        model.network = backend.take(network, way)
+    found = sampler(model, prompts, **options)
     assert torch.equal(found.tokens, wanted.tokens)
     # A graph for each shape of a pass, and every pass ran as one.
     assert backend.runs >= found.stats.forward_passes
+    graphs = backend.graphs
+    assert torch.equal(sampler(model, prompts, **options).tokens, wanted.tokens)
+    assert backend.graphs == graphs  # kept
+
+
+def test_networks_compiled_where_nothing_tells_how_say_so(monkeypatch):
+    family, network, prompts = image_family("janus")
+    network._compiled_call_impl = network._call_impl  # a torch that keeps it elsewhere
+    with pytest.warns(
+        UserWarning, match="does not reach the LlamaModel that draws: use torch.comp"
+    ):
+        arvision.get_sampler("ar")(family(network), prompts, seeds=[0, 1], guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_networks_of_models_may_be_replaced_by_compiled_ones(way):
+    from arvision.text.model import as_text_model
+
+    prompts, backend = random_prompts((5, 9)), Counting()
+    wanted = arvision.generate(tiny_llama(), prompts, max_new_tokens=12).tokens
+    model = as_text_model(tiny_llama(), 30)
+    network = model.network
+    model.network = backend.take(network, way)
+    assert model.network is network
+    out = arvision.generate(model, prompts, max_new_tokens=12)
+    assert out.tokens == wanted
+    assert backend.runs > out.stats.forward_passes

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ RANKS = 8
 
 NEVER = -1e9
 """Log-probability of a candidate that no place is spent on."""
+
+TAU, FIRST_TAU = (0.15, 0.8), 1.5
+"""Temperatures of a law with mismatch m, TAU[0] + TAU[1] sqrt(m), and of a first law."""
+
+BONUS = 1024.0
+"""More than the logarithm of any chance of the main chain: its candidates come first."""
+
+DIFFERENT = -2
+"""A token that differs from all tokens, and from none (-1)."""
 
 
 def mismatch_weights(columns: int | None) -> list[float]:
@@ -87,6 +96,7 @@ class DriftDrafter:
         self._weight = torch.tensor(self._weights, device=noise.device)
         self._contexts = torch.full((len(noise), 1, len(self._weights)), -1, device=noise.device)
         self._levels, self._is_fixed = 0, False
+        self._tables: Tables | None = None
         self._passes: list[tuple[Tensor, ...]] = []
         """Of the last two passes, the newest first: positions [B, E], contexts [B, E, K], and the
         best tokens of the laws with their scores, [B, E, R]."""
@@ -166,52 +176,57 @@ class DriftDrafter:
             Tokens, parents (-1 for the root, else numbers of candidates) and log-probabilities
             [B, levels * width], and contexts [B, levels * width, K].
         """
-        rows = torch.arange(len(root), device=root.device)[:, None]
-        positions = lengths[:, None] + torch.arange(levels, device=root.device)
+        ranks = self._ranks
+        sizes = (levels, width, ranks, root.shape[1])
+        if self._tables is None or self._tables.sizes != sizes:
+            self._tables = _tables(*sizes, root.device)
+        tables = self._tables
+        rows = torch.arange(len(root), device=root.device)[:, None, None]
+        positions = lengths[:, None] + tables.levels
+        table = self._laws_at(positions)
+        contexts, chances, out = root[:, None], 0.0, []
+        for stored, handicap, scores_of, tokens_of, bonus in zip(*table, tables.bonus, strict=True):
+            mismatch = (contexts[:, :, None] != stored).mul(self._weight).sum(-1) + handicap
+            least, entry = mismatch.min(-1, keepdim=True)
+            scores = scores_of[rows, entry, tables.ranks] / (least.sqrt() + TAU[0] / TAU[1])
+            chance = scores.log_softmax(-1) + chances + bonus
+            size = chance.shape[1] * ranks
+            chances, best = chance.view(-1, size, 1).topk(min(width, size), dim=1)
+            above = best // ranks
+            tokens = tokens_of[rows, entry, tables.ranks].view(-1, size)[rows, best]
+            contexts = torch.cat([tokens, contexts[rows, above, tables.nearer]], dim=-1)
+            out.append((tokens[..., 0], above[..., 0], chances[..., 0], contexts))
+        tokens, above, chances, contexts = (
+            torch.cat(parts, dim=1) for parts in zip(*out, strict=True)
+        )
+        is_outside = (positions >= self._num_tokens)[:, tables.level_of]
+        chances = (chances - tables.surplus).clamp(min=NEVER).masked_fill(is_outside, NEVER)
+        return tokens, above + tables.begins, chances, contexts
+
+    def _laws_at(self, positions: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """What is known of each of D positions [B, D]: stored laws, and behind them the first one.
+
+        Returns:
+            For each position contexts [B, 1, M + 1, K], what an entry has against it [B, 1, M + 1],
+            and scores over the factor of tau, and tokens, [B, M + 1, R].
+        """
         is_stored, stored, tokens_of, scores_of = self._stored(positions)
         first = self._first_laws.at(positions)
         first = first + self._noise.gumbel(
             positions.clamp(max=self._num_tokens - 1), self._vocab_size, first.dtype
         )
         first_scores, first_tokens = first.topk(self._ranks, dim=-1)
-        is_inside = positions < self._num_tokens
-        age = 1e-4 * torch.arange(is_stored.shape[2], device=root.device)
-        contexts = root[:, None]
-        parents = torch.full((len(root), 1), -1, device=root.device)
-        chances = first_scores.new_zeros(len(root), 1)
-        out = []
-        for level in range(levels):
-            differs = (contexts[:, :, None] != stored[:, level, None]).to(self._weight.dtype)
-            mismatch = differs @ self._weight + age
-            mismatch = mismatch.masked_fill(~is_stored[:, level, None], math.inf)
-            least, entry = mismatch.min(-1)
-            has_law = least.isfinite()[..., None]
-            scores = torch.where(
-                has_law, scores_of[:, level][rows, entry], first_scores[:, level, None]
-            )
-            tokens = torch.where(
-                has_law, tokens_of[:, level][rows, entry], first_tokens[:, level, None]
-            )
-            tau = torch.where(has_law[..., 0], 0.15 + 0.8 * least.clamp(max=9).sqrt(), 1.5)
-            # The later of two equals is the deeper one, so a parent always comes first.
-            chance = (scores / tau.to(scores.dtype)[..., None]).log_softmax(-1) - 1e-4
-            chance = (chance + chances[..., None]).clamp(min=NEVER)
-            chance = chance.masked_fill(~is_inside[:, level, None, None], NEVER)
-            key = chance.flatten(1).clone()
-            key[:, 0] = math.inf
-            best = key.topk(min(width, key.shape[1]), dim=1).indices
-            above = best // self._ranks
-            tokens, chances = tokens.flatten(1).gather(1, best), chance.flatten(1).gather(1, best)
-            contexts = torch.cat([tokens[..., None], contexts[rows, above][..., :-1]], dim=-1)
-            out.append((tokens, parents.gather(1, above), chances, contexts))
-            parents = torch.arange(best.shape[1], device=root.device).expand_as(best)
-            parents = parents + sum(part[0].shape[1] for part in out[:-1])
-        tokens, parents, chances, contexts = (
-            torch.cat(parts, dim=1) for parts in zip(*out, strict=True)
-        )
-        widths = [part[0].shape[1] for part in out]
-        self._firsts = _firsts(tuple(accumulate(widths[:-1], initial=0)), root.device)
-        return tokens, parents, chances, contexts
+        # Of a first law every token differs, and what stands against it is more than all of them.
+        most = sum(self._weights) + 1
+        fair = (TAU[0] + TAU[1] * math.sqrt(most)) / FIRST_TAU
+        scores = torch.cat([scores_of, fair * first_scores[:, :, None]], dim=2).double() / TAU[1]
+        tokens = torch.cat([tokens_of, first_tokens[:, :, None]], dim=2)
+        age = 1e-4 * torch.arange(is_stored.shape[2], device=positions.device)
+        against = torch.where(is_stored, age, math.inf)
+        against = torch.nn.functional.pad(against, (0, 1), value=1.0)
+        contexts = torch.nn.functional.pad(stored, (0, 0, 0, 1), value=DIFFERENT)
+        every = (contexts[:, :, None], against[:, :, None], scores, tokens)
+        return tuple(part.unbind(1) for part in every)
 
     def _choose(
         self,
@@ -224,8 +239,9 @@ class DriftDrafter:
     ) -> tuple[TokenTree, Tensor]:
         """The main chain and the best of all other candidates, `num` in all, with contexts."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        assert self._tables is not None
         key = chances.clone()
-        key[:, self._firsts] = math.inf
+        key[:, self._tables.firsts] = math.inf
         num = min(num, key.shape[1])
         chosen = key.topk(num, dim=1).indices.sort(dim=1).values
         number = torch.full_like(tokens, -1)
@@ -260,10 +276,52 @@ class DriftDrafter:
         self._first_laws.select(rows)
 
 
+class Tables(NamedTuple):
+    """Numbers that growing looks up, made once; N candidates in all, R ranks.
+
+    Attributes:
+        sizes: what they were made for.
+        levels: [L], ranks: [R] and nearer: [K - 1], which count from 0.
+        bonus: of each level what puts the best child of the main chain in front, [W, R].
+        firsts: [L], the candidates of the main chain.
+        level_of: [N], of each candidate.
+        begins: [N], the first candidate of the level above; -1 for the first level.
+        surplus: [N], what is taken off a candidate's log-probability: the bonus of the main chain,
+            and a trifle per level, so that no candidate is as probable as the one it hangs on.
+    """
+
+    sizes: tuple[int, ...]
+    levels: Tensor
+    ranks: Tensor
+    nearer: Tensor
+    bonus: tuple[Tensor, ...]
+    firsts: Tensor
+    level_of: Tensor
+    begins: Tensor
+    surplus: Tensor
+
+
 @lru_cache(maxsize=64)
-def _firsts(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """The candidates of the main chain, made once: see `StaticTreeDrafter._tables`."""
-    return torch.tensor(places, device=device)
+def _tables(levels: int, width: int, ranks: int, num: int, device: torch.device) -> Tables:
+    """The tables of trees of so many levels, of `width` candidates each, and contexts of `num`."""
+    widths = list(accumulate(range(levels), lambda w, _: min(width, w * ranks), initial=1))
+    begins = list(accumulate(widths[1:], initial=0))
+    bonus = []
+    for level, own in enumerate(widths[:-1]):
+        table = torch.zeros(own, ranks, dtype=torch.float64)
+        # The chain's last candidate brings its bonus along, which is for its best child alone.
+        table[0, 1:] = -BONUS if level else 0.0
+        table[0, 0] = 0.0 if level else BONUS
+        bonus.append(table.to(device))
+    level_of = [level for level in range(levels) for _ in range(widths[level + 1])]
+    firsts = begins[:-1]
+    above = [begins[level - 1] if level else -1 for level in level_of]
+    surplus = torch.tensor([1e-4 * (level + 1) for level in level_of], dtype=torch.float64)
+    surplus[firsts] += BONUS
+    counted = (torch.arange(count, device=device) for count in (levels, ranks, num - 1))
+    listed = (torch.tensor(numbers, device=device) for numbers in (firsts, level_of, above))
+    sizes = (levels, width, ranks, num)
+    return Tables(sizes, *counted, tuple(bonus), *listed, surplus.to(device))
 
 
 def _padded(part: Tensor, num: int) -> Tensor:

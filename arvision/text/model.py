@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contracts import Conditions
 from ..decoding.transformers_cache import TextSizes
 from ..errors import InputError
-from ..networks import bare, place_of
+from ..networks import CallsNetwork, place_of
 from .probe import check_driven
 from .processors import Prefixes
 from .state import FULL, SLIDING, HFState
@@ -113,7 +113,7 @@ def image_start_of(network: Any) -> int | None:
     return names.get(opening.get(IMAGE_STARTS.get(name, ""), ""))
 
 
-class HFCausalLM:
+class HFCausalLM(CallsNetwork):
     """A causal language model as a token model: conditions are prompts, tokens are what follows.
 
     Args:
@@ -137,10 +137,8 @@ class HFCausalLM:
         self, network: Any, num_tokens: int | None = None, *, tree_room: int = 128
     ) -> None:
         self.called = network
-        """What passes call: the network, or `torch.compile`'s wrapper of it."""
-        network = bare(network)
+        network = self.network
         check_network(network)
-        self.network = network
         config = network.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.layer_kinds = layer_kinds(text)

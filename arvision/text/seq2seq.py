@@ -17,7 +17,7 @@ from torch import Tensor
 from ..contracts import Conditions
 from ..decoding.tree import check_path
 from ..errors import InputError, StateError
-from ..networks import bare
+from ..networks import CallsNetwork, bare
 from .model import HFCausalLM, as_text_model
 from .processors import Prefixes
 from .state import check_numbers
@@ -60,7 +60,7 @@ class Seq2SeqSizes:
     hidden_size: int
 
 
-class Seq2SeqLM:
+class Seq2SeqLM(CallsNetwork):
     """An encoder-decoder model as a token model: conditions are the encoder's ids.
 
     Args:
@@ -76,7 +76,6 @@ class Seq2SeqLM:
 
     def __init__(self, network: Any, num_tokens: int) -> None:
         self.called = network
-        self.network = bare(network)
         if not is_encoder_decoder(network) or self.network.get_output_embeddings() is None:
             raise InputError(
                 f"{type(self.network).__name__}: expected an encoder-decoder language model of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from ...decoding.guidance import weights_are
 from ...decoding.logits import check_guidance_scale
 from ...decoding.transformers_cache import CacheView, kernels_in
 from ...errors import InputError, check_count
-from ...networks import compiled_like
+from ...networks import bare, compiled_like
 from ..conditions import ImagePrompt
 from ..pixels import as_source
 from .layout import Layout
@@ -76,6 +75,7 @@ class TransformersImageModel:
         take_masks(self.base)
         self.columns = CodeColumns(codes)
         self.layout, self.grid = layout, grid
+        self._compiled: Any = None
         self.vocab_size, self.num_tokens = len(codes), layout.num_tokens
 
     # What a family fills in.
@@ -186,10 +186,10 @@ class TransformersImageModel:
         self.network.to(*args, **kwargs)
         return self
 
-    @cached_property
+    @property
     def _called_body(self) -> Any:
-        """The body, compiled where the network was given in a wrapper of `torch.compile`."""
-        return compiled_like(self.network, self.body)
+        """The body, compiled as the network was when the last draw began."""
+        return self.body if self._compiled is None else self._compiled
 
     def run(
         self, inputs: dict[str, Any], positions: Tensor, mask: Tensor, cache: CacheView
@@ -232,6 +232,12 @@ class TransformersImageModel:
         if len(conditions) == 0:
             raise InputError("no conditions: expected at least one")
         wake(self.base)
+        body = compiled_like(self.network, self.body)
+        # Graphs are kept as long as what they were compiled for.
+        if bare(body) is body:
+            self._compiled = None
+        elif self._compiled is None or self._compiled.dynamo_ctx is not body.dynamo_ctx:
+            self._compiled = body
         rows, branches = self.rows(conditions, guidance_scale)
         state = ImageState(self, rows, branches, guidance_scale)
         return state, state.prefill(rows)
