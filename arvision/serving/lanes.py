@@ -7,7 +7,9 @@ function of a picture's identity, a picture is the same whoever stands beside it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +86,9 @@ class Lane:
         if is_free:
             policy = SharedWindow(CANDIDATES[kind])
         rule = sampler.rule(model)
-        self._loop = TokenLoop(model, self._run, rule=rule, shape=self._shape, policy=policy)
+        # The loop does not hold the lane, so that its cache goes with the lane and waits for no collector.
+        shape = partial(Lane._shape, weakref.proxy(self))
+        self._loop = TokenLoop(model, self._run, rule=rule, shape=shape, policy=policy)
         self._takes_more = True
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import numpy as np
@@ -11,9 +12,11 @@ from tiny_pipelines import tiny
 
 pytest.importorskip("fastapi")
 
+from arvision.decoding.loop import TokenLoop
 from arvision.errors import InputError
 from arvision.samplers import get_sampler
 from arvision.serving import BusyError, ClosedError, Limits, Studio
+from arvision.serving.lanes import Lane
 
 REQUESTS = [
     {"prompt": "1", "seed": 3},
@@ -222,3 +225,25 @@ def test_a_request_that_is_wrong_is_told_so_in_one_line(studio, request_, messag
 def test_bounds_that_are_none_are_refused(bounds, message):
     with pytest.raises(InputError, match=message):
         Limits(**bounds)
+
+
+def test_a_lane_that_is_done_leaves_nothing_to_the_collector(studio):
+    own = studio(batch=3)
+    gc.collect()
+    gc.disable()
+    try:
+        for request in (
+            {"prompt": "1", "seed": 3},
+            {"prompt": "0", "sampler": REQUESTS[4]["sampler"]},
+        ):
+            found = own.order(**request, n=2)
+            own.engine.submit(found)
+            for order in found:
+                order.answer.result(60)
+        until = time.monotonic() + 60
+        while own.engine._lanes and time.monotonic() < until:
+            time.sleep(0.01)
+        left = {type(one).__name__ for one in gc.get_objects() if type(one) in (Lane, TokenLoop)}
+    finally:
+        gc.enable()
+    assert left == set()
