@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..contracts import Edit
 from ..errors import InputError, StateError
+from ..kernels.dispatch import none_left as none_left
 
 
 def check_parents(parents: Tensor, num: int) -> None:
@@ -77,15 +78,6 @@ def check_path(kept: Tensor, counts: Tensor, parents: Tensor | None, num: int, b
         parent = own.gather(1, kept.clamp(0, num - 1))
     if bool((used & (parent != before)).any()):
         raise StateError("kept is not a path: each kept candidate must follow its parent")
-
-
-def none_left(mask: Tensor) -> bool:
-    """Whether no entry is true and the rest of some work may be left undone.
-
-    Seen on a CPU alone: an accelerator would have to be waited for, and does the rest.
-    """
-    is_seen = mask.is_cpu and not torch.compiler.is_compiling()
-    return is_seen and not mask.numpy().any()
 
 
 def listed(parents: Tensor) -> tuple[int, ...]:

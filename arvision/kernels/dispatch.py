@@ -39,7 +39,8 @@ USED_BY = {
     "behind rows of one length, prompts, VAR, Infinity, MAR and NextStep-1 keep to SDPA",
     "sampling": "every model with a vocabulary: LlamaGen, VAR, Infinity, transformers' models; from logits to tokens, "
     "with neither law nor noise in memory, in ar, in sjd, draft and text under Gumbel coupling, zipar and pjd",
-    "verify": "chains of every model with a vocabulary; trees under Gumbel coupling and greedy",
+    "verify": "chains of every model with a vocabulary; trees under Gumbel coupling and greedy, and those whose "
+    "siblings are tried in turn (sjd with tree 'static', rules multi_round and without_replacement)",
     "compaction": "trees of LlamaGen and of transformers' models",
     "philox": "every model, for noise that stands in memory",
     "nearest_code": "the LlamaGen tokenizer's encoder",
@@ -94,6 +95,15 @@ def taking(backend: str) -> Iterator[None]:
 def stays(tensor: Tensor) -> bool:
     """Whether `tensor` lies where references run whatever its shape, so that nobody need ask."""
     return tensor.is_cpu and _taken != "triton"
+
+
+def none_left(mask: Tensor) -> bool:
+    """Whether no entry is true and the rest of some work may be left undone.
+
+    Seen on a CPU alone: an accelerator would have to be waited for, and does the rest.
+    """
+    is_seen = mask.is_cpu and not torch.compiler.is_compiling()
+    return is_seen and not mask.numpy().any()
 
 
 @functools.cache

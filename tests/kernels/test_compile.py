@@ -99,6 +99,15 @@ def run_follow(num: int, is_tree: bool) -> None:
     verify.follow(drafts, choice, tuple(parts) if is_tree else None, num)  # pyright: ignore
 
 
+def run_siblings(dtype: torch.dtype, is_drawn: bool, replaces: bool) -> None:
+    """A tree of 63 drafts, at most eight siblings at a place."""
+    drafts, draft_logp, target_logp = chain(dtype, 63)
+    children = torch.zeros(64, 8, dtype=torch.int64)
+    uniforms = torch.zeros(2, 64, 8, dtype=torch.float64), torch.zeros(2, 64, dtype=torch.float64)
+    laws = target_logp, draft_logp if is_drawn else None
+    verify.in_turn(drafts, children, *laws, *uniforms, 12, replaces)
+
+
 def run_draw(dtype: torch.dtype) -> None:
     positions = torch.zeros(2, 33, dtype=torch.int64)
     sampling.draw_gumbel(law(2, 33, 16384, dtype=dtype), positions[:, :3], positions)
@@ -162,6 +171,9 @@ CASES: dict[str, Any] = {
     "verify chain": lambda: run_follow(32, False),
     "verify tree of 31": lambda: run_follow(31, True),
     "verify tree of 64": lambda: run_follow(64, True),
+    "verify siblings chosen float32": lambda: run_siblings(F32, False, False),
+    "verify siblings distinct float32": lambda: run_siblings(F32, True, False),
+    "verify siblings independent float64": lambda: run_siblings(F64, True, True),
     "sampling shape bf16": lambda: run_sampling("shape", BF16, CUT),
     "sampling shape float32 greedy": lambda: run_sampling("shape", F32, Shaping(temperature=0)),
     "sampling gumbel bf16": lambda: run_sampling("gumbel", BF16, Shaping(), 151936),

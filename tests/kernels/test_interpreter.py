@@ -17,7 +17,7 @@ WITHOUT = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio")
 @pytest.mark.parametrize("marks", ["not slow", slow("slow")])
 def test_triton_equals_the_references(marks):
     files = sorted(str(path) for path in HERE.glob("test_triton_*.py"))
-    assert len(files) == 8
+    assert len(files) == 9
     done = subprocess.run(
         # Without the plug-in of anyio, whose older releases break pytest.
         [sys.executable, "-m", "pytest", "-q", *WITHOUT, "-m", marks, *files],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forms import covered, slow
 from scipy.stats import chi2
 
 from arvision import InputError, generate, get_sampler
@@ -42,8 +43,7 @@ def launched(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", HOW)
-@pytest.mark.parametrize("scale", [None, 2.5, "own"])
+@pytest.mark.parametrize(("name", "scale"), covered(HOW, [None, 2.5, "own"]))
 def test_a_draw_from_logits_is_the_draw_from_their_law(device, launched, name, scale):
     logits, null = 2 * torch.randn(2, 2, 3, 70, device=device)
     if scale is None:
@@ -68,7 +68,7 @@ def test_a_draw_from_logits_is_the_draw_from_their_law(device, launched, name, s
     assert launched[-1] == ("_gumbel", 6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)], ids=str)
 def test_half_precision_differs_nowhere_without_guidance(device, dtype):
     logits = (3 * torch.randn(3, 4, 50, device=device)).to(dtype)
     words, positions = identities(3, 4, device)

@@ -1,5 +1,5 @@
 """What stays of drafts: acceptance and residual sampling over a window, one program per position, and
-the walk down a chain or a tree, one program per row."""
+the walks down a chain or a tree, one program per row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...errors import InputError, unknown_name
 from ..dispatch import choose
 from . import reference
 
-__all__ = ["COUPLINGS", "follow", "verify"]
+__all__ = ["COUPLINGS", "follow", "in_turn", "verify"]
 
 COUPLINGS = ("maximal", "independent")
 MAX_WINDOW = 1024
@@ -120,6 +120,62 @@ def follow(
 
         return triton.follow(drafts, choice, tree, num_levels)
     return reference.follow(drafts, choice, tree, num_levels)
+
+
+def in_turn(
+    drafts: Tensor,
+    children: Tensor,
+    target_logp: Tensor,
+    draft_logp: Tensor | None,
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+    num_levels: int,
+    *,
+    replaces: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk down a tree whose siblings are tried one after another; see `arvision.decoding.tree_rules`.
+
+    In float32 the two implementations may differ where a uniform number lies within rounding of a
+    boundary, once in about 10^7 decisions.
+
+    Args:
+        drafts: [B, m] int64, -1 where a row has none.
+        children: [m + 1, C] or [B, m + 1, C] int64, the drafts that each law judges, in order; -1
+            for none.
+        target_logp: [B, m + 1, V].
+        draft_logp: [B, m, V], same dtype, laws that siblings were drawn from (that of the first one
+            counts); None for drafts that were chosen.
+        accept_uniforms: [B, m + 1, C] float64 in (0, 1), for the siblings at each place.
+        recover_uniforms: [B, m + 1] float64, for the draw where the walk ends.
+        num_levels: of the tree.
+        replaces: whether siblings were drawn independently, else without replacement.
+        backend: see `arvision.kernels.dispatch`.
+
+    Returns:
+        Tokens [B, levels + 1], counts [B] and the path [B, levels]: `tokens[b, :counts[b]]` and
+        `path[b, :counts[b] - 1]` mean something.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit together.
+    """
+    batch, num = drafts.shape
+    _check_laws(target_logp, batch, num)
+    if children.dim() not in (2, 3) or children.shape[-2] != num + 1:
+        raise InputError(
+            f"children {tuple(children.shape)}: expected [{num + 1}, C] or [{batch}, ..]"
+        )
+    expected = (batch, num, target_logp.shape[2])
+    if draft_logp is not None and draft_logp.shape != expected:
+        raise InputError(f"draft_logp {tuple(draft_logp.shape)}: expected {list(expected)}")
+    given = (drafts, children, target_logp, draft_logp, accept_uniforms, recover_uniforms)
+    if choose("verify", target_logp, backend, _limit(target_logp, 0)).is_triton:
+        from . import triton
+
+        return triton.in_turn(*given, num_levels, replaces)
+    return reference.walk(
+        *given, num_levels, lambda siblings: reference.in_turn(siblings, replaces)
+    )
 
 
 def _check_laws(target_logp: Tensor, batch: int, window: int) -> None:

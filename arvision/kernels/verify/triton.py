@@ -1,4 +1,8 @@
-"""Verification of a window in Triton: one program decides one position and draws its token."""
+"""Verification in Triton.
+
+Of a window one program decides one position and draws its token. Down a tree one program walks for
+a row: `_walk` along what was chosen, `_try` along siblings that it tries in turn.
+"""
 
 # Type checkers see neither a launch nor what becomes of a constexpr.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -123,6 +127,106 @@ def _walk(
     tl.store(counts + row, count + 1)
 
 
+@triton.jit
+def _try(
+    drafts, children, target_logp, draft_logp, accept_u, recover_u, left, rest, tokens, path, counts,
+    num, levels, width, size, c_b,
+    DRAWN: tl.constexpr, REPLACES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    left += row * size
+    rest += row * size
+    law = tl.zeros([], tl.int64)
+    level = tl.zeros([], tl.int64)
+    going = tl.full([], 1, tl.int32)
+    while going > 0:
+        own = children + row * c_b + law * width
+        at = row * (num + 1) + law
+        first = tl.maximum(tl.load(own), 0)
+        # What is left of the target's law, and the law that the next sibling counts as drawn from.
+        for start in range(0, size, BLOCK):
+            token = start + tl.arange(0, BLOCK).to(tl.int64)
+            inside = token < size
+            p = tl.load(target_logp + at * size + token, mask=inside, other=float("-inf"))
+            tl.store(left + token, tl.exp(p).to(tl.float64), mask=inside)
+            if DRAWN:
+                q = tl.load(
+                    draft_logp + (row * num + first) * size + token, mask=inside & (num > 0),
+                    other=float("-inf"),
+                )  # fmt: skip
+                tl.store(rest + token, tl.exp(q).to(tl.float64), mask=inside)
+        tl.debug_barrier()
+        accepted = tl.full([], -1, tl.int64)
+        place = tl.zeros([], tl.int64)
+        while (place < width) & (accepted < 0):
+            child = tl.load(own + place).to(tl.int64)
+            drafted = tl.load(drafts + row * num + child, mask=child >= 0, other=-1)
+            if drafted >= 0:
+                probability = tl.load(left + drafted)
+                q_own = tl.full([], 1.0, tl.float64)
+                if DRAWN:
+                    q_own = tl.load(rest + drafted)
+                u = tl.load(accept_u + at * width + place)
+                # Nobody may change what others have not read yet.
+                tl.debug_barrier()
+                if u * q_own < probability:
+                    accepted = child
+                else:
+                    total = tl.zeros([], tl.float64)
+                    kept = tl.zeros([], tl.float64)
+                    for start in range(0, size, BLOCK):
+                        token = start + tl.arange(0, BLOCK).to(tl.int64)
+                        inside = token < size
+                        r = tl.load(left + token, mask=inside, other=0.0)
+                        if DRAWN:
+                            q = tl.load(rest + token, mask=inside, other=0.0)
+                            kept += tl.sum(tl.where(token == drafted, 0.0, q), 0)
+                        else:
+                            q = tl.where(token == drafted, 1.0, 0.0).to(tl.float64)
+                        total += tl.sum(tl.maximum(r - q, 0.0), 0)
+                    for start in range(0, size, BLOCK):
+                        token = start + tl.arange(0, BLOCK).to(tl.int64)
+                        inside = token < size
+                        r = tl.load(left + token, mask=inside, other=0.0)
+                        if DRAWN:
+                            q = tl.load(rest + token, mask=inside, other=0.0)
+                        else:
+                            q = tl.where(token == drafted, 1.0, 0.0).to(tl.float64)
+                        # An empty residual leaves what was.
+                        if total > 0:
+                            tl.store(left + token, tl.maximum(r - q, 0.0) / total, mask=inside)
+                        if DRAWN and not REPLACES:
+                            q = tl.where(token == drafted, 0.0, q)
+                            q = q / tl.where(kept > 0, kept, 1.0)
+                            tl.store(rest + token, q, mask=inside)
+                    tl.debug_barrier()
+            place += 1
+        if (accepted >= 0) & (level < levels):
+            tl.store(tokens + row * (levels + 1) + level, tl.load(drafts + row * num + accepted))
+            tl.store(path + row * levels + level, accepted)
+            law = accepted + 1
+            level += 1
+        else:
+            total = tl.zeros([], tl.float64)
+            for start in range(0, size, BLOCK):
+                token = start + tl.arange(0, BLOCK).to(tl.int64)
+                total += tl.sum(tl.load(left + token, mask=token < size, other=0.0), 0)
+            share = tl.load(recover_u + at) * total
+            carry = tl.zeros([], tl.float64)
+            found = tl.full([], 1 << 40, tl.int64)
+            last = tl.zeros([], tl.int64)
+            for start in range(0, size, BLOCK):
+                token = start + tl.arange(0, BLOCK).to(tl.int64)
+                mass = tl.load(left + token, mask=token < size, other=0.0)
+                carry, found, last = inversion_step(mass, token, carry, share, found, last)
+            result = tl.where(found < size, found, last)
+            tl.store(tokens + row * (levels + 1) + level, result)
+            tl.store(counts + row, level + 1)
+            going = tl.zeros([], tl.int32)
+        # The next place writes over what this one has read.
+        tl.debug_barrier()
+
+
 def verify(
     drafts: Tensor,
     draft_logp: Tensor,
@@ -174,6 +278,37 @@ def follow(
         _walk[(batch,)](
             drafts, choice, *parts, tokens, path, counts, num, num_levels, *strides,
             BLOCK_M=max(2, triton.next_power_of_2(num)), num_warps=2,
+        )  # fmt: skip
+    return tokens, counts, path
+
+
+def in_turn(
+    drafts: Tensor,
+    children: Tensor,
+    target_logp: Tensor,
+    draft_logp: Tensor | None,
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+    num_levels: int,
+    replaces: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `arvision.kernels.verify.in_turn`."""
+    batch, num = drafts.shape
+    size, width = target_logp.shape[2], children.shape[-1]
+    tokens = drafts.new_zeros(batch, num_levels + 1)
+    path, counts = drafts.new_zeros(batch, num_levels), torch.empty_like(tokens[:, 0])
+    is_drawn = draft_logp is not None
+    laws = [target_logp.contiguous()] * 2
+    if draft_logp is not None:
+        laws[1] = draft_logp.to(target_logp.dtype).contiguous()
+    # What is left of the two laws of a row at the place where it stands.
+    left = torch.empty(1 + is_drawn, batch, size, dtype=torch.float64, device=target_logp.device)
+    if batch:
+        _try[(batch,)](
+            drafts.contiguous(), children.contiguous(), *laws, accept_uniforms.contiguous(),
+            recover_uniforms.contiguous(), left[0], left[-1], tokens, path, counts,
+            num, num_levels, width, size, 0 if children.dim() == 2 else (num + 1) * width,
+            DRAWN=is_drawn, REPLACES=replaces, BLOCK=_block(target_logp), num_warps=8,
         )  # fmt: skip
     return tokens, counts, path
 
