@@ -14,10 +14,9 @@ from text_models import random_prompts, tiny_llama
 import arvision
 from arvision import get_sampler
 from arvision.counting import count_calls
-from arvision.decoding.drafter import FixedWindow
 from arvision.decoding.fixed_step import Steps
 from arvision.decoding.logits import Shaping
-from arvision.decoding.loop import decode_tokens
+from arvision.decoding.loop import FixedWindow, decode_tokens
 from arvision.decoding.run import Run
 from arvision.decoding.tree import topology
 from arvision.models import Chameleon, Emu3, GlmImage, Janus
