@@ -19,6 +19,7 @@ from .models.transformers_image import emu3
 from .models.transformers_image.network import base_of
 from .pipeline import ARPipeline, SampleOutput
 from .samplers import BaseSampler, get_sampler
+from .samplers.base import LAW
 from .schema import Side
 
 FAMILIES: dict[str, type[TransformersImageModel]] = {
@@ -128,7 +129,7 @@ class ImageModelPipeline(ARPipeline):
         """The given sampler, or plain sampling at the recommended settings."""
         if isinstance(sampler, BaseSampler):
             return sampler.suited("token")
-        law = {name: self.config[name] for name in ("temperature", "top_k", "top_p")}
+        law = {name: self.config[name] for name in LAW}
         return get_sampler("ar", **law)
 
     @classmethod

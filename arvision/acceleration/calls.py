@@ -11,6 +11,7 @@ from ..contracts import Stats
 from ..errors import InputError
 from ..models.transformers_image.network import base_of, device_of
 from ..samplers import SAMPLERS, get_sampler
+from ..samplers.base import LAW
 from ..text import custom_generate as text_entry
 from ..text.model import check_network
 from .glm_pipeline import generate_prior_tokens
@@ -18,9 +19,6 @@ from .images import Plan, emu3_entry, glm_entry, janus_images
 
 DRAWN = "arvision_stats"
 """Attribute with the statistics of the last run."""
-
-LAW = ("temperature", "top_k", "top_p")
-"""What a call says itself, so that no option may."""
 
 
 def accelerate(obj: Any, sampler: str = "sjd", **options: Any) -> Any:
@@ -99,7 +97,7 @@ def _image_options(sampler: str, options: dict[str, Any]) -> tuple[str, dict[str
     if "token" not in entry.facts["drives"]:
         fitting = ", ".join(e.name for e in SAMPLERS if "token" in e.facts["drives"])
         raise InputError(f"sampler {sampler!r} draws no tokens: expected one of {fitting}")
-    for name in LAW:
+    for name in LAW:  # a call says these itself
         if name in options:
             raise InputError(f"{name}: the call's own generation configuration says it")
     get_sampler(sampler, **options)

@@ -77,7 +77,6 @@ def distill(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Distil a model into a student that draws an image in one or two passes."""
-
     from ..files import check_out, read_regular
     from ..samplers.base import parse_value
     from ..training.distill import DistillSettings

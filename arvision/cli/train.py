@@ -104,7 +104,6 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train (or resume) an embedded model from its recipe, or a model of your own pictures."""
-
     from ..files import check_out
 
     own: dict[str, Any] = {

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..contracts import TakesFixedChains, TakesFixedTrees
 from ..errors import InputError, as_integer, unknown_name
-from ..kernels import dispatch
 from .drafter import (
     LARGEST_TREE,
     Branches,
@@ -30,7 +29,7 @@ from .drafter import (
     WindowPolicy,
 )
 from .graphs import GraphPool, prepared
-from .logits import LeavesGuidance, laws_of
+from .logits import laws_of, leave_guidance
 from .noise import Noise
 from .run import Run
 from .tree import TokenTree, Topology, topology_of
@@ -118,8 +117,7 @@ class FixedStep:
         )
         if self.tells_hidden:
             cast(TellsFixedHidden, state).keeps_hidden = True
-        if isinstance(state, LeavesGuidance):
-            state.leaves_guidance = not dispatch.stays(images)
+        leave_guidance(state, images)
         self.watches_drafts = not isinstance(drafter, RepeatsLaws)
         self.carried: list[Tensor] = []
         if isinstance(drafter, Carries):

@@ -21,11 +21,13 @@ __all__ = [
     "Shaping",
     "check_guidance_scale",
     "guide",
+    "guided",
     "has_weights",
     "idle_law",
     "joined",
     "joined_scales",
     "laws_of",
+    "leave_guidance",
     "per_scale",
     "shape_rows",
     "warn_of_greedy",
@@ -62,6 +64,17 @@ class LeavesGuidance(Protocol):
     """
 
     leaves_guidance: bool
+
+
+def leave_guidance(state: Any, like: Tensor) -> None:
+    """Ask a state to leave guidance to the draw, where a kernel draws on the device of `like`."""
+    if isinstance(state, LeavesGuidance):
+        state.leaves_guidance = not dispatch.stays(like)
+
+
+def guided(conditional: Tensor, null: Tensor, scale: Any, *, is_left: bool) -> Tensor | Apart:
+    """Guided logits [B, T, V], or `Apart` where guidance is left to whoever draws."""
+    return Apart(conditional, null, scale) if is_left else guide(conditional, null, scale)
 
 
 def joined(logits: Tensor | Apart) -> Tensor:

@@ -18,7 +18,6 @@ from ..contracts import (
     TokenModel,
     TokenState,
 )
-from ..kernels import dispatch
 from .drafter import (
     LARGEST_TREE,
     Attached,
@@ -32,7 +31,7 @@ from .drafter import (
 )
 from .fixed_step import fixed_rounds, why_no_fixed_rounds
 from .given import KeepsGiven, read_beginning
-from .logits import LeavesGuidance, joined, laws_of, written
+from .logits import joined, laws_of, leave_guidance, written
 from .rows import Rows, StopCheck
 from .run import Run
 from .tree import is_no_tree
@@ -212,8 +211,7 @@ class TokenLoop:
         """Go on with these rows alone."""
         self.rows, self._state, self._drafter = rows, state, drafter
         self._is_open, self._is_mixed = True, False
-        if isinstance(state, LeavesGuidance):
-            state.leaves_guidance = not dispatch.stays(rows.lengths)
+        leave_guidance(state, rows.lengths)
         # Asked once: a protocol's answer takes as long as a small operator.
         self._tells_hidden = isinstance(state, TellsHidden)
         self._can_overrun = isinstance(state, Overruns) and state.allows_overrun

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from ..contracts import Conditions, DropsRows, FeedsAnywhere, Samples, TokenModel
 from ..errors import InputError
-from ..kernels import dispatch
-from .logits import Laws, LeavesGuidance, laws_of, written
+from .logits import Laws, laws_of, leave_guidance, written
 from .noise import Noise, draw
 from .run import Run
 from .verify import gumbel_draw, num_final
@@ -74,8 +73,7 @@ def decode_rows(
             f"{type(model).__name__} cannot be fed rows in parallel: its state has no `extend_at` "
             "(see arvision.contracts.FeedsAnywhere)"
         )
-    if isinstance(state, LeavesGuidance):
-        state.leaves_guidance = not dispatch.stays(logits)
+    leave_guidance(state, logits)
     run.begin(logits.device)
     run.warn_of_loop("which rows take part in a pass, and where, is decided on the host")
     run.noise.reserve([0] * run.batch, run.num_tokens)

@@ -26,7 +26,7 @@ from ..decoding.window import (
 )
 from ..errors import InputError, unknown_name
 from ..portable import OnlyWith
-from .base import TokenSampler, register
+from .base import LAW, TokenSampler, register
 
 TREES = {"drift": "gumbel", "static": "maximal"}
 """Trees, and the coupling that each is for."""
@@ -190,7 +190,7 @@ class SJDSampler(TokenSampler):
 
     def _memory(self, model: TokenModel) -> LawMemory:
         """What this sampler remembers of the model's images under the same laws."""
-        kind = tuple(self.config[name] for name in ("temperature", "top_k", "top_p"))
+        kind = tuple(self.config[name] for name in LAW)
         return self._memories.of(model, kind, device_of(model))
 
     def rule(self, model: TokenModel) -> Rule:

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import ArvisionError, InputError
 from ..pipeline import ARPipeline
-from .lanes import OWN_LAW, Lane, lane_sampler
+from ..samplers.base import LAW
+from .lanes import Lane, lane_sampler
 from .limits import BusyError, ClosedError, Limits
 from .order import Order
 
@@ -192,7 +193,8 @@ class Engine:
             return None
         scale = order.guidance_scale
         guidance = scale if scale in (0, 1) else "guided"
-        options = {k: str(v) for k, v in sampler.config.items() if k not in OWN_LAW}
+        # Its law is a picture's own in every lane.
+        options = {k: str(v) for k, v in sampler.config.items() if k not in LAW}
         return id(order.model), guidance, str(sorted(options.items()))
 
     def _side_by_side(self, order: Order, first: Order) -> bool:

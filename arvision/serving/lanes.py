@@ -23,9 +23,6 @@ from ..decoding.run import Run
 from ..samplers import BaseSampler, SJDSampler, get_sampler
 from .order import Order
 
-OWN_LAW = ("temperature", "top_k", "top_p")
-"""Options of samplers that are a picture's own in every lane."""
-
 
 class SharedWindow:
     """As many candidates as a pass holds well, shared among the pictures; see `arvision.sample`.

@@ -273,9 +273,9 @@ def _draw(
     for start in range(0, SPLIT, BLOCK):
         first = split * SPLIT + start
         token = first + tl.arange(0, BLOCK)
-        inside = tl.load(base + token, mask=token < size, other=float("-inf"))
+        part = tl.load(base + token, mask=token < size, other=float("-inf"))
         bits = bits_of(words + tl.program_id(0) // num * 3, position, 0, first, BLOCK)
-        best, index = contend(inside, bits, token, best, index, DTYPE)
+        best, index = contend(part, bits, token, best, index, DTYPE)
     tl.store(scores + law * num_splits + split, best)
     tl.store(tokens + law * num_splits + split, index)
 

@@ -128,6 +128,16 @@ def _walk(
 
 
 @triton.jit
+def _taken(rest, token, inside, drafted, DRAWN: tl.constexpr):
+    """What a rejected sibling takes of the law at some tokens: the law it was drawn from, or all of its own."""
+    if DRAWN:
+        q = tl.load(rest + token, mask=inside, other=0.0)
+    else:
+        q = tl.where(token == drafted, 1.0, 0.0).to(tl.float64)
+    return q
+
+
+@triton.jit
 def _try(
     drafts, children, target_logp, draft_logp, accept_u, recover_u, left, rest, tokens, path, counts,
     num, levels, width, size, c_b,
@@ -178,20 +188,15 @@ def _try(
                         token = start + tl.arange(0, BLOCK).to(tl.int64)
                         inside = token < size
                         r = tl.load(left + token, mask=inside, other=0.0)
+                        q = _taken(rest, token, inside, drafted, DRAWN)
                         if DRAWN:
-                            q = tl.load(rest + token, mask=inside, other=0.0)
                             kept += tl.sum(tl.where(token == drafted, 0.0, q), 0)
-                        else:
-                            q = tl.where(token == drafted, 1.0, 0.0).to(tl.float64)
                         total += tl.sum(tl.maximum(r - q, 0.0), 0)
                     for start in range(0, size, BLOCK):
                         token = start + tl.arange(0, BLOCK).to(tl.int64)
                         inside = token < size
                         r = tl.load(left + token, mask=inside, other=0.0)
-                        if DRAWN:
-                            q = tl.load(rest + token, mask=inside, other=0.0)
-                        else:
-                            q = tl.where(token == drafted, 1.0, 0.0).to(tl.float64)
+                        q = _taken(rest, token, inside, drafted, DRAWN)
                         # An empty residual leaves what was.
                         if total > 0:
                             tl.store(left + token, tl.maximum(r - q, 0.0) / total, mask=inside)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import Apart, guide, has_weights, joined_scales, weights_at
+from ...decoding.logits import guided, has_weights, joined_scales, weights_at
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
 from .transformer import LlamaGenTransformer, prefix_mask
@@ -85,9 +85,7 @@ class LlamaGenState:
             return logits
         conditional, null = logits.chunk(2)
         weights = self._scale if places is None else weights_at(self._scale, places, conditional)
-        if self.leaves_guidance:
-            return Apart(conditional, null, weights)
-        return guide(conditional, null, weights)
+        return guided(conditional, null, weights, is_left=self.leaves_guidance)
 
     def _behind(self, lengths: Tensor, steps: Tensor) -> Tensor | None:
         """Places [B, T] that follow candidates so far behind the first `lengths` [B] tokens."""

@@ -181,8 +181,7 @@ class LlamaGenTokenizer(Network):
         self.quantize = Quantizer(codebook_size, code_dim, num_recorded)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
-        if norm_num_groups != 32:
-            regroup(self, norm_num_groups)
+        regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(

@@ -58,8 +58,7 @@ class MARAutoencoder(Network):
         self.decoder = Decoder(*sizes, latent_dim, AttentionBlock, None)
         self.quant_conv = nn.Conv2d(2 * latent_dim, 2 * latent_dim, 1)
         self.post_quant_conv = nn.Conv2d(latent_dim, latent_dim, 1)
-        if norm_num_groups != 32:
-            regroup(self, norm_num_groups)
+        regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> MARAutoencoder:

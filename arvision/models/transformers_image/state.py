@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.cache import KVCache, interleaved
-from ...decoding.logits import Apart, guide, has_weights, joined, joined_scales, weights_at
+from ...decoding.logits import Apart, guide, guided, has_weights, joined_scales, weights_at
 from ...decoding.transformers_cache import CacheView, TextSizes, all_open, spread
 from ...decoding.tree import Topology, check_parents, check_path, check_placed, topology_of
 from ...errors import InputError, StateError
@@ -59,8 +59,7 @@ def combine(logits: Tensor, branches: int, scale: Any, leaves_guidance: bool = F
     conditional, *others = logits.chunk(branches)
     null = others[-1]
     if branches == 2:
-        apart = Apart(conditional, null, scale)
-        return apart if leaves_guidance else joined(apart)
+        return guided(conditional, null, scale, is_left=leaves_guidance)
     images = others[0]
     return guide(images, null, IMAGE_GUIDANCE) + scale * (conditional - images)
 

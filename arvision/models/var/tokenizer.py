@@ -76,8 +76,7 @@ class VARTokenizer(Network):
         self.quantize = MultiScaleQuantizer(codebook_size, z_channels, scales, num_shared)
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
-        if norm_num_groups != 32:
-            regroup(self, norm_num_groups)
+        regroup(self, norm_num_groups)
 
     @classmethod
     def from_official(cls, source: str | Path | Mapping[str, Any], **sizes: Any) -> VARTokenizer:
